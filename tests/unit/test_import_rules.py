@@ -1,0 +1,192 @@
+"""The layers of megatron/ and what each may do, checked on the source itself.
+
+Imports go one way: ops -> core, config -> fpdt -> model -> training -> entry points.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "megatron"
+
+# layer: what it may import of megatron besides itself
+LAYERS: dict[str, set[str]] = {
+    "config": set(),
+    "core": set(),
+    "ops": {"core"},
+    "fpdt": {"ops", "core", "config"},
+    "model": {"fpdt", "ops", "core", "config"},
+    "data": {"tokenizer", "core", "config"},
+    "tokenizer": {"core", "config"},
+    "optimizer": {"core", "config"},
+    "logging": {"core", "config"},
+    "engine": {"core", "config"},
+    "arguments": {"config"},
+    "batch": {"core"},
+    "train_state": set(),
+}
+# the files on top of the layers, which may use them all
+ALL_LAYERS = set(LAYERS)
+TOP_FILES: dict[str, set[str]] = {
+    "initialize": ALL_LAYERS,
+    "checkpointing": ALL_LAYERS | {"initialize"},
+    "reporting": ALL_LAYERS | {"initialize"},
+    "training": ALL_LAYERS | {"initialize", "checkpointing", "reporting"},
+}
+RULES = LAYERS | TOP_FILES
+
+# package: the only layers that may import it
+RESERVED = {"deepspeed": {"engine"}, "argparse": {"arguments"}, "megatron.global_vars": set[str]()}
+
+# (name, whether an attribute such as tensor.item() counts, whether a plain name such as print() counts)
+BANNED_CALLS = [("print", False, True), ("item", True, False)]
+BANNED_CALLS += [(name, True, True) for name in ("barrier", "monitored_barrier", "synchronize", "getenv", "putenv")]
+BANNED_ATTRIBUTES = {"os.environ"}
+BANNED_NAMES_FROM_OS = {"environ", "getenv", "putenv"}
+# Statements that a module may have at its top level besides definitions; a bare call would be code at import time.
+TOP_LEVEL = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def layer_of(file: Path) -> str:
+    """Return the sub-package of a file, the file's own name at the top, or "" for megatron/__init__.py."""
+    first = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def files_below_training() -> list[Path]:
+    return [file for file in FILES if layer_of(file) in LAYERS]
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) of everything imported; `from a import b` gives both "a" and "a.b"."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports in full, so that the layer can be seen"
+            yield node.lineno, node.module or ""
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def import_faults(tree: ast.AST, layer: str) -> Iterator[str]:
+    for line, name in imported_modules(tree):
+        parts = name.split(".")
+        if parts[0] == "megatron" and len(parts) > 1 and parts[1] in RULES:
+            allowed = RULES.get(layer, set()) | {layer}
+            if parts[1] not in allowed:
+                yield f"line {line}: {layer} imports {name}; it may import {', '.join(sorted(allowed))}"
+        for package, owners in RESERVED.items():
+            if (name == package or name.startswith(package + ".")) and layer not in owners:
+                yield f"line {line}: {layer} imports {name}; only {', '.join(sorted(owners)) or 'nobody'} may"
+
+
+def banned_uses(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            is_attribute = isinstance(node.func, ast.Attribute)
+            called = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
+            for name, as_attribute, as_name in BANNED_CALLS:
+                if called == name and (as_attribute if is_attribute else as_name):
+                    yield f"line {node.lineno}: {name}() is for training.py and above"
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in BANNED_ATTRIBUTES:
+            yield f"line {node.lineno}: {ast.unparse(node)} is for training.py and above"
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            for alias in node.names:
+                if alias.name in BANNED_NAMES_FROM_OS:
+                    yield f"line {node.lineno}: os.{alias.name} is for training.py and above"
+
+
+def code_at_import_time(tree: ast.Module) -> Iterator[str]:
+    for statement in tree.body:
+        is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        is_guarded_import = isinstance(statement, (ast.If, ast.Try)) and all(
+            isinstance(inner, TOP_LEVEL) for inner in statement.body
+        )
+        if not (isinstance(statement, TOP_LEVEL) or is_docstring or is_guarded_import):
+            yield f"line {statement.lineno}: {type(statement).__name__} runs at import time"
+
+
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def file_name(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("file", FILES, ids=file_name)
+def test_every_file_belongs_to_a_known_layer(file):
+    assert layer_of(file) in RULES or file == ROOT / "__init__.py", f"give {layer_of(file)} a row in RULES"
+
+
+@pytest.mark.parametrize("file", FILES, ids=file_name)
+def test_imports_go_one_way(file):
+    assert list(import_faults(parsed(file), layer_of(file))) == []
+
+
+@pytest.mark.parametrize("file", files_below_training(), ids=file_name)
+def test_layers_below_training_keep_the_bans(file):
+    assert list(banned_uses(parsed(file))) == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=file_name)
+def test_no_code_runs_at_import_time(file):
+    assert list(code_at_import_time(parsed(file))) == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=file_name)
+def test_files_stay_within_400_lines(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_the_rules_have_no_cycles():
+    order: list[str] = []
+    while len(order) < len(RULES):
+        ready = [layer for layer, below in RULES.items() if layer not in order and below <= set(order)]
+        assert ready, f"a cycle among {set(RULES) - set(order)}"
+        order += ready
+
+
+@pytest.mark.parametrize(
+    "source, layer",
+    [
+        ("import megatron.model.builder", "fpdt"),
+        ("from megatron import training", "model"),
+        ("from megatron.fpdt.plan import ChunkPlan", "ops"),
+        ("def f():\n    import deepspeed", "fpdt"),
+        ("from deepspeed.runtime import zero", "training"),
+        ("from argparse import ArgumentParser", "config"),
+    ],
+)
+def test_a_forbidden_import_is_found(source, layer):
+    assert list(import_faults(ast.parse(source), layer)) != []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print(1)",
+        "x.item()",
+        "os.environ['A']",
+        "os.getenv('A')",
+        "from os import environ",
+        "dist.barrier()",
+        "torch.cuda.synchronize()",
+    ],
+)
+def test_a_banned_use_is_found(source):
+    assert list(banned_uses(ast.parse(source))) != []
+
+
+@pytest.mark.parametrize("source", ["pattern.items()", "self.print()", "self.item = 3", "event.wait(stream)"])
+def test_an_innocent_use_is_not_found(source):
+    assert list(banned_uses(ast.parse(source))) == []
+
+
+@pytest.mark.parametrize("source", ["main()", "for i in x:\n    pass", "with x:\n    pass", "if a:\n    main()"])
+def test_code_at_import_time_is_found(source):
+    assert list(code_at_import_time(ast.parse(source))) != []
