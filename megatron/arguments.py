@@ -1,0 +1,240 @@
+"""From argv to `Config`: one flag per field of the configuration's dataclasses, in Megatron's spelling.
+
+A field's type decides the flag's form, and the string under the field is its --help:
+
+    bool                switch                    tuple[str, ...]     one or more words
+    int, float, str     one value                 Literal[...]        one of these words, in any case
+
+Underscores and dashes in a flag's name are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, NoReturn
+
+from megatron.config import Config, ConfigError, config_sections
+from megatron.config.resolve import resolve
+from megatron.config.upstream_flags import ANY, OTHER_NAMES, UPSTREAM_FLAGS, UpstreamFlag
+
+DESCRIPTION = "Train GPT and LLaMA at ultra-long context: DeepSpeed ZeRO, Ulysses sequence parallelism and FPDT."
+UPSTREAM_PREFIX = "upstream:"
+HELP_COLUMN, HELP_WIDTH = 34, 120
+
+
+def parse_args(argv: Sequence[str]) -> Config:
+    """Return the configuration that the command line (without the program's name) asks for.
+
+    Derived values are filled in, and the file of --deepspeed-config is read; `megatron.config.checks.validate` has yet
+    to be called, once the number of ranks is known. --help prints and raises SystemExit(0).
+
+    Raises:
+        ConfigError: a flag is unknown, missing or malformed, flags contradict each other, or the file is unusable.
+    """
+    namespace, unknown = build_parser().parse_known_args([_with_dashes(word) for word in argv])
+    if unknown:
+        raise ConfigError(_describe_unknown(unknown))
+    given = {name: value for name, value in vars(namespace).items() if not name.startswith(UPSTREAM_PREFIX)}
+    _require_flags(given)
+    sections = {
+        name: section(**{member.name: given[member.name] for member in fields(section) if member.name in given})
+        for name, section in config_sections().items()
+    }
+    return resolve(Config(**sections, given=frozenset(given), notes=_upstream_notes(namespace)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser: a group of flags per concern, and one of the flags accepted for Megatron's scripts."""
+    parser = _Parser(
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        usage="%(prog)s FLAGS",
+        formatter_class=_HelpFormatter,
+    )
+    for section in config_sections().values():
+        group = parser.add_argument_group((section.__doc__ or "").splitlines()[0].rstrip("."))
+        descriptions, annotations = field_descriptions(section), typing.get_type_hints(section)
+        for member in fields(section):
+            _add_flag(group, member, annotations[member.name], descriptions[member.name])
+    group = parser.add_argument_group("Accepted for Megatron's scripts, without effect")
+    for flag in UPSTREAM_FLAGS:
+        _add_upstream_flag(group, flag)
+    return parser
+
+
+def field_descriptions(section: type) -> dict[str, str]:
+    """Return the string literal under each field of a dataclass, field name to text."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(section)))
+    (class_definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    body = class_definition.body
+    return {
+        field.target.id: below.value.value
+        for field, below in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+    }
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Keeps a flag's name on one line, so that it can be searched for."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=HELP_COLUMN, width=HELP_WIDTH)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that the caller decides which rank speaks."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument ") + " (--help lists every flag)")
+
+
+def _add_flag(group: argparse._ArgumentGroup, member: Field[Any], annotation: Any, description: str) -> None:
+    flag = f"--{member.name.replace('_', '-')}"
+    text = _help(member, description)
+    kind = _without_none(annotation)
+    if kind is bool:
+        group.add_argument(flag, action="store_true", help=text)
+    elif typing.get_origin(kind) is tuple:
+        group.add_argument(flag, nargs="+", action=_AsTuple, metavar="WORD", help=text)
+    elif typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        metavar = "{" + ",".join(map(str, choices)) + "}"
+        group.add_argument(flag, type=_one_of(choices), metavar=metavar, help=text)
+    else:
+        convert, metavar = _PARSERS[kind]
+        group.add_argument(flag, type=convert, metavar=metavar, help=text)
+
+
+def _add_upstream_flag(group: argparse._ArgumentGroup, flag: UpstreamFlag) -> None:
+    name, destination = f"--{flag.name}", UPSTREAM_PREFIX + flag.name
+    text = flag.why[0].upper() + flag.why[1:] + "."
+    if not flag.values:
+        group.add_argument(name, dest=destination, action="store_true", help=text)
+    elif flag.values == ANY:
+        group.add_argument(name, dest=destination, metavar="X", help=text)
+    else:
+        metavar = "{" + ",".join(flag.values) + "}"
+        group.add_argument(name, dest=destination, type=_one_of(flag.values), metavar=metavar, help=text)
+
+
+def _help(member: Field[Any], description: str) -> str:
+    """Return a field's help with its default, where there is one to show and the text does not say it already."""
+    if member.default is MISSING:
+        description += " Required."
+    elif "Default:" not in description and not any(member.default is silent for silent in (None, False, ())):
+        description += f" Default: {_shown(member.default)}."
+    return description.replace("%", "%%")
+
+
+def _shown(default: Any) -> str:
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return X for X | None, and any other annotation as it is."""
+    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
+        return annotation
+    (kind,) = (kind for kind in typing.get_args(annotation) if kind is not type(None))
+    return kind
+
+
+class _AsTuple(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _whole_number(text: str) -> int:
+    """Read "32", and "3e11" too, as token counts are often written."""
+    try:
+        value = float(text)
+        return int(text) if text.lstrip("+-").isdecimal() else _exactly(value)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one, such as 32") from None
+
+
+def _exactly(value: float) -> int:
+    if value != int(value):
+        raise ValueError
+    return int(value)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one, such as 0.1 or 3e-4") from None
+
+
+def _one_of(choices: Sequence[Any]) -> Callable[[str], Any]:
+    spellings = {str(choice).casefold(): choice for choice in choices}
+
+    def parse(text: str) -> Any:
+        if text.casefold() not in spellings:
+            raise argparse.ArgumentTypeError(f"{text!r} is not known; use one of {', '.join(map(str, choices))}")
+        return spellings[text.casefold()]
+
+    return parse
+
+
+_PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    int: (_whole_number, "N"),
+    float: (_number, "X"),
+    str: (str, "TEXT"),
+}
+
+
+def _with_dashes(word: str) -> str:
+    """Spell a flag's name with dashes; its value and every other word stay as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _require_flags(given: dict[str, Any]) -> None:
+    members = [member for section in config_sections().values() for member in fields(section)]
+    required = [member.name for member in members if member.default is MISSING]
+    missing = [f"--{name.replace('_', '-')}" for name in required if name not in given]
+    if missing:
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise ConfigError(f"{', '.join(missing)} {verb} required and not given; add {them}")
+
+
+def _upstream_notes(namespace: argparse.Namespace) -> tuple[str, ...]:
+    values = vars(namespace)
+    given = [flag for flag in UPSTREAM_FLAGS if UPSTREAM_PREFIX + flag.name in values]
+    return tuple(f"--{flag.name} has no effect: {flag.why}" for flag in given)
+
+
+def _describe_unknown(words: Sequence[str]) -> str:
+    """Return the message for words that no flag took, about the first flag among them."""
+    word = next((word for word in words if word.startswith("-")), words[0])
+    name = word.partition("=")[0].removeprefix("--")
+    if not word.startswith("--"):
+        return f"{word!r} belongs to no flag; put it after the flag that it is a value of, or remove it"
+    if name in OTHER_NAMES:
+        return f"--{name} is not a flag here; --{OTHER_NAMES[name]} does its work"
+    known = [member.name.replace("_", "-") for section in config_sections().values() for member in fields(section)]
+    close = difflib.get_close_matches(name, [*known, *(flag.name for flag in UPSTREAM_FLAGS)], n=1)
+    advice = f"did you mean --{close[0]}?" if close else "remove it"
+    return f"--{name} is not a known flag; {advice} (--help lists every flag)"

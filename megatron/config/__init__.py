@@ -1,0 +1,41 @@
+"""The configuration: one frozen dataclass per concern, one attribute per flag."""
+
+from megatron.config.architecture import architecture_fields, describe_difference
+from megatron.config.batch import accumulation_steps, data_parallel_size, global_batch_size
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.checks import validate
+from megatron.config.config import Config, config_sections
+from megatron.config.data import DataConfig
+from megatron.config.deepspeed import DeepSpeedConfig
+from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.errors import ConfigError
+from megatron.config.logging import LoggingConfig
+from megatron.config.model import ModelConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.precision import PrecisionConfig
+from megatron.config.tokenizer import TokenizerConfig
+from megatron.config.training import TrainingConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "TokenizerConfig",
+    "TrainingConfig",
+    "accumulation_steps",
+    "architecture_fields",
+    "config_sections",
+    "data_parallel_size",
+    "deepspeed_config",
+    "describe_difference",
+    "global_batch_size",
+    "validate",
+]

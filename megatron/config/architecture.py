@@ -1,0 +1,52 @@
+"""What two models must share for a checkpoint of one to fit the other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.config.model import ModelConfig
+
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "kv_channels",
+    "use_rotary_position_embeddings",
+    "rotary_percent",
+    "rotary_position_embeddings_theta",
+    "normalization",
+    "layernorm_epsilon",
+    "swiglu",
+    "disable_bias_linear",
+    "untie_embeddings_and_output_weights",
+)
+ROTARY_ONLY = ("rotary_percent", "rotary_position_embeddings_theta")
+LEARNED_POSITIONS_ONLY = ("max_position_embeddings",)
+
+
+def architecture_fields(model: ModelConfig) -> dict[str, Any]:
+    """Return what must match when a checkpoint is loaded.
+
+    Neither the sequence length nor dropout nor the attention kernel is part of it, so a model can be continued at a
+    longer context. The number of positions is, where they are learned.
+    """
+    rotary = model.use_rotary_position_embeddings
+    meaningless = () if rotary else ROTARY_ONLY
+    extra = () if rotary else LEARNED_POSITIONS_ONLY
+    return {name: getattr(model, name) for name in (*ARCHITECTURE, *extra) if name not in meaningless}
+
+
+def describe_difference(checkpoint: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
+    """Return "--hidden-size is 1024 in the checkpoint and 2048 in the flags; ..." for what differs, or "" for "
+    "nothing."""
+    names = [name for name in dict.fromkeys((*checkpoint, *flags)) if checkpoint.get(name) != flags.get(name)]
+    return "; ".join(
+        f"--{name.replace('_', '-')} is {_shown(checkpoint, name)} in the checkpoint and {_shown(flags, name)} in "
+        "the flags"
+        for name in names
+    )
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return str(values[name]) if name in values else "absent"

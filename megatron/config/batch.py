@@ -1,0 +1,25 @@
+"""Batch sizes that follow from the settings and the number of ranks.
+
+data-parallel size   = ranks / sequence-parallel size
+accumulation steps   = global batch / (micro batch x data-parallel size)
+"""
+
+from megatron.config.config import Config
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Return the number of groups of ranks that each train on sequences of their own."""
+    return world_size // config.parallel.ds_sequence_parallel_size
+
+
+def global_batch_size(config: Config, world_size: int) -> int:
+    """Return the sequences per optimizer step."""
+    if config.training.global_batch_size is not None:
+        return config.training.global_batch_size
+    return config.training.micro_batch_size * data_parallel_size(config, world_size)
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Return the micro batches that each rank adds up per optimizer step."""
+    per_pass = config.training.micro_batch_size * data_parallel_size(config, world_size)
+    return global_batch_size(config, world_size) // per_pass

@@ -1,0 +1,26 @@
+"""What is saved and loaded."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    save: str | None = None
+    """Folder to write checkpoints to."""
+
+    load: str | None = None
+    """Folder to continue from; an empty or missing one starts anew."""
+
+    save_interval: int | None = None
+    """Iterations between checkpoints. Default: at the end only."""
+
+    finetune: bool = False
+    """Load the weights alone: no optimizer, no random state, iteration 0."""
+
+    no_load_optim: bool = False
+    """Do not load the optimizer states."""
+
+    no_load_rng: bool = False
+    """Do not load the random state."""

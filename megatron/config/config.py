@@ -1,0 +1,93 @@
+"""The whole configuration: one frozen value, made once by `megatron.arguments.parse_args`."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.data import DataConfig
+from megatron.config.deepspeed import DeepSpeedConfig
+from megatron.config.errors import ConfigError
+from megatron.config.logging import LoggingConfig
+from megatron.config.model import ModelConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.precision import PrecisionConfig
+from megatron.config.tokenizer import TokenizerConfig
+from megatron.config.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is told, one member per concern.
+
+    `given` names the flags that the user set (as attribute names), `notes` what is worth a log line, and
+    `deepspeed_json` is the content of the file that --deepspeed-config names.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    given: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    deepspeed_json: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists, strings and numbers, fit for JSON."""
+        plain: dict[str, Any] = {name: _section_to_dict(getattr(self, name)) for name in config_sections()}
+        plain["given"] = sorted(self.given)
+        plain["notes"] = list(self.notes)
+        plain["deepspeed_json"] = dict(self.deepspeed_json)
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Config:
+        """Return the configuration that `to_dict` wrote.
+
+        Fields that this version does not know, or that the writing version did not have, take no part.
+
+        Raises:
+            ConfigError: a field without a default is missing.
+        """
+        sections = {
+            name: _section_from_dict(name, section, plain.get(name, {})) for name, section in config_sections().items()
+        }
+        return cls(
+            **sections,
+            given=frozenset(plain.get("given", ())),
+            notes=tuple(plain.get("notes", ())),
+            deepspeed_json=dict(plain.get("deepspeed_json", {})),
+        )
+
+
+def config_sections() -> dict[str, type]:
+    """Return the sections of `Config`, attribute name to dataclass, in the order of --help."""
+    types = typing.get_type_hints(Config)
+    return {member.name: types[member.name] for member in fields(Config) if is_dataclass(types[member.name])}
+
+
+def _section_to_dict(section: Any) -> dict[str, Any]:
+    values = {member.name: getattr(section, member.name) for member in fields(section)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _section_from_dict(name: str, section: type, plain: Mapping[str, Any]) -> Any:
+    known = {member.name for member in fields(section)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items() if key in known}
+    try:
+        return section(**values)
+    except TypeError as error:
+        raise ConfigError(
+            f"the stored configuration's section {name!r} does not fit ({error}); it was written by another version "
+            "or is damaged: give the settings as flags again"
+        ) from error

@@ -1,0 +1,26 @@
+"""Where the samples come from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data."""
+
+    data_path: tuple[str, ...] = ()
+    """One dataset prefix (PREFIX.bin and PREFIX.idx), or pairs of weight and prefix to blend."""
+
+    split: str = "969, 30, 1"
+    """Shares of the documents for training, validation and test."""
+
+    train_data_path: tuple[str, ...] = ()
+    """Dataset for training alone, in place of --data-path and --split."""
+
+    valid_data_path: tuple[str, ...] = ()
+    """Dataset for validation alone."""
+
+    test_data_path: tuple[str, ...] = ()
+    """Dataset for the test alone."""
+
+    data_cache_path: str | None = None
+    """Folder for sample indices."""

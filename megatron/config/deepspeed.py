@@ -1,0 +1,32 @@
+"""ZeRO, activation checkpointing and the DeepSpeed JSON."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+ZeroStage = Literal[0, 1, 2, 3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """DeepSpeed."""
+
+    deepspeed: bool = False
+    """Accepted for Megatron-DeepSpeed's scripts; always the case."""
+
+    deepspeed_config: str | None = None
+    """DeepSpeed JSON for what no flag says: offload_optimizer, offload_param, bucket sizes and the like."""
+
+    zero_stage: ZeroStage = 0
+    """What ZeRO partitions: 1 optimizer states, 2 and gradients, 3 and parameters. Default: the JSON's, else 0."""
+
+    deepspeed_activation_checkpointing: bool = False
+    """Recompute each block in the backward pass. FPDT's stream does so anyway."""
+
+    checkpoint_activations: bool = False
+    """The same as --deepspeed-activation-checkpointing."""
+
+    checkpoint_in_cpu: bool = False
+    """Keep the checkpointed block inputs in host memory; with FPDT see --ds-sequence-parallel-fpdt-offloading."""
+
+    cpu_optimizer: bool = False
+    """Keep optimizer states, and the optimizer step, on the host (ZeRO-Offload); needs --zero-stage 1 to 3."""

@@ -1,0 +1,117 @@
+"""What the model is: everything that decides its parameters and its arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+AttentionBackend = Literal[
+    "auto", "reference", "torch-cpu", "torch-flash", "cudnn", "flash-attn-2", "flash-attn-3", "flash-attn-4"
+]
+Normalization = Literal["layernorm", "rmsnorm"]
+
+SWIGLU_WIDTH_MULTIPLE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model architecture.
+
+    A width that follows from others is 0 until `resolved` fills it in.
+    """
+
+    num_layers: int
+    """Number of transformer blocks."""
+
+    hidden_size: int
+    """Width of the residual stream."""
+
+    ffn_hidden_size: int = 0
+    """Inner width of the MLP. Default: 4 x hidden size; with --swiglu 2/3 of that, rounded down to a multiple of 64."""
+
+    num_attention_heads: int
+    """Number of query heads."""
+
+    num_key_value_heads: int = 0
+    """Number of key/value heads (grouped-query attention); divides the query heads. Default: as many as query heads."""
+
+    kv_channels: int = 0
+    """Width of one attention head. Default: hidden size / number of query heads."""
+
+    seq_length: int
+    """Tokens per training sequence, over all sequence-parallel ranks together."""
+
+    max_position_embeddings: int = 0
+    """Longest sequence the model has positions for. Default: --seq-length."""
+
+    use_rotary_position_embeddings: bool = False
+    """Rotary position embeddings (RoPE) in place of a learned table."""
+
+    rotary_percent: float = 1.0
+    """Share of each head's width that RoPE rotates."""
+
+    rotary_position_embeddings_theta: float = 10000.0
+    """Base of the RoPE angles."""
+
+    normalization: Normalization = "layernorm"
+    """Normalisation before attention, before the MLP and before the head."""
+
+    layernorm_epsilon: float = 1e-5
+    """Added to the variance (or the mean square) under the root."""
+
+    swiglu: bool = False
+    """SwiGLU in the MLP in place of GELU."""
+
+    disable_bias_linear: bool = False
+    """No biases in linear layers."""
+
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer a weight of its own in place of the word embedding's."""
+
+    make_vocab_size_divisible_by: int = 128
+    """Pad the vocabulary to a multiple of this."""
+
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities. Megatron's default is 0.1, which is out of place in long-context training."""
+
+    hidden_dropout: float = 0.0
+    """Dropout on the embedding and on what is added to the residual stream. Megatron's default is 0.1."""
+
+    init_method_std: float = 0.02
+    """Standard deviation of the normal distribution that weights start from."""
+
+    attention_backend: AttentionBackend = "auto"
+    """Attention kernel; auto takes the fastest that is correct for the device, type and head width."""
+
+    use_flash_attn: bool = False
+    """The fastest FlashAttention that is there: the same as --attention-backend auto."""
+
+    use_flash_attn_v1: bool = False
+    """Refused: FlashAttention-1 no longer exists as a package."""
+
+    use_flash_attn_v2: bool = False
+    """The same as --attention-backend flash-attn-2."""
+
+    use_flash_attn_v3: bool = False
+    """The same as --attention-backend flash-attn-3."""
+
+    use_flash_attn_v4: bool = False
+    """The same as --attention-backend flash-attn-4."""
+
+    def resolved(self) -> ModelConfig:
+        """Return the same architecture with every width filled in."""
+        return replace(
+            self,
+            ffn_hidden_size=self.ffn_hidden_size or default_ffn_hidden_size(self.hidden_size, self.swiglu),
+            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
+            kv_channels=self.kv_channels or self.hidden_size // max(self.num_attention_heads, 1),
+            max_position_embeddings=self.max_position_embeddings or self.seq_length,
+        )
+
+
+def default_ffn_hidden_size(hidden_size: int, swiglu: bool) -> int:
+    """Return the MLP width that makes about 8 h^2 weights, of GELU's two matrices or of SwiGLU's three."""
+    if not swiglu:
+        return 4 * hidden_size
+    two_thirds = int(4 * hidden_size * 2 / 3)
+    return max(two_thirds // SWIGLU_WIDTH_MULTIPLE, 1) * SWIGLU_WIDTH_MULTIPLE

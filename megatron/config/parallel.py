@@ -1,0 +1,39 @@
+"""How the work is spread over ranks and cut along the sequence."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Parallelism and FPDT.
+
+    The world is data parallel x sequence parallel:
+    rank = data_parallel_rank * sequence_parallel_size + sequence_parallel_rank.
+    """
+
+    ds_sequence_parallel_size: int = 1
+    """Ranks that share one sequence (Ulysses); divides the query heads, the sequence length and the world size."""
+
+    ds_sequence_parallel_fpdt: bool = False
+    """Stream every block chunk by chunk (Fully Pipelined Distributed Transformer, Ulysses-Offload)."""
+
+    ds_sequence_parallel_fpdt_chunk_size: int = 65536
+    """Tokens per FPDT chunk, over all sequence-parallel ranks together."""
+
+    ds_sequence_parallel_fpdt_offloading: bool = False
+    """Keep FPDT's chunks in host memory, so that device memory does not grow with the sequence."""
+
+    tensor_model_parallel_size: int = 1
+    """Only 1: there is no tensor parallelism here."""
+
+    pipeline_model_parallel_size: int = 1
+    """Only 1: there is no pipeline parallelism here."""
+
+    no_pipeline_parallel: bool = False
+    """Accepted for Megatron-DeepSpeed's scripts; always the case."""
+
+    distributed_timeout_minutes: int = 30
+    """How long a collective may wait for other ranks."""
+
+    local_rank: int | None = None
+    """Set by the launcher."""

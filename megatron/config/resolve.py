@@ -1,0 +1,55 @@
+"""From what the user said to what it means: the last step before a configuration is fixed for good."""
+
+from dataclasses import replace
+
+from megatron.config.config import Config
+from megatron.config.deepspeed_json import adopt, read_deepspeed_json
+from megatron.config.errors import ConfigError
+from megatron.config.model import AttentionBackend, ModelConfig
+
+FLASH_ATTENTION_FLAGS: dict[str, AttentionBackend] = {
+    "use_flash_attn_v2": "flash-attn-2",
+    "use_flash_attn_v3": "flash-attn-3",
+    "use_flash_attn_v4": "flash-attn-4",
+}
+
+
+def resolve(config: Config) -> Config:
+    """Return the configuration with every derived value filled in; reads the file of --deepspeed-config.
+
+    Raises:
+        ConfigError: the file is unusable, or flags contradict each other.
+    """
+    if config.deepspeed.deepspeed_config is not None:
+        config = adopt(replace(config, deepspeed_json=read_deepspeed_json(config.deepspeed.deepspeed_config)))
+    checkpointing = config.deepspeed.deepspeed_activation_checkpointing or config.deepspeed.checkpoint_activations
+    return replace(
+        config,
+        model=replace(config.model.resolved(), attention_backend=attention_backend(config.model)),
+        deepspeed=replace(
+            config.deepspeed, deepspeed_activation_checkpointing=checkpointing, checkpoint_activations=checkpointing
+        ),
+    )
+
+
+def attention_backend(model: ModelConfig) -> AttentionBackend:
+    """Return the backend that --attention-backend and the --use-flash-attn flags agree on.
+
+    Raises:
+        ConfigError: they do not agree, or ask for FlashAttention-1.
+    """
+    if model.use_flash_attn_v1:
+        raise ConfigError(
+            "--use-flash-attn-v1 asks for FlashAttention-1, which no longer exists; use --use-flash-attn-v2, -v3 or "
+            "-v4, or leave the choice to --attention-backend auto"
+        )
+    asked = {
+        f"--{name.replace('_', '-')}": backend
+        for name, backend in FLASH_ATTENTION_FLAGS.items()
+        if getattr(model, name)
+    }
+    if model.attention_backend != "auto":
+        asked[f"--attention-backend {model.attention_backend}"] = model.attention_backend
+    if len(set(asked.values())) > 1:
+        raise ConfigError(f"{' and '.join(asked)} ask for different attention kernels; keep one of them")
+    return next(iter(asked.values()), "auto")

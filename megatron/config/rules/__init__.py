@@ -1,0 +1,1 @@
+"""Rules between settings, by concern: small functions that return what is wrong, or None."""

@@ -1,0 +1,145 @@
+"""Flags that do nothing beside the others: what a user sets must count, or be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from megatron.config.config import Config
+from megatron.config.rules.common import Rule, Run, flag, given_flags, shown
+
+TOKENIZER_FILES = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "GPTSentencePieceTokenizer": ("tokenizer_model",),
+    "HFTokenizer": ("tokenizer_model",),
+    "NullTokenizer": ("vocab_size",),
+}
+TOKENIZER_SETTINGS = ("vocab_file", "merge_file", "tokenizer_model", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Effect:
+    """These flags count only where `holds`; else "FLAG has no effect `reason`; `remedy`, or remove FLAG"."""
+
+    names: tuple[str, ...]
+    holds: Callable[[Config], bool]
+    reason: str
+    remedy: str
+
+
+def _has_warmup(config: Config) -> bool:
+    o = config.optimizer
+    return bool(o.lr_warmup_iters or o.lr_warmup_samples or o.lr_warmup_tokens or o.lr_warmup_fraction)
+
+
+def _keeps_block_inputs_on_the_host(config: Config) -> bool:
+    if config.parallel.ds_sequence_parallel_fpdt:
+        return config.parallel.ds_sequence_parallel_fpdt_offloading
+    return config.deepspeed.deepspeed_activation_checkpointing
+
+
+DYNAMIC_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+EFFECTS = (
+    Effect(
+        ("ds_sequence_parallel_fpdt_chunk_size", "ds_sequence_parallel_fpdt_offloading"),
+        lambda config: config.parallel.ds_sequence_parallel_fpdt,
+        "without --ds-sequence-parallel-fpdt",
+        "add --ds-sequence-parallel-fpdt",
+    ),
+    Effect(
+        ("rotary_percent", "rotary_position_embeddings_theta"),
+        lambda config: config.model.use_rotary_position_embeddings,
+        "without --use-rotary-position-embeddings",
+        "add --use-rotary-position-embeddings",
+    ),
+    Effect(
+        ("checkpoint_in_cpu",),
+        lambda config: config.parallel.ds_sequence_parallel_fpdt or _keeps_block_inputs_on_the_host(config),
+        "without --deepspeed-activation-checkpointing",
+        "add --deepspeed-activation-checkpointing",
+    ),
+    Effect(
+        ("checkpoint_in_cpu",),
+        _keeps_block_inputs_on_the_host,
+        "with FPDT unless --ds-sequence-parallel-fpdt-offloading keeps the block inputs on the host",
+        "add --ds-sequence-parallel-fpdt-offloading",
+    ),
+    Effect(("loss_scale", *DYNAMIC_LOSS_SCALE), lambda config: config.precision.fp16, "without --fp16", "add --fp16"),
+    Effect(
+        DYNAMIC_LOSS_SCALE,
+        lambda config: config.precision.loss_scale is None,
+        "beside --loss-scale, which fixes the loss scale",
+        "remove --loss-scale (from the DeepSpeed JSON, if it is there)",
+    ),
+    Effect(
+        ("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_tokens"),
+        lambda config: config.optimizer.lr_decay_style == "WSD",
+        "without --lr-decay-style WSD",
+        "add --lr-decay-style WSD",
+    ),
+    Effect(
+        ("min_lr",),
+        lambda config: config.optimizer.lr_decay_style != "constant",
+        "with --lr-decay-style constant",
+        "choose another --lr-decay-style",
+    ),
+    Effect(
+        ("lr_warmup_init",), _has_warmup, "without a warm-up", "add --lr-warmup-iters, -samples, -tokens or -fraction"
+    ),
+    Effect(("save_interval",), lambda config: config.checkpoint.save is not None, "without --save", "add --save"),
+    Effect(
+        ("finetune", "no_load_optim", "no_load_rng"),
+        lambda config: config.checkpoint.load is not None,
+        "without --load",
+        "add --load",
+    ),
+    Effect(
+        ("valid_data_path", "test_data_path"),
+        lambda config: bool(config.data.train_data_path),
+        "without --train-data-path",
+        "add --train-data-path",
+    ),
+    Effect(
+        ("split",),
+        lambda config: not config.data.train_data_path,
+        "with --train-data-path, which is used whole",
+        "give --data-path in place of --train-data-path",
+    ),
+    Effect(
+        ("wandb_exp_name", "wandb_save_dir"),
+        lambda config: config.logging.wandb_project is not None,
+        "without --wandb-project",
+        "add --wandb-project",
+    ),
+    Effect(
+        ("heartbeat_seconds",),
+        lambda config: config.logging.progress != "off",
+        "with --progress off",
+        "remove --progress off",
+    ),
+)
+
+
+def has_effect(effect: Effect, run: Run) -> str | None:
+    """Check one row of the table against the flags that the user gave."""
+    idle = given_flags(run.config, effect.names)
+    if not idle or effect.holds(run.config):
+        return None
+    return f"{shown(run.config, idle[0])} has no effect {effect.reason}; {effect.remedy}, or remove {flag(idle[0])}"
+
+
+def tokenizer_files_fit_its_type(run: Run) -> str | None:
+    kind = run.config.tokenizer.tokenizer_type
+    used = TOKENIZER_FILES[kind]
+    idle = given_flags(run.config, [name for name in TOKENIZER_SETTINGS if name not in used])
+    if not idle:
+        return None
+    return (
+        f"{shown(run.config, idle[0])} has no effect with --tokenizer-type {kind}, which takes "
+        f"{' and '.join(map(flag, used))}; remove {flag(idle[0])} or choose another --tokenizer-type"
+    )
+
+
+EFFECT_RULES: tuple[Rule, ...] = (*(partial(has_effect, effect) for effect in EFFECTS), tokenizer_files_fit_its_type)

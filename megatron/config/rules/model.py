@@ -1,0 +1,136 @@
+"""Rules between the sizes of the model, its attention kernel, its number format and the device."""
+
+from __future__ import annotations
+
+from megatron.config.rules.common import Rule, Run, divisors, given_flags, listed, nearest_multiples, shown
+
+GPU_BACKENDS = ("torch-flash", "cudnn", "flash-attn-2", "flash-attn-3", "flash-attn-4")
+
+
+def heads_divide_hidden_size(run: Run) -> str | None:
+    model = run.config.model
+    if given_flags(run.config, ["kv_channels"]) or model.num_attention_heads * model.kv_channels == model.hidden_size:
+        return None
+    sizes = nearest_multiples(model.hidden_size, model.num_attention_heads)
+    return (
+        f"{shown(run.config, 'hidden_size')} must be a multiple of {shown(run.config, 'num_attention_heads')} unless "
+        f"--kv-channels sets the width of a head; use {listed(sizes)}, or add --kv-channels"
+    )
+
+
+def key_value_heads_divide_heads(run: Run) -> str | None:
+    model = run.config.model
+    if model.num_attention_heads % model.num_key_value_heads == 0:
+        return None
+    return (
+        f"{shown(run.config, 'num_key_value_heads')} must divide {shown(run.config, 'num_attention_heads')}; "
+        f"use {listed(divisors(model.num_attention_heads))}"
+    )
+
+
+def rotary_width_is_even(run: Run) -> str | None:
+    model = run.config.model
+    width = int(model.kv_channels * model.rotary_percent)
+    if not model.use_rotary_position_embeddings or (width > 0 and width % 2 == 0):
+        return None
+    if model.rotary_percent == 1.0:
+        return (
+            f"RoPE turns pairs of dimensions, so the width of a head ({model.kv_channels}) must be even; "
+            f"use --kv-channels {listed(nearest_multiples(model.kv_channels, 2))}"
+        )
+    if model.kv_channels < 2:
+        return (
+            f"RoPE turns pairs of dimensions, so the width of a head ({model.kv_channels}) must be at least 2; use "
+            "--kv-channels 2"
+        )
+    near = [even for even in nearest_multiples(width, 2) if even <= model.kv_channels]
+    percents = [_percent_for(even, model.kv_channels) for even in near]
+    return (
+        f"{shown(run.config, 'rotary_percent')} of a head's {model.kv_channels} dimensions is {width}, which must be "
+        f"even and above 0; use --rotary-percent {listed(percents)}"
+    )
+
+
+def _percent_for(width: int, kv_channels: int) -> str:
+    """Return the shortest decimal share of `kv_channels` that comes to `width` once rounded down."""
+    for digits in range(1, 17):
+        text = f"{width / kv_channels:.{digits}f}"
+        if int(kv_channels * float(text)) == width and float(text) <= 1:
+            return text
+    return repr(width / kv_channels)
+
+
+def sequence_fits_positions(run: Run) -> str | None:
+    model = run.config.model
+    if model.seq_length <= model.max_position_embeddings:
+        return None
+    return (
+        f"{shown(run.config, 'seq_length')} must be at most {shown(run.config, 'max_position_embeddings')}; shorten "
+        f"the sequence to {model.max_position_embeddings} or raise --max-position-embeddings to {model.seq_length}"
+    )
+
+
+def one_number_format(run: Run) -> str | None:
+    if not (run.config.precision.fp16 and run.config.precision.bf16):
+        return None
+    return "--fp16 and --bf16 exclude each other and both are on; keep one of them, or neither for fp32"
+
+
+def device_computes_in_fp16(run: Run) -> str | None:
+    if not run.config.precision.fp16 or run.device_type != "cpu":
+        return None
+    return f"--fp16 needs a GPU, and the device is {run.device_type}; use --bf16, or neither for fp32"
+
+
+def attention_backend_fits_the_device(run: Run) -> str | None:
+    backend = run.config.model.attention_backend
+    if backend in GPU_BACKENDS and run.device_type == "cpu":
+        return f"--attention-backend {backend} needs a GPU, and the device is cpu; use auto, torch-cpu or reference"
+    if backend == "torch-cpu" and run.device_type != "cpu":
+        return f"--attention-backend torch-cpu runs on CPUs only, and the device is {run.device_type}; use auto"
+    return None
+
+
+def attention_backend_fits_the_number_format(run: Run) -> str | None:
+    precision, backend = run.config.precision, run.config.model.attention_backend
+    if backend not in GPU_BACKENDS or precision.fp16 or precision.bf16:
+        return None
+    return (
+        f"--attention-backend {backend} computes in bf16 or fp16, and this run is in fp32; add --bf16, or use auto "
+        "or reference"
+    )
+
+
+def attention_dropout_can_be_replayed(run: Run) -> str | None:
+    dropout = run.config.model.attention_dropout
+    if dropout == 0 or not run.config.parallel.ds_sequence_parallel_fpdt:
+        return None
+    return (
+        f"{shown(run.config, 'attention_dropout')} must be 0 with --ds-sequence-parallel-fpdt, whose attention tiles "
+        "are never run a second time and so cannot replay a dropout mask; use --attention-dropout 0 (--hidden-dropout "
+        "is replayed exactly)"
+    )
+
+
+def attention_dropout_has_a_kernel(run: Run) -> str | None:
+    if run.config.model.attention_dropout == 0 or run.config.model.attention_backend == "auto":
+        return None
+    return (
+        f"{shown(run.config, 'attention_dropout')} must be 0 where --attention-backend "
+        f"({run.config.model.attention_backend}) is forced, as only torch's own attention applies it; use "
+        "--attention-dropout 0, or leave the choice to --attention-backend auto"
+    )
+
+
+MODEL_RULES: tuple[Rule, ...] = (
+    heads_divide_hidden_size,
+    key_value_heads_divide_heads,
+    rotary_width_is_even,
+    sequence_fits_positions,
+    one_number_format,
+    device_computes_in_fp16,
+    attention_backend_fits_the_device,
+    attention_backend_fits_the_number_format,
+    attention_dropout_can_be_replayed,
+    attention_dropout_has_a_kernel,
+)

@@ -1,0 +1,86 @@
+"""Rules for the lengths of training and of the learning-rate schedule, and for the data."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from megatron.config.rules.common import Rule, Run, flag, listed, shown, value_of
+
+UNITS = ("iters", "samples", "tokens")
+LENGTH = tuple(f"train_{unit}" for unit in UNITS)
+DECAY = tuple(f"lr_decay_{unit}" for unit in UNITS)
+WARMUP = (*(f"lr_warmup_{unit}" for unit in UNITS), "lr_warmup_fraction")
+WSD_DECAY = tuple(f"lr_wsd_decay_{unit}" for unit in UNITS)
+
+
+def at_most_one(names: tuple[str, ...], what: str, run: Run) -> str | None:
+    """Check that a length is not told twice; a length of 0 says nothing."""
+    told = [name for name in names if value_of(run.config, name)]
+    if len(told) < 2:
+        return None
+    return (
+        f"{listed([shown(run.config, name) for name in told], 'and')} both say {what}, which is told once; keep "
+        "one of them"
+    )
+
+
+def training_has_a_length(run: Run) -> str | None:
+    if any(value_of(run.config, name) is not None for name in LENGTH):
+        return None
+    return (
+        f"the length of the training is missing; add one of {listed(list(map(flag, LENGTH)))}, for example "
+        "--train-iters 1000"
+    )
+
+
+def wsd_has_a_decay_length(run: Run) -> str | None:
+    if run.config.optimizer.lr_decay_style != "WSD" or any(value_of(run.config, name) for name in WSD_DECAY):
+        return None
+    return f"--lr-decay-style WSD needs the length of its final decay; add one of {listed(list(map(flag, WSD_DECAY)))}"
+
+
+def learning_rates_stay_below_peak(run: Run) -> str | None:
+    optimizer = run.config.optimizer
+    for name in ("min_lr", "lr_warmup_init"):
+        if value_of(run.config, name) > optimizer.lr:
+            return (
+                f"{shown(run.config, name)} must be at most {shown(run.config, 'lr')}; lower {flag(name)} or raise --lr"
+            )
+    return None
+
+
+def loss_scale_starts_at_a_power_of_two(run: Run) -> str | None:
+    scale = run.config.precision.initial_loss_scale
+    if scale == int(scale) and int(scale).bit_count() == 1:
+        return None
+    below = 2 ** (int(scale).bit_length() - 1)
+    return f"--initial-loss-scale ({scale:g}) must be a power of two; use {below} or {2 * below}"
+
+
+def there_is_data(run: Run) -> str | None:
+    data = run.config.data
+    if data.data_path and data.train_data_path:
+        return (
+            f"{shown(run.config, 'data_path')} and {shown(run.config, 'train_data_path')} both say what to train on; "
+            "keep --data-path to split one dataset, or --train-data-path, --valid-data-path and --test-data-path to "
+            "give one each"
+        )
+    if data.data_path or data.train_data_path:
+        return None
+    return (
+        "no dataset is given; add --data-path PREFIX, for the files PREFIX.bin and PREFIX.idx that "
+        "tools/preprocess_data.py writes"
+    )
+
+
+TRAINING_RULES: tuple[Rule, ...] = (
+    partial(at_most_one, LENGTH, "how long to train"),
+    training_has_a_length,
+    partial(at_most_one, DECAY, "when the learning-rate decay ends"),
+    partial(at_most_one, WARMUP, "how long the warm-up is"),
+    partial(at_most_one, WSD_DECAY, "how long the final decay is"),
+    wsd_has_a_decay_length,
+    learning_rates_stay_below_peak,
+    loss_scale_starts_at_a_power_of_two,
+    there_is_data,
+)

@@ -1,0 +1,41 @@
+"""How long to train, on which batches, and when to stop or evaluate."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Training."""
+
+    micro_batch_size: int = 1
+    """Sequences per forward pass on each group of sequence-parallel ranks."""
+
+    global_batch_size: int | None = None
+    """Sequences per optimizer step. Default: --micro-batch-size x data-parallel size."""
+
+    train_iters: int | None = None
+    """Train this many iterations. Exactly one of the --train lengths is given."""
+
+    train_samples: int | None = None
+    """Train on this many sequences."""
+
+    train_tokens: int | None = None
+    """Train on this many tokens."""
+
+    seed: int = 1234
+    """Seed of the weights, of dropout and of the data order."""
+
+    eval_iters: int = 100
+    """Batches per evaluation; 0 does not evaluate."""
+
+    eval_interval: int = 1000
+    """Iterations between evaluations."""
+
+    exit_interval: int | None = None
+    """Exit at the next iteration that is a multiple of this, saving first if --save is given."""
+
+    exit_duration_in_mins: int | None = None
+    """Exit after so many minutes, saving first if --save is given."""
+
+    exit_signal_handler: bool = False
+    """Accepted for Megatron's scripts; SIGTERM always saves (if --save is given) and exits."""

@@ -1,0 +1,249 @@
+"""The cross-checks: each rule by its message, and the advice in it by following it."""
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from megatron.arguments import parse_args
+from megatron.config import ConfigError, config_sections, validate
+from megatron.config.rules.effects import EFFECTS
+from megatron.config.rules.ranges import RANGES
+from tests.unit.config.commands import GPT, complaint
+
+ROPE = "--use-rotary-position-embeddings"
+SP, FPDT = "--ds-sequence-parallel-size", "--ds-sequence-parallel-fpdt"
+CHUNK = "--ds-sequence-parallel-fpdt-chunk-size"
+
+CASES = [
+    # model
+    ("--hidden-size 100", 1, "--hidden-size (100) must be a multiple of --num-attention-heads (8)"),
+    ("--num-key-value-heads 3", 1, "--num-key-value-heads (3) must divide --num-attention-heads (8); use 1, 2, 4 or 8"),
+    (f"--kv-channels 5 {ROPE}", 1, "the width of a head (5) must be even; use --kv-channels 4 or 6"),
+    (
+        f"--kv-channels 12 --rotary-percent 0.25 {ROPE}",
+        1,
+        "dimensions is 3, which must be even and above 0; use --rotary-percent",
+    ),
+    ("--max-position-embeddings 512", 1, "shorten the sequence to 512 or raise --max-position-embeddings to 1024"),
+    (f"--max-position-embeddings 512 {ROPE}", 1, "--seq-length (1024) must be at most --max-position-embeddings (512)"),
+    ("--fp16 --bf16", 1, "--fp16 and --bf16 exclude each other"),
+    ("--attention-backend torch-cpu", 1, "runs on CPUs only, and the device is cuda; use auto"),
+    ("--attention-backend cudnn", 1, "computes in bf16 or fp16, and this run is in fp32; add --bf16"),
+    (f"--attention-dropout 0.1 {FPDT}", 1, "--attention-dropout (0.1) must be 0 with --ds-sequence-parallel-fpdt"),
+    (
+        "--attention-dropout 0.1 --attention-backend reference",
+        1,
+        "must be 0 where --attention-backend (reference) is forced",
+    ),
+    # ranks, chunks, batch
+    (
+        f"{SP} 3",
+        3,
+        "--num-attention-heads (8) must be a multiple of --ds-sequence-parallel-size (3), as each rank takes",
+    ),
+    (
+        f"{SP} 8 --num-attention-heads 12 --hidden-size 120",
+        8,
+        "equally many heads; use --ds-sequence-parallel-size 1, 2 or 4",
+    ),
+    (f"{SP} 4", 6, "must divide the number of ranks (6); start 4 or 8 ranks, or --ds-sequence-parallel-size 1 or 2"),
+    (f"{SP} 4", 2, "must divide the number of ranks (2); start 4 ranks, or"),
+    (f"{SP} 4 --seq-length 1022", 4, "--seq-length (1022) must be a multiple of --ds-sequence-parallel-size (4)"),
+    (f"{SP} 4 --seq-length 1022", 4, "use 1020 or 1024, or --ds-sequence-parallel-size 1 or 2"),
+    (
+        f"{SP} 4 --seq-length 1022 --max-position-embeddings 1022",
+        4,
+        "every chunk; use 1020, or --ds-sequence-parallel-size",
+    ),
+    (
+        f"{SP} 4 {FPDT} {CHUNK} 102",
+        4,
+        "chunk-size (102) must be a multiple of --ds-sequence-parallel-size (4); use 100 or 104, or",
+    ),
+    (
+        f"{SP} 4 --global-batch-size 4",
+        6 * 2,
+        "--global-batch-size (4) must be a multiple of --micro-batch-size (1) x the",
+    ),
+    ("--micro-batch-size 3 --global-batch-size 8", 2, "size (2) = 6; use 6 or 12, or --micro-batch-size 1, 2 or 4"),
+    ("--tensor-model-parallel-size 2", 2, "must be 1, as there is no tensor parallelism here"),
+    ("--pipeline-model-parallel-size 2", 2, "must be 1, as there is no pipeline parallelism here"),
+    # flags without effect
+    (
+        f"{CHUNK} 128",
+        1,
+        "(128) has no effect without --ds-sequence-parallel-fpdt; add --ds-sequence-parallel-fpdt, or remove",
+    ),
+    (
+        f"{FPDT}-offloading",
+        1,
+        "--ds-sequence-parallel-fpdt-offloading has no effect without --ds-sequence-parallel-fpdt;",
+    ),
+    ("--rotary-percent 0.5", 1, "--rotary-percent (0.5) has no effect without --use-rotary-position-embeddings"),
+    ("--rotary-position-embeddings-theta 500000", 1, "has no effect without --use-rotary-position-embeddings"),
+    ("--checkpoint-in-cpu", 1, "has no effect without --deepspeed-activation-checkpointing"),
+    (f"--checkpoint-in-cpu {FPDT}", 1, "with FPDT unless --ds-sequence-parallel-fpdt-offloading"),
+    ("--loss-scale 128", 1, "--loss-scale (128) has no effect without --fp16; add --fp16, or remove --loss-scale"),
+    ("--hysteresis 2 --bf16", 1, "--hysteresis (2) has no effect without --fp16"),
+    ("--fp16 --loss-scale 128 --hysteresis 2", 1, "beside --loss-scale, which fixes the loss scale"),
+    ("--lr-wsd-decay-iters 5", 1, "has no effect without --lr-decay-style WSD"),
+    ("--lr-decay-style constant --min-lr 1e-6", 1, "--min-lr (1e-06) has no effect with --lr-decay-style constant"),
+    ("--lr-warmup-init 1e-6", 1, "has no effect without a warm-up"),
+    ("--save-interval 5", 1, "--save-interval (5) has no effect without --save; add --save, or remove --save-interval"),
+    ("--finetune", 1, "--finetune has no effect without --load"),
+    ("--valid-data-path x", 1, "--valid-data-path (x) has no effect without --train-data-path"),
+    ("--wandb-exp-name x", 1, "has no effect without --wandb-project"),
+    ("--progress off --heartbeat-seconds 5", 1, "has no effect with --progress off"),
+    (
+        "--vocab-file x",
+        1,
+        "--vocab-file (x) has no effect with --tokenizer-type NullTokenizer, which takes --vocab-size",
+    ),
+    # lengths and data
+    ("--train-tokens 5", 1, "--train-iters (10) and --train-tokens (5) both say how long to train"),
+    (
+        "--lr-warmup-iters 5 --lr-warmup-samples 5",
+        1,
+        "both say how long the warm-up is, which is told once; keep one of them",
+    ),
+    (
+        "--lr-warmup-iters 5 --lr-warmup-fraction 0.1",
+        1,
+        "--lr-warmup-iters (5) and --lr-warmup-fraction (0.1) both say",
+    ),
+    ("--lr-decay-iters 5 --lr-decay-tokens 5", 1, "both say when the learning-rate decay ends"),
+    ("--lr-decay-style WSD", 1, "needs the length of its final decay; add one of --lr-wsd-decay-iters"),
+    ("--min-lr 1", 1, "--min-lr (1) must be at most --lr (0.0001); lower --min-lr or raise --lr"),
+    ("--fp16 --initial-loss-scale 1000", 1, "--initial-loss-scale (1000) must be a power of two; use 512 or 1024"),
+    ("--train-data-path x", 1, "both say what to train on"),
+]
+
+
+@pytest.mark.parametrize("flags, world_size, message", CASES)
+def test_a_broken_rule_is_told_in_one_line(flags, world_size, message):
+    told = complaint(flags, world_size)
+    assert message in told
+    assert "\n" not in told
+
+
+FINE = [
+    ("", 1),
+    (f"{SP} 2 --num-key-value-heads 1", 4),
+    (f"{FPDT} {CHUNK} 384 {FPDT}-offloading {SP} 8 --checkpoint-in-cpu --hidden-dropout 0.1", 8),
+    (f"{ROPE} --rotary-percent 0.25 --kv-channels 64 --normalization rmsnorm --swiglu --disable-bias-linear", 1),
+    ("--fp16 --loss-scale 128", 1),
+    ("--lr-decay-style WSD --lr-wsd-decay-iters 3 --lr-warmup-fraction 0.1 --lr-warmup-init 1e-6", 1),
+    ("--checkpoint-activations --checkpoint-in-cpu", 1),
+    ("--lr-warmup-iters 0 --lr-warmup-samples 5", 1),
+    ("--eval-iters 0 --eval-interval 1000", 1),
+]
+
+
+@pytest.mark.parametrize("flags, world_size", FINE)
+def test_settings_that_fit_together_pass(flags, world_size):
+    assert complaint(flags, world_size) == ""
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--fp16", "--fp16 needs a GPU, and the device is cpu; use --bf16, or neither for fp32"),
+        ("--bf16 --use-flash-attn-v4", "--attention-backend flash-attn-4 needs a GPU"),
+    ],
+)
+def test_what_a_cpu_cannot_do_is_refused_there(flags, message):
+    assert message in complaint(flags, device_type="cpu")
+    assert complaint(flags, device_type="cuda") == ""
+
+
+def test_a_missing_training_length_and_missing_data_are_told():
+    with pytest.raises(ConfigError, match="the length of the training is missing; add one of --train-iters"):
+        validate(parse_args([*GPT, "--data-path", "x"]), 1, "cpu")
+    with pytest.raises(ConfigError, match="no dataset is given; add --data-path PREFIX"):
+        validate(parse_args([*GPT, "--train-iters", "1"]), 1, "cpu")
+
+
+@pytest.mark.parametrize("world_size", [1, 5, 6, 8, 12, 24])
+@pytest.mark.parametrize("size", [2, 5, 6, 8, 12])
+def test_every_suggested_sequence_parallel_size_is_accepted(world_size, size):
+    flags = f"--num-attention-heads 12 --hidden-size 48 --seq-length 720 {FPDT} {CHUNK} 90 --global-batch-size 24"
+    told = complaint(f"{flags} {SP} {size}", world_size)
+    for suggestion in suggested(told, f"{SP} "):
+        assert complaint(f"{flags} {SP} {suggestion}", world_size) == "", told
+
+
+@pytest.mark.parametrize("size", [2, 3, 6, 7, 12])
+@pytest.mark.parametrize("chunk", [1, 5, 48000])
+def test_every_suggested_chunk_is_accepted(size, chunk):
+    flags = f"--num-attention-heads 84 --hidden-size 168 --seq-length 8400 {SP} {size} {FPDT}"
+    told = complaint(f"{flags} {CHUNK} {chunk}", size)
+    assert bool(told) == bool(chunk % size)
+    for suggestion in suggested(told, "; use "):
+        assert complaint(f"{flags} {CHUNK} {suggestion}", size) == "", told
+
+
+@pytest.mark.parametrize("width", [2, 6, 10, 12, 80, 96, 129])
+@pytest.mark.parametrize("percent", [0.01, 0.1, 0.33, 0.5, 0.9])
+def test_every_suggested_rotary_share_is_accepted(width, percent):
+    told = complaint(f"{ROPE} --kv-channels {width} --rotary-percent {percent}")
+    for suggestion in suggested(told, "--rotary-percent "):
+        assert complaint(f"{ROPE} --kv-channels {width} --rotary-percent {suggestion}") == "", told
+
+
+@pytest.mark.parametrize("batch, micro_batch, world_size", [(10, 4, 2), (7, 2, 3), (1, 1, 4), (12, 5, 2)])
+def test_every_suggested_batch_is_accepted(batch, micro_batch, world_size):
+    told = complaint(f"--global-batch-size {batch} --micro-batch-size {micro_batch}", world_size)
+    batches, micro_batches = suggested(told, "; use "), suggested(told, "or --micro-batch-size ")
+    assert batches
+    for suggestion in batches:
+        assert complaint(f"--global-batch-size {suggestion} --micro-batch-size {micro_batch}", world_size) == ""
+    for suggestion in micro_batches:
+        assert complaint(f"--global-batch-size {batch} --micro-batch-size {suggestion}", world_size) == ""
+
+
+def suggested(told: str, before: str) -> list[str]:
+    """The numbers that stand after `before`, at its last occurrence that has numbers after it."""
+    found = re.findall(re.escape(before) + r"([\d.]+(?:(?:, | or )[\d.]+)*)", told)
+    return re.split(", | or ", found[-1]) if found else []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--num-layers 0", "--num-layers (0) must be at least 1; use for example --num-layers 1"),
+        ("--num-attention-heads 0", "--num-attention-heads (0) must be at least 1"),
+        ("--rotary-percent 1.5", "--rotary-percent (1.5) must be above 0 and at most 1"),
+        (
+            "--hidden-dropout 1",
+            "--hidden-dropout (1) must be at least 0 and below 1; use for example --hidden-dropout 0",
+        ),
+        ("--lr nan", "--lr (nan) must be above 0"),
+        ("--micro-batch-size -1", "--micro-batch-size (-1) must be at least 1"),
+        (f"{SP} 0", "--ds-sequence-parallel-size (0) must be at least 1"),
+    ],
+)
+def test_a_value_out_of_range_is_told_with_an_example(flags, message):
+    assert message in complaint(flags)
+
+
+def test_the_example_of_a_range_lies_within_it():
+    for name, allowed in RANGES.items():
+        assert allowed.holds(float(allowed.example.split(",")[0])), name
+
+
+def test_the_tables_name_settings_that_exist():
+    known = {member.name for section in config_sections().values() for member in fields(section)}
+    assert set(RANGES) <= known
+    assert {name for effect in EFFECTS for name in effect.names} <= known
+
+
+def test_every_number_has_a_range():
+    numbers = {
+        member.name
+        for section in config_sections().values()
+        for member in fields(section)
+        if str(member.type).split(" | ")[0] in {"int", "float", "<class 'int'>", "<class 'float'>"}
+    }
+    unchecked_elsewhere = {"local_rank", "tensor_model_parallel_size", "pipeline_model_parallel_size"}
+    assert numbers - set(RANGES) - unchecked_elsewhere == set()

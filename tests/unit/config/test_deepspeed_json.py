@@ -1,0 +1,202 @@
+"""What DeepSpeed is handed, and what the user's file adds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config import Config, ConfigError, deepspeed_config
+from megatron.config.deepspeed_json import NEVER
+from tests.unit.config.commands import complaint, parsed
+
+
+def with_json(folder: Path, content: Any, flags: str = "") -> str:
+    file = folder / "ds.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return f"--deepspeed-config {file} {flags}"
+
+
+def from_json(folder: Path, content: Any, flags: str = "") -> Config:
+    return parsed(with_json(folder, content, flags))
+
+
+def test_without_a_file_the_flags_make_the_whole_dict():
+    assert deepspeed_config(parsed("--clip-grad 0.5 --zero-stage 2"), world_size=1) == {
+        "train_batch_size": 1,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+    }
+
+
+def test_deepspeed_counts_sequence_parallel_ranks_as_data_parallel():
+    config = parsed("--ds-sequence-parallel-size 2 --micro-batch-size 3 --global-batch-size 24")
+    made = deepspeed_config(config, world_size=8)
+    assert made["gradient_accumulation_steps"] == 2
+    assert made["train_batch_size"] == 3 * 2 * 8
+
+
+def test_what_no_flag_says_passes_through(tmp_path):
+    stated = {
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "reduce_bucket_size": 7},
+        "bf16": {"enabled": True, "check_grad_overflow": False},
+        "comms_logger": {"enabled": True},
+        "steps_per_print": 5,
+    }
+    made = deepspeed_config(from_json(tmp_path, stated), world_size=1)
+    assert made["zero_optimization"] == stated["zero_optimization"]
+    assert made["bf16"] == stated["bf16"]
+    assert made["comms_logger"] == {"enabled": True}
+    assert made["steps_per_print"] == 5
+
+
+def test_making_the_dict_leaves_the_configuration_as_it_was(tmp_path):
+    config = from_json(
+        tmp_path, {"zero_optimization": {"offload_optimizer": {"pin_memory": True}}}, "--zero-stage 1 --cpu-optimizer"
+    )
+    before = config.to_dict()
+    made = deepspeed_config(config, world_size=1)
+    assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    made["zero_optimization"]["offload_optimizer"]["pin_memory"] = False
+    assert config.to_dict() == before
+
+
+def test_fp16_carries_the_loss_scale_settings():
+    fp16 = deepspeed_config(parsed("--fp16 --initial-loss-scale 4096 --hysteresis 3"), world_size=1)["fp16"]
+    assert fp16 == {
+        "enabled": True,
+        "loss_scale": 0,
+        "initial_scale_power": 12,
+        "loss_scale_window": 1000,
+        "hysteresis": 3,
+        "min_loss_scale": 1,
+    }
+
+
+def test_the_file_speaks_where_the_flags_are_silent(tmp_path):
+    stated = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.3,
+        "zero_optimization": {"stage": 1},
+        "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 11, "loss_scale_window": 500},
+        "bf16": {"enabled": False},
+    }
+    config = from_json(tmp_path, stated)
+    assert (config.training.global_batch_size, config.training.micro_batch_size) == (8, 2)
+    assert (config.optimizer.clip_grad, config.deepspeed.zero_stage) == (0.3, 1)
+    assert config.precision.fp16
+    assert (config.precision.loss_scale, config.precision.initial_loss_scale) == (None, 2048.0)
+    assert config.precision.loss_scale_window == 500
+    assert complaint(with_json(tmp_path, stated)) == ""
+
+
+def test_loss_scale_settings_in_a_file_with_fp16_off_mean_nothing(tmp_path):
+    stated = {"fp16": {"enabled": False, "loss_scale": 128}}
+    assert from_json(tmp_path, stated).precision.loss_scale is None
+    assert complaint(with_json(tmp_path, stated, "--bf16")) == ""
+
+
+def test_auto_says_nothing(tmp_path):
+    stated = {"train_batch_size": "auto", "gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"}}
+    assert complaint(with_json(tmp_path, stated, "--bf16 --global-batch-size 4")) == ""
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object, not a list"),
+        ({"bf16": True}, '"bf16" (true) in '),
+        (
+            {"train_batch_size": "many"},
+            '"train_batch_size" ("many") in the DeepSpeed JSON must be a whole number; correct it or',
+        ),
+        ({"train_batch_size": True}, '"train_batch_size" (true) in the DeepSpeed JSON must be a whole number'),
+        ({"gradient_clipping": "x"}, "must be a whole number or a number"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(tmp_path, content, message):
+    with pytest.raises(ConfigError) as caught:
+        from_json(tmp_path, content)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"cannot be read \(No such file or directory\); give the path of a JSON file"
+    ):
+        parsed(f"--deepspeed-config {tmp_path / 'none.json'}")
+
+
+@pytest.mark.parametrize(
+    "stated, flags, message",
+    [
+        (
+            {"zero_optimization": {"stage": 2}},
+            "--zero-stage 3",
+            "must agree with --zero-stage (3); remove it from the file or give --zero-stage 2",
+        ),
+        ({"train_batch_size": 4}, "--global-batch-size 8", "remove it from the file or give --global-batch-size 4"),
+        ({"train_micro_batch_size_per_gpu": 4}, "--micro-batch-size 2", "must agree with --micro-batch-size (2)"),
+        ({"gradient_clipping": 0.5}, "--clip-grad 1.0", '"gradient_clipping" (0.5)'),
+        (
+            {"bf16": {"enabled": True}},
+            "--fp16",
+            "must agree with --bf16, which is not given; correct the file or add --bf16",
+        ),
+        (
+            {"fp16": {"enabled": False}},
+            "--fp16",
+            "must agree with --fp16, which is given; correct the file or remove --fp16",
+        ),
+        ({"fp16": {"enabled": True, "hysteresis": 4}}, "--fp16 --hysteresis 2", '"fp16.hysteresis" (4)'),
+        ({"zero_optimization": {"stage": 5}}, "", "--zero-stage (5) must be at least 0 and at most 3"),
+        (
+            {"gradient_accumulation_steps": 4},
+            "--global-batch-size 2",
+            "= 2; remove it from the file or give --global-batch-size 4",
+        ),
+        ({"optimizer": {"type": "Adam"}}, "", '"optimizer" in '),
+        ({"scheduler": {}}, "", "is not taken from there; remove it: give --lr-decay-style"),
+        ({"zero_optimisation": {}}, "", 'did you mean "zero_optimization"?'),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "", '"zero_optimization.reduce_bucket_size" ("auto")'),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "",
+            "needs --zero-stage 3, and it is 2",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "",
+            "needs --zero-stage 1, 2 or 3, and it is 0",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "--zero-stage 1 --cpu-optimizer",
+            'must be "cpu" with --cpu-optimizer; remove one of the two',
+        ),
+    ],
+)
+def test_a_file_that_contradicts_the_flags_is_refused(tmp_path, stated, flags, message):
+    assert message in complaint(with_json(tmp_path, stated, flags))
+
+
+def test_agreement_is_fine(tmp_path):
+    stated = {
+        "train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": True},
+    }
+    assert complaint(with_json(tmp_path, stated, "--bf16 --zero-stage 3 --global-batch-size 4")) == ""
+
+
+def test_cpu_optimizer_needs_zero():
+    assert complaint("--cpu-optimizer").endswith("give --zero-stage 1 or remove --cpu-optimizer")
