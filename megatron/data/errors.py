@@ -1,0 +1,5 @@
+"""The error that unusable data raises."""
+
+
+class DataError(ValueError):
+    """A data file, or what is asked of it, is unusable; the message is one line for the person who gave it."""

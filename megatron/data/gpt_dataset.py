@@ -1,0 +1,207 @@
+"""Samples for a causal language model: seq_length + 1 consecutive tokens, running across document ends.
+
+Inputs are the first seq_length tokens of a sample and labels the last seq_length; neighbouring samples overlap by one
+token, so that every token is a label once per epoch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.data.blended_dataset import BlendedDataset, SampleDataset
+from megatron.data.errors import DataError
+from megatron.data.index_helpers import build_blending_indices
+from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.sample_order import OrderPlan, SampleOrder, build_order, cached_order, num_epochs_for
+from megatron.data.splits import PART_NAMES, parse_data_paths, parse_split, split_documents
+from megatron.data.vocabulary import check_tokens
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [offset, offset + length) of a document."""
+
+    document: int
+    offset: int
+    length: int
+
+
+class GPTDataset:
+    """`num_samples` samples of some documents of an indexed dataset, in an order that `seed` decides.
+
+    Sample i depends on (documents, seq_length, seed, i) alone, not on num_samples. Documents are read as many times as
+    it takes. With `cache_dir` the order is kept there; without, it is computed each time. With `vocab_size` every
+    sample read is checked against it. Raises DataError if the documents hold too few tokens or are not token ids.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        documents: range,
+        num_samples: int,
+        seq_length: int,
+        seed: int,
+        name: str,
+        cache_dir: Path | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.name = name
+        self.seq_length = seq_length
+        self._indexed = indexed
+        self._num_samples = num_samples
+        self._vocab_size = vocab_size
+        num_tokens = int(indexed.document_sizes[documents.start : documents.stop].sum())
+        _check_usable(indexed, documents, num_tokens, seq_length, name)
+        num_epochs = num_epochs_for(num_samples, num_tokens, seq_length)
+        plan = OrderPlan(indexed.document_sizes, documents, seq_length, seed, num_epochs)
+        self._order: SampleOrder = cached_order(plan, cache_dir) if cache_dir else build_order(plan)
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that make up sample `index`, in order; their lengths sum to seq_length + 1."""
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self.name}, which has {self._num_samples}")
+        row = int(self._order.shuffle_index[index])
+        (first, start), (last, end) = self._order.sample_index[row : row + 2].tolist()
+        pieces = []
+        for position in range(first, last + 1):
+            document = int(self._order.document_index[position])
+            offset = start if position == first else 0
+            stop = end + 1 if position == last else int(self._indexed.document_sizes[document])
+            if stop > offset:
+                pieces.append(Piece(document, offset, stop - offset))
+        return pieces
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
+        """Sample `index`, int64 [seq_length + 1]; DataError if it holds a token outside the vocabulary."""
+        sample = np.empty(self.seq_length + 1, dtype=np.int64)
+        filled = 0
+        for piece in self.pieces(index):
+            tokens = self._indexed.get_document(piece.document, piece.offset, piece.length)
+            sample[filled : filled + piece.length] = tokens
+            filled += piece.length
+        if self._vocab_size is not None:
+            check_tokens(sample, self._vocab_size, f"sample {index} of the {self.name} part of {self._indexed.prefix}")
+        return sample
+
+
+def build_datasets(
+    data_paths: Sequence[str],
+    split: str,
+    num_samples: tuple[int, int, int],
+    seq_length: int,
+    seed: int,
+    cache_dir: Path | None = None,
+    vocab_size: int | None = None,
+) -> tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]:
+    """The training, validation and test parts of one dataset, or of several blended by weight.
+
+    data_paths: one prefix, or pairs of weight and prefix. split: such as "969,30,1". A part with num_samples 0 is None.
+    cache_dir: where sample orders are kept; by default a folder PREFIX_cache beside each dataset, if it can be written.
+    Raises DataError.
+    """
+    prefixes, weights = parse_data_paths(data_paths)
+    sources = [IndexedDataset(prefix) for prefix in prefixes]
+    shares = parse_split(split)
+    ranges = [split_documents(source.num_documents, shares) for source in sources]
+    settings = _PartSettings(seq_length, seed, cache_dir, vocab_size)
+    train, valid, test = (
+        _build_part(sources, weights, [parts[k] for parts in ranges], num_samples[k], name, settings)
+        for k, name in enumerate(PART_NAMES)
+    )
+    return train, valid, test
+
+
+def build_dataset(
+    data_paths: Sequence[str],
+    name: str,
+    num_samples: int,
+    seq_length: int,
+    seed: int,
+    cache_dir: Path | None = None,
+    vocab_size: int | None = None,
+) -> SampleDataset | None:
+    """All documents of `data_paths` as one part called `name`, for parts that have files of their own.
+
+    Otherwise as `build_datasets`.
+    """
+    prefixes, weights = parse_data_paths(data_paths)
+    sources = [IndexedDataset(prefix) for prefix in prefixes]
+    ranges = [range(source.num_documents) for source in sources]
+    settings = _PartSettings(seq_length, seed, cache_dir, vocab_size)
+    return _build_part(sources, weights, ranges, num_samples, name, settings)
+
+
+@dataclass(frozen=True)
+class _PartSettings:
+    seq_length: int
+    seed: int
+    cache_dir: Path | None
+    vocab_size: int | None
+
+
+def _build_part(
+    sources: Sequence[IndexedDataset],
+    weights: Sequence[float],
+    ranges: Sequence[range],
+    num_samples: int,
+    name: str,
+    settings: _PartSettings,
+) -> SampleDataset | None:
+    if num_samples == 0:
+        return None
+    if len(sources) == 1:
+        return _build_source(sources[0], ranges[0], num_samples, name, settings)
+    dataset_index, sample_index = build_blending_indices(np.asarray(weights, dtype=np.float64), num_samples)
+    counts = np.bincount(dataset_index, minlength=len(sources)).tolist()
+    datasets = [
+        _build_source(source, documents, count, name, settings) if count else None
+        for source, documents, count in zip(sources, ranges, counts, strict=True)
+    ]
+    return BlendedDataset(datasets, dataset_index, sample_index)
+
+
+def _build_source(
+    indexed: IndexedDataset, documents: range, num_samples: int, name: str, settings: _PartSettings
+) -> GPTDataset:
+    def build(cache_dir: Path | None) -> GPTDataset:
+        return GPTDataset(
+            indexed,
+            documents,
+            num_samples,
+            settings.seq_length,
+            settings.seed,
+            name,
+            cache_dir,
+            settings.vocab_size,
+        )
+
+    try:
+        return build(settings.cache_dir or Path(f"{indexed.prefix}_cache"))
+    except OSError as error:
+        # A folder that was asked for must work; data on a read-only disk is no mistake.
+        if settings.cache_dir:
+            raise DataError(
+                f"--data-cache-path ({settings.cache_dir}) cannot be used: {error.strerror}; give a folder that can be "
+                "written."
+            ) from error
+        return build(None)
+
+
+def _check_usable(indexed: IndexedDataset, documents: range, num_tokens: int, seq_length: int, name: str) -> None:
+    if indexed.dtype.kind not in "iu":
+        raise DataError(
+            f"{indexed.prefix} holds {indexed.dtype.name} values, not token ids, which are integers; give a dataset "
+            "made by tools/preprocess_data.py."
+        )
+    if num_tokens < seq_length + 1:
+        raise DataError(
+            f"the {name} part of {indexed.prefix} has {num_tokens} tokens in {len(documents)} documents; one sample "
+            f"takes {seq_length + 1} (--seq-length {seq_length} and one more); give more data, change --split, or "
+            "shorten --seq-length."
+        )

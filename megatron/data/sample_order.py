@@ -1,0 +1,123 @@
+"""The order in which a dataset's samples are drawn, a function of (document sizes, documents, sequence length, seed).
+
+Every epoch reads the documents in a fresh random order. The epochs laid end to end are cut into samples, and the
+samples that end within one epoch are shuffled among themselves:
+
+    document_index  [num_epochs * num_documents]   documents in reading order
+    sample_index    [num_samples + 1, 2]           where each sample starts, in reading order
+    shuffle_index   [num_samples]                  which of those the i-th drawn sample is
+
+More epochs only append to each of them: what was drawn before stays as it was. Every document is read once before any
+is read twice.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.data.atomic_file import atomic_path
+from megatron.data.index_helpers import build_sample_index
+
+ORDER_VERSION = 1
+DOCUMENT_STREAM, SAMPLE_STREAM = 0, 1
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The three arrays of the module's docstring, int64."""
+
+    document_index: npt.NDArray[np.int64]
+    sample_index: npt.NDArray[np.int64]
+    shuffle_index: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class OrderPlan:
+    """What an order is made from: document sizes int64 [...] of the whole file, the documents used, and the rest."""
+
+    document_sizes: npt.NDArray[np.int64]
+    documents: range
+    seq_length: int
+    seed: int
+    num_epochs: int
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        return int(self.document_sizes[self.documents.start : self.documents.stop].sum())
+
+    def num_samples_after(self, num_epochs: int) -> int:
+        """Samples that are complete after so many epochs."""
+        return max(0, num_epochs * self.tokens_per_epoch - 1) // self.seq_length
+
+    def fingerprint(self) -> str:
+        """A name that two plans share only if they give the same order."""
+        digest = hashlib.sha256()
+        settings = (ORDER_VERSION, self.documents.start, self.seq_length, self.seed, self.num_epochs)
+        digest.update(repr(settings).encode())
+        sizes = self.document_sizes[self.documents.start : self.documents.stop]
+        digest.update(np.ascontiguousarray(sizes, dtype="<i8").data)
+        return digest.hexdigest()[:32]
+
+
+def num_epochs_for(num_samples: int, tokens_per_epoch: int, seq_length: int) -> int:
+    """Epochs that hold `num_samples` samples of seq_length + 1 tokens that overlap by one."""
+    return -(-(num_samples * seq_length + 1) // tokens_per_epoch)
+
+
+def build_order(plan: OrderPlan) -> SampleOrder:
+    """Compute the order that `plan` describes."""
+    documents = np.arange(plan.documents.start, plan.documents.stop, dtype=np.int64)
+    document_index = np.concatenate(
+        [_random(plan.seed, epoch, DOCUMENT_STREAM).permutation(documents) for epoch in range(plan.num_epochs)]
+    )
+    sample_index = build_sample_index(
+        plan.document_sizes, document_index, plan.seq_length, plan.num_epochs, plan.tokens_per_epoch
+    )
+    shuffle_index = np.arange(len(sample_index) - 1, dtype=np.int64)
+    for epoch in range(plan.num_epochs):
+        first, last = plan.num_samples_after(epoch), plan.num_samples_after(epoch + 1)
+        _random(plan.seed, epoch, SAMPLE_STREAM).shuffle(shuffle_index[first:last])
+    return SampleOrder(document_index, sample_index, shuffle_index)
+
+
+def cached_order(
+    plan: OrderPlan, cache_dir: Path, build: Callable[[OrderPlan], SampleOrder] = build_order
+) -> SampleOrder:
+    """The order from `cache_dir`, built and put there if it is absent or unreadable.
+
+    Any number of processes may call this at once. Raises OSError if the folder cannot be written.
+    """
+    path = cache_dir / f"{plan.fingerprint()}-sample-order.npy"
+    order = _load(plan, path)
+    if order is not None:
+        return order
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    order = build(plan)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.concatenate((order.document_index, order.sample_index.ravel(), order.shuffle_index)))
+    return _load(plan, path) or order
+
+
+def _load(plan: OrderPlan, path: Path) -> SampleOrder | None:
+    """Map the one flat array that holds all three; None if the file is absent or not what the plan needs."""
+    num_documents = plan.num_epochs * len(plan.documents)
+    num_samples = plan.num_samples_after(plan.num_epochs)
+    try:
+        flat = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    if flat.dtype != np.int64 or flat.shape != (num_documents + 2 * (num_samples + 1) + num_samples,):
+        return None
+    document_index, sample_index, shuffle_index = np.split(
+        np.asarray(flat), [num_documents, num_documents + 2 * (num_samples + 1)]
+    )
+    return SampleOrder(document_index, sample_index.reshape(-1, 2), shuffle_index)
+
+
+def _random(seed: int, epoch: int, stream: int) -> np.random.RandomState:
+    """The legacy generator: the only one whose stream numpy promises never to change."""
+    return np.random.RandomState([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, epoch, stream])

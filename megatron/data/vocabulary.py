@@ -1,0 +1,59 @@
+"""Do the tokens of a dataset belong to the vocabulary of the model?
+
+An id outside it would read past the embedding: an assertion deep in a GPU kernel, or a wrong row.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.data.errors import DataError
+from megatron.data.indexed_dataset import IndexedDataset
+
+SCAN_TOKENS = 16 * 2**20
+BLOCK_TOKENS = 2**20
+
+
+def check_tokens(tokens: npt.NDArray[Any], vocab_size: int, where: str) -> None:
+    """Raise DataError, naming `where`, if a token id is negative or not below vocab_size."""
+    if tokens.size == 0 or (tokens.max() < vocab_size and tokens.min() >= 0):
+        return
+    position = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+    raise DataError(_message(int(tokens[position]), vocab_size, where))
+
+
+def check_vocabulary(indexed: IndexedDataset, vocab_size: int, max_tokens: int = SCAN_TOKENS) -> int:
+    """Raise DataError, naming the document, if the dataset holds a token id outside the vocabulary.
+
+    Reads all tokens where they are at most `max_tokens`, otherwise that many in blocks spread evenly from the first
+    token to the last, one block in memory at a time. Returns how many tokens were read.
+    """
+    num_read = 0
+    for start, stop in _blocks(indexed.num_tokens, max_tokens):
+        tokens = indexed.get_tokens(start, stop)
+        num_read += len(tokens)
+        if tokens.max() < vocab_size and tokens.min() >= 0:
+            continue
+        position = start + int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+        document = int(np.searchsorted(indexed.document_starts, position, side="right")) - 1
+        token = int(indexed.get_tokens(position, position + 1)[0])
+        raise DataError(_message(token, vocab_size, f"document {document} of {indexed.prefix}"))
+    return num_read
+
+
+def _blocks(num_tokens: int, max_tokens: int) -> list[tuple[int, int]]:
+    if num_tokens <= max_tokens:
+        starts = list(range(0, num_tokens, BLOCK_TOKENS))
+        return [(start, min(start + BLOCK_TOKENS, num_tokens)) for start in starts]
+    block = min(BLOCK_TOKENS, max_tokens)
+    num_blocks = max_tokens // block
+    last_start = num_tokens - block
+    return [(start, start + block) for start in (k * last_start // max(num_blocks - 1, 1) for k in range(num_blocks))]
+
+
+def _message(token: int, vocab_size: int, where: str) -> str:
+    return (
+        f"token id {token} in {where} is outside the vocabulary, ids 0 to {vocab_size - 1}; use the tokenizer that the "
+        "data was made with, or make the data again with this one."
+    )

@@ -1,0 +1,69 @@
+"""Any tokenizer.json of the Hugging Face tokenizers library, read without transformers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from megatron.tokenizer.errors import TokenizerError
+from megatron.tokenizer.text import valid_unicode
+
+END_OF_DOCUMENT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+
+
+class HFTokenizer:
+    """A tokenizer.json, or a folder that holds one; the eos_token of tokenizer_config.json beside it ends a document.
+
+    Special tokens that a text spells out are read as special tokens, as Hugging Face does.
+    """
+
+    def __init__(self, model: Path) -> None:
+        path = model / "tokenizer.json" if model.is_dir() else model
+        if not path.is_file():
+            raise TokenizerError(
+                f"--tokenizer-model ({model}) is a folder without tokenizer.json; give one that has it, or use "
+                "GPT2BPETokenizer or SentencePieceTokenizer for other formats."
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise TokenizerError(
+                f"--tokenizer-model ({path}) is not a tokenizer.json: {error}; give the file of the Hugging Face model."
+            ) from error
+        # Settings for batches of short texts, which would cut documents off or fill them up.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eod = self._find_eod(path)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._tokenizer.encode(valid_unicode(text), add_special_tokens=False).ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _find_eod(self, path: Path) -> int:
+        configured = _configured_eos(path.with_name("tokenizer_config.json"))
+        candidates = (configured,) if configured else END_OF_DOCUMENT_TOKENS
+        for candidate in candidates:
+            eod = self._tokenizer.token_to_id(candidate)
+            if eod is not None:
+                return eod
+        raise TokenizerError(
+            f"--tokenizer-model ({path}) has no end-of-document token; looked for {', '.join(candidates)}; name an "
+            "eos_token of the vocabulary in tokenizer_config.json beside it."
+        )
+
+
+def _configured_eos(path: Path) -> str | None:
+    """The eos_token of a tokenizer_config.json, which is text or an object with its text; None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not JSON: {error}; repair or remove it.") from error
+    token = config.get("eos_token") if isinstance(config, dict) else None
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None

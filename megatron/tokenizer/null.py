@@ -1,0 +1,27 @@
+"""Token ids written out as text, for data that is numbers already and for trials without a vocabulary."""
+
+from collections.abc import Sequence
+
+from megatron.tokenizer.errors import TokenizerError
+
+
+class NullTokenizer:
+    """Text such as "3 14 15" stands for ids 0 to vocab_size - 1; one more id, `eod`, ends a document."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size + 1
+        self.eod = vocab_size
+
+    def tokenize(self, text: str) -> list[int]:
+        ids = []
+        for word in text.split():
+            if not word.isdecimal() or int(word) >= self.vocab_size:
+                raise TokenizerError(
+                    f"NullTokenizer got {word!r}; it takes ids 0 to {self.vocab_size - 1} separated by spaces; use "
+                    "another --tokenizer-type for text, or a larger --vocab-size."
+                )
+            ids.append(int(word))
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return " ".join(str(token) for token in ids)

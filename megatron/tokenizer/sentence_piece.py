@@ -1,0 +1,44 @@
+"""SentencePiece models, as LLaMA 1 and 2 use them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from megatron.tokenizer.errors import TokenizerError
+from megatron.tokenizer.text import valid_unicode
+
+END_OF_DOCUMENT_PIECES = ("<eod>", "<EOD>", "<|endoftext|>")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model file; its end-of-sentence piece ends a document."""
+
+    def __init__(self, model_file: Path) -> None:
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        except Exception as error:
+            raise TokenizerError(
+                f"--tokenizer-model ({model_file}) is not a SentencePiece model: {error}; give a tokenizer.model file."
+            ) from error
+        self.vocab_size = int(self._processor.get_piece_size())
+        self.eod = self._find_eod(model_file)
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode_as_ids(valid_unicode(text))
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode_ids(list(ids))
+        return text
+
+    def _find_eod(self, model_file: Path) -> int:
+        candidates = [self._processor.eos_id()]
+        candidates += [self._processor.piece_to_id(piece) for piece in END_OF_DOCUMENT_PIECES]
+        for candidate in candidates:
+            if candidate >= 0 and not self._processor.is_unknown(candidate):
+                return int(candidate)
+        raise TokenizerError(
+            f"--tokenizer-model ({model_file}) has no end-of-sentence piece and none of "
+            f"{', '.join(END_OF_DOCUMENT_PIECES)}; give a model that was trained with one."
+        )

@@ -1,0 +1,74 @@
+"""From --tokenizer-type and its files to a tokenizer."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megatron.tokenizer.errors import TokenizerError
+from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer
+from megatron.tokenizer.hugging_face import HFTokenizer
+from megatron.tokenizer.null import NullTokenizer
+from megatron.tokenizer.sentence_piece import SentencePieceTokenizer
+
+TOKENIZER_TYPES = (
+    "GPT2BPETokenizer",
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "HFTokenizer",
+    "NullTokenizer",
+)
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    """Number of ids, `eod` included."""
+
+    eod: int
+    """The id that ends a document."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, without `eod`."""
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+
+
+def build_tokenizer(
+    tokenizer_type: str,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
+    tokenizer_model: str | None = None,
+    vocab_size: int | None = None,
+) -> Tokenizer:
+    """The tokenizer that the flags of the same names describe; TokenizerError if they are not enough or not right."""
+    if tokenizer_type not in TOKENIZER_TYPES:
+        allowed = ", ".join(TOKENIZER_TYPES)
+        raise TokenizerError(f"--tokenizer-type ({tokenizer_type}) is unknown; use one of {allowed}.")
+    if tokenizer_type == "GPT2BPETokenizer":
+        return GPT2BPETokenizer(
+            _existing(tokenizer_type, "--vocab-file", vocab_file, Path.is_file),
+            _existing(tokenizer_type, "--merge-file", merge_file, Path.is_file),
+        )
+    if tokenizer_type == "HFTokenizer":
+        return HFTokenizer(_existing(tokenizer_type, "--tokenizer-model", tokenizer_model, Path.exists))
+    if tokenizer_type == "NullTokenizer":
+        if vocab_size is None or vocab_size < 1:
+            raise TokenizerError(f"NullTokenizer needs --vocab-size (got {vocab_size}) of 1 or more; add it.")
+        return NullTokenizer(vocab_size)
+    return SentencePieceTokenizer(_existing(tokenizer_type, "--tokenizer-model", tokenizer_model, Path.is_file))
+
+
+def pad_vocab_size(vocab_size: int, make_divisible_by: int) -> int:
+    """The smallest multiple of `make_divisible_by` that holds `vocab_size` ids: the rows of the embedding."""
+    return -(-vocab_size // make_divisible_by) * make_divisible_by
+
+
+def _existing(tokenizer_type: str, flag: str, value: str | None, exists: Callable[[Path], bool]) -> Path:
+    if not value:
+        raise TokenizerError(f"{tokenizer_type} needs {flag}, which is not given; add it.")
+    path = Path(value)
+    if not exists(path):
+        raise TokenizerError(f"{flag} ({value}) does not exist or is of the wrong kind; give an existing path.")
+    return path

@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.errors import DataError
+from megatron.data.gpt_dataset import GPTDataset, build_dataset, build_datasets
+from megatron.data.indexed_dataset import IndexedDataset
+from tests.unit.data.conftest import MakeDataset
+
+SIZES = [5, 0, 17, 3, 8, 1, 30, 11, 2, 23]
+
+
+def open_part(prefix: str, num_samples: int, seq_length: int = 7, seed: int = 1, **options: object) -> GPTDataset:
+    indexed = IndexedDataset(prefix)
+    documents = range(indexed.num_documents)
+    return GPTDataset(indexed, documents, num_samples, seq_length, seed, "train", **options)  # type: ignore[arg-type]
+
+
+def test_a_sample_is_the_concatenation_of_its_pieces(make_dataset: MakeDataset) -> None:
+    prefix = make_dataset(SIZES)
+    indexed, dataset = IndexedDataset(prefix), open_part(prefix, 60)
+    for k in range(60):
+        sample = dataset[k]
+        assert (sample.dtype, sample.shape) == (np.int64, (8,))
+        pieces = [indexed.get_document(p.document, p.offset, p.length) for p in dataset.pieces(k)]
+        np.testing.assert_array_equal(np.concatenate(pieces), sample)
+
+
+def test_every_token_is_a_label_once_per_epoch(make_dataset: MakeDataset) -> None:
+    dataset = open_part(make_dataset(SIZES), 99, seq_length=1)
+    labels = np.sort(np.concatenate([dataset[k][1:] for k in range(99)]))
+    assert len(np.unique(labels)) == 99  # 100 tokens, the first of which nothing comes before
+
+
+def test_samples_are_shuffled_and_another_seed_gives_another_order(make_dataset: MakeDataset) -> None:
+    prefix = make_dataset(SIZES)
+    orders = [
+        [dataset[k].tolist() for k in range(14)] for dataset in (open_part(prefix, 14, seed=s) for s in (1, 1, 2))
+    ]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_asking_for_more_samples_leaves_the_first_ones_as_they_were(make_dataset: MakeDataset) -> None:
+    prefix = make_dataset(SIZES)
+    few, many = open_part(prefix, 20), open_part(prefix, 200)
+    for k in range(20):
+        np.testing.assert_array_equal(few[k], many[k])
+
+
+def test_negative_and_64_bit_seeds_work(make_dataset: MakeDataset) -> None:
+    prefix = make_dataset(SIZES)
+    assert open_part(prefix, 5, seed=-1)[0].shape == open_part(prefix, 5, seed=2**63)[0].shape == (8,)
+
+
+def test_exactly_one_sample_of_tokens_is_enough_and_one_fewer_is_refused(make_dataset: MakeDataset) -> None:
+    assert sorted(open_part(make_dataset([3, 5]), 4)[3].tolist()) == list(range(8))
+    message = r"train part of .*data has 7 tokens in 2 documents; one sample takes 8 \(--seq-length 7"
+    with pytest.raises(DataError, match=message):
+        open_part(make_dataset([3, 4]), 1)
+
+
+def test_values_that_are_not_integers_are_refused(make_dataset: MakeDataset) -> None:
+    with pytest.raises(DataError, match="holds float32 values, not token ids"):
+        open_part(make_dataset([30], dtype=np.float32), 1)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_when_its_sample_is_read(make_dataset: MakeDataset) -> None:
+    dataset = open_part(make_dataset([8]), 1, vocab_size=7)
+    with pytest.raises(DataError, match=r"token id 7 in sample 0 of the train part of .*ids 0 to 6"):
+        dataset[0]
+
+
+def test_an_index_outside_the_dataset_is_an_error(make_dataset: MakeDataset) -> None:
+    dataset = open_part(make_dataset(SIZES), 3)
+    for index in (-1, 3):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+def test_parts_share_no_document_and_an_unused_part_is_none(make_dataset: MakeDataset) -> None:
+    prefix = make_dataset([10] * 20)
+    train, valid, test = build_datasets([prefix], "80,20", (30, 8, 0), 9, 1)
+    assert train is not None
+    assert valid is not None
+    assert test is None
+    assert max(train[k].max() for k in range(30)) < 160 <= min(valid[k].min() for k in range(8))
+
+
+def test_a_part_without_enough_tokens_names_itself(make_dataset: MakeDataset) -> None:
+    with pytest.raises(DataError, match=r"the valid part of .* has 0 tokens in 0 documents; .* change --split"):
+        build_datasets([make_dataset([10] * 20)], "1,0,0", (3, 1, 0), 9, 1)
+
+
+def test_a_blend_draws_from_each_dataset_by_weight(make_dataset: MakeDataset) -> None:
+    small, large = make_dataset([50] * 4, "small"), make_dataset([50] * 4, "large", first=1000)
+    blend, _, _ = build_datasets(["1", small, "3", large], "1", (400, 0, 0), 9, 1)
+    assert blend is not None
+    assert len(blend) == 400
+    from_large = sum(int(blend[k][0] >= 1000) for k in range(400))
+    assert abs(from_large - 300) <= 1
+
+
+def test_a_dataset_too_light_to_be_drawn_is_not_needed(make_dataset: MakeDataset) -> None:
+    tiny = make_dataset([1], "tiny")
+    blend, _, _ = build_datasets(["0.001", tiny, "0.999", make_dataset([50] * 4, "large")], "1", (10, 0, 0), 9, 1)
+    assert blend is not None
+    assert len(blend[9]) == 10
+
+
+def test_a_part_with_files_of_its_own_uses_all_their_documents(make_dataset: MakeDataset) -> None:
+    dataset = build_dataset([make_dataset([10])], "valid", 1, 9, 1)
+    assert dataset is not None
+    assert dataset[0].tolist() == list(range(10))
+
+
+def test_the_order_is_kept_beside_the_data_by_default(make_dataset: MakeDataset) -> None:
+    prefix = make_dataset(SIZES)
+    build_datasets([prefix], "1", (20, 0, 0), 7, 1)
+    assert len(list(Path(f"{prefix}_cache").glob("*.npy"))) == 1
+
+
+def test_data_in_a_folder_that_cannot_be_written_works_without_a_cache(make_dataset: MakeDataset) -> None:
+    prefix = make_dataset(SIZES)
+    Path(f"{prefix}_cache").write_text("a file where the folder would be, which stops even root")
+    train, _, _ = build_datasets([prefix], "1", (20, 0, 0), 7, 1)
+    assert train is not None
+    assert train[19].shape == (8,)
+
+
+def test_a_cache_folder_that_was_asked_for_must_work(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"--data-cache-path \(.*file/cache\) cannot be used"):
+        build_datasets([make_dataset(SIZES)], "1", (20, 0, 0), 7, 1, tmp_path / "file" / "cache")

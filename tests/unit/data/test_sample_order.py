@@ -1,0 +1,87 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.sample_order import OrderPlan, SampleOrder, build_order, cached_order, num_epochs_for
+
+PLAN = OrderPlan(np.array([4, 9, 2, 7, 5], dtype=np.int64), range(1, 5), seq_length=3, seed=5, num_epochs=4)
+GOLDEN = ([4, 2, 1, 3], [6, 0, 3, 1, 4, 2, 5])
+
+
+def no_build(plan: OrderPlan) -> SampleOrder:
+    raise AssertionError("built although it was cached")
+
+
+def assert_equal(one: SampleOrder, other: SampleOrder) -> None:
+    np.testing.assert_array_equal(one.document_index, other.document_index)
+    np.testing.assert_array_equal(one.sample_index, other.sample_index)
+    np.testing.assert_array_equal(one.shuffle_index, other.shuffle_index)
+
+
+def test_every_epoch_reads_every_document_once_in_another_order() -> None:
+    epochs = build_order(PLAN).document_index.reshape(4, 4)
+    assert all(sorted(epoch) == [1, 2, 3, 4] for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
+
+
+def test_every_sample_is_drawn_once_and_within_its_epoch() -> None:
+    shuffle_index = build_order(PLAN).shuffle_index
+    for epoch in range(4):
+        first, last = PLAN.num_samples_after(epoch), PLAN.num_samples_after(epoch + 1)
+        assert sorted(shuffle_index[first:last].tolist()) == list(range(first, last))
+
+
+def test_more_epochs_only_append() -> None:
+    few, many = build_order(replace(PLAN, num_epochs=2)), build_order(PLAN)
+    np.testing.assert_array_equal(few.document_index, many.document_index[: len(few.document_index)])
+    np.testing.assert_array_equal(few.sample_index, many.sample_index[: len(few.sample_index)])
+    np.testing.assert_array_equal(few.shuffle_index, many.shuffle_index[: len(few.shuffle_index)])
+
+
+def test_the_order_of_a_seed_never_changes() -> None:
+    """Checkpoints name their place in this order by a count of samples."""
+    order = build_order(replace(PLAN, num_epochs=1))
+    assert (order.document_index.tolist(), order.shuffle_index.tolist()) == GOLDEN
+
+
+@pytest.mark.parametrize("num_samples", range(1, 40))
+def test_the_number_of_epochs_is_the_least_that_holds_the_samples(num_samples: int) -> None:
+    num_epochs = num_epochs_for(num_samples, PLAN.tokens_per_epoch, PLAN.seq_length)
+    assert PLAN.num_samples_after(num_epochs - 1) < num_samples <= PLAN.num_samples_after(num_epochs)
+
+
+def test_a_cached_order_is_read_and_not_built_again(tmp_path: Path) -> None:
+    first = cached_order(PLAN, tmp_path / "cache")
+    assert_equal(first, build_order(PLAN))
+    assert_equal(cached_order(PLAN, tmp_path / "cache", no_build), first)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 20, 500])
+def test_a_truncated_cache_is_built_again(tmp_path: Path, keep_bytes: int) -> None:
+    cached_order(PLAN, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:keep_bytes])
+    assert_equal(cached_order(PLAN, tmp_path), build_order(PLAN))
+    assert_equal(cached_order(PLAN, tmp_path, no_build), build_order(PLAN))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 6},
+        {"seq_length": 4},
+        {"num_epochs": 5},
+        {"documents": range(0, 5)},
+        {"document_sizes": np.array([4, 9, 2, 5, 7], dtype=np.int64)},
+    ],
+)
+def test_anything_that_changes_the_order_changes_the_name_of_its_cache(change: dict[str, object]) -> None:
+    assert replace(PLAN, **change).fingerprint() != PLAN.fingerprint()  # type: ignore[arg-type]
+
+
+def test_sizes_outside_the_documents_do_not_change_the_name() -> None:
+    sizes = np.array([400, 9, 2, 7, 5], dtype=np.int64)
+    assert replace(PLAN, document_sizes=sizes).fingerprint() == PLAN.fingerprint()

@@ -1,0 +1,59 @@
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from megatron.tokenizer import TokenizerError
+from megatron.tokenizer.hugging_face import HFTokenizer
+from tests.unit.tokenizer.conftest import HARD_TEXTS
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, bpe_files: tuple[Path, Path]) -> Path:
+    """Write a byte-level tokenizer.json with two special tokens, set to cut texts off after four tokens."""
+    tokenizer = tokenizers.Tokenizer(models.BPE.from_file(*map(str, bpe_files)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>", "<stop>"])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS, ids=range(len(HARD_TEXTS)))
+def test_any_text_comes_back_unchanged_and_whole(model_folder: Path, text: str) -> None:
+    tokenizer = HFTokenizer(model_folder)
+    assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+
+
+def test_the_file_serves_as_well_as_its_folder(model_folder: Path) -> None:
+    assert HFTokenizer(model_folder / "tokenizer.json").vocab_size == HFTokenizer(model_folder).vocab_size == 263
+
+
+@pytest.mark.parametrize("token", ["<stop>", {"content": "<stop>", "special": True}])
+def test_the_configured_token_ends_a_document(model_folder: Path, token: object) -> None:
+    (model_folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    assert HFTokenizer(model_folder).eod == 262
+
+
+def test_without_configuration_a_well_known_token_ends_a_document(model_folder: Path) -> None:
+    assert HFTokenizer(model_folder).eod == 260
+
+
+def test_a_configured_token_that_the_vocabulary_lacks_is_refused(model_folder: Path) -> None:
+    (model_folder / "tokenizer_config.json").write_text('{"eos_token": "<nowhere>"}')
+    with pytest.raises(TokenizerError, match="has no end-of-document token; looked for <nowhere>"):
+        HFTokenizer(model_folder)
+
+
+def test_a_folder_or_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"is a folder without tokenizer\.json"):
+        HFTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"is not a tokenizer\.json"):
+        HFTokenizer(tmp_path)

@@ -1,0 +1,17 @@
+import pytest
+
+from megatron.tokenizer import TokenizerError
+from megatron.tokenizer.null import NullTokenizer
+
+
+def test_ids_are_read_from_text_and_written_as_text() -> None:
+    tokenizer = NullTokenizer(100)
+    assert tokenizer.tokenize(" 3 14\n99 ") == [3, 14, 99]
+    assert tokenizer.detokenize([3, 14, 99]) == "3 14 99"
+    assert (tokenizer.vocab_size, tokenizer.eod) == (101, 100)
+
+
+@pytest.mark.parametrize("word", ["101", "-1", "x", "²", "1.5"])
+def test_what_is_no_id_of_the_vocabulary_is_refused(word: str) -> None:
+    with pytest.raises(TokenizerError, match="it takes ids 0 to 100 separated by spaces"):
+        NullTokenizer(100).tokenize(f"1 {word}")

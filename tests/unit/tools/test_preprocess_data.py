@@ -1,0 +1,83 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron.data.indexed_dataset import IndexedDataset
+from tests.unit.tools.tool import run_tool
+
+NUMBERS = ("--tokenizer-type", "NullTokenizer", "--vocab-size", 100)
+
+
+def write_lines(path: Path, *documents: object) -> Path:
+    content = "".join(json.dumps(document) + "\n" for document in documents)
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return path
+
+
+def tokens_of(prefix: Path) -> list[list[int]]:
+    dataset = IndexedDataset(prefix)
+    return [dataset.get_document(k).tolist() for k in range(dataset.num_documents)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_lines_of_json_become_documents_and_empty_ones_are_left_out(tmp_path: Path, name: str, workers: int) -> None:
+    source = write_lines(tmp_path / name, {"text": "1 2"}, {"text": ""}, {"text": "3"})
+    arguments = ("--append-eod", "--workers", workers, "--output-prefix", tmp_path / "out" / "data")
+    assert run_tool("preprocess_data", "--input", source, *NUMBERS, *arguments) == 0
+    assert tokens_of(tmp_path / "out" / "data_text_document") == [[1, 2, 100], [3, 100]]
+
+
+def test_each_key_becomes_a_dataset(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", {"question": "1", "answer": "2 3"})
+    arguments = ("--json-keys", "question", "answer", "--output-prefix", tmp_path / "data")
+    assert run_tool("preprocess_data", "--input", source, *NUMBERS, *arguments) == 0
+    assert tokens_of(tmp_path / "data_question_document") == [[1]]
+    assert tokens_of(tmp_path / "data_answer_document") == [[2, 3]]
+
+
+def test_a_folder_of_text_files_becomes_a_dataset(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in (2, 1):
+        (tmp_path / "texts" / f"{number}.txt").write_text(str(number))
+    arguments = ("--input-format", "text", "--output-prefix", tmp_path / "data")
+    assert run_tool("preprocess_data", "--input", tmp_path / "texts", *NUMBERS, *arguments) == 0
+    assert tokens_of(tmp_path / "data_text_document") == [[1], [2]]
+
+
+def test_progress_is_reported_every_so_many_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_lines(tmp_path / "a.jsonl", *[{"text": "1"}] * 5)
+    arguments = ("--log-interval", 2, "--output-prefix", tmp_path / "data")
+    assert run_tool("preprocess_data", "--input", source, *NUMBERS, *arguments) == 0
+    output = capsys.readouterr()
+    assert [line.split()[0] for line in output.err.splitlines()] == ["2", "4"]
+    assert "5 documents, 5 tokens, uint16" in output.out
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([{"text": "1"}, {"text": "word"}], "NullTokenizer got 'word'"),
+        ([{"text": "1"}, {"body": "1"}], "line 2: no text under the key 'text'; keys found: body"),
+        ([{"text": ""}], "the input has no text"),
+    ],
+)
+def test_bad_input_gives_one_line_and_no_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[object], message: str, workers: int
+) -> None:
+    source = write_lines(tmp_path / "a.jsonl", *lines)
+    arguments = ("--workers", workers, "--output-prefix", tmp_path / "out" / "data")
+    assert run_tool("preprocess_data", "--input", source, *NUMBERS, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_missing_input_and_missing_tokenizer_files_exit_with_2(tmp_path: Path) -> None:
+    output = ("--output-prefix", tmp_path / "data")
+    assert run_tool("preprocess_data", "--input", tmp_path / "nowhere.jsonl", *NUMBERS, *output) == 2
+    source = write_lines(tmp_path / "a.jsonl", {"text": "1"})
+    assert run_tool("preprocess_data", "--input", source, "--tokenizer-type", "GPT2BPETokenizer", *output) == 2
