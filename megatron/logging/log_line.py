@@ -1,0 +1,148 @@
+"""The lines of the training log, in Megatron's form, and the parser that reads them back.
+
+     iteration        1/     100 | consumed samples:            8 | ... | lm loss: 8.123456E+00 | ... |
+     validation loss at iteration 100 | lm loss value: 8.123456E+00 | lm loss PPL: 3.371E+03 |
+
+Writing and reading share one table of fields, so that they cannot drift apart.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+UNKNOWN = "n/a"
+_LARGEST_EXPONENT = 700.0  # exp() of more overflows a double
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterationRecord:
+    """What one log line says about an iteration. None stands for a value that is unknown or does not apply."""
+
+    iteration: int
+    train_iterations: int
+    consumed_samples: int
+    consumed_tokens: int
+    milliseconds: float
+    """Mean wall time of an iteration since the last log line."""
+    learning_rate: float
+    global_batch_size: int
+    loss: float | None
+    """Mean over the tokens of the iterations since the last log line; None if all of them were skipped."""
+    loss_scale: float
+    grad_norm: float | None
+    tokens_per_second_per_gpu: float | None
+    model_tflops_per_gpu: float | None
+    mfu: float | None
+    """Share of the device's peak, 0 to 1; printed in per cent."""
+    hfu: float | None
+    peak_gpu_gib: float | None
+    host_gib: float | None
+    skipped_iterations: int
+    nan_iterations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecord:
+    """What one log line says about an evaluation. `part` is "validation" or "test"."""
+
+    iteration: int
+    loss: float
+    part: str = "validation"
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, _LARGEST_EXPONENT))
+
+
+LogRecord = IterationRecord | ValidationRecord
+
+
+@dataclass(frozen=True)
+class _Column:
+    label: str
+    attribute: str
+    form: str
+    read: Callable[[str], float]
+
+
+def _read_percent(text: str) -> float:
+    return round(float(text.removesuffix("%")) / 100.0, 6)
+
+
+_COLUMNS = (
+    _Column("consumed samples", "consumed_samples", "12d", int),
+    _Column("consumed tokens", "consumed_tokens", "14d", int),
+    _Column("elapsed time per iteration (ms)", "milliseconds", ".1f", float),
+    _Column("learning rate", "learning_rate", ".3E", float),
+    _Column("global batch size", "global_batch_size", "5d", int),
+    _Column("lm loss", "loss", ".6E", float),
+    _Column("loss scale", "loss_scale", ".1f", float),
+    _Column("grad norm", "grad_norm", ".3f", float),
+    _Column("tokens/s/GPU", "tokens_per_second_per_gpu", ".1f", float),
+    _Column("model TFLOP/s", "model_tflops_per_gpu", ".2f", float),
+    _Column("MFU", "mfu", ".1%", _read_percent),
+    _Column("HFU", "hfu", ".1%", _read_percent),
+    _Column("peak GPU memory (GiB)", "peak_gpu_gib", ".2f", float),
+    _Column("host memory (GiB)", "host_gib", ".2f", float),
+    _Column("number of skipped iterations", "skipped_iterations", "3d", int),
+    _Column("number of nan iterations", "nan_iterations", "3d", int),
+)
+_ITERATION = re.compile(r"(?:^|\s)iteration +(\d+)/ *(\d+) \| (.*)\|")
+_VALIDATION = re.compile(r"(?:^|\s)(validation|test) loss at iteration (\d+) \| lm loss value: (\S+) \|")
+
+
+def format_iteration(record: IterationRecord) -> str:
+    """Return the log line of one iteration, without a newline."""
+    columns = "".join(f" {column.label}: {_format(record, column)} |" for column in _COLUMNS)
+    return f" iteration {record.iteration:8d}/{record.train_iterations:8d} |{columns}"
+
+
+def format_validation(record: ValidationRecord) -> str:
+    """Return the log line of one evaluation, without a newline."""
+    return (
+        f" {record.part} loss at iteration {record.iteration} | lm loss value: {record.loss:.6E} | "
+        f"lm loss PPL: {record.perplexity:.6E} |"
+    )
+
+
+def parse_line(line: str) -> LogRecord | None:
+    """Return what a line says, or None if it is neither an iteration's nor an evaluation's.
+
+    Whatever a launcher puts in front of the line, and columns that this version does not know, are skipped; known
+    columns that are missing or damaged make the line no record, as in a log that was cut off.
+    """
+    if match := _VALIDATION.search(line):
+        return ValidationRecord(iteration=int(match[2]), loss=float(match[3]), part=match[1])
+    if match := _ITERATION.search(line):
+        return _parse_iteration(int(match[1]), int(match[2]), match[3])
+    return None
+
+
+def parse_log(lines: Iterable[str]) -> Iterator[LogRecord]:
+    """Yield the records among `lines`."""
+    for line in lines:
+        if (record := parse_line(line)) is not None:
+            yield record
+
+
+def _format(record: IterationRecord, column: _Column) -> str:
+    value = getattr(record, column.attribute)
+    return UNKNOWN if value is None else format(value, column.form)
+
+
+def _parse_iteration(iteration: int, train_iterations: int, rest: str) -> IterationRecord | None:
+    texts = dict(_split_column(part) for part in rest.split(" |") if ":" in part)
+    values: dict[str, float | None] = {}
+    for column in _COLUMNS:
+        text = texts.get(column.label, "")
+        try:
+            values[column.attribute] = None if text == UNKNOWN else column.read(text)
+        except ValueError:
+            return None
+    return IterationRecord(iteration=iteration, train_iterations=train_iterations, **values)  # type: ignore[arg-type]
+
+
+def _split_column(part: str) -> tuple[str, str]:
+    label, _, text = part.rpartition(":")
+    return label.strip(), text.strip()

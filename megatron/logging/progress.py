@@ -1,0 +1,131 @@
+"""Progress within a step: one step at a million tokens takes minutes, and a silent terminal looks like a hang.
+
+A bar on a terminal, redrawn a few times a second; elsewhere a line now and then, so that a log file does not fill up.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Protocol, TextIO
+
+_REDRAW_SECONDS = 0.1
+_BAR_WIDTH = 24
+_ERASE_LINE = "\r\x1b[2K"
+
+
+class StepProgress(Protocol):
+    """What a training loop tells about the step it is in."""
+
+    def start_step(self, iteration: int, total_units: int) -> None:
+        """Begin a step of `total_units` equal pieces of work."""
+
+    def advance(self, phase: str, layer: int, chunk: int) -> None:
+        """Report that one piece of work is being started: `chunk` of `layer` in "forward", "backward", ..."""
+
+    def finish_step(self) -> None:
+        """End the step and leave the output ready for ordinary lines."""
+
+
+class NoProgress:
+    """Says nothing: every rank but the first, and --progress off."""
+
+    def start_step(self, iteration: int, total_units: int) -> None:
+        pass
+
+    def advance(self, phase: str, layer: int, chunk: int) -> None:
+        pass
+
+    def finish_step(self) -> None:
+        pass
+
+
+class _TimedProgress:
+    """Counts the pieces of work and shows them when `interval` seconds have passed since the last time."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float], interval: float) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._interval = interval
+        self._iteration = 0
+        self._total_units = 0
+        self._units_done = 0
+        self._started = 0.0
+        self._due = 0.0
+
+    def start_step(self, iteration: int, total_units: int) -> None:
+        self._iteration = iteration
+        self._total_units = max(total_units, 1)
+        self._units_done = 0
+        self._started = self._clock()
+        self._due = self._started + self._interval
+
+    def advance(self, phase: str, layer: int, chunk: int) -> None:
+        now = self._clock()
+        if now >= self._due:
+            self._due = now + self._interval
+            self._stream.write(self._text(now - self._started, f"{phase} layer {layer} chunk {chunk}"))
+            self._stream.flush()
+        self._units_done += 1
+
+    def finish_step(self) -> None:
+        pass
+
+    def _text(self, elapsed: float, place: str) -> str:
+        raise NotImplementedError
+
+    def _share_done(self) -> float:
+        return min(self._units_done / self._total_units, 1.0)
+
+    def _seconds_left(self, elapsed: float) -> str:
+        share = self._share_done()
+        return format_duration(elapsed * (1.0 - share) / share) if share > 0.0 else "?"
+
+
+class ProgressBar(_TimedProgress):
+    """A bar that redraws itself on one line of a terminal and is gone when the step ends."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(stream, clock, _REDRAW_SECONDS)
+
+    def finish_step(self) -> None:
+        self._stream.write(_ERASE_LINE)
+        self._stream.flush()
+
+    def _text(self, elapsed: float, place: str) -> str:
+        share = self._share_done()
+        bar = ("#" * round(share * _BAR_WIDTH)).ljust(_BAR_WIDTH, "-")
+        times = f"{format_duration(elapsed)} < {self._seconds_left(elapsed)}"
+        return f"{_ERASE_LINE} iteration {self._iteration} [{bar}] {share:4.0%} | {place} | {times}"
+
+
+class Heartbeat(_TimedProgress):
+    """A line at most every `heartbeat_seconds` while a step is going on."""
+
+    def __init__(
+        self, stream: TextIO, heartbeat_seconds: float = 60.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(stream, clock, heartbeat_seconds)
+
+    def _text(self, elapsed: float, place: str) -> str:
+        return (
+            f" iteration {self._iteration} in progress: {self._share_done():.0%} | {place} | "
+            f"elapsed: {format_duration(elapsed)} | left: {self._seconds_left(elapsed)} |\n"
+        )
+
+
+def build_progress(style: str, rank: int, stream: TextIO, heartbeat_seconds: float) -> StepProgress:
+    """Return the progress report for --progress `style` (auto, bar, line or off), shown by rank 0 alone.
+
+    `auto` is a bar if `stream` is a terminal and a heartbeat line if it is not.
+    """
+    if rank != 0 or style == "off":
+        return NoProgress()
+    if style == "bar" or (style == "auto" and stream.isatty()):
+        return ProgressBar(stream)
+    return Heartbeat(stream, heartbeat_seconds)
+
+
+def format_duration(seconds: float) -> str:
+    """Return m:ss, or h:mm:ss from an hour on."""
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{whole_seconds:02d}" if hours else f"{minutes}:{whole_seconds:02d}"

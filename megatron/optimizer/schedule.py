@@ -1,0 +1,205 @@
+"""Learning-rate schedules: a pure function of how far the training has come.
+
+    warm-up   rises in a line from `warmup_initial` to `peak`
+    decay     falls from `peak` to `minimum`, in the shape that the style names
+    after     stays at `minimum` (a constant schedule stays at `peak`)
+
+    style                  share of (peak - minimum) left at r = (progress - warmup) / (decay - warmup)
+    constant               1
+    linear                 1 - r
+    cosine                 (1 + cos(pi r)) / 2
+    inverse-square-root    the rate itself is peak * sqrt(warmup / progress), never below the minimum
+    WSD                    1 until the last `wsd_decay` of the decay length, then `wsd_style` over r of that part:
+                           linear, cosine, exponential (2 * 0.5^r - 1) or minus_sqrt (1 - sqrt(r))
+
+Lengths may be given in iterations, samples or tokens; they are all converted to one unit when the schedule is built.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megatron.config.errors import ConfigError
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.training import TrainingConfig
+
+STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+UNITS = ("iters", "samples", "tokens")
+
+_SHAPES: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda r: 1.0 - r,
+    "cosine": lambda r: 0.5 * (1.0 + math.cos(math.pi * r)),
+    "exponential": lambda r: 2.0 * 0.5**r - 1.0,
+    "minus_sqrt": lambda r: 1.0 - math.sqrt(r),
+}
+WSD_STYLES = tuple(_SHAPES)
+
+
+class ScheduleError(ConfigError):
+    """A learning-rate schedule that cannot be honoured."""
+
+
+def learning_rate(
+    progress: float,
+    *,
+    peak: float,
+    minimum: float,
+    warmup: float,
+    decay: float,
+    style: str,
+    warmup_initial: float = 0.0,
+    wsd_decay: float = 0.0,
+    wsd_style: str = "exponential",
+) -> float:
+    """Return the learning rate at `progress`, which shares its unit with `warmup`, `decay` and `wsd_decay`."""
+    if progress < warmup:
+        return warmup_initial + (peak - warmup_initial) * progress / warmup
+    if style == "constant" or progress <= warmup:
+        return peak
+    if progress >= decay:
+        return minimum
+    if style == "inverse-square-root":
+        return max(minimum, peak * math.sqrt(max(warmup, 1.0) / max(progress, 1.0)))
+    if style == "WSD":
+        start = decay - wsd_decay
+        share = 1.0 if progress <= start else _SHAPES[wsd_style]((progress - start) / wsd_decay)
+    else:
+        share = _SHAPES[style]((progress - warmup) / (decay - warmup))
+    return minimum + (peak - minimum) * share
+
+
+@dataclass(frozen=True)
+class LearningRateSchedule:
+    """A learning-rate schedule with every length in `unit` ("iters", "samples" or "tokens").
+
+    Raises:
+        ScheduleError: the values contradict each other.
+    """
+
+    peak: float
+    minimum: float
+    warmup: float
+    decay: float
+    style: str
+    unit: str
+    warmup_initial: float = 0.0
+    wsd_decay: float = 0.0
+    wsd_style: str = "exponential"
+
+    def __post_init__(self) -> None:
+        _require_one_of("--lr-decay-style", self.style, STYLES)
+        _require_one_of("--lr-wsd-decay-style", self.wsd_style, WSD_STYLES)
+        _require_one_of("the unit of the learning-rate schedule", self.unit, UNITS)
+        if not 0.0 <= self.minimum <= self.peak:
+            raise ScheduleError(
+                f"--min-lr ({self.minimum:g}) must lie between 0 and --lr ({self.peak:g}); lower --min-lr "
+                "or raise --lr."
+            )
+        if not 0.0 <= self.warmup_initial <= self.peak:
+            raise ScheduleError(
+                f"--lr-warmup-init ({self.warmup_initial:g}) must lie between 0 and --lr ({self.peak:g}); "
+                "warm-up rises to --lr."
+            )
+        if not 0 <= self.warmup <= self.decay:
+            raise ScheduleError(
+                f"The learning-rate warm-up ({self.warmup:g} {self.unit}) must not be longer than the decay "
+                f"({self.decay:g} {self.unit}), which includes it; shorten the warm-up or raise --lr-decay-{self.unit}."
+            )
+        if self.style == "WSD" and not 0 < self.wsd_decay <= self.decay - self.warmup:
+            raise ScheduleError(
+                f"--lr-wsd-decay-{self.unit} ({self.wsd_decay:g}) must lie between 1 and {self.decay - self.warmup:g}, "
+                f"the {self.unit} that warm-up leaves of the decay length; give the length of the final decay."
+            )
+
+    def at(self, iteration: int, samples: int, tokens: int) -> float:
+        """Return the learning rate of the step that brings the counts to `iteration`, `samples` and `tokens`.
+
+        The counts include the step itself: the first step of a warm-up has a rate above zero, the last step of the
+        decay has the minimum.
+        """
+        progress = {"iters": iteration, "samples": samples, "tokens": tokens}[self.unit]
+        return learning_rate(
+            progress,
+            peak=self.peak,
+            minimum=self.minimum,
+            warmup=self.warmup,
+            decay=self.decay,
+            style=self.style,
+            warmup_initial=self.warmup_initial,
+            wsd_decay=self.wsd_decay,
+            wsd_style=self.wsd_style,
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        optimizer_config: OptimizerConfig,
+        training_config: TrainingConfig,
+        global_batch_size: int,
+        seq_length: int,
+    ) -> "LearningRateSchedule":
+        """Build the schedule that the `lr_*` and `train_*` settings describe.
+
+        The unit is that of --lr-decay-*, or of --train-* where no decay length is given: then decay ends with training.
+        An iteration is `global_batch_size` samples, a sample `seq_length` tokens.
+
+        Raises:
+            ScheduleError: lengths are missing, given twice, or contradict each other.
+        """
+        tokens_per = {"iters": global_batch_size * seq_length, "samples": seq_length, "tokens": 1}
+
+        decay = _given_length(optimizer_config, "lr_decay") or _given_length(training_config, "train")
+        if decay is None:
+            raise ScheduleError(
+                "The length of training is missing; give exactly one of --train-iters, --train-samples and "
+                "--train-tokens."
+            )
+        decay_length, unit = decay
+
+        def in_unit(given: tuple[float, str] | None) -> float:
+            return 0.0 if given is None else given[0] * tokens_per[given[1]] / tokens_per[unit]
+
+        warmup = in_unit(_given_length(optimizer_config, "lr_warmup"))
+        fraction = optimizer_config.lr_warmup_fraction
+        if fraction is not None:
+            _require_warmup_fraction(fraction, warmup)
+            warmup = fraction * decay_length
+        return cls(
+            peak=optimizer_config.lr,
+            minimum=optimizer_config.min_lr,
+            warmup=warmup,
+            decay=decay_length,
+            style=optimizer_config.lr_decay_style,
+            unit=unit,
+            warmup_initial=optimizer_config.lr_warmup_init,
+            wsd_decay=in_unit(_given_length(optimizer_config, "lr_wsd_decay")),
+            wsd_style=optimizer_config.lr_wsd_decay_style,
+        )
+
+
+def _given_length(settings: OptimizerConfig | TrainingConfig, name: str) -> tuple[float, str] | None:
+    """Return (length, unit) of the one setting among name_iters, name_samples and name_tokens that is given."""
+    given = [(getattr(settings, f"{name}_{unit}"), unit) for unit in UNITS if getattr(settings, f"{name}_{unit}")]
+    if len(given) > 1:
+        flag = "--" + name.replace("_", "-")
+        flags = " and ".join(f"{flag}-{unit} ({length})" for length, unit in given)
+        raise ScheduleError(f"{flags} are both given, and only one of them can count; remove the others.")
+    return given[0] if given else None
+
+
+def _require_warmup_fraction(fraction: float, warmup: float) -> None:
+    if not 0.0 <= fraction <= 1.0:
+        raise ScheduleError(
+            f"--lr-warmup-fraction ({fraction:g}) must lie between 0 and 1: it is the share of the decay length that "
+            "warm-up takes. Use --lr-warmup-iters for a number of iterations."
+        )
+    if warmup:
+        raise ScheduleError(
+            f"--lr-warmup-fraction ({fraction:g}) and a warm-up length ({warmup:g}) are both given, and only one of "
+            "them can count; remove one."
+        )
+
+
+def _require_one_of(what: str, got: str, allowed: tuple[str, ...]) -> None:
+    if got not in allowed:
+        raise ScheduleError(f"{what} ({got!r}) is unknown; use one of {', '.join(allowed)}.")

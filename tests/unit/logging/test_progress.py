@@ -1,0 +1,103 @@
+import io
+
+import pytest
+
+from megatron.logging.progress import Heartbeat, NoProgress, ProgressBar, build_progress, format_duration
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_heartbeat_says_where_the_step_is_and_how_long_it_will_take():
+    stream, clock = io.StringIO(), Clock()
+    progress = Heartbeat(stream, heartbeat_seconds=60, clock=clock)
+    progress.start_step(iteration=7, total_units=4)
+    progress.advance("forward", layer=0, chunk=0)
+    clock.now += 90
+    progress.advance("backward", layer=3, chunk=2)
+    assert stream.getvalue() == (
+        " iteration 7 in progress: 25% | backward layer 3 chunk 2 | elapsed: 1:30 | left: 4:30 |\n"
+    )
+
+
+def test_heartbeats_keep_their_distance():
+    stream, clock = io.StringIO(), Clock()
+    progress = Heartbeat(stream, heartbeat_seconds=60, clock=clock)
+    progress.start_step(1, total_units=300)
+    for chunk in range(300):
+        clock.now += 1
+        progress.advance("forward", 0, chunk)
+    progress.finish_step()
+    assert stream.getvalue().count("\n") == 5
+
+
+def test_short_steps_have_no_heartbeat():
+    stream, clock = io.StringIO(), Clock()
+    progress = Heartbeat(stream, heartbeat_seconds=60, clock=clock)
+    for iteration in range(100):
+        progress.start_step(iteration, total_units=1)
+        progress.advance("forward", 0, 0)
+        clock.now += 50
+        progress.finish_step()
+    assert stream.getvalue() == ""
+
+
+def test_the_bar_moves_and_is_gone_after_the_step():
+    stream, clock = io.StringIO(), Clock()
+    bar = ProgressBar(stream, clock)
+    bar.start_step(3, total_units=2)
+    bar.advance("forward", 0, 0)
+    clock.now += 5
+    bar.advance("backward", 0, 0)
+    assert "iteration 3 [############------------]  50% | backward layer 0 chunk 0 | 0:05 < 0:05" in stream.getvalue()
+    bar.finish_step()
+    assert stream.getvalue().endswith("\r\x1b[2K")
+    assert "\n" not in stream.getvalue()
+
+
+def test_more_work_than_announced_stays_at_the_end():
+    stream, clock = io.StringIO(), Clock()
+    bar = ProgressBar(stream, clock)
+    bar.start_step(1, total_units=1)
+    for chunk in range(3):
+        clock.now += 1
+        bar.advance("forward", 0, chunk)
+    assert "100%" in stream.getvalue()
+    assert "-" not in stream.getvalue().split("[")[-1].split("]")[0]
+
+
+@pytest.mark.parametrize(
+    "style, rank, stream, kind",
+    [
+        ("auto", 0, Terminal(), ProgressBar),
+        ("auto", 0, io.StringIO(), Heartbeat),
+        ("bar", 0, io.StringIO(), ProgressBar),
+        ("line", 0, Terminal(), Heartbeat),
+        ("off", 0, Terminal(), NoProgress),
+        ("bar", 1, Terminal(), NoProgress),
+    ],
+)
+def test_the_style_the_terminal_and_the_rank_decide(style, rank, stream, kind):
+    assert type(build_progress(style, rank, stream, heartbeat_seconds=60)) is kind
+
+
+def test_no_progress_takes_every_call():
+    progress = NoProgress()
+    progress.start_step(1, 2)
+    progress.advance("forward", 0, 0)
+    progress.finish_step()
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (7325, "2:02:05")])
+def test_durations_read_as_a_clock(seconds, text):
+    assert format_duration(seconds) == text

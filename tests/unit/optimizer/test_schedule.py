@@ -1,0 +1,148 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from megatron.config.errors import ConfigError
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.training import TrainingConfig
+from megatron.optimizer.schedule import STYLES, WSD_STYLES, LearningRateSchedule, ScheduleError, learning_rate
+
+LINEAR = LearningRateSchedule(peak=1.0, minimum=0.1, warmup=10, decay=110, style="linear", unit="iters")
+WSD = replace(LINEAR, style="WSD", wsd_decay=20, wsd_style="linear")
+
+
+def rate(schedule: LearningRateSchedule, iteration: int) -> float:
+    return schedule.at(iteration, samples=0, tokens=0)
+
+
+def build(optimizer: OptimizerConfig, training: TrainingConfig) -> LearningRateSchedule:
+    return LearningRateSchedule.from_config(optimizer, training, global_batch_size=4, seq_length=100)
+
+
+def test_warmup_rises_in_a_line_from_its_initial_rate():
+    schedule = replace(LINEAR, warmup_initial=0.2)
+    assert [rate(schedule, i) for i in (0, 5, 10)] == pytest.approx([0.2, 0.6, 1.0])
+
+
+@pytest.mark.parametrize("style", [style for style in STYLES if style not in ("constant", "WSD")])
+def test_decay_starts_at_the_peak_falls_and_ends_at_the_minimum(style):
+    rates = [rate(replace(LINEAR, style=style), i) for i in range(10, 111)]
+    assert rates[0] == 1.0
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_rate_stays_where_the_decay_ended(style):
+    schedule = replace(LINEAR, style=style, wsd_decay=10)
+    end = 1.0 if style == "constant" else 0.1
+    assert [rate(schedule, i) for i in (110, 111, 10**9)] == pytest.approx([end] * 3)
+
+
+@pytest.mark.parametrize(
+    "style, expected",
+    [("linear", 0.55), ("cosine", 0.55), ("constant", 1.0), ("inverse-square-root", 60**-0.5 * 10**0.5)],
+)
+def test_half_way_rate_matches_the_formula(style, expected):
+    assert rate(replace(LINEAR, style=style), 60) == pytest.approx(expected)
+
+
+def test_cosine_at_a_quarter_matches_the_formula():
+    assert rate(replace(LINEAR, style="cosine"), 35) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_inverse_square_root_never_falls_below_the_minimum():
+    assert rate(replace(LINEAR, style="inverse-square-root", decay=10**6), 9999) == 0.1
+
+
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "WSD"])
+def test_without_warmup_the_first_step_is_near_the_peak(style):
+    assert rate(replace(LINEAR, style=style, warmup=0), 0) == 1.0
+    assert rate(replace(LINEAR, style=style, warmup=0), 1) == pytest.approx(1.0, rel=0.01)
+
+
+def test_warmup_as_long_as_the_decay_reaches_the_peak_and_then_the_minimum():
+    schedule = replace(LINEAR, warmup=10, decay=10)
+    assert [rate(schedule, i) for i in (9, 10, 11)] == pytest.approx([0.9, 1.0, 0.1])
+
+
+def test_wsd_is_flat_until_its_final_decay():
+    assert [rate(WSD, i) for i in (10, 50, 90)] == [1.0, 1.0, 1.0]
+    assert rate(WSD, 91) < 1.0
+
+
+@pytest.mark.parametrize(
+    "style, half_way",
+    [("linear", 0.5), ("cosine", 0.5), ("exponential", 2 * 0.5**0.5 - 1), ("minus_sqrt", 1 - 0.5**0.5)],
+)
+def test_wsd_styles_match_their_formulas(style, half_way):
+    schedule = replace(WSD, wsd_style=style)
+    assert rate(schedule, 100) == pytest.approx(0.1 + 0.9 * half_way)
+    assert rate(schedule, 110) == pytest.approx(0.1)
+
+
+def test_every_wsd_style_is_tested_above():
+    assert set(WSD_STYLES) == {"linear", "cosine", "exponential", "minus_sqrt"}
+
+
+@pytest.mark.parametrize("unit, counts", [("iters", (60, 0, 0)), ("samples", (0, 60, 0)), ("tokens", (0, 0, 60))])
+def test_progress_is_counted_in_the_unit_of_the_schedule(unit, counts):
+    assert replace(LINEAR, unit=unit).at(*counts) == pytest.approx(0.55)
+
+
+def test_learning_rate_is_usable_with_fractions_of_an_iteration():
+    assert learning_rate(0.25, peak=1.0, minimum=0.0, warmup=0.5, decay=1.0, style="linear") == 0.5
+
+
+def test_from_config_decays_over_the_whole_training_by_default():
+    schedule = build(OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_iters=10), TrainingConfig(train_iters=110))
+    assert schedule == LINEAR
+
+
+def test_from_config_converts_lengths_to_the_unit_of_the_decay():
+    optimizer = OptimizerConfig(
+        lr=1.0, lr_decay_style="WSD", lr_decay_tokens=40_000, lr_warmup_iters=10, lr_wsd_decay_samples=50
+    )
+    schedule = build(optimizer, TrainingConfig(train_iters=1000))
+    assert (schedule.unit, schedule.warmup, schedule.decay, schedule.wsd_decay) == ("tokens", 4000, 40_000, 5000)
+
+
+def test_the_same_training_in_iterations_samples_and_tokens_has_the_same_rates():
+    optimizer = OptimizerConfig(lr=1.0, lr_decay_style="cosine", lr_warmup_iters=5)
+    lengths = [{"train_iters": 50}, {"train_samples": 200}, {"train_tokens": 20_000}]
+    curves = [
+        [build(optimizer, TrainingConfig(**length)).at(i, 4 * i, 400 * i) for i in range(60)] for length in lengths
+    ]
+    assert curves[1] == pytest.approx(curves[0])
+    assert curves[2] == pytest.approx(curves[0])
+
+
+def test_from_config_takes_the_warmup_as_a_fraction_of_the_decay():
+    optimizer = OptimizerConfig(lr=1.0, lr_warmup_fraction=0.1)
+    assert build(optimizer, TrainingConfig(train_iters=110)).warmup == pytest.approx(11)
+
+
+@pytest.mark.parametrize(
+    "optimizer, training, message",
+    [
+        ({"lr_decay_iters": 5, "lr_decay_tokens": 9}, {"train_iters": 5}, r"--lr-decay-iters \(5\) and --lr-decay-tok"),
+        ({"lr_warmup_iters": 5, "lr_warmup_samples": 9}, {"train_iters": 50}, r"--lr-warmup-iters .*only one"),
+        ({"lr_warmup_iters": 5, "lr_warmup_fraction": 0.1}, {"train_iters": 50}, r"--lr-warmup-fraction \(0.1\) and a"),
+        ({"lr_warmup_fraction": 10.0}, {"train_iters": 50}, r"--lr-warmup-fraction \(10\) must lie between 0 and 1"),
+        ({"lr_warmup_iters": 51}, {"train_iters": 50}, r"warm-up \(51 iters\) must not be longer .* \(50 iters\)"),
+        ({}, {}, "exactly one of --train-iters, --train-samples and --train-tokens"),
+        ({"min_lr": 2.0}, {"train_iters": 50}, r"--min-lr \(2\) must lie between 0 and --lr \(1\)"),
+        ({"lr_warmup_init": 2.0}, {"train_iters": 50}, r"--lr-warmup-init \(2\) must lie between"),
+        ({"lr_decay_style": "WSD"}, {"train_iters": 50}, r"--lr-wsd-decay-iters \(0\) must lie between 1 and 50"),
+        (
+            {"lr_decay_style": "step"},
+            {"train_iters": 50},
+            r"--lr-decay-style \('step'\) is unknown; use one of constant",
+        ),
+    ],
+)
+def test_contradictions_are_named(optimizer, training, message):
+    with pytest.raises(ScheduleError, match=message) as raised:
+        build(OptimizerConfig(lr=1.0, **optimizer), TrainingConfig(**training))
+    assert isinstance(raised.value, ConfigError)
