@@ -1,0 +1,1 @@
+"""Ranks, groups, the layout of a sequence over them, and the collectives between them."""

@@ -1,0 +1,58 @@
+"""Which rank does what: the world is data parallel x sequence parallel, and this is a value that is passed on.
+
+Rank = data_parallel_rank * sequence_parallel_size + sequence_parallel_rank, so that the ranks of one sequence are
+neighbours and their all-to-all stays inside a node wherever it can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """One rank's place in the world. A group is None where it holds this rank alone."""
+
+    world_size: int = 1
+    rank: int = 0
+    sequence_parallel_size: int = 1
+    sequence_parallel_rank: int = 0
+    sequence_parallel_group: dist.ProcessGroup | None = None
+    data_parallel_size: int = 1
+    data_parallel_rank: int = 0
+    data_parallel_group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def create(cls, sequence_parallel_size: int = 1) -> ParallelState:
+        """Build the groups. Collective: every rank calls it once, with the same size.
+
+        Without an initialised torch.distributed the world is this one process.
+        """
+        if not dist.is_initialized():
+            world_size, rank = 1, 0
+        else:
+            world_size, rank = dist.get_world_size(), dist.get_rank()
+        if world_size % sequence_parallel_size:
+            raise ValueError(
+                f"--ds-sequence-parallel-size ({sequence_parallel_size}) must divide the {world_size} ranks; "
+                f"start a multiple of {sequence_parallel_size} processes or choose a divisor of {world_size}."
+            )
+        sp = sequence_parallel_size
+        dp = world_size // sp
+        sp_group = _own_group(rank, [list(range(d * sp, (d + 1) * sp)) for d in range(dp)])
+        dp_group = _own_group(rank, [list(range(s, world_size, sp)) for s in range(sp)])
+        return cls(world_size, rank, sp, rank % sp, sp_group, dp, rank // sp, dp_group)
+
+
+def _own_group(rank: int, groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """The group that holds `rank`; every rank takes part in making every group. Groups of one need no communicator."""
+    own = None
+    for ranks in groups:
+        if len(ranks) == 1:
+            continue
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            own = group
+    return own

@@ -1,0 +1,60 @@
+"""Which global tokens a sequence-parallel rank owns, and in which order.
+
+Chunk i covers the global tokens [iC, (i+1)C); rank r of p owns the r-th of the chunk's p equal slices. A rank's local
+sequence is its slices in the order of the chunks. After the all-to-all of chunk i every rank holds the whole chunk,
+contiguous, for its share of the heads. The last chunk may be shorter. Plain Ulysses is the same layout with one chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """`sequence_length` tokens in chunks of `chunk_length` tokens over `sequence_parallel_size` ranks."""
+
+    sequence_length: int
+    chunk_length: int
+    sequence_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        p = self.sequence_parallel_size
+        for name, value in (("sequence length", self.sequence_length), ("chunk length", self.chunk_length)):
+            if value < p or value % p:
+                raise ValueError(
+                    f"the {name} ({value}) must be a positive multiple of the sequence-parallel size ({p}); "
+                    f"use {max(p, value // p * p)} or {value // p * p + p}."
+                )
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.sequence_length // self.chunk_length)
+
+    @property
+    def chunk_lengths(self) -> list[int]:
+        """Global tokens of each chunk."""
+        full, rest = divmod(self.sequence_length, self.chunk_length)
+        return [self.chunk_length] * full + [rest] * (rest > 0)
+
+    @property
+    def local_lengths(self) -> list[int]:
+        """Tokens of each chunk that one rank owns."""
+        return [length // self.sequence_parallel_size for length in self.chunk_lengths]
+
+    @property
+    def local_length(self) -> int:
+        """Tokens of the sequence that one rank owns."""
+        return self.sequence_length // self.sequence_parallel_size
+
+    def owned_positions(self, sequence_parallel_rank: int) -> torch.Tensor:
+        """Global token positions that a rank owns, int64 [local_length], in local order."""
+        starts = range(0, self.sequence_length, self.chunk_length)
+        return torch.cat(
+            [
+                torch.arange(length) + start + sequence_parallel_rank * length
+                for start, length in zip(starts, self.local_lengths, strict=True)
+            ]
+        )

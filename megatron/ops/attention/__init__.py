@@ -1,0 +1,6 @@
+"""Attention of one tile (one query chunk against one key/value chunk), behind one protocol with several backends."""
+
+from megatron.ops.attention.protocol import AttentionBackend, AttentionUnavailable
+from megatron.ops.attention.select import BACKENDS, choose_backend
+
+__all__ = ["BACKENDS", "AttentionBackend", "AttentionUnavailable", "choose_backend"]

@@ -1,0 +1,61 @@
+"""Attention from its definition, on any device and in any dtype: the yardstick of the other backends.
+
+Query rows are taken in blocks, so that the scores held at a time are [B, H, 512, Sk] and not [B, H, Sq, Sk].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK_ROWS = 512
+
+
+class ReferenceAttention:
+    name = "reference"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        k_BHSD, v_BHSD = (_heads_first(t, q.shape[2]) for t in (k, v))
+        o, lse = [], []
+        for start in range(0, len(q), _BLOCK_ROWS):
+            q_BHSD = _heads_first(q[start : start + _BLOCK_ROWS], q.shape[2])
+            scores = _scores(q_BHSD, k_BHSD, start, causal, scale)
+            lse.append(scores.logsumexp(-1))
+            o.append((scores - lse[-1].unsqueeze(-1)).exp() @ v_BHSD)
+        return torch.cat(o, 2).permute(2, 0, 1, 3).to(q.dtype), torch.cat(lse, 2)
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        H, K = q.shape[2], k.shape[2]
+        k_BHSD, v_BHSD = _heads_first(k, H), _heads_first(v, H)
+        dq, dk, dv = [], torch.zeros_like(k_BHSD), torch.zeros_like(v_BHSD)
+        for start in range(0, len(q), _BLOCK_ROWS):
+            rows = slice(start, start + _BLOCK_ROWS)
+            q_BHSD, do_BHSD, o_BHSD = (_heads_first(t[rows], H) for t in (q, do, o))
+            probabilities = (_scores(q_BHSD, k_BHSD, start, causal, scale) - lse[:, :, rows].unsqueeze(-1)).exp()
+            delta = (do_BHSD * o_BHSD).sum(-1, keepdim=True)
+            dscores = probabilities * (do_BHSD @ v_BHSD.mT - delta) * scale
+            dq.append(dscores @ k_BHSD)
+            dk += dscores.mT @ q_BHSD
+            dv += probabilities.mT @ do_BHSD
+        dk, dv = (t.unflatten(1, (K, -1)).sum(2) for t in (dk, dv))  # [B, H, S, D] -> [B, K, S, D]
+        return tuple(t.permute(2, 0, 1, 3).to(q.dtype) for t in (torch.cat(dq, 2), dk, dv))  # type: ignore[return-value]
+
+
+def _heads_first(t_SBKD: Tensor, num_heads: int) -> Tensor:
+    """[S, B, K, D] -> [B, H, S, D] in at least fp32, key/value heads repeated for their query heads."""
+    t = t_SBKD.permute(1, 2, 0, 3).to(torch.promote_types(t_SBKD.dtype, torch.float32))
+    return t.repeat_interleave(num_heads // t.shape[1], 1)
+
+
+def _scores(q_BHSD: Tensor, k_BHSD: Tensor, first_row: int, causal: bool, scale: float) -> Tensor:
+    scores = q_BHSD @ k_BHSD.mT * scale
+    if causal:
+        rows = torch.arange(first_row, first_row + q_BHSD.shape[2], device=scores.device)
+        columns = torch.arange(k_BHSD.shape[2], device=scores.device)
+        scores = scores.masked_fill(columns > rows[:, None], float("-inf"))
+    return scores

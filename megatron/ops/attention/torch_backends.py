@@ -1,0 +1,113 @@
+"""The attention kernels that come with torch, through its aten operators (torch 2.6 to 2.13).
+
+`is_causal` of all of them aligns the triangle at the top left, which suits square tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class TorchCpuAttention:
+    """torch's flash kernel for CPUs: fp32, fp64, bf16; grouped key/value heads by itself."""
+
+    name = "torch-cpu"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+        return None if device.type == "cpu" else f"it runs on CPUs, and the tensors are on {device.type}"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = (_heads_first(t) for t in (q, k, v))
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return _sequence_first(o), lse
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        do, q, k, v, o = (_heads_first(t) for t in (do, q, k, v, o))
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
+        dq, dk, dv = (_sequence_first(t) for t in grads)
+        return dq, dk, dv
+
+
+class TorchFlashAttention:
+    """FlashAttention-2 as compiled into torch: bf16 and fp16 on Ampere and later."""
+
+    name = "torch-flash"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+        return _cuda_refusal(device, dtype, head_size, minimum_capability=(8, 0), largest_head=256)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # [S, B, H, D] -> [B, S, H, D]
+        out = aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+        )
+        return out[0].transpose(0, 1), out[1]
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        do, q, k, v, o = (t.transpose(0, 1) for t in (do, q, k, v, o))
+        # Without dropout the kernel does not read the random state.
+        unused = torch.empty(2, dtype=torch.uint64, device=q.device)
+        dq, dk, dv = aten._flash_attention_backward(
+            do, q, k, v, o, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, unused, unused, scale=scale
+        )
+        return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+class CudnnAttention:
+    """cuDNN's fused attention through torch: bf16 and fp16 on Hopper and later; grouped key/value heads by itself."""
+
+    name = "cudnn"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+        return _cuda_refusal(device, dtype, head_size, minimum_capability=(9, 0), largest_head=128)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = (_heads_first(t) for t in (q, k, v))
+        out = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+        return _sequence_first(out[0]), out[1].view(q.shape[:3])
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        do, q, k, v, o = (_heads_first(t) for t in (do, q, k, v, o))
+        # Without dropout the kernel does not read the random state.
+        unused = torch.empty((), dtype=torch.int64, device=q.device)
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            do, q, k, v, o, lse.unsqueeze(-1), unused, unused, None, None, None,
+            q.shape[2], k.shape[2], 0.0, causal, scale=scale,
+        )  # fmt: skip
+        dq, dk, dv = (_sequence_first(t) for t in grads)
+        return dq, dk, dv
+
+
+def _heads_first(t_SBHD: Tensor) -> Tensor:
+    return t_SBHD.permute(1, 2, 0, 3)  # [S, B, H, D] -> [B, H, S, D]
+
+
+def _sequence_first(t_BHSD: Tensor) -> Tensor:
+    return t_BHSD.permute(2, 0, 1, 3)  # [B, H, S, D] -> [S, B, H, D]
+
+
+def _cuda_refusal(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    minimum_capability: tuple[int, int],
+    largest_head: int,
+) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, and the tensors are on {device.type}"
+    if torch.cuda.get_device_capability(device) < minimum_capability:
+        return f"it needs compute capability {minimum_capability[0]}.{minimum_capability[1]} or later"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16 and fp16, and the tensors are {dtype}"
+    if head_size % 8 or head_size > largest_head:
+        return f"head size {head_size} is not a multiple of 8 up to {largest_head}"
+    return None
