@@ -1,0 +1,124 @@
+"""Host memory for chunks: allocated in slabs of exactly the size asked for, pinned once, reused for ever.
+
+torch's pinned allocator rounds every allocation up to a power of two, and pinning a fresh GiB takes about 0.7 s. A slab
+here is an anonymous memory map that is registered with CUDA when there is a device to copy to, and plain memory
+otherwise. A tensor holds its slab for as long as anything references its storage, autograd included; then the slab goes
+back to the pool by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from bisect import bisect_right, insort
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+
+import torch
+from torch import Tensor
+
+_TOUCH_THREADS = 8
+_PAGE = mmap.PAGESIZE
+_SHRINK = "shorten --seq-length, raise --ds-sequence-parallel-size, or lower --micro-batch-size"
+
+
+class HostMemoryError(MemoryError):
+    """The pool would pass its budget, or the machine cannot give or pin the memory."""
+
+
+class _Slab:
+    """An anonymous memory map; pinned ones are unpinned before their addresses are given back."""
+
+    def __init__(self, num_bytes: int, pinned: bool) -> None:
+        self.memory = mmap.mmap(-1, num_bytes)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.num_bytes = num_bytes
+        if pinned:
+            _touch(self.address, num_bytes)
+            _register(self.address, num_bytes)
+            weakref.finalize(self, _unregister, self.address).atexit = False
+
+
+class HostPool:
+    """Host buffers by size in bytes, each used by one tensor at a time."""
+
+    def __init__(self, pinned: bool, budget_bytes: int | None = None) -> None:
+        self.pinned = pinned
+        self.budget_bytes = budget_bytes
+        self.allocated_bytes = 0
+        self.used_bytes = 0
+        self.peak_used_bytes = 0
+        self.num_slabs = 0
+        self._free: dict[int, list[_Slab]] = {}
+        self._addresses: list[tuple[int, int]] = []  # (first, one past the last) of every slab, sorted
+
+    def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous CPU tensor on a slab of its own; after a first step no call allocates."""
+        num_elements = prod(shape)
+        if num_elements == 0:
+            return torch.empty(shape, dtype=dtype)
+        num_bytes = num_elements * dtype.itemsize
+        free = self._free.setdefault(num_bytes, [])
+        slab = free.pop() if free else self._allocate(num_bytes)
+        self.used_bytes += num_bytes
+        self.peak_used_bytes = max(self.peak_used_bytes, self.used_bytes)
+        # The storage references this view of the slab: when the last tensor on the storage goes, so does the view.
+        view = (ctypes.c_char * num_bytes).from_buffer(slab.memory)
+        weakref.finalize(view, self._release, slab).atexit = False
+        return torch.frombuffer(view, dtype=dtype, count=num_elements).view(shape)
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether the tensor's bytes lie in a slab of this pool."""
+        if tensor.device.type != "cpu":
+            return False
+        address = tensor.untyped_storage().data_ptr()
+        position = bisect_right(self._addresses, (address, 1 << 64)) - 1
+        return position >= 0 and address < self._addresses[position][1]
+
+    def _release(self, slab: _Slab) -> None:
+        self.used_bytes -= slab.num_bytes
+        self._free[slab.num_bytes].append(slab)
+
+    def _allocate(self, num_bytes: int) -> _Slab:
+        if self.budget_bytes is not None and self.allocated_bytes + num_bytes > self.budget_bytes:
+            raise HostMemoryError(
+                f"the host tier needs {_gib(self.allocated_bytes + num_bytes)} GiB "
+                f"and may use {_gib(self.budget_bytes)} GiB; {_SHRINK}."
+            )
+        try:
+            slab = _Slab(num_bytes, self.pinned)
+        except OSError as error:
+            raise HostMemoryError(
+                f"the machine refused {_gib(num_bytes)} GiB of host memory "
+                f"on top of {_gib(self.allocated_bytes)} GiB ({error}); {_SHRINK}."
+            ) from error
+        insort(self._addresses, (slab.address, slab.address + num_bytes))
+        self.allocated_bytes += num_bytes
+        self.num_slabs += 1
+        return slab
+
+
+def _touch(address: int, num_bytes: int) -> None:
+    """Fault the pages in from several threads; registration would do it from one."""
+    part = -(-num_bytes // _TOUCH_THREADS // _PAGE) * _PAGE
+    with ThreadPoolExecutor(_TOUCH_THREADS) as threads:
+        for start in range(0, num_bytes, part):
+            threads.submit(ctypes.memset, address + start, 0, min(part, num_bytes - start))
+
+
+def _register(address: int, num_bytes: int) -> None:
+    error = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
+    if int(error) != 0:
+        raise HostMemoryError(
+            f"CUDA refused to pin {_gib(num_bytes)} GiB of host memory (cudaHostRegister: error {int(error)}); "
+            "raise the limit of locked memory (ulimit -l unlimited, or the container's memlock limit)."
+        )
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f}"

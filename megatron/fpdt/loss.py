@@ -1,0 +1,121 @@
+"""Final norm, LM head and cross-entropy as a stream: logits exist for a tile of tokens at a time.
+
+    loss = sum over tokens of mask * (logsumexp(z) - z[label]),   z = norm(x) W^T
+    dz   = mask * (softmax(z) - onehot(label)),   dW = dz^T norm(x),   dx = vjp of norm at (dz W)
+
+The gradients of the sum are made in the forward pass, while the logits are there, and scaled by the incoming gradient
+in the backward pass. They are those of an unscaled sum of token losses, so they do not underflow in half precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron.fpdt.stream import GradientSum, Stream, accumulation_dtype
+
+_TILE_LOGITS = 2**26  # 256 MiB in fp32
+
+
+class LanguageModelHead(Protocol):
+    """What a module must be to be streamed."""
+
+    final_layernorm: nn.Module
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """A linear layer [V, h] without bias."""
+        ...
+
+
+def stream_loss(stream: Stream, head: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """Sum of this rank's masked token losses, a scalar in fp32 (fp64 for fp64) on the compute device.
+
+    x [S/p, B, h] rests on the stream's tier; labels int64 and mask [B, S/p].
+    """
+    parameters = [*head.output_layer.parameters(), *head.final_layernorm.parameters()]
+    return _StreamedLoss.apply(stream, head, x_SBh, labels_BS, mask_BS, torch.is_grad_enabled(), *parameters)
+
+
+class _StreamedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stream: Stream,
+        head: LanguageModelHead,
+        x: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        keep: bool,
+        *parameters: Tensor,
+    ) -> Tensor:
+        store, lengths = stream.store, stream.layout(x).local_lengths
+        dtype = accumulation_dtype(x.dtype)
+        loss = torch.zeros((), dtype=dtype, device=store.device)
+        gradients = GradientSum(parameters)
+        dx = store.empty(x.shape, x.dtype) if keep else None
+        dxs = dx.split(lengths) if dx is not None else None
+        x_ahead = store.prefetch([chunk] for chunk in x.split(lengths))
+        targets = zip(labels.T.split(lengths), mask.T.split(lengths), strict=True)
+        for i, (labels_i, mask_i) in enumerate(targets):
+            (x_i,) = next(x_ahead)
+            labels_i, mask_i = stream.on_device(labels_i), stream.on_device(mask_i).to(dtype)
+            tiles = _tiles(x_i, labels_i, mask_i, num_classes=parameters[0].shape[0])
+            results = [_tile_loss(head, *tile, parameters, gradients if keep else None) for tile in tiles]
+            loss += torch.stack([tile_loss for tile_loss, _ in results]).sum()
+            if dxs is not None:
+                store.put(dxs[i], torch.cat([tile_dx for _, tile_dx in results if tile_dx is not None]))
+        if keep:
+            ctx.save_for_backward(dx)
+            ctx.stream, ctx.gradients = stream, gradients
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grads
+        (dx,) = ctx.saved_tensors
+        store, lengths = ctx.stream.store, ctx.stream.layout(dx).local_lengths
+        scaled_dx = store.empty(dx.shape, dx.dtype)
+        ahead = store.prefetch([chunk] for chunk in dx.split(lengths))
+        for target, (chunk,) in zip(scaled_dx.split(lengths), ahead, strict=True):
+            store.put(target, (chunk.to(scale.dtype) * scale).to(dx.dtype))
+        dparameters = ctx.gradients.result(scale)
+        return None, None, scaled_dx, None, None, None, *dparameters
+
+
+def _tiles(x: Tensor, labels: Tensor, mask: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    length = max(1, _TILE_LOGITS // (num_classes * x.shape[1]))
+    return zip(x.split(length), labels.split(length), mask.split(length), strict=True)
+
+
+def _tile_loss(
+    head: LanguageModelHead,
+    x: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    parameters: Sequence[Tensor],
+    gradients: GradientSum | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss sum of one tile, and its dx [T, B, h] where `gradients` collects those of the parameters."""
+    weight, *norm_parameters = parameters
+    with torch.set_grad_enabled(gradients is not None):
+        x = x.detach().requires_grad_(gradients is not None)
+        normed = head.final_layernorm(x)
+    with torch.no_grad():
+        flat, labels, mask = normed.detach().flatten(0, 1), labels.flatten(), mask.flatten()
+        logits = (flat @ weight.T).to(mask.dtype)
+        lse = logits.logsumexp(-1)
+        loss = ((lse - logits.gather(1, labels[:, None]).squeeze(1)) * mask).sum()
+        if gradients is None:
+            return loss, None
+        dlogits = logits.sub_(lse[:, None]).exp_()
+        dlogits.scatter_add_(1, labels[:, None], -torch.ones_like(lse)[:, None])
+        dlogits = dlogits.mul_(mask[:, None]).to(x.dtype)
+        dnormed = (dlogits @ weight).view_as(normed)
+        dweight = dlogits.T @ flat
+    dx, *dnorm = torch.autograd.grad(normed, [x, *norm_parameters], dnormed)
+    gradients.add([dweight, *dnorm])
+    return loss, dx

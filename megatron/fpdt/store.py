@@ -1,0 +1,129 @@
+"""Chunks moving between the device and the tier where they rest: the host when offloading, else the device itself.
+
+    copy-in stream    waits for the device memory to be free and the chunk to be stored; then copies
+    compute stream    waits for the copy-in event when the chunk is needed
+    copy-out stream   waits for the compute event that produced the chunk; then copies
+
+The host never waits. Device memory is bounded by construction: a chunk that is copied in lives in memory allocated on
+the compute stream, so it can be reused as soon as the arithmetic that reads it is queued, and the source of a
+copy-out is held until the compute stream has been told to wait for its copy. On a machine without CUDA the same code
+runs with copies that are over when they return.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.fpdt.host_pool import HostPool
+
+_COPIES_OUT_IN_FLIGHT = 2
+
+
+@dataclass
+class CopyCounts:
+    """What has travelled, in bytes."""
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class ChunkStore:
+    """Where chunks rest, and how they come and go. One per model, for its life."""
+
+    def __init__(self, device: torch.device, offloading: bool, budget_bytes: int | None = None) -> None:
+        self.device = device
+        self.offloading = offloading
+        self.pool = HostPool(pinned=device.type == "cuda", budget_bytes=budget_bytes)
+        self.copied = CopyCounts()
+        self._uses_streams = offloading and device.type == "cuda"
+        if self._uses_streams:
+            self._copy_in = torch.cuda.Stream(device)
+            self._copy_out = torch.cuda.Stream(device)
+        self._stored: dict[int, torch.cuda.Event] = {}  # by host address: the chunk there is complete
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor on the tier, whose chunks are then `put` and `get`."""
+        if not self.offloading:
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        tensor = self.pool.empty(tuple(shape), dtype)
+        if self._uses_streams:
+            # A reused slab may still be read on behalf of its former tensor.
+            self._copy_out.wait_stream(self._copy_in)
+        return tensor
+
+    def put(self, chunk: Tensor, value: Tensor) -> None:
+        """Store a device tensor into a chunk of the tier. The value must not be written to afterwards."""
+        if not self.offloading:
+            chunk.copy_(value)
+            return
+        self.copied.bytes_out += chunk.nbytes
+        if not self._uses_streams:
+            chunk.copy_(value)
+            return
+        value = value.contiguous()
+        self._copy_out.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copy_out):
+            chunk.copy_(value, non_blocking=True)
+            stored = self._copy_out.record_event()
+        self._stored[chunk.data_ptr()] = stored
+        self._leaving.append((value, stored))
+        while len(self._leaving) > _COPIES_OUT_IN_FLIGHT:
+            _, left = self._leaving.popleft()
+            torch.cuda.current_stream(self.device).wait_event(left)
+
+    def prefetch(self, groups: Iterable[Sequence[Tensor]]) -> Prefetch:
+        """Iterate over groups of chunks as device tensors, the next group on its way while one is in use."""
+        return Prefetch(self, groups)
+
+    def _start(self, chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        if not self.offloading:
+            return chunk, None
+        self.copied.bytes_in += chunk.nbytes
+        if not self._uses_streams:
+            return chunk.clone(), None
+        arriving = torch.empty(chunk.shape, dtype=chunk.dtype, device=self.device)
+        self._copy_in.wait_stream(torch.cuda.current_stream(self.device))
+        stored = self._stored.get(chunk.data_ptr())
+        if stored is not None:
+            self._copy_in.wait_event(stored)
+        with torch.cuda.stream(self._copy_in):
+            arriving.copy_(chunk, non_blocking=True)
+            return arriving, self._copy_in.record_event()
+
+    def _finish(self, arriving: Tensor, arrived: torch.cuda.Event | None) -> Tensor:
+        if arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrived)
+        return arriving
+
+
+class Prefetch(Iterator[tuple[Tensor, ...]]):
+    """Groups of chunks, one ahead. A group must have been `put` before the group before it is asked for.
+
+    On the device tier the tensors are the stored chunks themselves, so they may be written to only on the way to
+    `put`ting them back.
+    """
+
+    def __init__(self, store: ChunkStore, groups: Iterable[Sequence[Tensor]]) -> None:
+        self._store = store
+        self._groups = iter(groups)
+        self._ahead: list[tuple[Tensor, torch.cuda.Event | None]] | None = None
+
+    def start(self) -> None:
+        """Send for the next group now, where nothing is on its way yet."""
+        if self._ahead is None:
+            group = next(self._groups, None)
+            self._ahead = None if group is None else [self._store._start(chunk) for chunk in group]
+
+    def __next__(self) -> tuple[Tensor, ...]:
+        self.start()
+        if self._ahead is None:
+            raise StopIteration
+        arriving, self._ahead = self._ahead, None
+        self.start()
+        return tuple(self._store._finish(*item) for item in arriving)
