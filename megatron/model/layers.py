@@ -1,0 +1,105 @@
+"""The modules of a block.
+
+S tokens, B batch, h hidden size, H query heads, K key/value heads, D head size, f MLP width
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.config import ModelConfig
+from megatron.model.initialization import Initializer
+from megatron.ops.rope import RotaryEmbedding
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, W [out, in]; the weight may be another module's."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        initializer: Initializer,
+        bias: bool,
+        into_residual: bool = False,
+        weight: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = initializer.normal(outputs, inputs, into_residual=into_residual) if weight is None else weight
+        self.bias = initializer.zeros(outputs) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Row lookup in a table [rows, h]."""
+
+    def __init__(self, rows: int, hidden_size: int, initializer: Initializer) -> None:
+        super().__init__()
+        self.weight = initializer.normal(rows, hidden_size)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.weight)
+
+
+def build_norm(config: ModelConfig, initializer: Initializer) -> nn.Module:
+    """LayerNorm or RMSNorm over the hidden size, as the configuration says."""
+    norm = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.normalization]
+    return norm(config.hidden_size, eps=config.layernorm_epsilon, dtype=initializer.dtype, device=initializer.device)
+
+
+class SelfAttention(nn.Module):
+    """Projections around attention.
+
+    Rows of `query_key_value`: for each key/value head its H/K query heads, the key, the value.
+    """
+
+    def __init__(self, config: ModelConfig, initializer: Initializer) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_size = config.kv_channels
+        bias = not config.disable_bias_linear
+        rows = (self.num_heads + 2 * self.num_key_value_heads) * self.head_size
+        self.query_key_value = Linear(config.hidden_size, rows, initializer, bias)
+        self.dense = Linear(self.num_heads * self.head_size, config.hidden_size, initializer, bias, into_residual=True)
+        self.rotary = (
+            RotaryEmbedding(rotary_size(config), config.rotary_position_embeddings_theta)
+            if config.use_rotary_position_embeddings
+            else None
+        )
+
+    def project(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [S, B, H, D], k and v [S, B, K, D], rotated by their positions."""
+        per_group = self.num_heads // self.num_key_value_heads
+        qkv = self.query_key_value(x_SBh).unflatten(2, (self.num_key_value_heads, per_group + 2, self.head_size))
+        q, k, v = qkv.split([per_group, 1, 1], 3)
+        q, k, v = (t.flatten(2, 3) for t in (q, k, v))  # [S, B, K, H/K, D] -> [S, B, H, D]
+        if self.rotary is not None:
+            cos, sin = self.rotary.cos_sin(positions_BS, x_SBh.dtype)
+            q, k = self.rotary.rotate(q, cos, sin), self.rotary.rotate(k, cos, sin)
+        return q, k, v
+
+
+def rotary_size(config: ModelConfig) -> int:
+    """Dimensions of each head that rotary embedding turns."""
+    return int(config.kv_channels * config.rotary_percent)
+
+
+class MLP(nn.Module):
+    """GELU (tanh approximation) or SwiGLU: down(silu(gate) * up), gate and up stacked in `dense_h_to_4h`."""
+
+    def __init__(self, config: ModelConfig, initializer: Initializer) -> None:
+        super().__init__()
+        self.swiglu = config.swiglu
+        width, bias = config.ffn_hidden_size, not config.disable_bias_linear
+        self.dense_h_to_4h = Linear(config.hidden_size, width * (2 if self.swiglu else 1), initializer, bias)
+        self.dense_4h_to_h = Linear(width, config.hidden_size, initializer, bias, into_residual=True)
+
+    def forward(self, x_SBh: Tensor) -> Tensor:
+        hidden_SBf = self.dense_h_to_4h(x_SBh)
+        if self.swiglu:
+            gate, up = hidden_SBf.chunk(2, -1)
+            return self.dense_4h_to_h(F.silu(gate) * up)
+        return self.dense_4h_to_h(F.gelu(hidden_SBf, approximate="tanh"))

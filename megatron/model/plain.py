@@ -1,0 +1,88 @@
+"""Execution of a block at once: plain Ulysses, or a single device. The residual stream is on the compute device.
+
+Embedding and head are the streamed ones, with one chunk: logits are never whole on any path.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron.core.collectives import (
+    differentiable_heads_to_tokens,
+    differentiable_tokens_to_heads,
+    repeat_key_value_heads,
+)
+from megatron.fpdt.loss import stream_loss
+from megatron.fpdt.stream import Stream
+from megatron.fpdt.tokenwise import stream_embedding
+from megatron.ops.attention import AttentionBackend
+
+if TYPE_CHECKING:
+    from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
+
+
+class PlainExecution:
+    """Runs each block at once, its activations kept, recomputed, or recomputed from inputs in host memory."""
+
+    def __init__(self, stream: Stream, recompute: bool = False, checkpoint_in_cpu: bool = False) -> None:
+        """`stream` rests on the device and has one chunk; it runs embedding and head."""
+        self.stream = stream
+        self.store = stream.store
+        self._recompute = recompute
+        self._checkpoint_in_cpu = checkpoint_in_cpu
+
+    def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
+        return stream_embedding(self.stream, module, tokens_BS, positions_BS, anchor)
+
+    def block(self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
+        positions_BS = self.stream.on_device(positions_BS)
+        if not (self._recompute and torch.is_grad_enabled()):
+            return self._run(module, x_SBh, positions_BS)
+        if not self._checkpoint_in_cpu:
+            return checkpoint(self._run, module, x_SBh, positions_BS, use_reentrant=False)
+        with torch.autograd.graph.save_on_cpu(pin_memory=x_SBh.is_cuda):
+            return checkpoint(self._run, module, x_SBh, positions_BS, use_reentrant=False)
+
+    def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        return stream_loss(self.stream, module, x_SBh, labels_BS, mask_BS)
+
+    def _run(self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
+        self.stream.report("forward", module.layer_number, 0, 1)
+        group = self.stream.parallel_state.sequence_parallel_group
+        size = self.stream.parallel_state.sequence_parallel_size
+        q, k, v = module.before(x_SBh, positions_BS)
+        qkv = (q, repeat_key_value_heads(k, size), repeat_key_value_heads(v, size))
+        q, k, v = differentiable_tokens_to_heads(qkv, group)
+        dropout = module.attention_dropout if module.training else 0.0
+        o = (
+            _attention_with_dropout(q, k, v, dropout, module.softmax_scale)
+            if dropout
+            else _CausalAttention.apply(q, k, v, self.stream.attention, module.softmax_scale)
+        )
+        (o,) = differentiable_heads_to_tokens([o], group)
+        return module.after(x_SBh, o)
+
+
+def _attention_with_dropout(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, dropout: float, scale: float) -> Tensor:
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBHD, k_SBKD, v_SBKD))  # [S, B, H, D] -> [B, H, S, D]
+    o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)
+    return o.permute(2, 0, 1, 3)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend, scale: float) -> Tensor:
+        o, lse = backend.forward(q, k, v, causal=True, scale=scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.backend, ctx.scale = backend, scale
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        return *ctx.backend.backward(grads[0], q, k, v, o, lse, causal=True, scale=ctx.scale), None, None

@@ -1,0 +1,148 @@
+"""GPT and LLaMA: embedding, pre-norm blocks, norm, head and loss.
+
+    q, k, v = before(x, positions)        norm, projection, rotary embedding        token-wise
+    o       = causal attention(q, k, v)   the only place where tokens meet
+    y       = after(x, o)                 projection, residual, norm, MLP, residual  token-wise
+
+The modules know their arithmetic. How it is run, at once or as a stream of chunks, is their `execution`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.config import ModelConfig
+from megatron.model.initialization import Initializer
+from megatron.model.layers import MLP, Embedding, Linear, SelfAttention, build_norm
+
+
+class ModelExecution(Protocol):
+    """Runs the pieces of a model on this rank's tokens. What rests where between them is its own business."""
+
+    def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
+        """The residual stream [S/p, B, h]."""
+        ...
+
+    def block(self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
+        """The residual stream after one block."""
+        ...
+
+    def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """Sum of the masked token losses."""
+        ...
+
+
+class TokenEmbedding(nn.Module):
+    """Word embedding, plus a learned position embedding where there is no rotary one."""
+
+    def __init__(
+        self, config: ModelConfig, padded_vocab_size: int, initializer: Initializer, execution: ModelExecution
+    ) -> None:
+        super().__init__()
+        self.execution = execution
+        self.hidden_size, self.dropout = config.hidden_size, config.hidden_dropout
+        self.word_embeddings = Embedding(padded_vocab_size, config.hidden_size, initializer)
+        self.position_embeddings = (
+            None
+            if config.use_rotary_position_embeddings
+            else Embedding(config.max_position_embeddings, config.hidden_size, initializer)
+        )
+
+    @property
+    def uses_dropout(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def embed(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        """[S, B, h] of the tokens given, whichever of the sequence they are."""
+        x = self.word_embeddings(tokens_BS.T)
+        if self.position_embeddings is not None:
+            x = x + self.position_embeddings(positions_BS.T)
+        return F.dropout(x, self.dropout, self.training)
+
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
+        return self.execution.embedding(self, tokens_BS, positions_BS, anchor)
+
+
+class TransformerLayer(nn.Module):
+    """One pre-norm block. `layer_number` counts from 1."""
+
+    def __init__(
+        self, config: ModelConfig, layer_number: int, initializer: Initializer, execution: ModelExecution
+    ) -> None:
+        super().__init__()
+        self.execution = execution
+        self.layer_number, self.dropout = layer_number, config.hidden_dropout
+        self.attention_dropout = config.attention_dropout
+        self.softmax_scale = config.kv_channels**-0.5
+        self.input_layernorm = build_norm(config, initializer)
+        self.self_attention = SelfAttention(config, initializer)
+        self.post_attention_layernorm = build_norm(config, initializer)
+        self.mlp = MLP(config, initializer)
+
+    @property
+    def uses_dropout(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [S, B, H, D], k and v [S, B, K, D]."""
+        return self.self_attention.project(self.input_layernorm(x_SBh), positions_BS)
+
+    def after(self, x_SBh: Tensor, o_SBHD: Tensor) -> Tensor:
+        """The block's output [S, B, h]."""
+        x_SBh = x_SBh + F.dropout(self.self_attention.dense(o_SBHD.flatten(2)), self.dropout, self.training)
+        return x_SBh + F.dropout(self.mlp(self.post_attention_layernorm(x_SBh)), self.dropout, self.training)
+
+    def forward(self, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
+        return self.execution.block(self, x_SBh, positions_BS)
+
+
+class LanguageModelHead(nn.Module):
+    """Final norm and output layer; the output layer's weight is the word embedding's when they are tied."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        padded_vocab_size: int,
+        initializer: Initializer,
+        execution: ModelExecution,
+        tied_weight: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self.execution = execution
+        self.final_layernorm = build_norm(config, initializer)
+        self.output_layer = Linear(config.hidden_size, padded_vocab_size, initializer, bias=False, weight=tied_weight)
+
+    def forward(self, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        return self.execution.loss(self, x_SBh, labels_BS, mask_BS)
+
+
+class GPTModel(nn.Module):
+    """A decoder-only language model that returns its loss."""
+
+    def __init__(
+        self, config: ModelConfig, padded_vocab_size: int, initializer: Initializer, execution: ModelExecution
+    ) -> None:
+        super().__init__()
+        self.execution = execution
+        self.embedding = TokenEmbedding(config, padded_vocab_size, initializer, execution)
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, number, initializer, execution) for number in range(1, config.num_layers + 1)
+        )
+        tied_weight = None if config.untie_embeddings_and_output_weights else self.embedding.word_embeddings.weight
+        self.head = LanguageModelHead(config, padded_vocab_size, initializer, execution, tied_weight)
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        """Sum of this rank's masked token losses, a scalar in fp32 (fp64 for fp64).
+
+        Tokens, labels and positions int64 [B, S/p] and mask [B, S/p] are this rank's, in its SequenceLayout's order.
+        """
+        # ZeRO-3 learns from the gradient of a module's input that its backward pass is over; tokens have none.
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        x = self.embedding(tokens_BS, positions_BS, anchor)
+        for layer in self.layers:
+            x = layer(x, positions_BS)
+        return self.head(x, labels_BS, mask_BS)
