@@ -1,0 +1,123 @@
+"""Checkpoints: global_stepN with DeepSpeed's files and ours, and `latest`, which names a checkpoint once it is whole.
+
+global_stepN/*.pt               weights and optimizer states, DeepSpeed's
+global_stepN/random_RANK.pt     random state of a rank
+global_stepN/config.json        the configuration that wrote it
+global_stepN/train_state.json   counters
+latest                          "global_stepN"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.config import Config
+from megatron.config.architecture import architecture_fields, describe_difference
+from megatron.engine.engine import Engine
+from megatron.initialize import Context
+from megatron.train_state import TrainState
+
+_LATEST = "latest"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be read or written, or is not of this model."""
+
+
+def find_checkpoint(folder: str | None) -> Path | None:
+    """The newest whole checkpoint in a folder; None where there is none yet. CheckpointError where `latest` lies."""
+    if folder is None or not (Path(folder) / _LATEST).is_file():
+        return None
+    tag = (Path(folder) / _LATEST).read_text().strip()
+    path = Path(folder) / tag
+    if not (path / "train_state.json").is_file():
+        raise CheckpointError(
+            f"{folder}/{_LATEST} names the checkpoint {tag!r}, which is not there or not whole; "
+            f"write the name of a whole checkpoint into {folder}/{_LATEST}, or point --load elsewhere."
+        )
+    return path
+
+
+def check_checkpoint(path: Path, config: Config) -> None:
+    """Raise CheckpointError unless the checkpoint is of the model that `config` describes. Reads no tensor."""
+    saved = Config.from_dict(_read_json(path / "config.json"))
+    difference = describe_difference(architecture_fields(saved.model), architecture_fields(config.model))
+    if difference:
+        raise CheckpointError(
+            f"the checkpoint {path} is of another model: {difference}; pass the flags it was trained with "
+            f"(they are in {path / 'config.json'}), or point --load elsewhere."
+        )
+
+
+def save_checkpoint(engine: Engine, context: Context, config: Config, state: TrainState) -> Path:
+    """Write a checkpoint and make it the latest. Collective over all ranks."""
+    folder = Path(config.checkpoint.save or "")
+    tag = f"global_step{state.iteration}"
+    path = folder / tag
+    engine.save(folder, tag)
+    path.mkdir(parents=True, exist_ok=True)  # on the other nodes, where they do not share the folder
+    torch.save(_random_state(context), path / f"random_{context.parallel_state.rank}.pt")
+    if context.is_first_rank:
+        _write_json(path / "config.json", config.to_dict())
+        _write_json(path / "train_state.json", state.to_dict())
+    dist.barrier()
+    if context.is_first_rank:
+        _replace(folder / _LATEST, tag)
+    dist.barrier()
+    return path
+
+
+def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config) -> TrainState:
+    """Read what --finetune, --no-load-optim and --no-load-rng leave to be read. Collective over all ranks."""
+    settings = config.checkpoint
+    engine.load(path.parent, path.name, with_optimizer=not (settings.finetune or settings.no_load_optim))
+    if settings.finetune:
+        return TrainState()
+    if not settings.no_load_rng:
+        _restore_random_state(path / f"random_{context.parallel_state.rank}.pt", context)
+    return TrainState(**_read_json(path / "train_state.json"))
+
+
+def _random_state(context: Context) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if context.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(context.device)
+    return state
+
+
+def _restore_random_state(path: Path, context: Context) -> None:
+    """A rank that the saving run did not have keeps the state it was seeded with."""
+    if not path.is_file():
+        context.log.warning("%s is not there: this rank's dropout starts from its seed", path)
+        return
+    state = torch.load(path, weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if context.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], context.device)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); point --load at a whole checkpoint.") from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _replace(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file so that it is either the old one or the new one, whatever happens."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,131 @@
+"""One model under DeepSpeed: construction, forward, backward, step, save and load.
+
+DeepSpeed is told that every rank, sequence-parallel or data-parallel, is data parallel, and it averages gradients
+over all of them. A rank's loss is its share of
+
+    loss = (sum of token losses over all ranks) / (count of unmasked tokens over all ranks)
+
+so the engine multiplies the share by the number of ranks before the backward pass. The mean over ranks is then the
+exact gradient, for every ZeRO stage alike; checkpoints and universal checkpoints do not know of sequence parallelism.
+(DeepSpeed 0.19.8's own sequence parallelism scales ZeRO-3 gradients by 1/sp, or does not reduce them over sp at all.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor, nn
+
+from megatron.config import OptimizerConfig
+from megatron.engine.adam import build_adam
+
+
+class Engine:
+    """A model, its gradients and its optimizer, partitioned as the DeepSpeed configuration says."""
+
+    def __init__(
+        self,
+        build_model: Callable[[], nn.Module],
+        leaf_modules: Sequence[type[nn.Module]],
+        parameter_groups: Callable[[nn.Module], list[dict[str, Any]]],
+        optimizer_config: OptimizerConfig,
+        deepspeed_config: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        world_size: int,
+    ) -> None:
+        """Build the model and hand it to DeepSpeed. Collective over all ranks.
+
+        `leaf_modules` are gathered whole, once per forward and once per backward pass, under ZeRO-3. Each needs an
+        input that requires a gradient: DeepSpeed (0.19.8) takes the moment that gradient arrives for the end of the
+        module's backward pass, and without one reduces the gradients before they exist.
+        """
+        settings = dict(deepspeed_config)
+        zero = settings.get("zero_optimization", {})
+        self.zero_stage = int(zero.get("stage", 0))
+        on_host = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # takes up torch's process group
+        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype) if self.zero_stage == 3 else nullcontext():
+            model = build_model()
+        if self.zero_stage == 3:
+            set_z3_leaf_modules(model, list(leaf_modules))
+        optimizer = build_adam(parameter_groups(model), optimizer_config, device, on_host)
+        if on_host and isinstance(optimizer, torch.optim.AdamW):
+            settings["zero_force_ds_cpu_optimizer"] = False
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self._world_size = world_size
+        self._measures_norm = self.zero_stage == 0 and dtype == torch.float32
+        self._gradient_norm: Tensor | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return self._engine.module
+
+    def train_step(self, batches: Sequence[Sequence[Tensor]], num_tokens: Tensor, learning_rate: float) -> Tensor:
+        """Forward, backward and step over this rank's micro-batches; the sum of its token losses, on the device.
+
+        Collective over all ranks. `num_tokens` counts the unmasked tokens of the whole step over all ranks.
+        """
+        self._engine.train()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros_like(num_tokens, dtype=torch.float32)
+        for batch in batches:
+            loss = self._engine(*batch)
+            # DeepSpeed's hooks and the streamed blocks run in one thread, in one order, on every rank.
+            with torch.autograd.set_multithreading_enabled(False):
+                self._engine.backward(loss * (self._world_size / num_tokens), scale_wrt_gas=False)
+            self._before_step()
+            self._engine.step()
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batch: Sequence[Tensor]) -> Tensor:
+        """Sum of this rank's token losses. Collective over all ranks."""
+        self._engine.eval()
+        return self._engine(*batch).float()
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step met an overflow and left the parameters as they were."""
+        return not self._engine.was_step_applied()
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor that fp16 gradients are scaled by; 1 elsewhere."""
+        return float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+
+    def gradient_norm(self) -> float | None:
+        """Norm of the last step's whole gradient, before clipping."""
+        norm = self._gradient_norm if self._measures_norm else self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write weights and optimizer states to folder/tag. Collective over all ranks."""
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
+
+    def load(self, folder: Path, tag: str, with_optimizer: bool) -> None:
+        """Read weights, and optimizer states if asked. Collective over all ranks. ValueError if nothing is found."""
+        path, _ = self._engine.load_checkpoint(
+            str(folder),
+            tag=tag,
+            load_optimizer_states=with_optimizer,
+            load_lr_scheduler_states=False,
+            load_module_only=not with_optimizer,
+        )
+        if path is None:
+            raise ValueError(f"DeepSpeed found no checkpoint {tag} in {folder}")
+
+    def _before_step(self) -> None:
+        """DeepSpeed does not report the gradient norm in fp32 without ZeRO: take it from the averaged gradients."""
+        if self._measures_norm and self._engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,69 @@
+"""From a configuration to a place in the world: process group, device, seeds, log; a value that is passed on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron.config import Config
+from megatron.core.parallel_state import ParallelState
+from megatron.logging.logger import configure_logging
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where this process runs and in which number format."""
+
+    parallel_state: ParallelState
+    device: torch.device
+    dtype: torch.dtype
+    log: logging.Logger
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.parallel_state.rank == 0
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, world size) as the launcher set them; (0, 1) for a process that was started by itself."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device_type() -> str:
+    """The kind of device that this machine computes on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def initialize(config: Config) -> Context:
+    """Join the process group, take a device and seed the random numbers. Collective over all ranks."""
+    _complete_environment()
+    rank, _ = world_from_environment()
+    log = configure_logging(rank)
+    on_gpu = device_type() == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+    # Dropout masks differ between ranks; the weights come from a generator of their own, the same on every rank.
+    torch.manual_seed(config.training.seed + rank)
+    dtype = torch.bfloat16 if config.precision.bf16 else torch.float16 if config.precision.fp16 else torch.float32
+    return Context(ParallelState.create(config.parallel.ds_sequence_parallel_size), device, dtype, log)
+
+
+def _complete_environment() -> None:
+    """What torch and DeepSpeed read, for a process that no launcher started."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])

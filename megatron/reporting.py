@@ -1,0 +1,110 @@
+"""What a run says of itself after an iteration: log line and metrics, from losses kept on the device until then."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import torch
+from torch import Tensor
+
+from megatron.config import Config
+from megatron.initialize import Context
+from megatron.logging.accounting import Recompute, hardware_flops, model_flops, throughput
+from megatron.logging.device_peak import peak_tflops
+from megatron.logging.log_line import IterationRecord, ValidationRecord, format_iteration, format_validation
+from megatron.logging.writers import MetricWriter
+from megatron.train_state import TrainState
+
+
+class Reporter:
+    """Collects losses between log lines, on the device, and writes lines and metrics on rank 0."""
+
+    def __init__(
+        self, config: Config, context: Context, writer: MetricWriter, padded_vocab_size: int, train_iterations: int
+    ) -> None:
+        self._config, self._context, self._writer = config, context, writer
+        self._train_iterations = train_iterations
+        length = config.model.seq_length
+        self._model_flops = model_flops(config.model, padded_vocab_size, length)
+        self._hardware_flops = hardware_flops(config.model, padded_vocab_size, length, _recompute(config))
+        name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
+        self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
+        self._losses: list[Tensor] = []
+        self._started = time.monotonic()
+
+    def restart_clock(self) -> None:
+        """Leave out of the next line's times what happened since the last one (evaluation, saving)."""
+        self._started = time.monotonic()
+        self._losses.clear()
+
+    def add(self, loss: Tensor) -> None:
+        """Count one iteration's mean token loss, a scalar on the device."""
+        self._losses.append(loss)
+
+    def line(
+        self,
+        state: TrainState,
+        learning_rate: float,
+        global_batch_size: int,
+        loss_scale: float,
+        grad_norm: float | None,
+    ) -> None:
+        """Write the line of the iterations since the last one. Waits for the device."""
+        losses = torch.stack(self._losses)
+        finite = losses[losses.isfinite()]
+        state.nan_iterations += len(losses) - len(finite)
+        seconds = (time.monotonic() - self._started) / len(losses)
+        speed = throughput(
+            tokens=global_batch_size * self._config.model.seq_length,
+            seq_length=self._config.model.seq_length,
+            seconds=seconds,
+            num_gpus=self._context.parallel_state.world_size,
+            model_flops_per_sequence=self._model_flops,
+            hardware_flops_per_sequence=self._hardware_flops,
+            peak_tflops=self._peak_tflops,
+        )
+        record = IterationRecord(
+            iteration=state.iteration,
+            train_iterations=self._train_iterations,
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
+            milliseconds=seconds * 1e3,
+            learning_rate=learning_rate,
+            global_batch_size=global_batch_size,
+            loss=finite.mean().item() if len(finite) else None,
+            loss_scale=loss_scale,
+            grad_norm=grad_norm,
+            tokens_per_second_per_gpu=speed.tokens_per_second_per_gpu,
+            model_tflops_per_gpu=speed.model_tflops_per_gpu,
+            mfu=speed.mfu,
+            hfu=speed.hfu,
+            peak_gpu_gib=self._peak_gpu_gib(),
+            host_gib=psutil.Process().memory_info().rss / 2**30,
+            skipped_iterations=state.skipped_iterations,
+            nan_iterations=state.nan_iterations,
+        )
+        self._context.log.info(format_iteration(record))
+        names = ("loss", "learning_rate", "grad_norm", "loss_scale", "tokens_per_second_per_gpu",
+                 "model_tflops_per_gpu", "mfu", "hfu", "peak_gpu_gib", "host_gib")  # fmt: skip
+        values = {f"train/{name}": getattr(record, name) for name in names}
+        self._writer.write(state.iteration, {name: value for name, value in values.items() if value is not None})
+        self.restart_clock()
+
+    def evaluation(self, iteration: int, loss: float, part: str) -> None:
+        """Write the line of an evaluation."""
+        record = ValidationRecord(iteration=iteration, loss=loss, part=part)
+        self._context.log.info(format_validation(record))
+        self._writer.write(iteration, {f"{part}/loss": loss, f"{part}/perplexity": record.perplexity})
+
+    def _peak_gpu_gib(self) -> float | None:
+        if self._context.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self._context.device) / 2**30
+
+
+def _recompute(config: Config) -> Recompute:
+    if config.parallel.ds_sequence_parallel_fpdt:
+        return Recompute.TOKEN_WISE
+    checkpointing = config.deepspeed.deepspeed_activation_checkpointing or config.deepspeed.checkpoint_activations
+    return Recompute.LAYERS if checkpointing else Recompute.NOTHING

@@ -1,0 +1,235 @@
+"""The training loop: batches in, steps, evaluation, log lines, checkpoints, and the reasons to stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.batch import Batch, BatchProvider
+from megatron.checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
+from megatron.config import Config
+from megatron.config.deepspeed_json import deepspeed_config
+from megatron.data.blended_dataset import SampleDataset
+from megatron.data.samplers import BatchSampler
+from megatron.engine.engine import Engine
+from megatron.fpdt.stream import ProgressReport
+from megatron.initialize import Context
+from megatron.logging.progress import StepProgress, build_progress
+from megatron.logging.writers import build_writer
+from megatron.optimizer.param_groups import parameter_groups
+from megatron.optimizer.schedule import LearningRateSchedule
+from megatron.reporting import Reporter
+from megatron.train_state import TrainState
+
+ModelProvider = Callable[[ProgressReport], nn.Module]
+Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
+DatasetsProvider = Callable[[tuple[int, int, int]], Datasets]
+
+_CONTINUE, _EXIT = 0, 1
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long the training is, in steps and samples."""
+
+    global_batch_size: int
+    num_microbatches: int
+    iterations: int
+
+    @classmethod
+    def of(cls, config: Config, data_parallel_size: int) -> Lengths:
+        """Derive them from the configuration's iterations, samples or tokens."""
+        training = config.training
+        per_pass = training.micro_batch_size * data_parallel_size
+        batch = training.global_batch_size or per_pass
+        samples = training.train_samples or (training.train_tokens or 0) // config.model.seq_length
+        return cls(batch, batch // per_pass, training.train_iters or samples // batch)
+
+    def num_samples(self, config: Config) -> tuple[int, int, int]:
+        """Samples that training, validation and test will take."""
+        training = config.training
+        evaluations = self.iterations // training.eval_interval + 1
+        per_evaluation = training.eval_iters * self.global_batch_size
+        return self.iterations * self.global_batch_size, evaluations * per_evaluation, per_evaluation
+
+
+class StopSignal:
+    """Remembers SIGTERM, so that the loop can save before it exits."""
+
+    def __init__(self) -> None:
+        self.received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+def pretrain(
+    config: Config,
+    context: Context,
+    padded_vocab_size: int,
+    leaf_modules: Sequence[type[nn.Module]],
+    provide_model: ModelProvider,
+    provide_batch: BatchProvider,
+    provide_datasets: DatasetsProvider,
+) -> None:
+    """Train from the newest checkpoint, or from the start, to the end that the configuration sets."""
+    for note in config.notes:
+        context.log.info("note: %s", note)
+    lengths = Lengths.of(config, context.parallel_state.data_parallel_size)
+    datasets = provide_datasets(lengths.num_samples(config))
+    progress = build_progress(
+        config.logging.progress, context.parallel_state.rank, sys.stdout, config.logging.heartbeat_seconds
+    )
+    engine = Engine(
+        lambda: provide_model(lambda phase, layer, chunk, _: progress.advance(phase, layer, chunk)),
+        leaf_modules,
+        lambda model: parameter_groups(model, config.optimizer.weight_decay),
+        config.optimizer,
+        deepspeed_config(config, context.parallel_state.world_size),
+        context.dtype,
+        context.device,
+        context.parallel_state.world_size,
+    )
+    state = TrainState()
+    checkpoint = find_checkpoint(config.checkpoint.load)
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, engine, context, config)
+        context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
+    if state.start_data(config.model.seq_length):
+        context.log.warning("--seq-length differs from the checkpoint's: the data start again at their first sample")
+    writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
+    reporter = Reporter(config, context, writer, padded_vocab_size, lengths.iterations)
+    try:
+        Training(config, context, lengths, engine, datasets, provide_batch, reporter, progress, state).run()
+    finally:
+        writer.close()
+
+
+class Training:
+    """One run: the loop and what it needs."""
+
+    def __init__(
+        self,
+        config: Config,
+        context: Context,
+        lengths: Lengths,
+        engine: Engine,
+        datasets: Datasets,
+        provide_batch: BatchProvider,
+        reporter: Reporter,
+        progress: StepProgress,
+        state: TrainState,
+    ) -> None:
+        self._config, self._context, self._lengths = config, context, lengths
+        self._engine, self._reporter, self._progress, self.state = engine, reporter, progress, state
+        self._train_data, self._valid_data, self._test_data = datasets
+        self._provide_batch = provide_batch
+        parallel = context.parallel_state
+        self._sampler = BatchSampler(
+            config.training.micro_batch_size,
+            parallel.data_parallel_rank,
+            parallel.data_parallel_size,
+            lengths.num_microbatches,
+        )
+        self._schedule = LearningRateSchedule.from_config(
+            config.optimizer, config.training, lengths.global_batch_size, config.model.seq_length
+        )
+        self._stop = StopSignal()
+        self._started = time.monotonic()
+        self._saved_iteration = state.iteration
+
+    def run(self) -> None:
+        """Train to the end or to a reason to stop; then evaluate on the test part and save."""
+        config = self._config
+        self._reporter.restart_clock()
+        while self.state.iteration < self._lengths.iterations:
+            must_exit = self._step() == _EXIT
+            iteration = self.state.iteration
+            if config.training.eval_iters and iteration % config.training.eval_interval == 0:
+                self._evaluate(self._valid_data, "validation")
+            if config.checkpoint.save_interval and iteration % config.checkpoint.save_interval == 0:
+                self._save()
+            if must_exit or (config.training.exit_interval and iteration % config.training.exit_interval == 0):
+                self._save()
+                self._context.log.info("exiting at iteration %d", iteration)
+                return
+        self._save()
+        if config.training.eval_iters:
+            self._evaluate(self._test_data, "test")
+
+    def _step(self) -> int:
+        """One optimizer step; returns whether all ranks are to exit after it."""
+        state, engine = self.state, self._engine
+        batches = self._batches(self._train_data, state.data_samples)
+        num_tokens, command = self._agree(batches)
+        rate = self._learning_rate()
+        self._progress.start_step(state.iteration + 1, self._num_units())
+        loss = engine.train_step([batch.inputs() for batch in batches], num_tokens, rate)
+        self._progress.finish_step()
+        dist.all_reduce(loss)
+        self._reporter.add(loss / num_tokens)
+        state.advance(self._lengths.global_batch_size, self._config.model.seq_length)
+        state.skipped_iterations += engine.step_was_skipped
+        if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
+            self._reporter.line(state, rate, self._lengths.global_batch_size, engine.loss_scale, engine.gradient_norm())
+        return command
+
+    def _learning_rate(self) -> float:
+        """Of the step at hand, which counts as taken."""
+        state, samples = self.state, self._lengths.global_batch_size
+        tokens = samples * self._config.model.seq_length
+        return self._schedule.at(state.iteration + 1, state.consumed_samples + samples, state.consumed_tokens + tokens)
+
+    def _batches(self, data: SampleDataset | None, first_sample: int) -> list[Batch]:
+        assert data is not None, "a part that is read was asked for"
+        return [self._provide_batch([data[i] for i in samples]) for samples in self._sampler.step(first_sample)]
+
+    def _agree(self, batches: Sequence[Batch]) -> tuple[Tensor, int]:
+        """(unmasked tokens of the step over all ranks, whether any rank wants to exit). Collective over all ranks."""
+        limit = self._config.training.exit_duration_in_mins
+        out_of_time = limit is not None and time.monotonic() - self._started >= limit * 60
+        # Every rank of a sequence counts the whole of it.
+        tokens = sum(batch.num_tokens for batch in batches) / self._context.parallel_state.sequence_parallel_size
+        wishes = torch.tensor([tokens, self._stop.received or out_of_time], dtype=torch.float64)
+        wishes = wishes.to(self._context.device)
+        dist.all_reduce(wishes)
+        return wishes[0].float(), _EXIT if wishes[1].item() > 0 else _CONTINUE
+
+    def _num_units(self) -> int:
+        """Calls of the progress report in one step."""
+        model, parallel = self._config.model, self._config.parallel
+        per_microbatch = model.num_layers
+        if parallel.ds_sequence_parallel_fpdt:
+            per_microbatch *= 2 * -(-model.seq_length // parallel.ds_sequence_parallel_fpdt_chunk_size)
+        return per_microbatch * self._lengths.num_microbatches
+
+    def _evaluate(self, data: SampleDataset | None, part: str) -> None:
+        if data is None:
+            return
+        num_steps = self._config.training.eval_iters
+        totals = torch.zeros(2, dtype=torch.float64, device=self._context.device)
+        for step in range(num_steps):
+            for batch in self._batches(data, step * self._lengths.global_batch_size):
+                totals[0] += self._engine.evaluate(batch.inputs())
+                totals[1] += batch.num_tokens / self._context.parallel_state.sequence_parallel_size
+        dist.all_reduce(totals)
+        self._reporter.evaluation(self.state.iteration, (totals[0] / totals[1]).item(), part)
+        self._reporter.restart_clock()
+
+    def _save(self) -> None:
+        """Save, where a folder is given and this iteration is not saved already."""
+        if self._config.checkpoint.save is None or self._saved_iteration == self.state.iteration:
+            return
+        path = save_checkpoint(self._engine, self._context, self._config, self.state)
+        self._saved_iteration = self.state.iteration
+        self._context.log.info("saved %s", path)
+        self._reporter.restart_clock()

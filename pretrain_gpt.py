@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+"""Pretrain GPT or LLaMA: read the arguments, say how model, batches and datasets are made, and train.
+
+deepspeed --num_gpus 4 pretrain_gpt.py --help
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import nn
+
+from megatron.arguments import parse_args
+from megatron.batch import Batch, Samples, slice_batch
+from megatron.checkpointing import CheckpointError, check_checkpoint, find_checkpoint
+from megatron.config import Config, ConfigError
+from megatron.config.checks import validate
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.data.blended_dataset import SampleDataset
+from megatron.data.errors import DataError
+from megatron.data.gpt_dataset import build_dataset, build_datasets
+from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.splits import parse_data_paths
+from megatron.data.vocabulary import check_vocabulary
+from megatron.fpdt.host_pool import HostMemoryError
+from megatron.fpdt.stream import ProgressReport
+from megatron.initialize import Context, device_type, initialize, world_from_environment
+from megatron.model.builder import Execution, build_model
+from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
+from megatron.ops.attention import AttentionUnavailable
+from megatron.tokenizer import TokenizerError, build_tokenizer, pad_vocab_size
+from megatron.training import Datasets, pretrain
+
+USER_ERRORS = (ConfigError, DataError, TokenizerError, CheckpointError, HostMemoryError, AttentionUnavailable)
+SECONDS_FOR_RANK_0 = 10.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run; returns the exit code. What the user can mend is one line on rank 0, before anything is allocated."""
+    rank, world_size = world_from_environment()
+    try:
+        config = parse_args(argv)
+        validate(config, world_size, device_type())
+        vocab_size = check_inputs(config)
+        train(config, initialize(config), pad_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by))
+    except USER_ERRORS as error:
+        return report(error, rank)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def report(error: Exception, rank: int) -> int:
+    """Write the error once: other ranks leave time for rank 0 to write it and for the launcher to end them."""
+    if rank:
+        time.sleep(SECONDS_FOR_RANK_0)
+    sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error on rank {rank}: {error}\n")
+    return 2
+
+
+def check_inputs(config: Config) -> int:
+    """Open what will be read, without reading it: tokenizer, data, checkpoint. Returns the size of the vocabulary."""
+    flags = config.tokenizer
+    tokenizer = build_tokenizer(
+        flags.tokenizer_type, flags.vocab_file, flags.merge_file, flags.tokenizer_model, flags.vocab_size
+    )
+    data = config.data
+    for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
+        for prefix in parse_data_paths(paths)[0] if paths else ():
+            check_vocabulary(IndexedDataset(prefix), tokenizer.vocab_size)
+    checkpoint = find_checkpoint(config.checkpoint.load)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, config)
+    return tokenizer.vocab_size
+
+
+def train(config: Config, context: Context, padded_vocab_size: int) -> None:
+    """Provide the model, the batches and the datasets, and train."""
+    parallel, parallel_state = config.parallel, context.parallel_state
+    execution = Execution(
+        fpdt=parallel.ds_sequence_parallel_fpdt,
+        chunk_size=parallel.ds_sequence_parallel_fpdt_chunk_size,
+        offloading=parallel.ds_sequence_parallel_fpdt_offloading,
+        recompute=config.deepspeed.deepspeed_activation_checkpointing or config.deepspeed.checkpoint_activations,
+        checkpoint_in_cpu=config.deepspeed.checkpoint_in_cpu,
+    )
+    seq_length = config.model.seq_length
+    chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
+    layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
+
+    def provide_model(report: ProgressReport) -> nn.Module:
+        return build_model(
+            config.model,
+            padded_vocab_size,
+            parallel_state,
+            execution,
+            context.dtype,
+            context.device,
+            config.training.seed,
+            report,
+        )
+
+    def provide_batch(samples: Samples) -> Batch:
+        return slice_batch(samples, layout, parallel_state.sequence_parallel_rank, pin=context.device.type == "cuda")
+
+    def provide_datasets(num_samples: tuple[int, int, int]) -> Datasets:
+        return datasets(config, num_samples, padded_vocab_size)
+
+    leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
+    pretrain(config, context, padded_vocab_size, leaf_modules, provide_model, provide_batch, provide_datasets)
+
+
+def datasets(config: Config, num_samples: tuple[int, int, int], vocab_size: int) -> Datasets:
+    """Training, validation and test data: parts of one dataset, or a dataset each."""
+    data, seed, seq_length = config.data, config.training.seed, config.model.seq_length
+    cache = Path(data.data_cache_path) if data.data_cache_path else None
+    if data.data_path:
+        return build_datasets(data.data_path, data.split, num_samples, seq_length, seed, cache, vocab_size)
+
+    def part(paths: Sequence[str], name: str, count: int) -> SampleDataset | None:
+        return build_dataset(paths, name, count, seq_length, seed, cache, vocab_size) if paths and count else None
+
+    names = ("train", "valid", "test")
+    paths = (data.train_data_path, data.valid_data_path, data.test_data_path)
+    train_data, valid_data, test_data = (part(*each) for each in zip(paths, names, num_samples, strict=True))
+    return train_data, valid_data, test_data
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
