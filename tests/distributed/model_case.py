@@ -1,0 +1,212 @@
+"""One configuration of the real model on real ranks, against the reference.
+
+A case says what the model is, how it is executed, and on how many ranks. Every rank builds the model through the
+package's builder, loads the same random weights, computes the loss of its own tokens and hands back its gradients; the
+test process sums them and compares with the one-process float64 reference.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.config import ModelConfig
+from megatron.core.parallel_state import ParallelState
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.model.builder import Execution, build_model
+from tests.distributed.rank_pool import RankPool
+from tests.reference.compare import assert_gradients_equal
+from tests.reference.reference_model import Batch, Result, State, loss_and_gradients, random_state
+
+PADDED_VOCAB_SIZE = 64
+VOCAB_SIZE = 61
+NUM_HEADS = 8
+TOLERANCE = 1e-12
+
+Setting = int | float | str | bool
+LLAMA: dict[str, Setting] = {
+    "use_rotary_position_embeddings": True,
+    "normalization": "rmsnorm",
+    "swiglu": True,
+    "disable_bias_linear": True,
+    "untie_embeddings_and_output_weights": True,
+}
+GPT: dict[str, Setting] = {"normalization": "layernorm"}
+FAMILIES = {"llama": LLAMA, "gpt": GPT}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to run. `positions` is "learned", or the share of each head that rotates; chunk_length 0 means FPDT off.
+
+    max_positions 0 means as many as the sequence is long.
+    """
+
+    family: str = "llama"
+    positions: str | float = 1.0
+    num_heads: int = NUM_HEADS
+    num_key_value_heads: int = NUM_HEADS
+    num_layers: int = 2
+    sequence_length: int = 48
+    batch_size: int = 1
+    chunk_length: int = 0
+    offloading: bool = False
+    sequence_parallel_size: int = 1
+    data_parallel_size: int = 1
+    attention_backend: str = "auto"
+    max_positions: int = 0
+    recompute: bool = False
+    checkpoint_in_cpu: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        return self.sequence_parallel_size * self.data_parallel_size
+
+    def __str__(self) -> str:
+        execution = f"chunk{self.chunk_length}" if self.chunk_length else "plain"
+        offloading = "-offload" if self.offloading else ""
+        positions = self.positions if self.positions == "learned" else f"rope{float(self.positions):.0%}"
+        heads = f"kv{self.num_key_value_heads}of{self.num_heads}"
+        ranks = f"dp{self.data_parallel_size}-sp{self.sequence_parallel_size}"
+        recompute = "-recompute" if self.recompute else ""
+        recompute += "-in-cpu" if self.checkpoint_in_cpu else ""
+        return f"{self.family}-{positions}-{heads}-batch{self.batch_size}-{execution}{offloading}{recompute}-{ranks}"
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank returns: its sum of masked token losses, its gradients and the global positions it owned."""
+
+    loss_sum: float
+    gradients: State
+    positions: list[int]
+
+
+def model_config(case: Case) -> ModelConfig:
+    """Return the ModelConfig of a case; 16-wide heads, so that 25% of one is two pairs of rotary dimensions."""
+    settings: dict[str, Setting] = dict(FAMILIES[case.family])
+    if case.positions == "learned":
+        settings["use_rotary_position_embeddings"] = False
+    else:
+        settings |= {"use_rotary_position_embeddings": True, "rotary_percent": float(case.positions)}
+    return ModelConfig(
+        num_layers=case.num_layers,
+        hidden_size=32,
+        ffn_hidden_size=40,
+        num_attention_heads=case.num_heads,
+        num_key_value_heads=case.num_key_value_heads,
+        kv_channels=16,
+        seq_length=case.sequence_length,
+        max_position_embeddings=case.max_positions or case.sequence_length,
+        attention_backend=case.attention_backend,
+        **settings,
+    )
+
+
+def build(case: Case) -> tuple[nn.Module, ParallelState, SequenceLayout]:
+    """Build a case's model on this rank, float64 on CPU; return it with the parallel state and the sequence layout."""
+    parallel_state = ParallelState.create(case.sequence_parallel_size)
+    chunk_length = case.chunk_length or case.sequence_length
+    execution = Execution(
+        fpdt=case.chunk_length > 0,
+        chunk_size=chunk_length,
+        offloading=case.offloading,
+        recompute=case.recompute,
+        checkpoint_in_cpu=case.checkpoint_in_cpu,
+    )
+    model = build_model(
+        model_config(case),
+        PADDED_VOCAB_SIZE,
+        parallel_state,
+        execution,
+        dtype=torch.float64,
+        device="cpu",
+        seed=1234,
+    )
+    layout = SequenceLayout(case.sequence_length, chunk_length, case.sequence_parallel_size)
+    return model, parallel_state, layout
+
+
+def global_batch(case: Case) -> Batch:
+    """Return the batch of all data-parallel ranks, [dp * B, S]; a third of the tokens and one run of them masked."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (case.data_parallel_size * case.batch_size, case.sequence_length)
+    tokens, labels = torch.randint(0, VOCAB_SIZE, (2, *shape), generator=generator)
+    mask = (torch.rand(shape, generator=generator) < 0.7).double()
+    mask[0, case.sequence_length // 3 : case.sequence_length // 2] = 0.0
+    return Batch(tokens, labels, mask)
+
+
+def local_inputs(case: Case, data_parallel_rank: int, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cut a rank's (tokens, labels, loss_mask, position_ids), each [B, S/sp], out of the global batch."""
+    batch = global_batch(case)
+    rows = slice(data_parallel_rank * case.batch_size, (data_parallel_rank + 1) * case.batch_size)
+    tokens, labels, mask = (x[rows][:, positions].contiguous() for x in (batch.tokens, batch.labels, batch.loss_mask))
+    return tokens, labels, mask, positions.expand(case.batch_size, -1).contiguous()
+
+
+def run_rank(case: Case) -> RankResult:
+    """Run a case on this rank: build, load the random weights, forward, backward."""
+    model, parallel_state, layout = build(case)
+    model.load_state_dict(random_state(model_config(case), PADDED_VOCAB_SIZE, seed=3), strict=True)
+    positions = layout.owned_positions(parallel_state.sequence_parallel_rank)
+    inputs = local_inputs(case, parallel_state.data_parallel_rank, positions)
+    originals = [x.clone() for x in inputs]
+    loss_sum = model(*inputs)
+    loss_sum.backward()
+    assert all(torch.equal(x, original) for x, original in zip(inputs, originals, strict=True)), "input written to"
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without, f"parameters without a gradient on rank {dist.get_rank()}: {without}"
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return RankResult(float(loss_sum), gradients, positions.tolist())
+
+
+@lru_cache(maxsize=64)
+def reference_result(case: Case) -> Result:
+    config = model_config(case)
+    return loss_and_gradients(config, random_state(config, PADDED_VOCAB_SIZE, seed=3), global_batch(case))
+
+
+def reference(case: Case) -> Result:
+    """Return the reference's result; cases that differ only in execution share it."""
+    total_batch = case.batch_size * case.data_parallel_size
+    return reference_result(
+        replace(
+            case,
+            batch_size=total_batch,
+            data_parallel_size=1,
+            sequence_parallel_size=1,
+            chunk_length=0,
+            offloading=False,
+            recompute=False,
+            checkpoint_in_cpu=False,
+            attention_backend="auto",
+        )
+    )
+
+
+def assert_exact(pool: RankPool, case: Case, tolerance: float = TOLERANCE) -> None:
+    """Fail unless the ranks' loss and every gradient, summed over ranks, are the reference's to float64 rounding."""
+    results = pool.run(run_rank, case, num_ranks=case.num_ranks)
+    assert_layout(case, results)
+    want = reference(case)
+    num_unmasked = float(global_batch(case).loss_mask.sum())
+    loss = sum(result.loss_sum for result in results) / num_unmasked
+    assert abs(loss - float(want.loss)) < tolerance * float(want.loss), f"loss {loss!r}, reference {float(want.loss)!r}"
+    gradients = {
+        name: torch.stack([result.gradients[name] for result in results]).sum(0) / num_unmasked
+        for name in results[0].gradients
+    }
+    assert_gradients_equal(model_config(case), gradients, want.gradients, tolerance)
+
+
+def assert_layout(case: Case, results: list[RankResult]) -> None:
+    """Fail unless rank r owned the r-th of the equal slices of every chunk."""
+    length, end, size = case.chunk_length or case.sequence_length, case.sequence_length, case.sequence_parallel_size
+    chunks = [range(start, min(start + length, end)) for start in range(0, end, length)]
+    for rank, result in enumerate(results):
+        share = rank % size
+        slices = [chunk[len(chunk) * share // size : len(chunk) * (share + 1) // size] for chunk in chunks]
+        assert result.positions == [position for part in slices for position in part]

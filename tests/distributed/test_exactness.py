@@ -1,0 +1,117 @@
+"""Loss and every gradient of the real model on gloo ranks equal the one-process float64 reference, to float64 rounding.
+
+Continuous integration runs a subset in which every value of every axis, and the pairs that interact, appear.
+The whole grid:
+
+    pytest -m grid tests/distributed/test_exactness.py
+"""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from tests.distributed.model_case import Case, assert_exact
+from tests.distributed.rank_pool import RankPool
+
+# 48 tokens as 1, 2, 3 chunks and as 20 + 20 + 8.
+CHUNKS = {"one chunk": 48, "two chunks": 24, "three chunks": 16, "uneven last": 20}
+KEY_VALUE_HEADS = {"multi-head": 8, "grouped": 4, "fewer than 4 ranks": 2, "multi-query": 1}
+MODELS = [("gpt", "learned"), ("gpt", 1.0), ("gpt", 0.25), ("llama", 1.0), ("llama", 0.25)]
+
+LLAMA = Case(family="llama", positions=1.0, num_key_value_heads=4)
+GPT = Case(family="gpt", positions="learned")
+
+PLAIN = [
+    replace(LLAMA),
+    replace(GPT, batch_size=3),
+    replace(LLAMA, sequence_parallel_size=2, batch_size=3, num_key_value_heads=1),
+    replace(GPT, sequence_parallel_size=2),
+    replace(LLAMA, sequence_parallel_size=4, num_key_value_heads=2, batch_size=3, positions=0.25),
+    replace(GPT, sequence_parallel_size=4, positions=0.25),
+    replace(LLAMA, sequence_parallel_size=2, recompute=True),
+    replace(GPT, sequence_parallel_size=2, recompute=True, checkpoint_in_cpu=True),
+]
+
+STREAMED = [
+    replace(LLAMA, chunk_length=48),
+    replace(GPT, chunk_length=24, batch_size=3, offloading=True),
+    replace(LLAMA, chunk_length=16, batch_size=3, positions=0.25, num_key_value_heads=1),
+    replace(GPT, chunk_length=20, positions=1.0, num_key_value_heads=2, offloading=True),
+    replace(LLAMA, chunk_length=20, sequence_parallel_size=2, num_key_value_heads=1, batch_size=3, offloading=True),
+    replace(GPT, chunk_length=16, sequence_parallel_size=2, batch_size=3, positions=0.25),
+    replace(GPT, chunk_length=48, sequence_parallel_size=2, offloading=True, num_key_value_heads=2),
+    replace(LLAMA, chunk_length=20, sequence_parallel_size=4, batch_size=3, offloading=True),
+    replace(LLAMA, chunk_length=16, sequence_parallel_size=4, num_key_value_heads=2, batch_size=3, positions=0.25),
+    replace(LLAMA, chunk_length=24, sequence_parallel_size=4, num_key_value_heads=1, offloading=True),
+    replace(GPT, chunk_length=20, sequence_parallel_size=4, batch_size=3, offloading=True),
+    replace(GPT, chunk_length=24, sequence_parallel_size=4, num_key_value_heads=2),
+]
+
+CORNERS = {
+    "chunks of one token per rank": replace(LLAMA, sequence_length=24, chunk_length=4, sequence_parallel_size=4),
+    "last chunk of one token per rank": replace(LLAMA, sequence_length=36, chunk_length=16, sequence_parallel_size=4),
+    "a chunk longer than the sequence": replace(GPT, chunk_length=64, sequence_parallel_size=2, offloading=True),
+    "many chunks": replace(LLAMA, sequence_length=96, chunk_length=8, num_layers=3, offloading=True, batch_size=2),
+    "prime number of tokens": replace(GPT, sequence_length=47, chunk_length=13, offloading=True),
+    "ranks share key/value heads unevenly": replace(
+        LLAMA, num_heads=12, num_key_value_heads=3, chunk_length=16, sequence_parallel_size=2, offloading=True
+    ),
+    "ranks straddle key/value groups": replace(
+        LLAMA, num_heads=12, num_key_value_heads=3, chunk_length=16, sequence_parallel_size=4, batch_size=3
+    ),
+    "the reference attention kernel": replace(
+        LLAMA, chunk_length=20, sequence_parallel_size=2, attention_backend="reference", offloading=True
+    ),
+}
+
+DATA_PARALLEL = [
+    replace(LLAMA, data_parallel_size=2, sequence_parallel_size=2),
+    replace(LLAMA, data_parallel_size=2, sequence_parallel_size=2, chunk_length=20, batch_size=3, offloading=True),
+    replace(GPT, data_parallel_size=4, chunk_length=16),
+]
+
+GRID = [
+    Case(
+        family=family,
+        positions=positions,
+        num_key_value_heads=key_value_heads,
+        batch_size=batch_size,
+        chunk_length=chunk_length,
+        offloading=offloading,
+        sequence_parallel_size=sequence_parallel_size,
+    )
+    for (family, positions), key_value_heads, batch_size, (chunk_length, offloading), sequence_parallel_size in product(
+        MODELS,
+        KEY_VALUE_HEADS.values(),
+        (1, 3),
+        [(0, False), *product(CHUNKS.values(), (False, True))],
+        (1, 2, 4),
+    )
+]
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_plain_execution_is_exact(ranks: RankPool, case: Case) -> None:
+    assert_exact(ranks, case)
+
+
+@pytest.mark.parametrize("case", STREAMED, ids=str)
+def test_fpdt_is_exact(ranks: RankPool, case: Case) -> None:
+    assert_exact(ranks, case)
+
+
+@pytest.mark.parametrize("name", CORNERS)
+def test_fpdt_is_exact_at_corners(ranks: RankPool, name: str) -> None:
+    assert_exact(ranks, CORNERS[name])
+
+
+@pytest.mark.parametrize("case", DATA_PARALLEL, ids=str)
+def test_data_parallel_with_sequence_parallel_is_exact(ranks: RankPool, case: Case) -> None:
+    assert_exact(ranks, case)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_every_combination_is_exact(ranks: RankPool, case: Case) -> None:
+    assert_exact(ranks, case)
