@@ -1,0 +1,177 @@
+"""The streamed model on a GPU: bits, error, memory, and that the host never waits."""
+
+import contextlib
+
+import pytest
+import torch
+
+from megatron.config import ModelConfig
+from megatron.core.parallel_state import ParallelState
+from megatron.fpdt import store as store_module
+from megatron.model.builder import Execution, build_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+VOCAB = 512
+
+
+def _config(length, **changes):
+    values = {
+        "num_layers": 2, "hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads":
+        2, "seq_length": length, "use_rotary_position_embeddings": True, "normalization": "rmsnorm", "swiglu": True,
+        "disable_bias_linear": True, "untie_embeddings_and_output_weights": True,
+    }  # fmt: skip
+    return ModelConfig(**(values | changes)).resolved()
+
+
+def _inputs(length, batch=1, device="cpu"):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, VOCAB, (batch, length + 1), generator=generator)
+    mask = (torch.rand(batch, length, generator=generator) > 0.1).float()
+    parts = (tokens[:, :-1], tokens[:, 1:], mask, torch.arange(length).expand(batch, length))
+    return tuple(t.contiguous().pin_memory() if device == "cpu" else t.to(device) for t in parts)
+
+
+def _model(config, execution, dtype=torch.bfloat16, weights=None):
+    model = build_model(config, VOCAB, ParallelState(), execution, dtype, "cuda")
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
+
+
+def _run(model, inputs, steps=1):
+    for _ in range(steps):
+        model.zero_grad()
+        loss = model(*inputs)
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+OFFLOADED = Execution(fpdt=True, chunk_size=256, offloading=True)
+ON_DEVICE = Execution(fpdt=True, chunk_size=256)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [1024, 1024 + 192])
+def test_offloading_changes_no_bit(length, batch):
+    config, inputs = _config(length), _inputs(length, batch)
+    loss, grads = _run(_model(config, ON_DEVICE), inputs)
+    other_loss, other_grads = _run(_model(config, OFFLOADED), inputs)
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "torch-flash", "auto"])
+def test_bf16_stream_errs_like_the_bf16_plain_model(backend):
+    config, inputs = _config(1024 + 192, attention_backend=backend), _inputs(1024 + 192, batch=2)
+    weights = _model(config, OFFLOADED).state_dict()
+    exact_config = _config(1024 + 192, attention_backend="reference")
+    exact_loss, exact = _run(_model(exact_config, Execution(), torch.float64, weights), inputs)
+    plain_loss, plain = _run(_model(config, Execution(), weights=weights), inputs)
+    for execution in (OFFLOADED, ON_DEVICE):
+        loss, grads = _run(_model(config, execution, weights=weights), inputs)
+        assert (loss - exact_loss).abs() <= 3 * (plain_loss - exact_loss).abs() + 1e-4 * exact_loss
+        for name, gradient in grads.items():
+            error, allowed = ((g[name] - exact[name]).norm() / exact[name].norm() for g in (grads, plain))
+            assert error <= 1.5 * allowed + 1e-3, f"{name}: {error} against {allowed}"
+            assert gradient.dtype == torch.bfloat16
+
+
+@contextlib.contextmanager
+def _delays(monkeypatch, cycles=2_000_000):
+    """Hold up each copy before it starts and the arithmetic after each arrival."""
+    start, finish, put = store_module.ChunkStore._start, store_module.ChunkStore._finish, store_module.ChunkStore.put
+
+    def slow_put(self, chunk, value):
+        torch.cuda._sleep(cycles)  # the producer is late
+        with torch.cuda.stream(self._copy_out):
+            torch.cuda._sleep(cycles)
+        put(self, chunk, value)
+
+    def slow_start(self, chunk):
+        with torch.cuda.stream(self._copy_in):
+            torch.cuda._sleep(cycles)
+        return start(self, chunk)
+
+    def slow_finish(self, arriving, arrived):
+        result = finish(self, arriving, arrived)
+        torch.cuda._sleep(cycles)
+        return result
+
+    monkeypatch.setattr(store_module.ChunkStore, "put", slow_put)
+    monkeypatch.setattr(store_module.ChunkStore, "_start", slow_start)
+    monkeypatch.setattr(store_module.ChunkStore, "_finish", slow_finish)
+    yield
+    monkeypatch.undo()
+
+
+def test_delays_in_every_stream_change_no_bit(monkeypatch):
+    config, inputs = _config(1024 + 192), _inputs(1024 + 192)
+    loss, grads = _run(_model(config, OFFLOADED), inputs, steps=2)
+    model = _model(config, OFFLOADED)
+    with _delays(monkeypatch):
+        slow_loss, slow_grads = _run(model, inputs, steps=2)
+    assert torch.equal(loss, slow_loss)
+    assert all(torch.equal(grads[name], slow_grads[name]) for name in grads)
+
+
+def test_the_host_never_waits_for_the_device():
+    config, inputs = _config(1024), _inputs(1024)
+    model = _model(config, OFFLOADED)
+    _run(model, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _run(model, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_host_pool_allocates_in_the_first_step_only_and_exactly():
+    config, inputs = _config(2048), _inputs(2048)
+    model = _model(config, OFFLOADED)
+    _run(model, inputs)
+    pool = model.execution.store.pool
+    allocated = pool.allocated_bytes
+    assert allocated == pool.peak_used_bytes
+    _run(model, inputs, steps=3)
+    assert pool.allocated_bytes == allocated
+    assert pool.used_bytes == 0
+
+
+def _peak_bytes(length):
+    config, inputs = _config(length), _inputs(length)
+    model = _model(config, Execution(fpdt=True, chunk_size=1024, offloading=True))
+    _run(model, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    _run(model, inputs)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - base
+
+
+def test_peak_memory_does_not_grow_with_the_sequence():
+    short, long = _peak_bytes(8 * 1024), _peak_bytes(64 * 1024)
+    assert long <= 1.02 * short
+
+
+def test_hidden_dropout_is_replayed_exactly():
+    config, inputs = _config(1024, hidden_dropout=0.2), _inputs(1024)
+    results = []
+    for execution in (ON_DEVICE, OFFLOADED):
+        model = _model(config, execution)
+        torch.cuda.manual_seed(5)
+        results.append(_run(model, inputs))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+    one_chunk = _model(config, Execution(fpdt=True, chunk_size=1024))
+    plain = _model(config, Execution())
+    torch.cuda.manual_seed(5)
+    streamed_loss, streamed = _run(one_chunk, inputs)
+    torch.cuda.manual_seed(5)
+    plain_loss, expected = _run(plain, inputs)
+    assert torch.equal(streamed_loss, plain_loss)
+    for name, gradient in streamed.items():
+        assert (gradient - expected[name]).norm() <= 0.02 * expected[name].norm(), name
