@@ -86,6 +86,9 @@ def pretrain(
         context.log.info("note: %s", note)
     lengths = Lengths.of(config, context.parallel_state.data_parallel_size)
     datasets = provide_datasets(lengths.num_samples(config))
+    for part, data in zip(("validation", "test"), datasets[1:], strict=True):
+        if data is None and config.training.eval_iters:
+            context.log.warning("there are no %s data: --split or --data-path leaves none, so none are evaluated", part)
     progress = build_progress(
         config.logging.progress, context.parallel_state.rank, sys.stdout, config.logging.heartbeat_seconds
     )

@@ -102,6 +102,7 @@ def build_datasets(
     """The training, validation and test parts of one dataset, or of several blended by weight.
 
     data_paths: one prefix, or pairs of weight and prefix. split: such as "969,30,1". A part with num_samples 0 is None.
+    A validation or test part whose share holds no document is None too.
     cache_dir: where sample orders are kept; by default a folder PREFIX_cache beside each dataset, if it can be written.
     Raises DataError.
     """
@@ -110,10 +111,12 @@ def build_datasets(
     shares = parse_split(split)
     ranges = [split_documents(source.num_documents, shares) for source in sources]
     settings = _PartSettings(seq_length, seed, cache_dir, vocab_size)
-    train, valid, test = (
-        _build_part(sources, weights, [parts[k] for parts in ranges], num_samples[k], name, settings)
-        for k, name in enumerate(PART_NAMES)
-    )
+    parts: list[SampleDataset | None] = []
+    for k, name in enumerate(PART_NAMES):
+        documents = [part_ranges[k] for part_ranges in ranges]
+        is_wanted = name == "train" or any(documents)
+        parts.append(_build_part(sources, weights, documents, num_samples[k], name, settings) if is_wanted else None)
+    train, valid, test = parts
     return train, valid, test
 
 

@@ -89,8 +89,18 @@ def test_parts_share_no_document_and_an_unused_part_is_none(make_dataset: MakeDa
 
 
 def test_a_part_without_enough_tokens_names_itself(make_dataset: MakeDataset) -> None:
-    with pytest.raises(DataError, match=r"the valid part of .* has 0 tokens in 0 documents; .* change --split"):
-        build_datasets([make_dataset([10] * 20)], "1,0,0", (3, 1, 0), 9, 1)
+    with pytest.raises(DataError, match=r"the valid part of .* has 10 tokens in 1 documents; .* change --split"):
+        build_datasets([make_dataset([10] * 20)], "95,5,0", (3, 1, 0), 19, 1)
+
+
+def test_a_validation_part_without_documents_is_none_and_a_training_part_is_an_error(make_dataset: MakeDataset) -> None:
+    prefix = make_dataset([10] * 20)
+    train, valid, test = build_datasets([prefix], "1,0,0", (3, 1, 1), 9, 1)
+    assert train is not None
+    assert valid is None
+    assert test is None
+    with pytest.raises(DataError, match=r"the train part of .* has 0 tokens in 0 documents; .* change --split"):
+        build_datasets([prefix], "0,1,0", (3, 1, 0), 9, 1)
 
 
 def test_a_blend_draws_from_each_dataset_by_weight(make_dataset: MakeDataset) -> None:
