@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -28,10 +29,10 @@ from megatron.data.splits import parse_data_paths
 from megatron.data.vocabulary import check_vocabulary
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.fpdt.stream import ProgressReport
-from megatron.initialize import Context, device_type, initialize, world_from_environment
+from megatron.initialize import Context, device_type, initialize, number_format, world_from_environment
 from megatron.model.builder import Execution, build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
-from megatron.ops.attention import AttentionUnavailable
+from megatron.ops.attention import AttentionUnavailable, choose_backend
 from megatron.tokenizer import TokenizerError, build_tokenizer, pad_vocab_size
 from megatron.training import Datasets, pretrain
 
@@ -64,7 +65,9 @@ def report(error: Exception, rank: int) -> int:
 
 
 def check_inputs(config: Config) -> int:
-    """Open what will be read, without reading it: tokenizer, data, checkpoint. Returns the size of the vocabulary."""
+    """Open what will be read: tokenizer, data, checkpoint; find the attention kernel. Returns the vocabulary's size."""
+    model = config.model
+    choose_backend(model.attention_backend, torch.device(device_type()), number_format(config), model.kv_channels)
     flags = config.tokenizer
     tokenizer = build_tokenizer(
         flags.tokenizer_type, flags.vocab_file, flags.merge_file, flags.tokenizer_model, flags.vocab_size

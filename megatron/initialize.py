@@ -40,6 +40,13 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def number_format(config: Config) -> torch.dtype:
+    """The type of parameters and activations."""
+    if config.precision.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.precision.fp16 else torch.float32
+
+
 def initialize(config: Config) -> Context:
     """Join the process group, take a device and seed the random numbers. Collective over all ranks."""
     _complete_environment()
@@ -54,8 +61,8 @@ def initialize(config: Config) -> Context:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
     # Dropout masks differ between ranks; the weights come from a generator of their own, the same on every rank.
     torch.manual_seed(config.training.seed + rank)
-    dtype = torch.bfloat16 if config.precision.bf16 else torch.float16 if config.precision.fp16 else torch.float32
-    return Context(ParallelState.create(config.parallel.ds_sequence_parallel_size), device, dtype, log)
+    parallel_state = ParallelState.create(config.parallel.ds_sequence_parallel_size)
+    return Context(parallel_state, device, number_format(config), log)
 
 
 def _complete_environment() -> None:

@@ -2,7 +2,7 @@
 # Train a small LLaMA with FPDT on real text: the sources of the running Python's own standard library.
 #
 #   tools/quickstart.sh                             from nothing to a checkpoint and a loss curve
-#   CONTINUE=1 TRAIN_ITERS=80 tools/quickstart.sh   go on from the checkpoint
+#   CONTINUE=1 TRAIN_ITERS=160 tools/quickstart.sh   go on from the checkpoint
 #
 # Two processes with sequence-parallel size 2, ZeRO-3, and FPDT with offloading: on two GPUs in bf16, or on the CPU in
 # fp32. With one GPU it is one process. Every variable below can be set from the environment.
@@ -27,10 +27,10 @@ SEQ_LENGTH=${SEQ_LENGTH:-8192}
 CHUNK_SIZE=${CHUNK_SIZE:-2048}
 
 # --- the training ------------------------------------------------------------------------------------------------------
-TRAIN_ITERS=${TRAIN_ITERS:-40}
+TRAIN_ITERS=${TRAIN_ITERS:-80}
 LR=${LR:-3e-3}
 LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-5}
-EVAL_INTERVAL=${EVAL_INTERVAL:-10}
+EVAL_INTERVAL=${EVAL_INTERVAL:-20}
 EVAL_ITERS=${EVAL_ITERS:-2}
 
 if [[ ! -x $VENV/bin/deepspeed ]]; then
@@ -88,6 +88,7 @@ model=(
   --swiglu
   --disable-bias-linear
   --untie-embeddings-and-output-weights
+  --init-method-std 0.05
 )
 parallel=(
   --ds-sequence-parallel-size "$num_processes"
@@ -107,6 +108,7 @@ training=(
   --lr-decay-style constant
   --lr-warmup-iters "$LR_WARMUP_ITERS"
   --weight-decay 0.1
+  --adam-beta2 0.95
   --clip-grad 1.0
   --eval-interval "$EVAL_INTERVAL"
   --eval-iters "$EVAL_ITERS"

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-AttentionBackend = Literal[
-    "auto", "reference", "torch-cpu", "torch-flash", "cudnn", "flash-attn-2", "flash-attn-3", "flash-attn-4"
-]
+AttentionBackend = Literal["auto", "reference", "torch-cpu", "torch-flash", "cudnn"]
 Normalization = Literal["layernorm", "rmsnorm"]
 
 SWIGLU_WIDTH_MULTIPLE = 64
@@ -84,19 +82,13 @@ class ModelConfig:
     """Attention kernel; auto takes the fastest that is correct for the device, type and head width."""
 
     use_flash_attn: bool = False
-    """The fastest FlashAttention that is there: the same as --attention-backend auto."""
+    """The fastest kernel that is there: the same as --attention-backend auto."""
 
     use_flash_attn_v1: bool = False
     """Refused: FlashAttention-1 no longer exists as a package."""
 
     use_flash_attn_v2: bool = False
-    """The same as --attention-backend flash-attn-2."""
-
-    use_flash_attn_v3: bool = False
-    """The same as --attention-backend flash-attn-3."""
-
-    use_flash_attn_v4: bool = False
-    """The same as --attention-backend flash-attn-4."""
+    """FlashAttention-2, as compiled into torch: the same as --attention-backend torch-flash."""
 
     def resolved(self) -> ModelConfig:
         """Return the same architecture with every width filled in."""

@@ -7,11 +7,7 @@ from megatron.config.deepspeed_json import adopt, read_deepspeed_json
 from megatron.config.errors import ConfigError
 from megatron.config.model import AttentionBackend, ModelConfig
 
-FLASH_ATTENTION_FLAGS: dict[str, AttentionBackend] = {
-    "use_flash_attn_v2": "flash-attn-2",
-    "use_flash_attn_v3": "flash-attn-3",
-    "use_flash_attn_v4": "flash-attn-4",
-}
+FLASH_ATTENTION_2: AttentionBackend = "torch-flash"
 
 
 def resolve(config: Config) -> Config:
@@ -40,16 +36,14 @@ def attention_backend(model: ModelConfig) -> AttentionBackend:
     """
     if model.use_flash_attn_v1:
         raise ConfigError(
-            "--use-flash-attn-v1 asks for FlashAttention-1, which no longer exists; use --use-flash-attn-v2, -v3 or "
-            "-v4, or leave the choice to --attention-backend auto"
+            "--use-flash-attn-v1 asks for FlashAttention-1, which no longer exists; use --use-flash-attn-v2, or leave "
+            "the choice to --attention-backend auto"
         )
-    asked = {
-        f"--{name.replace('_', '-')}": backend
-        for name, backend in FLASH_ATTENTION_FLAGS.items()
-        if getattr(model, name)
-    }
-    if model.attention_backend != "auto":
-        asked[f"--attention-backend {model.attention_backend}"] = model.attention_backend
-    if len(set(asked.values())) > 1:
-        raise ConfigError(f"{' and '.join(asked)} ask for different attention kernels; keep one of them")
-    return next(iter(asked.values()), "auto")
+    if not model.use_flash_attn_v2:
+        return model.attention_backend
+    if model.attention_backend not in ("auto", FLASH_ATTENTION_2):
+        raise ConfigError(
+            f"--use-flash-attn-v2 and --attention-backend {model.attention_backend} ask for different attention "
+            "kernels; keep one of them"
+        )
+    return FLASH_ATTENTION_2

@@ -12,6 +12,7 @@ exact gradient, for every ZeRO stage alike; checkpoints and universal checkpoint
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -50,6 +51,8 @@ class Engine:
         zero = settings.get("zero_optimization", {})
         self.zero_stage = int(zero.get("stage", 0))
         on_host = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        # DeepSpeed calls collectives by names that newer torch has deprecated, and torch says so on every rank.
+        warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
         deepspeed.init_distributed(auto_mpi_discovery=False)  # takes up torch's process group
         with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype) if self.zero_stage == 3 else nullcontext():
             model = build_model()

@@ -38,7 +38,7 @@ def test_megatron_deepspeed_fpdt_flags_are_understood():
     assert config.parallel.ds_sequence_parallel_size == 4
     assert config.parallel.ds_sequence_parallel_fpdt_offloading
     assert config.parallel.local_rank == 3
-    assert config.model.attention_backend == "flash-attn-2"
+    assert config.model.attention_backend == "torch-flash"
     assert config.model.rotary_position_embeddings_theta == 1e8
     assert config.training.train_tokens == 300_000_000_000
     assert config.deepspeed.zero_stage == 3
@@ -176,20 +176,15 @@ def test_help_is_the_field_description_with_its_default():
 
 class TestFlashAttentionFlags:
     def test_each_names_its_backend(self):
-        assert parsed("--use-flash-attn-v3").model.attention_backend == "flash-attn-3"
-        assert parsed("--use-flash-attn-v4").model.attention_backend == "flash-attn-4"
+        assert parsed("--use-flash-attn-v2").model.attention_backend == "torch-flash"
         assert parsed("--use-flash-attn").model.attention_backend == "auto"
 
     def test_agreement_with_the_named_backend_is_fine(self):
-        assert parsed("--use-flash-attn-v2 --attention-backend flash-attn-2").model.attention_backend == "flash-attn-2"
-
-    def test_two_versions_conflict(self):
-        with pytest.raises(ConfigError, match="--use-flash-attn-v2 and --use-flash-attn-v3 ask for different"):
-            parsed("--use-flash-attn-v2 --use-flash-attn-v3")
+        assert parsed("--use-flash-attn-v2 --attention-backend torch-flash").model.attention_backend == "torch-flash"
 
     def test_a_version_and_another_backend_conflict(self):
-        with pytest.raises(ConfigError, match="--use-flash-attn-v4 and --attention-backend cudnn ask for different"):
-            parsed("--use-flash-attn-v4 --attention-backend cudnn")
+        with pytest.raises(ConfigError, match="--use-flash-attn-v2 and --attention-backend cudnn ask for different"):
+            parsed("--use-flash-attn-v2 --attention-backend cudnn")
 
     def test_version_1_is_refused(self):
         with pytest.raises(ConfigError, match="no longer exists; use --use-flash-attn-v2"):

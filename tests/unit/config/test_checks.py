@@ -149,7 +149,7 @@ def test_settings_that_fit_together_pass(flags, world_size):
     "flags, message",
     [
         ("--fp16", "--fp16 needs a GPU, and the device is cpu; use --bf16, or neither for fp32"),
-        ("--bf16 --use-flash-attn-v4", "--attention-backend flash-attn-4 needs a GPU"),
+        ("--bf16 --use-flash-attn-v2", "--attention-backend torch-flash needs a GPU"),
     ],
 )
 def test_what_a_cpu_cannot_do_is_refused_there(flags, message):
