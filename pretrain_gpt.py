@@ -18,8 +18,7 @@ from torch import nn
 from megatron.arguments import parse_args
 from megatron.batch import Batch, Samples, slice_batch
 from megatron.checkpointing import CheckpointError, check_checkpoint, find_checkpoint
-from megatron.config import Config, ConfigError
-from megatron.config.checks import validate
+from megatron.config import Config, ConfigError, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.errors import DataError

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.config import Config
-from megatron.config.architecture import architecture_fields, describe_difference
+from megatron.config import Config, architecture_fields, describe_difference
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
 from megatron.train_state import TrainState

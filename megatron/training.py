@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from megatron.batch import Batch, BatchProvider
 from megatron.checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
-from megatron.config import Config
-from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config import Config, accumulation_steps, deepspeed_config, global_batch_size
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.samplers import BatchSampler
 from megatron.engine.engine import Engine
@@ -45,13 +44,11 @@ class Lengths:
     iterations: int
 
     @classmethod
-    def of(cls, config: Config, data_parallel_size: int) -> Lengths:
+    def of(cls, config: Config, world_size: int) -> Lengths:
         """Derive them from the configuration's iterations, samples or tokens."""
-        training = config.training
-        per_pass = training.micro_batch_size * data_parallel_size
-        batch = training.global_batch_size or per_pass
+        training, batch = config.training, global_batch_size(config, world_size)
         samples = training.train_samples or (training.train_tokens or 0) // config.model.seq_length
-        return cls(batch, batch // per_pass, training.train_iters or samples // batch)
+        return cls(batch, accumulation_steps(config, world_size), training.train_iters or samples // batch)
 
     def num_samples(self, config: Config) -> tuple[int, int, int]:
         """Samples that training, validation and test will take."""
@@ -84,7 +81,7 @@ def pretrain(
     """Train from the newest checkpoint, or from the start, to the end that the configuration sets."""
     for note in config.notes:
         context.log.info("note: %s", note)
-    lengths = Lengths.of(config, context.parallel_state.data_parallel_size)
+    lengths = Lengths.of(config, context.parallel_state.world_size)
     datasets = provide_datasets(lengths.num_samples(config))
     for part, data in zip(("validation", "test"), datasets[1:], strict=True):
         if data is None and config.training.eval_iters:
