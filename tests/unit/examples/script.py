@@ -1,0 +1,53 @@
+"""Run a launch script up to the command that it would start."""
+
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[3]
+EXAMPLES = REPOSITORY / "examples_deepspeed"
+SCRIPTS = sorted(EXAMPLES.rglob("ds_*.sh"))
+PATHS = {"DATA_PATH": "corpus_text_document", "VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt"}
+PASSED_ON = ("PATH", "HOME", "TMPDIR")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a script would start: the launcher's words, and the flags of pretrain_gpt.py."""
+
+    launcher: list[str]
+    flags: list[str]
+
+    def value(self, flag: str) -> str:
+        """Return the word after a flag."""
+        return self.flags[self.flags.index(flag) + 1]
+
+
+def run_script(script: Path, *arguments: str, num_gpus_found: int = 4, bin_folder: Path, **variables: str) -> Command:
+    """Return the command of a dry run on a machine with so many GPUs.
+
+    Raises:
+        subprocess.CalledProcessError: the script refused; its `stderr` says why.
+    """
+    write_nvidia_smi(bin_folder, num_gpus_found)
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment["PATH"] = f"{bin_folder}:{environment['PATH']}"
+    finished = subprocess.run(
+        [str(script), *arguments],
+        env={**environment, "DRY_RUN": "1", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = shlex.split(finished.stdout)
+    program = words.index(str(REPOSITORY / "pretrain_gpt.py"))
+    return Command(words[:program], words[program + 1 :])
+
+
+def write_nvidia_smi(folder: Path, num_gpus: int) -> None:
+    """Put a program called nvidia-smi into a folder, which lists so many GPUs."""
+    program = folder / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\nfor i in $(seq 1 {num_gpus}); do echo "GPU $i: a GPU"; done\n')
+    program.chmod(0o755)
