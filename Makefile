@@ -19,7 +19,7 @@ PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
-SCRIPTS := $(wildcard tools/*.sh examples_deepspeed/*.sh benchmarks/*.sh .ci/run)
+SCRIPTS := $(wildcard tools/*.sh examples_deepspeed/*/*.sh .ci/run)
 
 .PHONY: help quickstart venv venv-dev test test-gpu test-slow grid lint format clean
 

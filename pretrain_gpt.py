@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = parse_args(argv)
         validate(config, world_size, device_type())
-        vocab_size = check_inputs(config)
+        vocab_size = check_inputs(config, world_size)
         train(config, initialize(config), pad_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by))
     except USER_ERRORS as error:
         return report(error, rank)
@@ -63,7 +63,7 @@ def report(error: Exception, rank: int) -> int:
     return 2
 
 
-def check_inputs(config: Config) -> int:
+def check_inputs(config: Config, world_size: int) -> int:
     """Open what will be read: tokenizer, data, checkpoint; find the attention kernel. Returns the vocabulary's size."""
     model = config.model
     choose_backend(model.attention_backend, torch.device(device_type()), number_format(config), model.kv_channels)
@@ -77,7 +77,7 @@ def check_inputs(config: Config) -> int:
             check_vocabulary(IndexedDataset(prefix), tokenizer.vocab_size)
     checkpoint = find_checkpoint(config.checkpoint.load)
     if checkpoint is not None:
-        check_checkpoint(checkpoint, config)
+        check_checkpoint(checkpoint, config, world_size)
     return tokenizer.vocab_size
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.config import Config, architecture_fields, describe_difference
+from megatron.config import Config, architecture_fields, describe_difference, zero_stage_run
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
 from megatron.train_state import TrainState
@@ -43,8 +43,8 @@ def find_checkpoint(folder: str | None) -> Path | None:
     return path
 
 
-def check_checkpoint(path: Path, config: Config) -> None:
-    """Raise CheckpointError unless the checkpoint is of the model that `config` describes. Reads no tensor."""
+def check_checkpoint(path: Path, config: Config, world_size: int) -> None:
+    """Raise CheckpointError unless this run can load the checkpoint. Reads no tensor."""
     saved = Config.from_dict(_read_json(path / "config.json"))
     difference = describe_difference(architecture_fields(saved.model), architecture_fields(config.model))
     if difference:
@@ -52,6 +52,22 @@ def check_checkpoint(path: Path, config: Config) -> None:
             f"the checkpoint {path} is of another model: {difference}; pass the flags it was trained with "
             f"(they are in {path / 'config.json'}), or point --load elsewhere."
         )
+    _check_partitioning(path, saved, config, world_size)
+
+
+def _check_partitioning(path: Path, saved: Config, config: Config, world_size: int) -> None:
+    """DeepSpeed reads optimizer states in the partitions they were written in; stage 3 partitions the weights too."""
+    saved_ranks, saved_stage = len(list(path.glob("random_*.pt"))), zero_stage_run(saved)
+    stage = zero_stage_run(config)
+    weights_alone = config.checkpoint.finetune or config.checkpoint.no_load_optim
+    stages_fit = (saved_stage == 3) == (stage == 3) if weights_alone else saved_stage == stage
+    if stages_fit and (weights_alone or saved_ranks == world_size):
+        return
+    raise CheckpointError(
+        f"the checkpoint {path} was written by {saved_ranks} ranks at ZeRO stage {saved_stage}, and this run has "
+        f"{world_size} at stage {stage}; start it as it was written"
+        + (" (--finetune takes the weights alone, on any number of ranks)." if not weights_alone else ".")
+    )
 
 
 def save_checkpoint(engine: Engine, context: Context, config: Config, state: TrainState) -> Path:

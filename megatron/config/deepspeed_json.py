@@ -168,20 +168,20 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     return merged
 
 
-def _zero_block(config: Config, stated: dict[str, Any]) -> dict[str, Any]:
-    block = stated | {"stage": _stage(config)}
-    if config.deepspeed.cpu_optimizer:
-        block["offload_optimizer"] = {**stated.get("offload_optimizer", {}), "device": "cpu"}
-    return block
-
-
-def _stage(config: Config) -> int:
+def zero_stage_run(config: Config) -> int:
     """Return the stage to run: in half precision stage 0 runs as stage 1, whose arithmetic is the same.
 
     DeepSpeed 0.19.8 at stage 0 divides half-precision gradients by a loss scale that it never multiplied the loss by.
     """
     half = config.precision.bf16 or config.precision.fp16
     return max(config.deepspeed.zero_stage, 1) if half else config.deepspeed.zero_stage
+
+
+def _zero_block(config: Config, stated: dict[str, Any]) -> dict[str, Any]:
+    block = stated | {"stage": zero_stage_run(config)}
+    if config.deepspeed.cpu_optimizer:
+        block["offload_optimizer"] = {**stated.get("offload_optimizer", {}), "device": "cpu"}
+    return block
 
 
 def _precision_block(enabled: bool, stated: dict[str, Any]) -> dict[str, Any]:
