@@ -1,0 +1,72 @@
+"""Whole training steps on a GPU: number formats, ZeRO stages, offloads and executions tell the same story."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from tests.distributed.launcher import run_training
+from tests.integration.corpus import write_corpus
+from tests.integration.runs import LLAMA, TOKENIZER
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed"),
+]
+
+ITERATIONS = 8
+MODEL = ["--num-layers", "2", "--hidden-size", "256", "--num-attention-heads", "4", "--seq-length", "512", *LLAMA]
+TRAINING = ["--global-batch-size", "4", "--lr", "1e-3", "--eval-iters", "0", "--log-interval", "1"]
+STREAMED = ["--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-chunk-size", "160"]
+OFFLOADED = [*STREAMED, "--ds-sequence-parallel-fpdt-offloading"]
+RECOMPUTED = ["--deepspeed-activation-checkpointing", "--checkpoint-in-cpu"]
+
+# bf16 keeps 8 bits: a loss near 4 is known to about 1e-3, and the paths of training part slowly.
+TOLERANCE = {"--bf16": 0.03, "--fp16": 0.01}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "counting")
+
+
+def _losses(corpus, *flags):
+    run = run_training(
+        [*MODEL, *TOKENIZER, *TRAINING, "--data-path", str(corpus), "--split", "90,6,4", *flags,
+         "--train-iters", str(ITERATIONS)],
+        num_ranks=1,
+    )  # fmt: skip
+    assert len(run.losses) == len(run.grad_norms) == ITERATIONS
+    return run.losses
+
+
+@pytest.fixture(scope="module")
+def exact(corpus):
+    return _losses(corpus, "--attention-backend", "reference")
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--zero-stage", "1", *RECOMPUTED], ["--zero-stage", "2", *STREAMED], ["--zero-stage", "3", *OFFLOADED]],
+    ids=["plain", "stage 1, recomputed", "stage 2, streamed", "stage 3, offloaded"],
+)
+def test_half_precision_follows_fp32(corpus, exact, precision, flags):
+    losses = _losses(corpus, precision, *flags)
+    assert all(abs(losses[i] - exact[i]) < TOLERANCE[precision] for i in exact)
+
+
+def test_fp32_stream_on_the_gpu_equals_the_plain_model(corpus, exact):
+    losses = _losses(corpus, "--attention-backend", "reference", "--zero-stage", "3", *OFFLOADED)
+    assert all(abs(losses[i] - exact[i]) < 2e-4 for i in exact)
+
+
+def test_optimizer_and_parameter_offload_through_the_deepspeed_json(corpus, exact, tmp_path):
+    settings = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True},
+                                      "offload_param": {"device": "cpu", "pin_memory": True}}}  # fmt: skip
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(settings))
+    losses = _losses(corpus, "--bf16", "--deepspeed-config", str(path), *OFFLOADED)
+    assert all(abs(losses[i] - exact[i]) < TOLERANCE["--bf16"] for i in exact)
