@@ -1,0 +1,74 @@
+"""The Ulysses all-to-all between real ranks: who ends with which tokens and heads, and with which gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.core.collectives import (
+    differentiable_heads_to_tokens,
+    differentiable_tokens_to_heads,
+    heads_to_tokens,
+    repeat_key_value_heads,
+    tokens_to_heads,
+)
+from megatron.core.parallel_state import ParallelState
+from tests.distributed.rank_pool import RankPool
+
+TOKENS, BATCH, HEAD_SIZE = 12, 2, 3
+
+
+def whole(num_heads: int) -> Tensor:
+    """Numbers that differ everywhere: [S, B, H, D] in fp64."""
+    return torch.arange(TOKENS * BATCH * num_heads * HEAD_SIZE, dtype=torch.float64).view(TOKENS, BATCH, num_heads, -1)
+
+
+def gather_and_scatter(num_heads: tuple[int, ...]) -> bool:
+    """Send tensors there and back; whether this rank held all tokens of its heads in between."""
+    state = ParallelState.create(torch.distributed.get_world_size())
+    rank, size, group = state.rank, state.world_size, state.sequence_parallel_group
+    tensors = [whole(heads) for heads in num_heads]
+    local = [t.chunk(size)[rank] for t in tensors]
+    gathered = tokens_to_heads(local, group)
+    there = all(torch.equal(g, t.chunk(size, 2)[rank]) for g, t in zip(gathered, tensors, strict=True))
+    back = all(torch.equal(r, t) for r, t in zip(heads_to_tokens(gathered, group), local, strict=True))
+    return there and back
+
+
+def differentiate() -> tuple[Tensor, Tensor]:
+    """Gradients of a function that weighs every element by its own number: of either direction's input."""
+    state = ParallelState.create(torch.distributed.get_world_size())
+    rank, size, group = state.rank, state.world_size, state.sequence_parallel_group
+    weights = whole(4)
+    tokens = torch.zeros_like(weights.chunk(size)[rank], requires_grad=True)
+    (gathered,) = differentiable_tokens_to_heads([tokens], group)
+    (gathered * weights.chunk(size, 2)[rank]).sum().backward()
+    heads = torch.zeros_like(weights.chunk(size, 2)[rank], requires_grad=True)
+    (scattered,) = differentiable_heads_to_tokens([heads], group)
+    (scattered * weights.chunk(size)[rank]).sum().backward()
+    assert tokens.grad is not None
+    assert heads.grad is not None
+    return tokens.grad, heads.grad
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_rank_gets_all_tokens_of_its_heads_and_its_own_tokens_back(ranks: RankPool, size: int) -> None:
+    assert ranks.run(gather_and_scatter, (8, 4, 4), num_ranks=size) == [True] * size
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_travel_the_other_way(ranks: RankPool, size: int) -> None:
+    for rank, (of_tokens, of_heads) in enumerate(ranks.run(differentiate, num_ranks=size)):
+        assert torch.equal(of_tokens, whole(4).chunk(size)[rank])
+        assert torch.equal(of_heads, whole(4).chunk(size, 2)[rank])
+
+
+@pytest.mark.parametrize("heads, size, expected", [(4, 2, 4), (2, 4, 4), (1, 4, 4), (3, 2, 6), (4, 1, 4)])
+def test_key_value_heads_are_repeated_until_the_ranks_divide_them(heads: int, size: int, expected: int) -> None:
+    assert repeat_key_value_heads(whole(heads), size).shape[2] == expected
+
+
+def test_the_gradients_of_repeated_heads_are_summed() -> None:
+    keys = whole(2).requires_grad_()
+    repeat_key_value_heads(keys, 4).sum().backward()
+    assert keys.grad is not None
+    assert torch.equal(keys.grad, torch.full_like(keys, 2.0))

@@ -1,0 +1,148 @@
+import weakref
+
+import pytest
+import torch
+
+from megatron.fpdt.host_pool import HostMemoryError
+from megatron.fpdt.store import ChunkStore
+
+CPU = torch.device("cpu")
+TIERS = pytest.mark.parametrize("offloading", [False, True], ids=["device", "host"])
+
+
+def numbered_chunks(store, num_chunks, length=4):
+    chunks = store.empty((num_chunks * length,), torch.float32).split(length)
+    for number, chunk in enumerate(chunks):
+        store.put(chunk, torch.full((length,), float(number)))
+    return chunks
+
+
+@TIERS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_was_put_is_what_arrives(offloading, dtype):
+    store = ChunkStore(CPU, offloading)
+    values = torch.randn(7, 2, 3).to(dtype)
+    tensor = store.empty(values.shape, dtype)
+    for chunk, value in zip(tensor.split([3, 3, 1]), values.split([3, 3, 1]), strict=True):
+        store.put(chunk, value)
+    arrived = torch.cat([chunk for (chunk,) in store.prefetch([c] for c in tensor.split([3, 3, 1]))])
+    assert arrived.dtype == dtype
+    assert torch.equal(arrived, values)
+
+
+@TIERS
+def test_a_strided_value_may_be_put(offloading):
+    store = ChunkStore(CPU, offloading)
+    value = torch.randn(3, 4, 5).permute(2, 0, 1)
+    chunk = store.empty(value.shape, value.dtype)
+    store.put(chunk, value)
+    assert torch.equal(chunk, value)
+
+
+@TIERS
+def test_what_is_stored_does_not_change_with_the_value_it_came_from(offloading):
+    store = ChunkStore(CPU, offloading)
+    value = torch.ones(4)
+    chunk = store.empty((4,), torch.float32)
+    store.put(chunk, value)
+    value.zero_()
+    assert torch.equal(next(store.prefetch([[chunk]]))[0], torch.ones(4))
+
+
+def test_an_arrival_from_the_host_is_a_copy_that_may_be_written_to():
+    store = ChunkStore(CPU, offloading=True)
+    (chunk,) = numbered_chunks(store, 1)
+    (arrived,) = next(store.prefetch([[chunk]]))
+    arrived.fill_(9)
+    assert not store.pool.owns(arrived)
+    assert torch.equal(chunk, torch.zeros(4))
+
+
+def test_an_arrival_on_the_device_tier_is_the_stored_chunk_itself():
+    store = ChunkStore(CPU, offloading=False)
+    chunks = numbered_chunks(store, 3)
+    assert all(arrived is chunk for chunk, (arrived,) in zip(chunks, store.prefetch([c] for c in chunks), strict=True))
+
+
+def test_bytes_are_counted_both_ways_on_the_host_tier_and_not_at_all_on_the_device():
+    host, device = ChunkStore(CPU, offloading=True), ChunkStore(CPU, offloading=False)
+    for store in (host, device):
+        chunks = numbered_chunks(store, 3)
+        for _ in store.prefetch([chunks[i], chunks[0]] for i in range(3)):
+            pass
+    assert (host.copied.bytes_out, host.copied.bytes_in) == (48, 96)
+    assert (device.copied.bytes_out, device.copied.bytes_in) == (0, 0)
+
+
+def test_only_the_host_tier_takes_memory_of_the_pool():
+    for offloading in (False, True):
+        store = ChunkStore(CPU, offloading)
+        tensor = store.empty((5, 3), torch.bfloat16)
+        assert store.pool.owns(tensor) == offloading
+        assert store.pool.used_bytes == 30 * offloading
+
+
+def test_the_budget_reaches_the_pool():
+    store = ChunkStore(CPU, offloading=True, budget_bytes=8)
+    with pytest.raises(HostMemoryError):
+        store.empty((9,), torch.uint8)
+
+
+@TIERS
+def test_groups_arrive_in_order_and_keep_their_order_inside(offloading):
+    store = ChunkStore(CPU, offloading)
+    chunks = numbered_chunks(store, 4)
+    groups = [[0, 2], [], [3, 1, 0], [2]]
+    arrived = [[t[0].item() for t in group] for group in store.prefetch([chunks[i] for i in g] for g in groups)]
+    assert arrived == groups
+
+
+def test_one_group_is_asked_for_ahead_and_not_more():
+    store = ChunkStore(CPU, offloading=True)
+    chunks = numbered_chunks(store, 5)
+    asked = []
+
+    def groups():
+        for number, chunk in enumerate(chunks):
+            asked.append(number)
+            yield [chunk]
+
+    ahead = store.prefetch(groups())
+    assert asked == []
+    ahead.start()
+    assert asked == [0]
+    ahead.start()
+    assert asked == [0], "a group that is on its way is not sent for twice"
+    for number in range(5):
+        assert next(ahead)[0][0] == number
+        assert asked == list(range(min(number + 2, 5)))
+
+
+def test_the_next_group_is_on_its_way_before_the_current_one_is_handed_out():
+    store = ChunkStore(CPU, offloading=True)
+    chunks = numbered_chunks(store, 2)
+    ahead = store.prefetch([c] for c in chunks)
+    next(ahead)
+    chunks[1].fill_(-1)
+    assert torch.equal(next(ahead)[0], torch.ones(4))
+
+
+@TIERS
+def test_an_exhausted_prefetch_stays_exhausted(offloading):
+    store = ChunkStore(CPU, offloading)
+    ahead = store.prefetch([[numbered_chunks(store, 1)[0]]])
+    next(ahead)
+    for _ in range(3):
+        with pytest.raises(StopIteration):
+            next(ahead)
+    with pytest.raises(StopIteration):
+        next(store.prefetch([]))
+
+
+def test_a_prefetch_holds_no_arrival_that_it_has_handed_out():
+    store = ChunkStore(CPU, offloading=True)
+    ahead = store.prefetch([c] for c in numbered_chunks(store, 3))
+    (arrived,) = next(ahead)
+    gone = weakref.ref(arrived)
+    del arrived
+    assert gone() is None

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from megatron.core.parallel_state import ParallelState
+from megatron.fpdt.store import ChunkStore
+from megatron.fpdt.stream import GradientSum, Stream, accumulation_dtype
+from megatron.ops.attention.reference import ReferenceAttention
+
+
+def stream_of(chunk_length, slice_length=8192, sequence_parallel_size=1):
+    state = ParallelState(sequence_parallel_size=sequence_parallel_size)
+    store = ChunkStore(torch.device("cpu"), offloading=False)
+    return Stream(store, ReferenceAttention(), state, chunk_length, slice_length)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 64])
+@pytest.mark.parametrize("slice_length", [1, 3, 8, 100])
+def test_slices_cover_a_chunk_in_order_without_gap_or_overlap(num_tokens, slice_length):
+    tokens = list(range(num_tokens))
+    parts = [tokens[s] for s in stream_of(64, slice_length).slices(num_tokens)]
+    assert [token for part in parts for token in part] == tokens
+    assert all(0 < len(part) <= slice_length for part in parts)
+
+
+def test_layout_counts_the_tokens_of_all_ranks():
+    layout = stream_of(16, sequence_parallel_size=4).layout(torch.empty(10, 1, 2))
+    assert (layout.sequence_length, layout.chunk_lengths, layout.local_lengths) == (40, [16, 16, 8], [4, 4, 2])
+
+
+def test_a_chunk_longer_than_the_sequence_is_one_chunk():
+    assert stream_of(65536).layout(torch.empty(10, 1, 2)).chunk_lengths == [10]
+
+
+@pytest.mark.parametrize(
+    "dtype, wide",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_accumulation_is_at_least_fp32(dtype, wide):
+    assert accumulation_dtype(dtype) == wide
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_gradient_sum_never_writes_into_nor_hands_out_what_it_was_given(dtype):
+    parameter = torch.zeros(4, dtype=dtype)
+    first, second = torch.ones(4, dtype=dtype), torch.full((4,), 2.0, dtype=dtype)
+    total = GradientSum([parameter])
+    total.add([first])
+    total.add([second])
+    (result,) = total.result(scale=torch.tensor(10.0))
+    assert result.dtype == dtype
+    assert result.tolist() == [30] * 4
+    assert first.tolist() == [1] * 4
+    assert second.tolist() == [2] * 4
+    assert result.data_ptr() not in (first.data_ptr(), second.data_ptr())
+
+
+def test_gradient_sum_of_one_contribution_is_a_copy():
+    given = torch.ones(4)
+    total = GradientSum([torch.zeros(4)])
+    total.add([given])
+    (result,) = total.result()
+    result.zero_()
+    assert given.tolist() == [1] * 4
+
+
+def test_gradient_sum_accepts_one_expanded_and_one_shared_gradient():
+    shared = torch.ones(3)
+    total = GradientSum([torch.zeros(3), torch.zeros(3)])
+    total.add([shared, shared])
+    total.add([torch.ones(()).expand(3), None])
+    assert [t.tolist() for t in total.result()] == [[2] * 3, [1] * 3]
+
+
+def test_gradient_sum_loses_no_small_contribution_in_bf16():
+    total = GradientSum([torch.zeros(1, dtype=torch.bfloat16)])
+    for _ in range(1024):
+        total.add([torch.ones(1, dtype=torch.bfloat16)])
+    assert total.result()[0].item() == 1024, "a sum kept in bf16 stops growing at 256"
+
+
+def test_gradient_sum_scales_before_it_rounds_to_half_precision():
+    total = GradientSum([torch.zeros(1, dtype=torch.float16)])
+    for _ in range(4):
+        total.add([torch.full((1,), 60000.0, dtype=torch.float16)])
+    assert total.result(scale=torch.tensor(0.25))[0].item() == 60000
+
+
+def test_a_parameter_without_contributions_has_no_gradient():
+    total = GradientSum([torch.zeros(1), torch.zeros(1)])
+    total.add([None, torch.ones(1)])
+    assert total.result(scale=torch.tensor(2.0))[0] is None

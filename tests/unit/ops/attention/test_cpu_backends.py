@@ -1,0 +1,164 @@
+"""Backends that run on CPUs, tile by tile with the row's own output and log-sum-exp, against autograd on the whole."""
+
+import pytest
+import torch
+
+from megatron.ops.attention import BACKENDS, reference
+from megatron.ops.merge import merge_
+
+CPU = torch.device("cpu")
+BY_NAME = {backend.name: backend for backend in BACKENDS}
+CPU_BACKENDS = pytest.mark.parametrize("backend", [BY_NAME["reference"], BY_NAME["torch-cpu"]], ids=lambda b: b.name)
+#        batch, chunk lengths, query heads, key/value heads, head size
+SHAPES = {
+    "mha, head size 64": (1, [32, 32], 4, 4, 64),
+    "gqa, head size 80": (1, [24, 24, 24], 4, 2, 80),
+    "mqa, head size 96": (2, [16, 16], 4, 1, 96),
+    "head size 128, batch of 3": (3, [16, 16], 2, 2, 128),
+    "uneven tiles, batch of 3": (3, [32, 32, 13], 6, 2, 16),
+    "one token at the end": (2, [33, 33, 1], 3, 1, 8),
+    "one tile": (1, [40], 2, 1, 64),
+}
+ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def draw(shape, dtype=torch.float64, spread=1.0, seed=0):
+    """q, k, v, do for the whole sequence, rounded to `dtype` and given in fp64."""
+    B, chunks, H, K, D = shape
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [
+        torch.randn(sum(chunks), B, heads, D, generator=generator, dtype=torch.float64) for heads in (H, K, K, H)
+    ]
+    tensors[0] *= spread
+    return [t.to(dtype).double() for t in tensors]
+
+
+def truth(q, k, v, do, scale):
+    """(o, lse, dq, dk, dv) of causal attention over the whole sequence, by autograd in fp64."""
+    q, k, v = (t.detach().clone().requires_grad_() for t in (q, k, v))
+    copies = q.shape[2] // k.shape[2]
+    scores = torch.einsum("sbhd,tbhd->bhst", q, k.repeat_interleave(copies, 2)) * scale
+    scores = scores.masked_fill(torch.ones(len(q), len(q), dtype=torch.bool).triu(1), -torch.inf)
+    o = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), v.repeat_interleave(copies, 2))
+    o.backward(do)
+    return [o.detach(), scores.logsumexp(-1).detach(), q.grad, k.grad, v.grad]
+
+
+def tiled(backend, q, k, v, do, scale, lengths):
+    """The same by tiles, as the stream runs them: sums of tile gradients in at least fp32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    qs, ks, vs, dos = (t.split(lengths) for t in (q, k, v, do))
+    os, lses, dq = [], [], torch.zeros(q.shape, dtype=wide)
+    dk, dv = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
+    for i in range(len(lengths)):
+        o, lse = backend.forward(qs[i], ks[i], vs[i], causal=True, scale=scale)
+        o = o.to(wide)
+        for j in range(i):
+            merge_(o, lse, *backend.forward(qs[i], ks[j], vs[j], causal=False, scale=scale))
+        o = o.to(q.dtype)
+        for j in range(i + 1):
+            grads = backend.backward(dos[i], qs[i], ks[j], vs[j], o, lse, causal=i == j, scale=scale)
+            for total, chunk, gradient in zip((dq, dk, dv), (i, j, j), grads, strict=True):
+                total.split(lengths)[chunk].add_(gradient)
+        os.append(o)
+        lses.append(lse)
+    return [torch.cat(os), torch.cat(lses, 2), dq, dk, dv]
+
+
+def errors(got, want):
+    return [float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want, strict=True)]
+
+
+@ALL_SHAPES
+@CPU_BACKENDS
+@pytest.mark.parametrize("scale", ["usual", 0.3])
+def test_tiles_add_up_to_attention_over_the_whole_in_fp64(backend, shape, scale):
+    scale = shape[-1] ** -0.5 if scale == "usual" else scale
+    tensors = draw(shape)
+    assert max(errors(tiled(backend, *tensors, scale, shape[1]), truth(*tensors, scale))) < 1e-13
+
+
+@ALL_SHAPES
+@pytest.mark.parametrize("dtype, floor", [(torch.float32, 1e-7), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)])
+def test_the_torch_kernel_errs_no_more_than_the_reference_in_the_same_precision(shape, dtype, floor):
+    scale = shape[-1] ** -0.5
+    tensors = draw(shape, dtype)
+    exact = truth(*tensors, scale)
+    rounded = [t.to(dtype) for t in tensors]
+    allowed, got = (
+        errors(tiled(BY_NAME[name], *rounded, scale, shape[1]), exact) for name in ("reference", "torch-cpu")
+    )
+    for name, error, bound in zip(("o", "lse", "dq", "dk", "dv"), got, allowed, strict=True):
+        assert error <= 3 * bound + floor, name
+
+
+@CPU_BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_results_have_the_shapes_and_dtypes_of_the_protocol(backend, dtype):
+    q, do = torch.randn(2, 5, 3, 4, 8).to(dtype)
+    k, v = torch.randn(2, 7, 3, 2, 8).to(dtype)
+    o, lse = backend.forward(q, k, v, causal=False, scale=0.5)
+    assert (o.shape, o.dtype) == (q.shape, dtype)
+    assert (lse.shape, lse.dtype) == ((3, 4, 5), torch.promote_types(dtype, torch.float32))
+    grads = backend.backward(do, q, k, v, o, lse, causal=False, scale=0.5)
+    assert [(g.shape, g.dtype) for g in grads] == [(t.shape, dtype) for t in (q, k, v)]
+
+
+def packed(q, k, v):
+    """q, k, v as views of one buffer, side by side along the heads."""
+    return torch.cat([q, k, v], 2).split([q.shape[2], k.shape[2], v.shape[2]], 2)
+
+
+def heads_first(q, k, v):
+    return tuple(t.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for t in (q, k, v))
+
+
+def batch_first(q, k, v):
+    return tuple(t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v))
+
+
+@CPU_BACKENDS
+@pytest.mark.parametrize("layout", [packed, heads_first, batch_first])
+@pytest.mark.parametrize("causal", [True, False])
+def test_strides_do_not_matter(backend, layout, causal):
+    q, k, v, do = draw((3, [37], 4, 2, 16))
+    o, lse = backend.forward(q, k, v, causal, 0.25)
+    want = [o, lse, *backend.backward(do, q, k, v, o, lse, causal, 0.25)]
+    strided = layout(q, k, v)
+    assert not all(t.is_contiguous() for t in strided)
+    got = list(backend.forward(*strided, causal, 0.25))
+    strided_do, strided_o, _ = layout(do, o, o)
+    got += backend.backward(strided_do, *strided, strided_o, lse, causal, 0.25)
+    assert max(errors(got, want)) < 1e-14
+
+
+@CPU_BACKENDS
+@pytest.mark.parametrize("causal", [True, False])
+def test_inputs_are_not_written_to(backend, causal):
+    q, k, v, do = draw((2, [20], 4, 2, 8))
+    o, lse = backend.forward(q, k, v, causal, 0.3)
+    tensors = [q, k, v, do, o, lse]
+    originals = [t.clone() for t in tensors]
+    backend.backward(do, q, k, v, o, lse, causal, 0.3)
+    assert all(torch.equal(t, original) for t, original in zip(tensors, originals, strict=True))
+
+
+@CPU_BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_of_thousands_are_finite_and_right(backend, dtype):
+    shape = (1, [16, 16], 2, 1, 16)
+    tensors = draw(shape, dtype, spread=3000.0)
+    want = truth(*tensors, 0.25)
+    assert want[1].abs().max() > 3000
+    got = tiled(backend, *(t.to(dtype) for t in tensors), 0.25, shape[1])
+    assert all(t.isfinite().all() for t in got)
+    assert max(errors(got[:2], want[:2])) < (1e-3 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 33])
+def test_the_reference_gives_the_same_whatever_its_block_of_rows(monkeypatch, rows):
+    shape = (2, [33, 20], 4, 2, 8)
+    tensors = draw(shape)
+    want = tiled(BY_NAME["reference"], *tensors, 0.3, shape[1])
+    monkeypatch.setattr(reference, "_BLOCK_ROWS", rows)
+    assert max(errors(tiled(BY_NAME["reference"], *tensors, 0.3, shape[1]), want)) < 1e-14
