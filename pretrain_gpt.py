@@ -11,28 +11,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from megatron.arguments import parse_args
 from megatron.batch import Batch, Samples, slice_batch
-from megatron.checkpointing import CheckpointError, check_checkpoint, find_checkpoint
+from megatron.checkpointing import CheckpointError
 from megatron.config import Config, ConfigError, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.errors import DataError
 from megatron.data.gpt_dataset import build_dataset, build_datasets
-from megatron.data.indexed_dataset import IndexedDataset
-from megatron.data.splits import parse_data_paths
-from megatron.data.vocabulary import check_vocabulary
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.fpdt.stream import ProgressReport
-from megatron.initialize import Context, device_type, initialize, number_format, world_from_environment
+from megatron.initialize import Context, device_type, initialize, world_from_environment
 from megatron.model.builder import Execution, build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
-from megatron.ops.attention import AttentionUnavailable, choose_backend
-from megatron.tokenizer import TokenizerError, build_tokenizer, pad_vocab_size
+from megatron.ops.attention import AttentionUnavailable
+from megatron.preflight import check_inputs
+from megatron.tokenizer import TokenizerError
 from megatron.training import Datasets, pretrain
 
 USER_ERRORS = (ConfigError, DataError, TokenizerError, CheckpointError, HostMemoryError, AttentionUnavailable)
@@ -45,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = parse_args(argv)
         validate(config, world_size, device_type())
-        vocab_size = check_inputs(config, world_size)
-        train(config, initialize(config), pad_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by))
+        padded_vocab_size = check_inputs(config, world_size)
+        train(config, initialize(config), padded_vocab_size)
     except USER_ERRORS as error:
         return report(error, rank)
     finally:
@@ -61,24 +58,6 @@ def report(error: Exception, rank: int) -> int:
         time.sleep(SECONDS_FOR_RANK_0)
     sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error on rank {rank}: {error}\n")
     return 2
-
-
-def check_inputs(config: Config, world_size: int) -> int:
-    """Open what will be read: tokenizer, data, checkpoint; find the attention kernel. Returns the vocabulary's size."""
-    model = config.model
-    choose_backend(model.attention_backend, torch.device(device_type()), number_format(config), model.kv_channels)
-    flags = config.tokenizer
-    tokenizer = build_tokenizer(
-        flags.tokenizer_type, flags.vocab_file, flags.merge_file, flags.tokenizer_model, flags.vocab_size
-    )
-    data = config.data
-    for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
-        for prefix in parse_data_paths(paths)[0] if paths else ():
-            check_vocabulary(IndexedDataset(prefix), tokenizer.vocab_size)
-    checkpoint = find_checkpoint(config.checkpoint.load)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, config, world_size)
-    return tokenizer.vocab_size
 
 
 def train(config: Config, context: Context, padded_vocab_size: int) -> None:

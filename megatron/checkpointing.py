@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,29 @@ def find_checkpoint(folder: str | None) -> Path | None:
     return path
 
 
-def check_checkpoint(path: Path, config: Config, world_size: int) -> None:
+@dataclass(frozen=True)
+class Layout:
+    """What DeepSpeed's files depend on besides the architecture."""
+
+    num_ranks: int
+    zero_stage: int
+    number_format: str
+    padded_vocab_size: int
+
+    @classmethod
+    def of(cls, config: Config, num_ranks: int, padded_vocab_size: int) -> Layout:
+        """The layout that a run writes and can read."""
+        precision = config.precision
+        number_format = "--bf16" if precision.bf16 else "--fp16" if precision.fp16 else "fp32"
+        return cls(num_ranks, zero_stage_run(config), number_format, padded_vocab_size)
+
+    @property
+    def partitioning(self) -> str:
+        """What optimizer states depend on, and weights too at stage 3."""
+        return f"{self.num_ranks} ranks, --zero-stage {self.zero_stage}, {self.number_format}"
+
+
+def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_size: int) -> None:
     """Raise CheckpointError unless this run can load the checkpoint. Reads no tensor."""
     saved = Config.from_dict(_read_json(path / "config.json"))
     difference = describe_difference(architecture_fields(saved.model), architecture_fields(config.model))
@@ -52,25 +76,24 @@ def check_checkpoint(path: Path, config: Config, world_size: int) -> None:
             f"the checkpoint {path} is of another model: {difference}; pass the flags it was trained with "
             f"(they are in {path / 'config.json'}), or point --load elsewhere."
         )
-    _check_partitioning(path, saved, config, world_size)
-
-
-def _check_partitioning(path: Path, saved: Config, config: Config, world_size: int) -> None:
-    """DeepSpeed reads optimizer states in the partitions they were written in; stage 3 partitions the weights too."""
-    saved_ranks, saved_stage = len(list(path.glob("random_*.pt"))), zero_stage_run(saved)
-    stage = zero_stage_run(config)
+    written, own = Layout(**_read_json(path / "layout.json")), Layout.of(config, num_ranks, padded_vocab_size)
+    if written.padded_vocab_size != own.padded_vocab_size:
+        raise CheckpointError(
+            f"the checkpoint {path} has {written.padded_vocab_size} rows in its embedding, and the tokenizer and "
+            f"--make-vocab-size-divisible-by ask for {own.padded_vocab_size}; use the tokenizer it was trained with."
+        )
     weights_alone = config.checkpoint.finetune or config.checkpoint.no_load_optim
-    stages_fit = (saved_stage == 3) == (stage == 3) if weights_alone else saved_stage == stage
-    if stages_fit and (weights_alone or saved_ranks == world_size):
-        return
-    raise CheckpointError(
-        f"the checkpoint {path} was written by {saved_ranks} ranks at ZeRO stage {saved_stage}, and this run has "
-        f"{world_size} at stage {stage}; start it as it was written"
-        + (" (--finetune takes the weights alone, on any number of ranks)." if not weights_alone else ".")
-    )
+    is_partitioned = not weights_alone or 3 in (written.zero_stage, own.zero_stage)
+    if is_partitioned and written.partitioning != own.partitioning:
+        raise CheckpointError(
+            f"the checkpoint {path} was written with {written.partitioning}, and this run has {own.partitioning}; "
+            "start it as it was written, or below ZeRO stage 3 take the weights alone (--finetune)."
+        )
 
 
-def save_checkpoint(engine: Engine, context: Context, config: Config, state: TrainState) -> Path:
+def save_checkpoint(
+    engine: Engine, context: Context, config: Config, state: TrainState, padded_vocab_size: int
+) -> Path:
     """Write a checkpoint and make it the latest. Collective over all ranks."""
     folder = Path(config.checkpoint.save or "")
     tag = f"global_step{state.iteration}"
@@ -80,6 +103,8 @@ def save_checkpoint(engine: Engine, context: Context, config: Config, state: Tra
     torch.save(_random_state(context), path / f"random_{context.parallel_state.rank}.pt")
     if context.is_first_rank:
         _write_json(path / "config.json", config.to_dict())
+        layout = Layout.of(config, context.parallel_state.world_size, padded_vocab_size)
+        _write_json(path / "layout.json", asdict(layout))
         _write_json(path / "train_state.json", state.to_dict())
     dist.barrier()
     if context.is_first_rank:
@@ -91,12 +116,28 @@ def save_checkpoint(engine: Engine, context: Context, config: Config, state: Tra
 def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config) -> TrainState:
     """Read what --finetune, --no-load-optim and --no-load-rng leave to be read. Collective over all ranks."""
     settings = config.checkpoint
-    engine.load(path.parent, path.name, with_optimizer=not (settings.finetune or settings.no_load_optim))
+    try:
+        engine.load(path.parent, path.name, with_optimizer=not (settings.finetune or settings.no_load_optim))
+    except Exception as error:  # a damaged file shows itself in many ways, all of them inside DeepSpeed and torch
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be loaded: {_unreadable_files(path) or _first_line(error)}; "
+            f"name another checkpoint in {path.parent / _LATEST}, or point --load elsewhere."
+        ) from error
     if settings.finetune:
         return TrainState()
     if not settings.no_load_rng:
         _restore_random_state(path / f"random_{context.parallel_state.rank}.pt", context)
     return TrainState(**_read_json(path / "train_state.json"))
+
+
+def _unreadable_files(path: Path) -> str:
+    """Which of the checkpoint's tensor files are not whole zip archives; empty if all are."""
+    damaged = [file.name for file in sorted(path.glob("*.pt")) if not zipfile.is_zipfile(file)]
+    return f"{', '.join(damaged)} is damaged" if damaged else ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def _random_state(context: Context) -> dict[str, torch.Tensor]:

@@ -109,7 +109,10 @@ def pretrain(
     writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
     reporter = Reporter(config, context, writer, padded_vocab_size, lengths.iterations)
     try:
-        Training(config, context, lengths, engine, datasets, provide_batch, reporter, progress, state).run()
+        run = Training(
+            config, context, lengths, engine, datasets, provide_batch, reporter, progress, state, padded_vocab_size
+        )
+        run.run()
     finally:
         writer.close()
 
@@ -128,7 +131,9 @@ class Training:
         reporter: Reporter,
         progress: StepProgress,
         state: TrainState,
+        padded_vocab_size: int,
     ) -> None:
+        self._padded_vocab_size = padded_vocab_size
         self._config, self._context, self._lengths = config, context, lengths
         self._engine, self._reporter, self._progress, self.state = engine, reporter, progress, state
         self._train_data, self._valid_data, self._test_data = datasets
@@ -150,6 +155,8 @@ class Training:
     def run(self) -> None:
         """Train to the end or to a reason to stop; then evaluate on the test part and save."""
         config = self._config
+        if self.state.iteration >= self._lengths.iterations:
+            self._context.log.info("nothing to train: iteration %d is the last", self.state.iteration)
         self._reporter.restart_clock()
         while self.state.iteration < self._lengths.iterations:
             must_exit = self._step() == _EXIT
@@ -210,6 +217,8 @@ class Training:
         per_microbatch = model.num_layers
         if parallel.ds_sequence_parallel_fpdt:
             per_microbatch *= 2 * -(-model.seq_length // parallel.ds_sequence_parallel_fpdt_chunk_size)
+        elif self._config.deepspeed.deepspeed_activation_checkpointing:
+            per_microbatch *= 2  # each block is run again in the backward pass
         return per_microbatch * self._lengths.num_microbatches
 
     def _evaluate(self, data: SampleDataset | None, part: str) -> None:
@@ -229,7 +238,7 @@ class Training:
         """Save, where a folder is given and this iteration is not saved already."""
         if self._config.checkpoint.save is None or self._saved_iteration == self.state.iteration:
             return
-        path = save_checkpoint(self._engine, self._context, self._config, self.state)
+        path = save_checkpoint(self._engine, self._context, self._config, self.state, self._padded_vocab_size)
         self._saved_iteration = self.state.iteration
         self._context.log.info("saved %s", path)
         self._reporter.restart_clock()

@@ -53,8 +53,7 @@ class GPTDataset:
         self._indexed = indexed
         self._num_samples = num_samples
         self._vocab_size = vocab_size
-        num_tokens = int(indexed.document_sizes[documents.start : documents.stop].sum())
-        _check_usable(indexed, documents, num_tokens, seq_length, name)
+        num_tokens = _check_usable(indexed, documents, seq_length, name)
         num_epochs = num_epochs_for(num_samples, num_tokens, seq_length)
         plan = OrderPlan(indexed.document_sizes, documents, seq_length, seed, num_epochs)
         self._order: SampleOrder = cached_order(plan, cache_dir) if cache_dir else build_order(plan)
@@ -111,12 +110,21 @@ def build_datasets(
     shares = parse_split(split)
     ranges = [split_documents(source.num_documents, shares) for source in sources]
     settings = _PartSettings(seq_length, seed, cache_dir, vocab_size)
-    parts: list[SampleDataset | None] = []
-    for k, name in enumerate(PART_NAMES):
-        documents = [part_ranges[k] for part_ranges in ranges]
-        is_wanted = name == "train" or any(documents)
-        parts.append(_build_part(sources, weights, documents, num_samples[k], name, settings) if is_wanted else None)
-    train, valid, test = parts
+    wanted = {
+        name: [part_ranges[k] for part_ranges in ranges]
+        for k, name in enumerate(PART_NAMES)
+        if num_samples[k] and (name == "train" or any(part_ranges[k] for part_ranges in ranges))
+    }
+    # All parts are looked at before the order of one is computed and kept.
+    for name, documents in wanted.items():
+        counts = _samples_per_source(weights, num_samples[PART_NAMES.index(name)])
+        for source, part, count in zip(sources, documents, counts, strict=True):
+            if count:
+                _check_usable(source, part, seq_length, name)
+    train, valid, test = (
+        _build_part(sources, weights, wanted[name], num_samples[k], name, settings) if name in wanted else None
+        for k, name in enumerate(PART_NAMES)
+    )
     return train, valid, test
 
 
@@ -161,12 +169,17 @@ def _build_part(
     if len(sources) == 1:
         return _build_source(sources[0], ranges[0], num_samples, name, settings)
     dataset_index, sample_index = build_blending_indices(np.asarray(weights, dtype=np.float64), num_samples)
-    counts = np.bincount(dataset_index, minlength=len(sources)).tolist()
+    counts = _samples_per_source(weights, num_samples)
     datasets = [
         _build_source(source, documents, count, name, settings) if count else None
         for source, documents, count in zip(sources, ranges, counts, strict=True)
     ]
     return BlendedDataset(datasets, dataset_index, sample_index)
+
+
+def _samples_per_source(weights: Sequence[float], num_samples: int) -> list[int]:
+    dataset_index, _ = build_blending_indices(np.asarray(weights, dtype=np.float64), num_samples)
+    return np.bincount(dataset_index, minlength=len(weights)).tolist()
 
 
 def _build_source(
@@ -196,7 +209,9 @@ def _build_source(
         return build(None)
 
 
-def _check_usable(indexed: IndexedDataset, documents: range, num_tokens: int, seq_length: int, name: str) -> None:
+def _check_usable(indexed: IndexedDataset, documents: range, seq_length: int, name: str) -> int:
+    """The number of tokens in `documents`. Raises DataError if they are too few, or not token ids."""
+    num_tokens = int(indexed.document_sizes[documents.start : documents.stop].sum())
     if indexed.dtype.kind not in "iu":
         raise DataError(
             f"{indexed.prefix} holds {indexed.dtype.name} values, not token ids, which are integers; give a dataset "
@@ -208,3 +223,4 @@ def _check_usable(indexed: IndexedDataset, documents: range, num_tokens: int, se
             f"takes {seq_length + 1} (--seq-length {seq_length} and one more); give more data, change --split, or "
             "shorten --seq-length."
         )
+    return num_tokens

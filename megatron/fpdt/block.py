@@ -36,7 +36,8 @@ from megatron.core.collectives import heads_to_tokens, repeat_key_value_heads, t
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.random_state import RandomStates
-from megatron.fpdt.stream import GradientSum, Stream, accumulation_dtype
+from megatron.fpdt.store import Prefetch
+from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSum, Stream, accumulation_dtype
 from megatron.ops.merge import merge_
 
 
@@ -96,43 +97,58 @@ class _StreamedBlock(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept, ctx.kept = ctx.kept, None
         if kept is None:
-            raise RuntimeError(
-                "the backward pass of a streamed block runs once: its chunks are gone, and retain_graph has no effect"
-            )
+            raise RuntimeError(BACKWARD_RUNS_ONCE)
         x, positions = ctx.saved_tensors
         dx, dparameters = _backward(ctx.stream, ctx.block, x, positions, grads[0].contiguous(), kept, ctx.parameters)
         return dx, None, None, None, None, *dparameters
 
 
 def _forward(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor, keep: bool) -> tuple[Tensor, _Kept]:
-    store, group, layout = stream.store, stream.parallel_state.sequence_parallel_group, stream.layout(x)
+    store, layout = stream.store, stream.layout(x)
     y = store.empty(x.shape, x.dtype)
-    xs, ys, chunk_positions = (
-        *(t.split(layout.local_lengths) for t in (x, y)),
-        positions.split(layout.local_lengths, 1),
-    )
+    xs, ys = (t.split(layout.local_lengths) for t in (x, y))
+    chunk_positions = positions.split(layout.local_lengths, 1)
     kept = _Kept([], [], [], RandomStates(store.device, enabled=block.uses_dropout and keep))
     rows = ChunkPlan(layout.num_chunks).forward_rows()
     x_ahead = store.prefetch([xs[row[0].query]] for row in rows)
     kv_ahead = store.prefetch([kept.kv_CBKD[tile.key]] for row in rows for tile in row if not tile.is_diagonal)
-
     for row in rows:
         i = row[0].query
         stream.report("forward", block.layer_number, i, layout.num_chunks)
-        (x_i,) = next(x_ahead)
-        q, k, v = tokens_to_heads(_project(stream, block, x_i, chunk_positions[i]), group)
-        kv = torch.cat([k, v], 2)
-        if i == 0:
-            _allocate(kept, stream, layout, q, kv, keep)
-        store.put(kept.kv_CBKD[i], kv)
-        o, lse = _attend(stream, block, row, q, kv, kv_ahead)
-        (o_i,) = heads_to_tokens([o], group)
-        if keep:
-            store.put(kept.o_cBHD[i], o_i)
-            store.put(kept.lse_BHC[i], lse)
-        kept.random_states.record()
-        store.put(ys[i], torch.cat([block.after(x_i[s], o_i[s]) for s in stream.slices(len(x_i))]))
+        store.put(ys[i], _forward_row(stream, block, layout, row, x_ahead, chunk_positions[i], kv_ahead, kept, keep))
     return y, kept
+
+
+# What runs per row and per tile is a function of its own, so that nothing of the last one is referenced when the next
+# chunk is sent for: the device holds the chunk in use and the one on its way.
+
+
+def _forward_row(
+    stream: Stream,
+    block: CausalBlock,
+    layout: SequenceLayout,
+    row: list[Tile],
+    x_ahead: Prefetch,
+    positions: Tensor,
+    kv_ahead: Prefetch,
+    kept: _Kept,
+    keep: bool,
+) -> Tensor:
+    """The block's output for one query chunk; what the backward pass needs goes to `kept`."""
+    store, group, i = stream.store, stream.parallel_state.sequence_parallel_group, row[0].query
+    (x,) = next(x_ahead)
+    q, k, v = tokens_to_heads(_project(stream, block, x, positions), group)
+    kv = torch.cat([k, v], 2)
+    if i == 0:
+        _allocate(kept, stream, layout, q, kv, keep)
+    store.put(kept.kv_CBKD[i], kv)
+    o_heads, lse = _attend(stream, block, row, q, kv, kv_ahead)
+    (o,) = heads_to_tokens([o_heads], group)
+    if keep:
+        store.put(kept.o_cBHD[i], o)
+        store.put(kept.lse_BHC[i], lse)
+    kept.random_states.record()
+    return torch.cat([block.after(x[s], o[s]) for s in stream.slices(len(x))])
 
 
 def _project(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,21 +169,21 @@ def _allocate(kept: _Kept, stream: Stream, layout: SequenceLayout, q_CBHD: Tenso
 
 
 def _attend(
-    stream: Stream, block: CausalBlock, row: list[Tile], q: Tensor, kv: Tensor, kv_ahead: Iterator[tuple[Tensor, ...]]
+    stream: Stream, block: CausalBlock, row: list[Tile], q: Tensor, kv: Tensor, kv_ahead: Prefetch
 ) -> tuple[Tensor, Tensor]:
     """One row of tiles: o [C, B, H, D] in the dtype of q, and lse [B, H, C]."""
-    o, lse = None, None
-    for tile in row:
-        k, v = (kv if tile.is_diagonal else next(kv_ahead)[0]).chunk(2, 2)
-        o_tile, lse_tile = stream.attention.forward(q, k, v, tile.is_diagonal, block.softmax_scale)
-        if o is None or lse is None:
-            o, lse = o_tile, lse_tile
-        else:
-            o = o.to(accumulation_dtype(q.dtype))
-            merge_(o, lse, o_tile, lse_tile)
-    if o is None or lse is None:
-        raise AssertionError("a causal row has at least its diagonal")
+    diagonal, *others = row
+    o, lse = _forward_tile(stream, block, diagonal, q, kv)
+    if others:
+        o = o.to(accumulation_dtype(q.dtype))
+    for tile in others:
+        merge_(o, lse, *_forward_tile(stream, block, tile, q, *next(kv_ahead)))
     return o.to(q.dtype), lse
+
+
+def _forward_tile(stream: Stream, block: CausalBlock, tile: Tile, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = kv.chunk(2, 2)
+    return stream.attention.forward(q, k, v, tile.is_diagonal, block.softmax_scale)
 
 
 def _backward(
@@ -179,7 +195,7 @@ def _backward(
     kept: _Kept,
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    store, group, layout = stream.store, stream.parallel_state.sequence_parallel_group, stream.layout(x)
+    store, layout = stream.store, stream.layout(x)
     dx = store.empty(x.shape, x.dtype)
     xs, dxs, dys = (t.split(layout.local_lengths) for t in (x, dx, dy))
     chunk_positions = positions.split(layout.local_lengths, 1)
@@ -189,23 +205,41 @@ def _backward(
     rows = ChunkPlan(layout.num_chunks).backward_rows()
     row_ahead = store.prefetch([t[row[0].query] for t in (xs, kept.o_cBHD, kept.lse_BHC, dys)] for row in rows)
     tile_ahead = store.prefetch(_tile_inputs(tile, kept.kv_CBKD, dkv) for row in rows for tile in row)
-
     for row in rows:
         i = row[0].query
         stream.report("backward", block.layer_number, i, layout.num_chunks)
-        x_i, o_i, lse, dy_i = next(row_ahead)
         with kept.random_states.replay(i):
-            dx_i, do_i = _backward_after(stream, block, x_i, o_i, dy_i, parameters, gradients)
-        with torch.enable_grad():
-            x_leaf = x_i.detach().requires_grad_()
-            projected = _project(stream, block, x_leaf, chunk_positions[i])
-        q, k, v, o, do = tokens_to_heads([*(t.detach() for t in projected), o_i, do_i], group)
-        dqkv = _backward_attend(stream, block, row, (q, k, v, o, do, lse), tile_ahead, dkv)
-        dprojected = heads_to_tokens(dqkv, group)
-        dx_before, *dparameters = torch.autograd.grad(projected, [x_leaf, *parameters], dprojected, allow_unused=True)
-        gradients.add(dparameters)
-        store.put(dxs[i], dx_i + dx_before)
+            dx_i = _backward_row(
+                stream, block, row, row_ahead, chunk_positions[i], tile_ahead, dkv, parameters, gradients
+            )
+        store.put(dxs[i], dx_i)
     return dx, gradients.result()
+
+
+def _backward_row(
+    stream: Stream,
+    block: CausalBlock,
+    row: list[Tile],
+    row_ahead: Prefetch,
+    positions: Tensor,
+    tile_ahead: Prefetch,
+    dkv: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    gradients: GradientSum,
+) -> Tensor:
+    """The gradient of the block's input for one query chunk; those of the parameters are added to `gradients`."""
+    group = stream.parallel_state.sequence_parallel_group
+    x, o, lse, dy = next(row_ahead)
+    dx, do = _backward_after(stream, block, x, o, dy, parameters, gradients)
+    with torch.enable_grad():
+        x_leaf = x.detach().requires_grad_()
+        projected = _project(stream, block, x_leaf, positions)
+    q, k, v, o, do = tokens_to_heads([*(t.detach() for t in projected), o, do], group)
+    dqkv = _backward_attend(stream, block, row, (q, k, v, o, do, lse), tile_ahead, dkv)
+    dprojected = heads_to_tokens(dqkv, group)
+    dx_before, *dparameters = torch.autograd.grad(projected, [x_leaf, *parameters], dprojected, allow_unused=True)
+    gradients.add(dparameters)
+    return dx.add_(dx_before)
 
 
 def _tile_inputs(tile: Tile, kv: Sequence[Tensor], dkv: Sequence[Tensor]) -> list[Tensor]:
@@ -238,22 +272,37 @@ def _backward_attend(
     block: CausalBlock,
     row: list[Tile],
     inputs: tuple[Tensor, ...],
-    tile_ahead: Iterator[tuple[Tensor, ...]],
+    tile_ahead: Prefetch,
     dkv: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One row of tiles: (dq, dk, dv) of the row's chunk, final, in the dtype of q; dkv of the other chunks stored."""
-    q, k_row, v_row, o, do, lse = inputs
-    dq_row, dkv_tile = None, None
-    for tile in row:
-        loaded = list(next(tile_ahead))
-        k, v = (k_row, v_row) if tile.is_diagonal else loaded.pop(0).chunk(2, 2)
-        dq, dk, dv = stream.attention.backward(do, q, k, v, o, lse, tile.is_diagonal, block.softmax_scale)
-        dq_row = dq.to(accumulation_dtype(dq.dtype)) if dq_row is None else dq_row.add_(dq)
-        dkv_tile = torch.cat([dk, dv], 2)  # [C, B, K, D] -> [C, B, 2K, D]
-        dkv_tile = loaded[0].add_(dkv_tile) if loaded else dkv_tile.to(accumulation_dtype(dk.dtype))
-        if not tile.is_diagonal:
-            stream.store.put(dkv[tile.key], dkv_tile)
-    if dq_row is None or dkv_tile is None:
-        raise AssertionError("a causal row has at least its diagonal")
-    dk_row, dv_row = dkv_tile.to(q.dtype).chunk(2, 2)
-    return dq_row.to(q.dtype), dk_row, dv_row
+    q = inputs[0]
+    dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype))
+    *others, diagonal = row
+    for tile in others:
+        stream.store.put(dkv[tile.key], _backward_tile(stream, block, tile, inputs, dq, *next(tile_ahead)))
+    dkv_row = _backward_tile(stream, block, diagonal, inputs, dq, None, *next(tile_ahead))
+    dk, dv = dkv_row.to(q.dtype).chunk(2, 2)
+    return dq.to(q.dtype), dk, dv
+
+
+def _backward_tile(
+    stream: Stream,
+    block: CausalBlock,
+    tile: Tile,
+    inputs: tuple[Tensor, ...],
+    dq_sum: Tensor,
+    kv: Tensor | None,
+    dkv_sum: Tensor | None = None,
+) -> Tensor:
+    """Add the tile's dq to `dq_sum`; returns its dkv, added to `dkv_sum` where there is one.
+
+    Without `kv` the keys and values are those of the row itself.
+    """
+    q, k, v, o, do, lse = inputs
+    if kv is not None:
+        k, v = kv.chunk(2, 2)
+    dq, dk, dv = stream.attention.backward(do, q, k, v, o, lse, tile.is_diagonal, block.softmax_scale)
+    dq_sum.add_(dq)
+    dkv = torch.cat([dk, dv], 2)  # [C, B, K, D] -> [C, B, 2K, D]
+    return dkv.to(accumulation_dtype(dkv.dtype)) if dkv_sum is None else dkv_sum.add_(dkv)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron.fpdt.stream import GradientSum, Stream, accumulation_dtype
+from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSum, Stream, accumulation_dtype
 
 _TILE_LOGITS = 2**26  # 256 MiB in fp32
 
@@ -36,7 +36,8 @@ def stream_loss(stream: Stream, head: LanguageModelHead, x_SBh: Tensor, labels_B
 
     x [S/p, B, h] rests on the stream's tier; labels int64 and mask [B, S/p].
     """
-    parameters = [*head.output_layer.parameters(), *head.final_layernorm.parameters()]
+    trained_norm = [p for p in head.final_layernorm.parameters() if p.requires_grad]
+    parameters = [*head.output_layer.parameters(), *trained_norm]
     return _StreamedLoss.apply(stream, head, x_SBh, labels_BS, mask_BS, torch.is_grad_enabled(), *parameters)
 
 
@@ -75,6 +76,9 @@ class _StreamedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(BACKWARD_RUNS_ONCE)
         (scale,) = grads
         (dx,) = ctx.saved_tensors
         store, lengths = ctx.stream.store, ctx.stream.layout(dx).local_lengths
@@ -82,8 +86,7 @@ class _StreamedLoss(torch.autograd.Function):
         ahead = store.prefetch([chunk] for chunk in dx.split(lengths))
         for target, (chunk,) in zip(scaled_dx.split(lengths), ahead, strict=True):
             store.put(target, (chunk.to(scale.dtype) * scale).to(dx.dtype))
-        dparameters = ctx.gradients.result(scale)
-        return None, None, scaled_dx, None, None, None, *dparameters
+        return None, None, scaled_dx, None, None, None, *gradients.result(scale)
 
 
 def _tiles(x: Tensor, labels: Tensor, mask: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -115,7 +118,14 @@ def _tile_loss(
         dlogits.scatter_add_(1, labels[:, None], -torch.ones_like(lse)[:, None])
         dlogits = dlogits.mul_(mask[:, None]).to(x.dtype)
         dnormed = (dlogits @ weight).view_as(normed)
-        dweight = dlogits.T @ flat
+        dweight = _weight_gradient(dlogits, flat) if weight.requires_grad else None
     dx, *dnorm = torch.autograd.grad(normed, [x, *norm_parameters], dnormed)
     gradients.add([dweight, *dnorm])
     return loss, dx
+
+
+def _weight_gradient(dlogits_TV: Tensor, normed_Th: Tensor) -> Tensor:
+    """dW [V, h] of one tile; in fp16 a sum over its tokens could overflow before any loss scale can prevent it."""
+    if dlogits_TV.dtype == torch.float16:
+        return dlogits_TV.T.float() @ normed_Th.float()
+    return dlogits_TV.T @ normed_Th

@@ -13,6 +13,10 @@ from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.store import ChunkStore
 from megatron.ops.attention import AttentionBackend
 
+BACKWARD_RUNS_ONCE = (
+    "a streamed backward pass runs once: what the forward pass kept is gone, whatever retain_graph says"
+)
+
 # phase ("forward" or "backward"), layer number, chunk, number of chunks
 ProgressReport = Callable[[str, int, int, int], None]
 

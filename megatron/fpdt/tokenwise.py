@@ -70,6 +70,8 @@ class _StreamedEmbedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.parameters:
+            return None, None, None, None, None, torch.zeros(())
         stream = ctx.stream
         tokens, positions = ctx.saved_tensors
         gradients = GradientSum(ctx.parameters)

@@ -61,6 +61,8 @@ def build_execution(
     report: ProgressReport = no_report,
 ) -> PlainExecution | StreamedExecution:
     """Choose the attention backend and the way of executing. AttentionUnavailable if the backend cannot serve."""
+    if execution.fpdt and config.attention_dropout:
+        raise ValueError(f"--attention-dropout ({config.attention_dropout}) cannot be replayed by FPDT; use 0")
     attention = choose_backend(config.attention_backend, device, dtype, config.kv_channels)
     store = ChunkStore(device, offloading=execution.fpdt and execution.offloading)
     chunk_length = execution.chunk_size if execution.fpdt else config.seq_length

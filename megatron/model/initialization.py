@@ -24,7 +24,7 @@ class Initializer:
     def normal(self, *shape: int, into_residual: bool = False) -> nn.Parameter:
         """A parameter of normally distributed values."""
         values = torch.empty(shape, dtype=self.dtype, device=self.device)
-        drawn = torch.empty_like(values, dtype=torch.promote_types(self.dtype, torch.float32))
+        drawn = torch.empty_like(values, dtype=torch.float32)
         drawn.normal_(std=self.residual_std if into_residual else self.std, generator=self.generator)
         return nn.Parameter(values.copy_(drawn))
 

@@ -36,10 +36,8 @@ def _remove_counters(checkpoint: Path) -> None:
 CASES = [
     Case("another width", ["--hidden-size", "64"], ["--hidden-size is 32 in the checkpoint and 64 in the flags"]),
     Case("not whole", [], ["names the checkpoint 'global_step2'", "not whole"], damage=_remove_counters),
-]
-NOT_YET_CLEAR = [
     Case("another vocabulary", ["--vocab-size", "300"], ["128", "384"]),
-    Case("another number of ranks", [], ["1", "2", "universal"], num_ranks=2),
+    Case("another number of ranks", [], ["1 ranks", "2 ranks"], num_ranks=2),
     Case("another ZeRO stage", ["--zero-stage", "3"], ["--zero-stage", "1", "3"]),
     Case("another number format", ["--bf16"], ["--bf16"]),
     Case("damaged weights", [], ["mp_rank_00_model_states.pt"], damage=_cut_weights),
@@ -66,10 +64,4 @@ def assert_refused(corpus: Path, saved: Path, folder: Path, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
 def test_a_checkpoint_that_cannot_serve_is_refused(corpus: Path, saved: Path, tmp_path: Path, case: Case) -> None:
-    assert_refused(corpus, saved, tmp_path, case)
-
-
-@pytest.mark.xfail(strict=True, reason="DeepSpeed's own traceback instead of one line")
-@pytest.mark.parametrize("case", NOT_YET_CLEAR, ids=lambda case: case.name.replace(" ", "_"))
-def test_a_checkpoint_of_another_layout_is_refused(corpus: Path, saved: Path, tmp_path: Path, case: Case) -> None:
     assert_refused(corpus, saved, tmp_path, case)

@@ -23,6 +23,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.initialize import Context
 from megatron.train_state import TrainState
 
+PADDED_VOCAB_SIZE = 128
 MODEL = ["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "8", "--seq-length", "128"]
 STATE = TrainState(iteration=7, consumed_samples=28, consumed_tokens=3584, data_samples=28, seq_length=128)
 
@@ -54,7 +55,7 @@ def config(*flags: str) -> Config:
 
 def save(context: Context, folder: Path, state: TrainState = STATE, *flags: str) -> Path:
     engine: Any = PretendEngine()
-    return save_checkpoint(engine, context, config("--save", str(folder), *flags), state)
+    return save_checkpoint(engine, context, config("--save", str(folder), *flags), state, PADDED_VOCAB_SIZE)
 
 
 def load(context: Context, path: Path, *flags: str) -> tuple[TrainState, PretendEngine]:
@@ -85,7 +86,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(context: Context, tmp_path: P
 
 def test_no_temporary_file_is_left(context: Context, tmp_path: Path) -> None:
     path = save(context, tmp_path / "saved")
-    assert {each.name for each in path.iterdir()} == {"config.json", "random_0.pt", "train_state.json"}
+    assert {each.name for each in path.iterdir()} == {"config.json", "layout.json", "random_0.pt", "train_state.json"}
     assert {each.name for each in path.parent.iterdir()} == {"latest", "global_step7"}
 
 
@@ -153,34 +154,41 @@ def test_the_configuration_that_wrote_a_checkpoint_is_kept(context: Context, tmp
 def test_how_a_model_is_run_does_not_matter_to_its_checkpoint(
     context: Context, tmp_path: Path, flags: list[str]
 ) -> None:
-    check_checkpoint(save(context, tmp_path), config(*flags), world_size=1)
+    check_checkpoint(save(context, tmp_path), config(*flags), 1, PADDED_VOCAB_SIZE)
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_the_flags_that_differ(context: Context, tmp_path: Path) -> None:
     path = save(context, tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        check_checkpoint(path, config("--num-layers", "3", "--swiglu"), world_size=1)
+        check_checkpoint(path, config("--num-layers", "3", "--swiglu"), 1, PADDED_VOCAB_SIZE)
     assert "--num-layers is 2 in the checkpoint and 3 in the flags" in str(caught.value)
     assert "--swiglu is False in the checkpoint and True in the flags" in str(caught.value)
     assert str(path / "config.json") in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("flags", "world_size", "expected"),
+    ("flags", "num_ranks", "expected"),
     [
-        ([], 2, "written by 1 ranks at ZeRO stage 0, and this run has 2 at stage 0"),
-        (["--zero-stage", "2"], 1, "written by 1 ranks at ZeRO stage 0, and this run has 1 at stage 2"),
-        (["--zero-stage", "3", "--finetune"], 1, "at ZeRO stage 0, and this run has 1 at stage 3"),
+        ([], 2, "written with 1 ranks, --zero-stage 0, fp32, and this run has 2 ranks"),
+        (["--zero-stage", "2"], 1, "--zero-stage 0, fp32, and this run has 1 ranks, --zero-stage 2, fp32"),
+        (["--bf16"], 1, "--zero-stage 0, fp32, and this run has 1 ranks, --zero-stage 1, --bf16"),
+        (["--zero-stage", "3", "--finetune"], 1, "--zero-stage 0, fp32, and this run has 1 ranks, --zero-stage 3"),
     ],
 )
 def test_partitions_that_deepspeed_cannot_read_are_refused(
-    context: Context, tmp_path: Path, flags: list[str], world_size: int, expected: str
+    context: Context, tmp_path: Path, flags: list[str], num_ranks: int, expected: str
 ) -> None:
     path = save(context, tmp_path)
     with pytest.raises(CheckpointError, match=expected):
-        check_checkpoint(path, config(*flags), world_size)
+        check_checkpoint(path, config(*flags), num_ranks, PADDED_VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("flags", [["--finetune"], ["--no-load-optim"], ["--finetune", "--zero-stage", "2"]])
 def test_weights_alone_load_on_any_number_of_ranks(context: Context, tmp_path: Path, flags: list[str]) -> None:
-    check_checkpoint(save(context, tmp_path), config(*flags), world_size=4)
+    check_checkpoint(save(context, tmp_path), config(*flags), 4, PADDED_VOCAB_SIZE)
+
+
+def test_another_vocabulary_is_refused(context: Context, tmp_path: Path) -> None:
+    path = save(context, tmp_path)
+    with pytest.raises(CheckpointError, match=r"has 128 rows in its embedding, .* ask for 256; use the tokenizer"):
+        check_checkpoint(path, config(), 1, 2 * PADDED_VOCAB_SIZE)

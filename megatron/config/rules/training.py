@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from megatron.config.batch import global_batch_size
 from megatron.config.rules.common import Rule, Run, flag, listed, shown, value_of
 
 UNITS = ("iters", "samples", "tokens")
@@ -31,6 +32,16 @@ def training_has_a_length(run: Run) -> str | None:
         f"the length of the training is missing; add one of {listed(list(map(flag, LENGTH)))}, for example "
         "--train-iters 1000"
     )
+
+
+def training_is_at_least_one_batch(run: Run) -> str | None:
+    training, length = run.config.training, run.config.model.seq_length
+    batch = global_batch_size(run.config, run.world_size)
+    for name, least in (("train_samples", batch), ("train_tokens", batch * length)):
+        given = value_of(run.config, name)
+        if given is not None and given < least and training.train_iters is None:
+            return f"{shown(run.config, name)} must be at least one global batch, {least}; use {least} or more"
+    return None
 
 
 def wsd_has_a_decay_length(run: Run) -> str | None:
@@ -76,6 +87,7 @@ def there_is_data(run: Run) -> str | None:
 TRAINING_RULES: tuple[Rule, ...] = (
     partial(at_most_one, LENGTH, "how long to train"),
     training_has_a_length,
+    training_is_at_least_one_batch,
     partial(at_most_one, DECAY, "when the learning-rate decay ends"),
     partial(at_most_one, WARMUP, "how long the warm-up is"),
     partial(at_most_one, WSD_DECAY, "how long the final decay is"),

@@ -9,7 +9,7 @@ from megatron.arguments import parse_args
 from megatron.config import ConfigError, config_sections, validate
 from megatron.config.rules.effects import EFFECTS
 from megatron.config.rules.ranges import RANGES
-from tests.unit.config.commands import GPT, complaint
+from tests.unit.config.commands import DATA, GPT, complaint
 
 ROPE = "--use-rotary-position-embeddings"
 SP, FPDT = "--ds-sequence-parallel-size", "--ds-sequence-parallel-fpdt"
@@ -247,3 +247,16 @@ def test_every_number_has_a_range():
     }
     unchecked_elsewhere = {"local_rank", "tensor_model_parallel_size", "pipeline_model_parallel_size"}
     assert numbers - set(RANGES) - unchecked_elsewhere == set()
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ("--train-samples 3", "--train-samples (3) must be at least one global batch, 4; use 4 or more"),
+        ("--train-tokens 4095", "--train-tokens (4095) must be at least one global batch, 4096; use 4096 or more"),
+    ],
+)
+def test_a_training_of_less_than_one_batch_is_refused(length, message):
+    words = [*GPT, *DATA, "--global-batch-size", "4", *length.split()]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(parse_args(words), 1, "cuda")

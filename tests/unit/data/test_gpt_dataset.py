@@ -103,6 +103,13 @@ def test_a_validation_part_without_documents_is_none_and_a_training_part_is_an_e
         build_datasets([prefix], "0,1,0", (3, 1, 0), 9, 1)
 
 
+def test_no_order_is_kept_where_a_later_part_is_refused(make_dataset: MakeDataset) -> None:
+    prefix = make_dataset([10] * 20)
+    with pytest.raises(DataError, match="the valid part"):
+        build_datasets([prefix], "95,5,0", (3, 1, 0), 19, 1)
+    assert not Path(f"{prefix}_cache").exists()
+
+
 def test_a_blend_draws_from_each_dataset_by_weight(make_dataset: MakeDataset) -> None:
     small, large = make_dataset([50] * 4, "small"), make_dataset([50] * 4, "large", first=1000)
     blend, _, _ = build_datasets(["1", small, "3", large], "1", (400, 0, 0), 9, 1)

@@ -129,7 +129,7 @@ def test_a_second_backward_pass_is_a_clear_error(execution):
     _, layer = one_layer(execution)
     y = layer(residual().requires_grad_(), positions())
     y.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"backward pass of a streamed block runs once.*retain_graph has no effect"):
+    with pytest.raises(RuntimeError, match=r"a streamed backward pass runs once.*whatever retain_graph says"):
         y.sum().backward()
 
 
@@ -347,7 +347,6 @@ def peaks_of_both_passes(monkeypatch):
 KEY_VALUE_CHUNK, RESIDUAL_CHUNK = (4, BATCH, 2 * 2, 8), (4, BATCH, HIDDEN)
 
 
-@pytest.mark.xfail(strict=True, reason="the last tile's chunks are still named when the next but one are sent for")
 def test_at_most_two_chunks_of_keys_and_values_and_of_their_gradients_are_on_the_device(monkeypatch):
     """One in use, one on its way."""
     forward, backward = peaks_of_both_passes(monkeypatch)
@@ -356,7 +355,6 @@ def test_at_most_two_chunks_of_keys_and_values_and_of_their_gradients_are_on_the
     assert backward[KEY_VALUE_CHUNK, torch.float32] <= 2
 
 
-@pytest.mark.xfail(strict=True, reason="the last row's chunks are still named when the next but one are sent for")
 def test_at_most_two_chunks_of_the_residual_stream_are_on_the_device(monkeypatch):
     """One in use, one on its way; in the backward pass of the block's input and of its output's gradient."""
     forward, backward = peaks_of_both_passes(monkeypatch)

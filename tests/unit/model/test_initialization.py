@@ -32,7 +32,6 @@ def test_half_precision_starts_from_the_fp32_values_rounded(config_of, dtype):
     assert all(torch.equal(got[name], want[name].to(dtype)) for name in want)
 
 
-@pytest.mark.xfail(strict=True, reason="fp64 parameters are drawn in fp64")
 @CONFIGS
 def test_double_precision_starts_from_the_fp32_values(config_of):
     want, got = initial(config_of()), initial(config_of(), dtype=torch.float64)

@@ -15,7 +15,7 @@ def announced(config, execution, num_microbatches):
     parallel = ParallelConfig(
         ds_sequence_parallel_fpdt=execution.fpdt, ds_sequence_parallel_fpdt_chunk_size=execution.chunk_size
     )
-    deepspeed = DeepSpeedConfig(checkpoint_activations=execution.recompute)
+    deepspeed = DeepSpeedConfig(deepspeed_activation_checkpointing=execution.recompute)
     training = SimpleNamespace(
         _config=SimpleNamespace(model=config, parallel=parallel, deepspeed=deepspeed),
         _lengths=SimpleNamespace(num_microbatches=num_microbatches),
@@ -28,11 +28,7 @@ def announced(config, execution, num_microbatches):
     "execution",
     [
         pytest.param(PLAIN, id="plain"),
-        pytest.param(
-            Execution(recompute=True),
-            id="recompute",
-            marks=pytest.mark.xfail(strict=True, reason="a recomputed block is reported twice and announced once"),
-        ),
+        pytest.param(Execution(recompute=True), id="recompute"),
         pytest.param(ON_DEVICE, id="three chunks"),
         pytest.param(replace(ON_DEVICE, chunk_size=20), id="two chunks"),
         pytest.param(replace(ON_DEVICE, chunk_size=65536, offloading=True), id="one chunk"),

@@ -143,7 +143,6 @@ def test_sequences_of_a_batch_do_not_see_each_other(execution):
     torch.testing.assert_close(together, alone, rtol=1e-13, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="the streamed loss and embedding do not expect frozen parameters")
 @EXECUTIONS
 @pytest.mark.parametrize("name", ["head.final_layernorm.weight", "embedding.word_embeddings.weight"])
 def test_any_parameter_can_be_frozen(execution, name):

@@ -1,0 +1,50 @@
+"""What is looked at before anything is allocated: tokenizer, data, checkpoint, attention kernel and output folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from megatron.checkpointing import check_checkpoint, find_checkpoint
+from megatron.config import Config, ConfigError
+from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.splits import parse_data_paths
+from megatron.data.vocabulary import check_vocabulary
+from megatron.initialize import device_type, number_format
+from megatron.ops.attention import choose_backend
+from megatron.tokenizer import build_tokenizer, pad_vocab_size
+
+
+def check_inputs(config: Config, world_size: int) -> int:
+    """Return the rows of the embedding: the vocabulary, padded. Writes nothing.
+
+    Raises ConfigError, TokenizerError, DataError, CheckpointError or AttentionUnavailable.
+    """
+    model = config.model
+    choose_backend(model.attention_backend, torch.device(device_type()), number_format(config), model.kv_channels)
+    flags = config.tokenizer
+    tokenizer = build_tokenizer(
+        flags.tokenizer_type, flags.vocab_file, flags.merge_file, flags.tokenizer_model, flags.vocab_size
+    )
+    data = config.data
+    for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
+        for prefix in parse_data_paths(paths)[0] if paths else ():
+            check_vocabulary(IndexedDataset(prefix), tokenizer.vocab_size)
+    padded_vocab_size = pad_vocab_size(tokenizer.vocab_size, model.make_vocab_size_divisible_by)
+    checkpoint = find_checkpoint(config.checkpoint.load)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
+    for flag, folder in (("--save", config.checkpoint.save), ("--tensorboard-dir", config.logging.tensorboard_dir)):
+        if folder is not None:
+            check_writable(flag, Path(folder))
+    return padded_vocab_size
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Raise ConfigError unless `folder` is one that can be written, or can be made. Makes nothing."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "cannot be written" if existing.is_dir() else "is not a folder"
+        raise ConfigError(f"{flag} ({folder}): {existing} {reason}; name a folder that can be written.")
