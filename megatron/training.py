@@ -211,25 +211,30 @@ class Training:
         dist.all_reduce(wishes)
         return wishes[0].float(), _EXIT if wishes[1].item() > 0 else _CONTINUE
 
-    def _num_units(self) -> int:
-        """Calls of the progress report in one step."""
+    def _forward_units(self) -> int:
+        """Calls of the progress report in the forward passes over one batch."""
         model, parallel = self._config.model, self._config.parallel
-        per_microbatch = model.num_layers
+        chunks = 1
         if parallel.ds_sequence_parallel_fpdt:
-            per_microbatch *= 2 * -(-model.seq_length // parallel.ds_sequence_parallel_fpdt_chunk_size)
-        elif self._config.deepspeed.deepspeed_activation_checkpointing:
-            per_microbatch *= 2  # each block is run again in the backward pass
-        return per_microbatch * self._lengths.num_microbatches
+            chunks = -(-model.seq_length // parallel.ds_sequence_parallel_fpdt_chunk_size)
+        return model.num_layers * chunks * self._lengths.num_microbatches
+
+    def _num_units(self) -> int:
+        """Calls of the progress report in one step: blocks that keep their activations report forward alone."""
+        runs_again = self._config.deepspeed.deepspeed_activation_checkpointing
+        return self._forward_units() * (2 if runs_again or self._config.parallel.ds_sequence_parallel_fpdt else 1)
 
     def _evaluate(self, data: SampleDataset | None, part: str) -> None:
         if data is None:
             return
         num_steps = self._config.training.eval_iters
+        self._progress.start_step(self.state.iteration, num_steps * self._forward_units())
         totals = torch.zeros(2, dtype=torch.float64, device=self._context.device)
         for step in range(num_steps):
             for batch in self._batches(data, step * self._lengths.global_batch_size):
                 totals[0] += self._engine.evaluate(batch.inputs())
                 totals[1] += batch.num_tokens / self._context.parallel_state.sequence_parallel_size
+        self._progress.finish_step()
         dist.all_reduce(totals)
         self._reporter.evaluation(self.state.iteration, (totals[0] / totals[1]).item(), part)
         self._reporter.restart_clock()

@@ -16,7 +16,8 @@ def announced(config, execution, num_microbatches):
         ds_sequence_parallel_fpdt=execution.fpdt, ds_sequence_parallel_fpdt_chunk_size=execution.chunk_size
     )
     deepspeed = DeepSpeedConfig(deepspeed_activation_checkpointing=execution.recompute)
-    training = SimpleNamespace(
+    training = Training.__new__(Training)
+    vars(training).update(
         _config=SimpleNamespace(model=config, parallel=parallel, deepspeed=deepspeed),
         _lengths=SimpleNamespace(num_microbatches=num_microbatches),
     )
