@@ -13,6 +13,7 @@ from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.splits import parse_data_paths
 from megatron.data.vocabulary import check_vocabulary
 from megatron.initialize import device_type, number_format
+from megatron.logging.writers import require_wandb
 from megatron.ops.attention import choose_backend
 from megatron.tokenizer import build_tokenizer, pad_vocab_size
 
@@ -39,6 +40,8 @@ def check_inputs(config: Config, world_size: int) -> int:
     for flag, folder in (("--save", config.checkpoint.save), ("--tensorboard-dir", config.logging.tensorboard_dir)):
         if folder is not None:
             check_writable(flag, Path(folder))
+    if config.logging.wandb_project:
+        require_wandb(config.logging.wandb_project)
     return padded_vocab_size
 
 

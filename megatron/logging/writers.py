@@ -1,5 +1,6 @@
 """Where metrics go besides the log: TensorBoard, Weights & Biases, both or nowhere, behind one protocol."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -34,6 +35,15 @@ class TensorBoardWriter:
         self._summary.close()
 
 
+def require_wandb(project: str) -> None:
+    """Raise ConfigError if the wandb package is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"--wandb-project ({project}) needs the wandb package, which is not installed; run "
+            "`pip install wandb`, or drop the flag and use --tensorboard-dir, which always works."
+        )
+
+
 class WandbWriter:
     """Logs to a run of Weights & Biases.
 
@@ -44,13 +54,9 @@ class WandbWriter:
     def __init__(
         self, project: str, name: str | None, directory: str | None, run_config: Mapping[str, Any] | None = None
     ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                f"--wandb-project ({project}) needs the wandb package, which is not installed; run "
-                "`pip install wandb`, or drop the flag and use --tensorboard-dir, which always works."
-            ) from error
+        require_wandb(project)
+        import wandb
+
         self._run = wandb.init(project=project, name=name, dir=directory, config=dict(run_config or {}))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

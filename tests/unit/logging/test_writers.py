@@ -1,4 +1,5 @@
 import sys
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
 import pytest
@@ -48,7 +49,9 @@ def test_asking_for_wandb_without_the_package_says_what_to_do(monkeypatch):
 
 def test_wandb_is_given_the_run_and_its_metrics(monkeypatch):
     run, started = RecordingRun(), {}
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: started.update(given) or run))
+    spec = ModuleSpec("wandb", None)
+    stand_in = SimpleNamespace(__spec__=spec, init=lambda **given: started.update(given) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
     settings = LoggingConfig(wandb_project="demo", wandb_exp_name="first", wandb_save_dir="somewhere")
     writer = build_writer(settings, rank=0, run_config={"layers": 2})
     writer.write(7, {"lm loss": 2.0})
