@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-AttentionBackend = Literal["auto", "reference", "torch-cpu", "torch-flash", "cudnn"]
+AttentionBackend = Literal[
+    "auto",
+    "reference",
+    "torch-cpu",
+    "torch-flash",
+    "cudnn",
+    "flash-2",
+    "flash-attn-2",
+    "flash-attn-3",
+    "flash-attn-4",
+]
 Normalization = Literal["layernorm", "rmsnorm"]
 
 SWIGLU_WIDTH_MULTIPLE = 64
@@ -79,7 +89,8 @@ class ModelConfig:
     """Standard deviation of the normal distribution that weights start from."""
 
     attention_backend: AttentionBackend = "auto"
-    """Attention kernel; auto takes the fastest that is correct for the device, type and head width."""
+    """Attention kernel; auto takes the fastest that is correct for the device, type and head width. The flash-attn-
+    ones are packages of their own; flash-2 is flash-attn-2 where it can serve, and torch-flash elsewhere."""
 
     use_flash_attn: bool = False
     """The fastest kernel that is there: the same as --attention-backend auto."""
@@ -88,7 +99,16 @@ class ModelConfig:
     """Refused: FlashAttention-1 no longer exists as a package."""
 
     use_flash_attn_v2: bool = False
-    """FlashAttention-2, as compiled into torch: the same as --attention-backend torch-flash."""
+    """FlashAttention-2, of the flash-attn package or of torch: the same as --attention-backend flash-2."""
+
+    use_flash_attn_v3: bool = False
+    """FlashAttention-3: the same as --attention-backend flash-attn-3."""
+
+    use_flash_attn_v4: bool = False
+    """flash-attn-4: the same as --attention-backend flash-attn-4."""
+
+    use_flash_attn_triton: bool = False
+    """Refused: there is no attention kernel in Triton here."""
 
     def resolved(self) -> ModelConfig:
         """Return the same architecture with every width filled in."""

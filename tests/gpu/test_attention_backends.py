@@ -3,60 +3,129 @@
 import pytest
 import torch
 
-from megatron.ops.attention import BACKENDS
+from megatron.ops.attention import BACKENDS, AttentionUnavailable
 from megatron.ops.attention.reference import ReferenceAttention
-from megatron.ops.merge import merge_
+from tests.unit.ops.attention.test_cpu_backends import draw, errors, tiled, truth
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-CUDA_BACKENDS = [b for b in BACKENDS if b.name in ("cudnn", "torch-flash")]
+CUDA_BACKENDS = [backend for backend in BACKENDS if backend.name not in ("torch-cpu", "reference")]
+RESULTS = ("o", "lse", "dq", "dk", "dv")
+#        batch, chunk lengths, query heads, key/value heads, head size
 SHAPES = {
-    "mha": (1, 512, 4, 4, 64),
-    "gqa": (1, 512, 8, 2, 128),
-    "mqa, batch of 3": (3, 256, 4, 1, 128),
-    "head size 80, uneven tile": (2, 200, 4, 2, 80),
-    "head size 96": (1, 384, 4, 4, 96),
+    "mha, head size 64": (1, [256, 256, 200], 4, 4, 64),
+    "gqa, head size 80, batch of 3": (3, [256, 200], 4, 2, 80),
+    "mha, head size 96": (1, [256, 200], 4, 4, 96),
+    "gqa, head size 128": (1, [256, 256, 40], 8, 2, 128),
+    "mqa, head size 128, batch of 3": (3, [256, 256, 40], 4, 1, 128),
 }
+# flash-attn-4 compiles every combination of head size, number format and heads per group, which takes seconds each.
+NOT_WITH_FLASH_ATTN_4 = {
+    (torch.float16, "mha, head size 64"),
+    (torch.bfloat16, "gqa, head size 80, batch of 3"),
+    (torch.float16, "mha, head size 96"),
+    (torch.float16, "gqa, head size 128"),
+    (torch.float16, "mqa, head size 128, batch of 3"),
+}
+CASES = [
+    pytest.param(backend, dtype, shape, id=f"{backend.name}-{dtype}-{name}".replace("torch.", ""))
+    for backend in CUDA_BACKENDS
+    for dtype in (torch.bfloat16, torch.float16)
+    for name, shape in SHAPES.items()
+    if backend.name != "flash-attn-4" or (dtype, name) not in NOT_WITH_FLASH_ATTN_4
+]
 
 
-def _row(backend, tensors, dtype):
-    """One query chunk against two key/value chunks, then the gradients: (o, lse, dq, [dk..], [dv..])."""
-    q, ks, vs, do, scale = tensors
-    cast = lambda t: t.to(dtype)  # noqa: E731
-    tiles = [(cast(ks[1]), cast(vs[1]), True), (cast(ks[0]), cast(vs[0]), False)]
-    o = lse = None
-    for k, v, causal in tiles:
-        o_tile, lse_tile = backend.forward(cast(q), k, v, causal=causal, scale=scale)
-        if o is None:
-            o, lse = o_tile.to(torch.promote_types(dtype, torch.float32)), lse_tile
-        else:
-            merge_(o, lse, o_tile, lse_tile)
-    o = o.to(dtype)
-    grads = [backend.backward(cast(do), cast(q), k, v, o, lse, causal=causal, scale=scale) for k, v, causal in tiles]
-    dq = sum(g[0].double() for g in grads)
-    return [o, lse, dq, *(t for g in grads for t in g[1:])]
-
-
-def _error(value, truth):
-    return ((value.double() - truth).norm() / truth.norm()).item()
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
-def test_row_of_tiles_errs_no_more_than_the_same_precision_reference(backend, shape):
-    B, S, H, K, D = shape
-    refusal = backend.refusal(torch.device("cuda"), torch.bfloat16, D)
+def skip_unless_served(backend, dtype, head_size):
+    refusal = backend.refusal(torch.device("cuda", torch.cuda.current_device()), dtype, head_size)
     if refusal:
         pytest.skip(refusal)
+
+
+def assert_errs_like(got, same_precision, exact):
+    """Assert that no error is above three times that of the reference in the same number format."""
+    for name, error, allowed in zip(RESULTS, errors(got, exact), errors(same_precision, exact), strict=True):
+        assert error <= 3 * allowed + 1e-5, name
+
+
+def side_by_side(k, v):
+    """k and v as the block has them: views of one tensor, along the heads."""
+    return torch.cat([k, v], 2).chunk(2, 2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "views"])
+@pytest.mark.parametrize("backend, dtype, shape", CASES)
+def test_tiles_err_no_more_than_the_same_precision_reference(backend, dtype, shape, layout):
+    lengths, scale = shape[1], shape[-1] ** -0.5
+    skip_unless_served(backend, dtype, shape[-1])
+    tensors = [t.cuda() for t in draw(shape, dtype)]
+    exact = truth(*tensors, scale)
+    q, k, v, do = (t.to(dtype) for t in tensors)
+    same_precision = tiled(ReferenceAttention(), q, k, v, do, scale, lengths)
+    if layout == "views":
+        (q, do), (k, v) = side_by_side(q, do), side_by_side(k, v)
+        assert not any(t.is_contiguous() for t in (q, k, v, do))
+    assert_errs_like(tiled(backend, q, k, v, do, scale, lengths), same_precision, exact)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
+def test_results_have_the_shapes_and_dtypes_of_the_protocol_and_inputs_are_not_written_to(backend, causal):
+    skip_unless_served(backend, torch.bfloat16, 128)
+    q, k, v, do = (t.bfloat16().cuda() for t in draw((3, [256], 8, 2, 128)))
+    o, lse = backend.forward(q, k, v, causal, 0.1)
+    assert (o.shape, o.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == ((3, 8, 256), torch.float32)
+    tensors = [do, q, k, v, o, lse]
+    originals = [t.clone() for t in tensors]
+    gradients = backend.backward(*tensors, causal, 0.1)
+    assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in (q, k, v)]
+    assert all(torch.equal(t, original) for t, original in zip(tensors, originals, strict=True))
+
+
+@pytest.fixture
+def sixty_gibibytes():
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    yield
+    torch.cuda.empty_cache()
+
+
+#   tokens, batch, key/value heads, each with 4 query heads of 128
+LARGE = {"many sequences": (1024, 2064, 2), "many heads": (4096, 1, 1026)}
+
+
+@pytest.mark.usefixtures("sixty_gibibytes")
+@pytest.mark.parametrize("size", LARGE.values(), ids=LARGE.keys())
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
+def test_more_than_two_to_the_31_elements(backend, size):
+    S, B, K = size
+    scale = 128**-0.5
+    skip_unless_served(backend, torch.bfloat16, 128)
     generator = torch.Generator("cuda").manual_seed(0)
-    draw = lambda heads: torch.randn(S, B, heads, D, generator=generator, device="cuda", dtype=torch.float64)  # noqa: E731
-    q, do = draw(H).bfloat16().double(), draw(H).bfloat16().double()
-    ks, vs = ([draw(K).bfloat16().double() for _ in range(2)] for _ in range(2))
-    tensors = (q, ks, vs, do, D**-0.5)
-    truth = _row(ReferenceAttention(), tensors, torch.float64)
-    same_precision = _row(ReferenceAttention(), tensors, torch.bfloat16)
-    results = _row(backend, tensors, torch.bfloat16)
-    for name, result, exact, rounded in zip(
-        ["o", "lse", "dq", "dk diagonal", "dv diagonal", "dk", "dv"], results, truth, same_precision, strict=True
-    ):
-        assert _error(result, exact) <= 3 * _error(rounded, exact) + 1e-5, name
+
+    def draw_on_device(heads):
+        return torch.randn(S, B, heads, 128, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, do = draw_on_device(4 * K), draw_on_device(4 * K)
+    k, v = side_by_side(draw_on_device(K), draw_on_device(K))
+    assert q.numel() > 2**31
+    try:
+        o, lse = backend.forward(q, k, v, True, scale)
+    except AttentionUnavailable as refusal:
+        pytest.skip(str(refusal))
+    gradients = backend.backward(do, q, k, v, o, lse, True, scale)
+
+    for sequence, group in ((0, 0), (B // 2, K // 2), (B - 1, K - 1)):
+
+        def part(t, heads_dim, b=sequence, g=group):
+            """What one sequence's key/value head and its query heads have of `t`."""
+            width = t.shape[heads_dim] // K
+            return t.narrow(1 if heads_dim == 2 else 0, b, 1).narrow(heads_dim, g * width, width)
+
+        inputs = [part(t, 2) for t in (q, k, v, do)]
+        got = [part(o, 2), part(lse, 1), *(part(t, 2) for t in gradients)]
+        exact = tiled(ReferenceAttention(), *(t.double() for t in inputs), scale, [S])
+        same_precision = tiled(ReferenceAttention(), *inputs, scale, [S])
+        assert_errs_like(got, same_precision, exact)

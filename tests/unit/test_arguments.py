@@ -38,7 +38,7 @@ def test_megatron_deepspeed_fpdt_flags_are_understood():
     assert config.parallel.ds_sequence_parallel_size == 4
     assert config.parallel.ds_sequence_parallel_fpdt_offloading
     assert config.parallel.local_rank == 3
-    assert config.model.attention_backend == "torch-flash"
+    assert config.model.attention_backend == "flash-2"
     assert config.model.rotary_position_embeddings_theta == 1e8
     assert config.training.train_tokens == 300_000_000_000
     assert config.deepspeed.zero_stage == 3
@@ -175,20 +175,48 @@ def test_help_is_the_field_description_with_its_default():
 
 
 class TestFlashAttentionFlags:
-    def test_each_names_its_backend(self):
-        assert parsed("--use-flash-attn-v2").model.attention_backend == "torch-flash"
-        assert parsed("--use-flash-attn").model.attention_backend == "auto"
+    @pytest.mark.parametrize(
+        "flags, backend",
+        [
+            ("--use-flash-attn", "auto"),
+            ("--use-flash-attn-v2", "flash-2"),
+            ("--use-flash-attn-v3", "flash-attn-3"),
+            ("--use-flash-attn-v4", "flash-attn-4"),
+            ("--use-flash-attn --use-flash-attn-v3", "flash-attn-3"),
+            ("--use-flash-attn-v4 --attention-backend auto", "flash-attn-4"),
+        ],
+    )
+    def test_each_names_its_backend(self, flags, backend):
+        assert parsed(flags).model.attention_backend == backend
 
-    def test_agreement_with_the_named_backend_is_fine(self):
-        assert parsed("--use-flash-attn-v2 --attention-backend torch-flash").model.attention_backend == "torch-flash"
+    @pytest.mark.parametrize(
+        "version, backend",
+        [("v2", "flash-2"), ("v2", "torch-flash"), ("v2", "flash-attn-2"), ("v3", "flash-attn-3")],
+    )
+    def test_agreement_with_the_named_backend_is_fine(self, version, backend):
+        flags = f"--use-flash-attn-{version} --attention-backend {backend}"
+        assert parsed(flags).model.attention_backend == backend
 
-    def test_a_version_and_another_backend_conflict(self):
-        with pytest.raises(ConfigError, match="--use-flash-attn-v2 and --attention-backend cudnn ask for different"):
-            parsed("--use-flash-attn-v2 --attention-backend cudnn")
+    @pytest.mark.parametrize("version, backend", [("v2", "cudnn"), ("v3", "flash-attn-2"), ("v4", "reference")])
+    def test_a_version_and_another_backend_conflict(self, version, backend):
+        flags = [f"--use-flash-attn-{version}", "--attention-backend", backend]
+        told = f"{flags[0]} and --attention-backend {backend} ask for different attention kernels; keep one of them"
+        assert refusal(*GPT, *flags) == told
 
-    def test_version_1_is_refused(self):
-        with pytest.raises(ConfigError, match="no longer exists; use --use-flash-attn-v2"):
-            parsed("--use-flash-attn-v1")
+    def test_two_versions_conflict(self):
+        told = "--use-flash-attn-v2 and --use-flash-attn-v4 ask for different attention kernels; keep one of them"
+        assert refusal(*GPT, "--use-flash-attn-v4", "--use-flash-attn-v2") == told
+
+    @pytest.mark.parametrize(
+        "flag, reason",
+        [
+            ("--use-flash-attn-v1", "FlashAttention-1, which no longer exists"),
+            ("--use-flash-attn-triton", "FlashAttention in Triton, which is not here"),
+        ],
+    )
+    def test_what_is_not_here_is_refused(self, flag, reason):
+        advice = "use --use-flash-attn-v2, or leave the choice to --attention-backend auto"
+        assert refusal(*GPT, flag) == f"{flag} asks for {reason}; {advice}"
 
 
 def test_checkpoint_activations_is_the_same_as_the_deepspeed_flag():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.config.rules.common import Rule, Run, divisors, given_flags, listed, nearest_multiples, shown
 
-GPU_BACKENDS = ("torch-flash", "cudnn")
+GPU_BACKENDS = ("torch-flash", "cudnn", "flash-2", "flash-attn-2", "flash-attn-3", "flash-attn-4")
 
 
 def heads_divide_hidden_size(run: Run) -> str | None:

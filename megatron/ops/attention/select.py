@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import torch
 
+from megatron.ops.attention.flash_attn_packages import FlashAttention2, FlashAttention3, FlashAttention4
 from megatron.ops.attention.protocol import AttentionBackend, AttentionUnavailable
 from megatron.ops.attention.reference import ReferenceAttention
 from megatron.ops.attention.torch_backends import CudnnAttention, TorchCpuAttention, TorchFlashAttention
 
 # Fastest first; the reference, which serves everything, last.
 BACKENDS: tuple[AttentionBackend, ...] = (
+    FlashAttention4(),
+    FlashAttention3(),
     CudnnAttention(),
+    FlashAttention2(),
     TorchFlashAttention(),
     TorchCpuAttention(),
     ReferenceAttention(),
 )
 
+# A name that stands for several backends, of which the fastest that can serve is taken.
+FAMILIES = {
+    "auto": tuple(backend.name for backend in BACKENDS),
+    "flash-2": ("flash-attn-2", "torch-flash"),
+}
+
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> AttentionBackend:
-    """Return the backend called `name`, or for "auto" the fastest one that can serve.
+    """Return the backend called `name`, or the fastest of a family ("auto", "flash-2") that can serve.
 
     Raises AttentionUnavailable for an unknown name and for a backend that cannot serve such tensors.
     """
-    refusals = {backend.name: backend.refusal(device, dtype, head_size) for backend in BACKENDS}
-    usable = [backend for backend in BACKENDS if refusals[backend.name] is None]
-    if name == "auto":
-        return usable[0]
-    for backend in usable:
-        if backend.name == name:
+    names = FAMILIES.get(name, (name,))
+    refusals: dict[str, str] = {}
+    for backend in (backend for backend in BACKENDS if backend.name in names):
+        refusal = backend.refusal(device, dtype, head_size)
+        if refusal is None:
             return backend
-    alternatives = ", ".join(["auto", *(backend.name for backend in usable)])
-    reason = refusals.get(name, "there is no such backend")
+        refusals[backend.name] = refusal
+    reasons = [f"{member}: {refusal}" for member, refusal in refusals.items()]
+    reason = refusals.get(name) or "; ".join(reasons) or "there is no such backend"
+    usable = [backend.name for backend in BACKENDS if backend.refusal(device, dtype, head_size) is None]
+    alternatives = ", ".join(["auto", *usable])
     raise AttentionUnavailable(f"--attention-backend {name}: {reason}; use one of {alternatives}.")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.ops.attention.cuda_limits import cuda_refusal, refuse_what_flash_attention_2_miscounts
+
 aten = torch.ops.aten
 
 
@@ -39,9 +41,10 @@ class TorchFlashAttention:
     name = "torch-flash"
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        return _cuda_refusal(device, dtype, head_size, minimum_capability=(8, 0), largest_head=256)
+        return cuda_refusal(device, dtype, head_size, minimum_capability=(8, 0), largest_head=256)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        refuse_what_flash_attention_2_miscounts(self.name, q)
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # [S, B, H, D] -> [B, S, H, D]
         out = aten._flash_attention_forward(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
@@ -66,7 +69,7 @@ class CudnnAttention:
     name = "cudnn"
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        return _cuda_refusal(device, dtype, head_size, minimum_capability=(9, 0), largest_head=128)
+        return cuda_refusal(device, dtype, head_size, minimum_capability=(9, 0), largest_head=128)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (_heads_first(t) for t in (q, k, v))
@@ -93,21 +96,3 @@ def _heads_first(t_SBHD: Tensor) -> Tensor:
 
 def _sequence_first(t_BHSD: Tensor) -> Tensor:
     return t_BHSD.permute(2, 0, 1, 3)  # [B, H, S, D] -> [S, B, H, D]
-
-
-def _cuda_refusal(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_size: int,
-    minimum_capability: tuple[int, int],
-    largest_head: int,
-) -> str | None:
-    if device.type != "cuda":
-        return f"it runs on CUDA devices, and the tensors are on {device.type}"
-    if torch.cuda.get_device_capability(device) < minimum_capability:
-        return f"it needs compute capability {minimum_capability[0]}.{minimum_capability[1]} or later"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in bf16 and fp16, and the tensors are {dtype}"
-    if head_size % 8 or head_size > largest_head:
-        return f"head size {head_size} is not a multiple of 8 up to {largest_head}"
-    return None

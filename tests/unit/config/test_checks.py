@@ -30,6 +30,7 @@ CASES = [
     ("--fp16 --bf16", 1, "--fp16 and --bf16 exclude each other"),
     ("--attention-backend torch-cpu", 1, "runs on CPUs only, and the device is cuda; use auto"),
     ("--attention-backend cudnn", 1, "computes in bf16 or fp16, and this run is in fp32; add --bf16"),
+    ("--attention-backend flash-attn-4", 1, "computes in bf16 or fp16, and this run is in fp32; add --bf16"),
     (f"--attention-dropout 0.1 {FPDT}", 1, "--attention-dropout (0.1) must be 0 with --ds-sequence-parallel-fpdt"),
     (
         "--attention-dropout 0.1 --attention-backend reference",
@@ -149,7 +150,9 @@ def test_settings_that_fit_together_pass(flags, world_size):
     "flags, message",
     [
         ("--fp16", "--fp16 needs a GPU, and the device is cpu; use --bf16, or neither for fp32"),
-        ("--bf16 --use-flash-attn-v2", "--attention-backend torch-flash needs a GPU"),
+        ("--bf16 --use-flash-attn-v2", "--attention-backend flash-2 needs a GPU"),
+        ("--bf16 --use-flash-attn-v3", "--attention-backend flash-attn-3 needs a GPU"),
+        ("--bf16 --use-flash-attn-v4", "--attention-backend flash-attn-4 needs a GPU"),
     ],
 )
 def test_what_a_cpu_cannot_do_is_refused_there(flags, message):

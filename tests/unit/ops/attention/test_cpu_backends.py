@@ -38,7 +38,7 @@ def truth(q, k, v, do, scale):
     q, k, v = (t.detach().clone().requires_grad_() for t in (q, k, v))
     copies = q.shape[2] // k.shape[2]
     scores = torch.einsum("sbhd,tbhd->bhst", q, k.repeat_interleave(copies, 2)) * scale
-    scores = scores.masked_fill(torch.ones(len(q), len(q), dtype=torch.bool).triu(1), -torch.inf)
+    scores = scores.masked_fill(torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).triu(1), -torch.inf)
     o = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), v.repeat_interleave(copies, 2))
     o.backward(do)
     return [o.detach(), scores.logsumexp(-1).detach(), q.grad, k.grad, v.grad]
@@ -48,8 +48,8 @@ def tiled(backend, q, k, v, do, scale, lengths):
     """The same by tiles, as the stream runs them: sums of tile gradients in at least fp32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     qs, ks, vs, dos = (t.split(lengths) for t in (q, k, v, do))
-    os, lses, dq = [], [], torch.zeros(q.shape, dtype=wide)
-    dk, dv = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
+    os, lses = [], []
+    dq, dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (q, k, v))
     for i in range(len(lengths)):
         o, lse = backend.forward(qs[i], ks[i], vs[i], causal=True, scale=scale)
         o = o.to(wide)

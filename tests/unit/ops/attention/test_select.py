@@ -1,17 +1,13 @@
+from typing import get_args
+
 import pytest
 import torch
 
+from megatron.config.model import AttentionBackend
 from megatron.ops.attention import BACKENDS, AttentionUnavailable, choose_backend
+from megatron.ops.attention.select import FAMILIES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-@pytest.fixture
-def capability(monkeypatch):
-    """Pretend that CUDA device 0 is there; set its capability with the value returned."""
-    current = [(9, 0)]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: current[0])
-    return current
 
 
 def test_names_are_unique_and_the_reference_is_last():
@@ -45,6 +41,54 @@ def test_auto_on_a_gpu_is_the_fastest_that_is_correct(capability, device_capabil
     assert choose_backend("auto", CUDA, dtype, head_size).name == expected
 
 
+@pytest.mark.parametrize(
+    "installed, device_capability, head_size, expected",
+    [
+        (["2.8.3", "3.0.0", "4.0.0"], (9, 0), 128, "flash-attn-4"),
+        (["2.8.3", "3.0.0"], (9, 0), 128, "flash-attn-3"),
+        (["2.8.3"], (9, 0), 128, "cudnn"),
+        (["2.8.3"], (9, 0), 256, "flash-attn-2"),
+        (["2.8.3", "3.0.0", "4.0.0"], (8, 0), 128, "flash-attn-2"),
+        (["2.8.3", "3.0.0", "4.0.0"], (10, 0), 128, "flash-attn-4"),
+        (["2.8.3", "3.0.0", "4.0.0"], (10, 0), 192, "flash-attn-2"),
+        (["2.8.3", "3.0.0", "4.0.0"], (7, 5), 128, "reference"),
+    ],
+)
+def test_auto_prefers_the_fastest_package_that_is_installed(
+    capability, install, installed, device_capability, head_size, expected
+):
+    for version in installed:
+        install(version)
+    capability[0] = device_capability
+    assert choose_backend("auto", CUDA, torch.bfloat16, head_size).name == expected
+
+
+def test_the_order_of_auto():
+    order = ["flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "torch-flash", "torch-cpu", "reference"]
+    assert [backend.name for backend in BACKENDS] == order
+
+
+def test_every_backend_and_family_has_its_choice_on_the_command_line():
+    assert set(get_args(AttentionBackend)) == {*FAMILIES, *(backend.name for backend in BACKENDS)}
+
+
+@pytest.mark.parametrize("installed, expected", [(["2.6.3"], "flash-attn-2"), ([], "torch-flash")])
+def test_flash_2_is_the_package_where_it_is_installed_and_torch_s_elsewhere(capability, install, installed, expected):
+    for version in installed:
+        install(version)
+    assert choose_backend("flash-2", CUDA, torch.bfloat16, 128).name == expected
+
+
+def test_flash_2_is_refused_with_the_reasons_of_both(capability):
+    capability[0] = (7, 5)
+    with pytest.raises(AttentionUnavailable) as error:
+        choose_backend("flash-2", CUDA, torch.bfloat16, 128)
+    reason = "it needs compute capability 8.0 or later"
+    assert str(error.value) == (
+        f"--attention-backend flash-2: flash-attn-2: {reason}; torch-flash: {reason}; use one of auto, reference."
+    )
+
+
 @pytest.mark.parametrize("name", ["torch-cpu", "reference"])
 def test_a_name_forces_a_backend(name):
     assert choose_backend(name, CPU, torch.float32, 64).name == name
@@ -57,7 +101,7 @@ def test_an_unknown_name_is_refused_with_the_names_that_serve():
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("name", ["cudnn", "torch-flash"])
+@pytest.mark.parametrize("name", ["cudnn", "torch-flash", "flash-attn-2", "flash-attn-3", "flash-attn-4"])
 def test_a_gpu_kernel_on_a_cpu_is_refused_with_the_reason(name):
     with pytest.raises(AttentionUnavailable, match=f"{name}: it runs on CUDA devices, and the tensors are on cpu; use"):
         choose_backend(name, CPU, torch.bfloat16, 64)

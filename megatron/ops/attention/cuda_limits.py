@@ -1,0 +1,47 @@
+"""What the CUDA kernels of several backends have in common: where they run, and how far they count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron.ops.attention.protocol import AttentionUnavailable
+
+
+def cuda_refusal(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    minimum_capability: tuple[int, int],
+    largest_head: int,
+    newest_major: int | None = None,
+) -> str | None:
+    """Return why a bf16 and fp16 kernel for head sizes that are multiples of 8 cannot serve, or None when it can."""
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, and the tensors are on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < minimum_capability:
+        return f"it needs compute capability {minimum_capability[0]}.{minimum_capability[1]} or later"
+    if newest_major is not None and capability[0] > newest_major:
+        return f"it needs compute capability {newest_major}.x or earlier, and this device has {capability[0]}.x"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16 and fp16, and the tensors are {dtype}"
+    if head_size % 8 or not 0 < head_size <= largest_head:
+        return f"head size {head_size} is not a multiple of 8 up to {largest_head}"
+    return None
+
+
+def refuse_what_flash_attention_2_miscounts(name: str, q_SBHD: Tensor) -> None:
+    """Raise AttentionUnavailable where FlashAttention-2's backward would pass 2^31 and give wrong gradients.
+
+    It keeps dq of one sequence in fp32, padded to whole blocks, and its offsets into that are 32-bit products.
+    """
+    S, _, H, D = q_SBHD.shape
+    block = 32 if D <= 128 else 64
+    num_elements = -(-S // 128) * 128 * H * (-(-D // block) * block)
+    if num_elements >= 2**31:
+        raise AttentionUnavailable(
+            f"--attention-backend {name}: {S} tokens x {H} heads of {D} are {num_elements} elements per sequence once "
+            "padded, and its backward counts to 2^31; use more sequence-parallel ranks or FPDT with a smaller chunk, "
+            "or another backend."
+        )
