@@ -67,6 +67,8 @@ def train(config: Config, context: Context, padded_vocab_size: int) -> None:
         fpdt=parallel.ds_sequence_parallel_fpdt,
         chunk_size=parallel.ds_sequence_parallel_fpdt_chunk_size,
         offloading=parallel.ds_sequence_parallel_fpdt_offloading,
+        device_memory_bytes=int(parallel.ds_sequence_parallel_fpdt_device_memory * 2**30),
+        host_memory_bytes=host_memory_bytes(config, context),
         recompute=config.deepspeed.deepspeed_activation_checkpointing or config.deepspeed.checkpoint_activations,
         checkpoint_in_cpu=config.deepspeed.checkpoint_in_cpu,
     )
@@ -94,6 +96,12 @@ def train(config: Config, context: Context, padded_vocab_size: int) -> None:
 
     leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
     pretrain(config, context, padded_vocab_size, leaf_modules, provide_model, provide_batch, provide_datasets)
+
+
+def host_memory_bytes(config: Config, context: Context) -> int:
+    """What FPDT's chunks may take up on the host."""
+    asked = config.parallel.ds_sequence_parallel_fpdt_host_memory
+    return context.host_memory_bytes if asked is None else int(asked * 2**30)
 
 
 def datasets(config: Config, num_samples: tuple[int, int, int], vocab_size: int) -> Datasets:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import Config
+from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
 from megatron.logging.logger import configure_logging
 
@@ -24,6 +25,8 @@ class Context:
     device: torch.device
     dtype: torch.dtype
     log: logging.Logger
+    host_memory_bytes: int
+    """This rank's share of the host memory that was free at the start."""
 
     @property
     def is_first_rank(self) -> bool:
@@ -33,6 +36,11 @@ class Context:
 def world_from_environment() -> tuple[int, int]:
     """(rank, world size) as the launcher set them; (0, 1) for a process that was started by itself."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Ranks on this machine, as torchrun or the deepspeed launcher set them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def device_type() -> str:
@@ -62,7 +70,8 @@ def initialize(config: Config) -> Context:
     # Dropout masks differ between ranks; the weights come from a generator of their own, the same on every rank.
     torch.manual_seed(config.training.seed + rank)
     parallel_state = ParallelState.create(config.parallel.ds_sequence_parallel_size)
-    return Context(parallel_state, device, number_format(config), log)
+    host_memory_bytes = available_host_bytes() // local_world_size()
+    return Context(parallel_state, device, number_format(config), log, host_memory_bytes)
 
 
 def _complete_environment() -> None:

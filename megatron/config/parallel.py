@@ -23,6 +23,13 @@ class ParallelConfig:
     ds_sequence_parallel_fpdt_offloading: bool = False
     """Keep FPDT's chunks in host memory, so that device memory does not grow with the sequence."""
 
+    ds_sequence_parallel_fpdt_device_memory: float = 0.0
+    """GiB per GPU that offloaded chunks may take up before they go to the host."""
+
+    ds_sequence_parallel_fpdt_host_memory: float | None = None
+    """GiB per rank that offloaded chunks may take up on the host. Default: what is free there at the start, shared
+    equally by the ranks of the machine."""
+
     tensor_model_parallel_size: int = 1
     """Only 1: there is no tensor parallelism here."""
 

@@ -9,7 +9,7 @@ Several tensors travel in one message. Source: DeepSpeed-Ulysses, arXiv 2309.145
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import lcm
 from typing import Any
 
@@ -17,76 +17,114 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# An all-to-all under way; calling it waits, on the device where there is one, and gives its result.
+Exchange = Callable[[], list[Tensor]]
 
-def tokens_to_heads(tensors_cBHD: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+# Parts of the tensors of a projection: queries, and keys with values behind them.
+QUERIES_KEYS_VALUES = (1, 2)
+
+
+def tokens_to_heads(
+    tensors_cBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+) -> list[Tensor]:
     """Gather tokens and scatter heads; one all-to-all for all tensors, which may differ in H only.
 
+    A tensor of several `parts` (keys and values in one: 2) has the heads of each part scattered by themselves.
     Collective: every rank of `group` calls it with the same shapes. The results are views of one buffer, side by side
     along the head dimension. Without a group the tensors come back as they are.
     """
+    return start_tokens_to_heads(tensors_cBHD, group, parts)()
+
+
+def start_tokens_to_heads(
+    tensors_cBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+) -> Exchange:
+    """`tokens_to_heads` under way: arithmetic queued before the result is called for runs beside it."""
     if group is None:
-        return list(tensors_cBHD)
+        return lambda: list(tensors_cBHD)
     p = dist.get_world_size(group)
+    parts = parts or [1] * len(tensors_cBHD)
     heads = [t.shape[2] // p for t in tensors_cBHD]
     c, B, _, D = tensors_cBHD[0].shape
     send_pcBHD = tensors_cBHD[0].new_empty(p, c, B, sum(heads), D)
-    for target, t in zip(send_pcBHD.split(heads, 3), tensors_cBHD, strict=True):
-        target.copy_(t.unflatten(2, (p, -1)).permute(2, 0, 1, 3, 4))  # [c, B, p*H, D] -> [p, c, B, H, D]
+    for target, t, n in zip(send_pcBHD.split(heads, 3), tensors_cBHD, parts, strict=True):
+        by_rank_pcBnHD = t.unflatten(2, (n, p, -1)).permute(3, 0, 1, 2, 4, 5)  # [c, B, n*p*H, D] -> [p, c, B, n, H, D]
+        target.unflatten(3, (n, -1)).copy_(by_rank_pcBnHD)
     received = torch.empty_like(send_pcBHD)
-    dist.all_to_all_single(received, send_pcBHD, group=group)
-    return list(received.flatten(0, 1).split(heads, 2))
+    work = dist.all_to_all_single(received, send_pcBHD, group=group, async_op=True)
+
+    def finish() -> list[Tensor]:
+        work.wait()
+        return list(received.flatten(0, 1).split(heads, 2))
+
+    return finish
 
 
-def heads_to_tokens(tensors_SBHD: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+def heads_to_tokens(
+    tensors_SBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+) -> list[Tensor]:
     """Scatter tokens and gather heads: the inverse of `tokens_to_heads`, with the same rules."""
     if group is None:
         return list(tensors_SBHD)
     p = dist.get_world_size(group)
+    parts = parts or [1] * len(tensors_SBHD)
     heads = [t.shape[2] for t in tensors_SBHD]
     send_SBHD = torch.cat(list(tensors_SBHD), 2) if len(heads) > 1 else tensors_SBHD[0].contiguous()
     received_SBHD = torch.empty_like(send_SBHD)
     dist.all_to_all_single(received_SBHD, send_SBHD, group=group)
-    by_rank_cBpHD = received_SBHD.unflatten(0, (p, -1)).permute(1, 2, 0, 3, 4)  # [p*c, B, H, D] -> [c, B, p, H, D]
-    return [t.flatten(2, 3) for t in by_rank_cBpHD.split(heads, 3)]
+    by_rank_pcBHD = received_SBHD.unflatten(0, (p, -1)).split(heads, 3)  # [p*c, B, H, D] -> [p, c, B, H, D]
+    return [
+        t.unflatten(3, (n, -1)).permute(1, 2, 3, 0, 4, 5).flatten(2, 4)  # [p, c, B, n, H, D] -> [c, B, n*p*H, D]
+        for t, n in zip(by_rank_pcBHD, parts, strict=True)
+    ]
 
 
-def repeat_key_value_heads(t_SBKD: Tensor, sequence_parallel_size: int) -> Tensor:
-    """Repeat each key/value head until the sequence-parallel size p divides them; [S, B, K, D] -> [S, B, lcm(K, p), D].
+def repeat_key_value_heads(kv_SBKD: Tensor, sequence_parallel_size: int) -> Tensor:
+    """Repeat each key/value head until the sequence-parallel size p divides them.
 
-    A rank then holds exactly the heads that its query heads read, for every p that divides the query heads.
-    Differentiable: the gradients of the copies are summed.
+    kv [S, B, 2K, D] -> [S, B, 2 lcm(K, p), D], keys first. A rank then holds exactly the heads that its query heads
+    read, for every p that divides the query heads. Differentiable: the gradients of the copies are summed.
     """
-    copies = lcm(t_SBKD.shape[2], sequence_parallel_size) // t_SBKD.shape[2]
-    return t_SBKD if copies == 1 else t_SBKD.repeat_interleave(copies, 2)
+    num_heads = kv_SBKD.shape[2] // 2
+    copies = lcm(num_heads, sequence_parallel_size) // num_heads
+    return kv_SBKD if copies == 1 else kv_SBKD.repeat_interleave(copies, 2)
 
 
 class _TokensToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(t.contiguous() for t in tokens_to_heads(tensors, group))
+    def forward(
+        ctx: Any, group: dist.ProcessGroup | None, parts: Sequence[int] | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.parts = group, parts
+        return tuple(t.contiguous() for t in tokens_to_heads(tensors, group, parts))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *heads_to_tokens(grads, ctx.group)
+        return None, None, *heads_to_tokens(grads, ctx.group, ctx.parts)
 
 
 class _HeadsToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(t.contiguous() for t in heads_to_tokens(tensors, group))
+    def forward(
+        ctx: Any, group: dist.ProcessGroup | None, parts: Sequence[int] | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.parts = group, parts
+        return tuple(t.contiguous() for t in heads_to_tokens(tensors, group, parts))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *tokens_to_heads(grads, ctx.group)
+        return None, None, *tokens_to_heads(grads, ctx.group, ctx.parts)
 
 
-def differentiable_tokens_to_heads(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+def differentiable_tokens_to_heads(
+    tensors: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+) -> tuple[Tensor, ...]:
     """`tokens_to_heads` with a gradient: one all-to-all forward and one backward, on every rank of the group."""
-    return tuple(tensors) if group is None else _TokensToHeads.apply(group, *tensors)
+    return tuple(tensors) if group is None else _TokensToHeads.apply(group, parts, *tensors)
 
 
-def differentiable_heads_to_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+def differentiable_heads_to_tokens(
+    tensors: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+) -> tuple[Tensor, ...]:
     """`heads_to_tokens` with a gradient: one all-to-all forward and one backward, on every rank of the group."""
-    return tuple(tensors) if group is None else _HeadsToTokens.apply(group, *tensors)
+    return tuple(tensors) if group is None else _HeadsToTokens.apply(group, parts, *tensors)

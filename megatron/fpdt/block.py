@@ -3,21 +3,22 @@
 Forward, for query chunk i ascending:
 
     copy-in            compute                                        communication         copy-out
-    x[i+1]             q, k, v = before(x[i])                         tokens -> heads       kv[i]
+    x[i+1]             q, kv = before(x[i])                           tokens -> heads       kv[i]
     kv[0], kv[1], ..   (o, lse) merged over tiles (i, j), j <= i
-                       y[i] = after(x[i], o)                          heads -> tokens       o[i], lse[i], y[i]
+                       y[i] = sum of after(x[i], o)                   heads -> tokens       o[i], lse[i], y[i]
 
 Backward, for query chunk i descending:
 
     copy-in            compute                                        communication         copy-out
-    x, o, lse, dy[i-1] dx, do, dW = vjp of after at (x[i], o[i])
-                       q, k, v = before(x[i]), graph kept             tokens -> heads
-    kv[j], dkv[j]      dq, dk, dv from tile (i, j), j < i                                   dkv[j]
-    dkv[i]             dq, dk, dv from tile (i, i): all now final     heads -> tokens
+                       dx, do, dW = vjp of after at (x[i], o[i])
+                       q, kv = before(x[i]), graph kept               tokens -> heads
+    kv[j], dkv[j]      dq, dkv from tile (i, j), j < i                                      dkv[j]
+    x, o, lse, dy[i-1] dq, dkv from tile (i, i): all now final        heads -> tokens
                        dx, dW += vjp of before at (x[i])                                    dx[i]
 
-Attention is never run again: its output and log-sum-exp are kept. What is recomputed is token-wise. `before` and
-`after` are ordinary differentiable methods of the block; what they compute is their own business.
+Attention is never run again: its output and log-sum-exp are kept. What is recomputed is token-wise, up to the last
+product of `after`, of which only the gradients are made. `before` and `after` are ordinary differentiable methods of
+the block; what they compute is their own business.
 
     S tokens of the sequence, c and C of one chunk (this rank's and all ranks'), B batch, h hidden size,
     H query heads, K key/value heads, D head size
@@ -25,20 +26,26 @@ Attention is never run again: its output and log-sum-exp are kept. What is recom
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from megatron.core.collectives import heads_to_tokens, repeat_key_value_heads, tokens_to_heads
+from megatron.core.collectives import (
+    QUERIES_KEYS_VALUES,
+    Exchange,
+    repeat_key_value_heads,
+)
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.store import Prefetch
-from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSum, Stream, accumulation_dtype
-from megatron.ops.merge import merge_
+from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSums, Stream
+from megatron.ops.gradient_sum import accumulation_dtype
+from megatron.ops.merge import add_key_value_gradients_, merge_
 
 
 class CausalBlock(Protocol):
@@ -52,12 +59,15 @@ class CausalBlock(Protocol):
         """Whether `after` draws random numbers now."""
         ...
 
-    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token-wise: q [S, B, H, D], k and v [S, B, K, D]."""
+    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Token-wise: q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values."""
         ...
 
-    def after(self, x_SBh: Tensor, o_SBHD: Tensor) -> Tensor:
-        """Token-wise: the block's output [S, B, h]."""
+    def after(self, x_SBh: Tensor, o_SBHD: Tensor, output_needed: bool = True) -> tuple[Tensor, Tensor]:
+        """Token-wise: two addends of the block's output [S, B, h].
+
+        With output_needed=False their values may be anything; their gradients are what counts.
+        """
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -80,6 +90,8 @@ class _Kept:
     lse_BHC: Sequence[Tensor]  # all tokens of the chunk, this rank's heads
     kv_CBKD: Sequence[Tensor]  # likewise; K keys, then K values
     random_states: RandomStates
+    first_loads: Sequence[Tensor] = ()  # what the backward pass begins with
+    below: Callable[[], _Kept | None] = lambda: None  # what the block below has kept
 
 
 class _StreamedBlock(torch.autograd.Function):
@@ -110,12 +122,18 @@ def _forward(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor, k
     chunk_positions = positions.split(layout.local_lengths, 1)
     kept = _Kept([], [], [], RandomStates(store.device, enabled=block.uses_dropout and keep))
     rows = ChunkPlan(layout.num_chunks).forward_rows()
-    x_ahead = store.prefetch([xs[row[0].query]] for row in rows)
+    x_ahead = store.prefetch([t[row[0].query] for t in (xs, chunk_positions)] for row in rows)
     kv_ahead = store.prefetch([kept.kv_CBKD[tile.key]] for row in rows for tile in row if not tile.is_diagonal)
+    started = stream.started_ahead(_start_forward_row(stream, block, x_ahead) for _ in rows)
     for row in rows:
         i = row[0].query
         stream.report("forward", block.layer_number, i, layout.num_chunks)
-        store.put(ys[i], _forward_row(stream, block, layout, row, x_ahead, chunk_positions[i], kv_ahead, kept, keep))
+        if row is rows[-1]:
+            store.expect(ys[:i][:1])  # the block above begins with it
+        store.put(ys[i], _finish_forward_row(stream, block, layout, row, next(started), kv_ahead, kept, keep))
+    if keep:
+        kept.first_loads = (xs[-1], kept.o_cBHD[-1], kept.lse_BHC[-1])
+        kept.below, stream.block_below = stream.block_below, weakref.ref(kept)
     return y, kept
 
 
@@ -123,38 +141,52 @@ def _forward(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor, k
 # chunk is sent for: the device holds the chunk in use and the one on its way.
 
 
-def _forward_row(
+@dataclass
+class _StartedForwardRow:
+    """A query chunk that is projected, and on its way from tokens to heads."""
+
+    x: Tensor
+    exchange: Exchange
+
+
+def _start_forward_row(stream: Stream, block: CausalBlock, x_ahead: Prefetch) -> _StartedForwardRow:
+    x, positions = next(x_ahead)
+    projected = _project(stream, block, x, positions)
+    return _StartedForwardRow(x, stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES))
+
+
+def _finish_forward_row(
     stream: Stream,
     block: CausalBlock,
     layout: SequenceLayout,
     row: list[Tile],
-    x_ahead: Prefetch,
-    positions: Tensor,
+    started: _StartedForwardRow,
     kv_ahead: Prefetch,
     kept: _Kept,
     keep: bool,
 ) -> Tensor:
     """The block's output for one query chunk; what the backward pass needs goes to `kept`."""
-    store, group, i = stream.store, stream.parallel_state.sequence_parallel_group, row[0].query
-    (x,) = next(x_ahead)
-    q, k, v = tokens_to_heads(_project(stream, block, x, positions), group)
-    kv = torch.cat([k, v], 2)
+    store, i = stream.store, row[0].query
+    x, (q, kv) = started.x, started.exchange()
     if i == 0:
         _allocate(kept, stream, layout, q, kv, keep)
     store.put(kept.kv_CBKD[i], kv)
+    kv_ahead.start()
     o_heads, lse = _attend(stream, block, row, q, kv, kv_ahead)
-    (o,) = heads_to_tokens([o_heads], group)
+    (o,) = stream.heads_to_tokens([o_heads])
     if keep:
         store.put(kept.o_cBHD[i], o)
         store.put(kept.lse_BHC[i], lse)
     kept.random_states.record()
-    return torch.cat([block.after(x[s], o[s]) for s in stream.slices(len(x))])
+    y = torch.empty_like(x)
+    for s in stream.slices(len(x)):
+        torch.add(*block.after(x[s], o[s]), out=y[s])
+    return y
 
 
-def _project(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = block.before(x, stream.on_device(positions))
-    size = stream.parallel_state.sequence_parallel_size
-    return q, repeat_key_value_heads(k, size), repeat_key_value_heads(v, size)
+def _project(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    q, kv = block.before(x, positions)
+    return q, repeat_key_value_heads(kv, stream.parallel_state.sequence_parallel_size)
 
 
 def _allocate(kept: _Kept, stream: Stream, layout: SequenceLayout, q_CBHD: Tensor, kv_CBKD: Tensor, keep: bool) -> None:
@@ -201,45 +233,78 @@ def _backward(
     chunk_positions = positions.split(layout.local_lengths, 1)
     kv_shape = (layout.sequence_length, *kept.kv_CBKD[0].shape[1:])
     dkv = store.empty(kv_shape, accumulation_dtype(x.dtype)).split(layout.chunk_lengths)
-    gradients = GradientSum(parameters)
+    gradients = GradientSums(parameters)
     rows = ChunkPlan(layout.num_chunks).backward_rows()
-    row_ahead = store.prefetch([t[row[0].query] for t in (xs, kept.o_cBHD, kept.lse_BHC, dys)] for row in rows)
+    per_row = (xs, chunk_positions, kept.o_cBHD, kept.lse_BHC, dys)
+    row_inputs = ([t[row[0].query] for t in per_row] for row in rows)
+    row_ahead = store.prefetch(row_inputs, ahead=False)
     tile_ahead = store.prefetch(_tile_inputs(tile, kept.kv_CBKD, dkv) for row in rows for tile in row)
+    started = stream.started_ahead(
+        _start_backward_row(stream, block, i, row_ahead, kept.random_states, gradients)
+        for i in (row[0].query for row in rows)
+    )
+    row_ahead.start()
+    tile_ahead.start()
     for row in rows:
         i = row[0].query
         stream.report("backward", block.layer_number, i, layout.num_chunks)
-        with kept.random_states.replay(i):
-            dx_i = _backward_row(
-                stream, block, row, row_ahead, chunk_positions[i], tile_ahead, dkv, parameters, gradients
-            )
+        if row is rows[-1] and (below := kept.below()) is not None:
+            store.expect([*below.first_loads, *dxs[i + 1 :][-1:]])  # the block below begins with them
+        dx_i = _finish_backward_row(stream, block, row, next(started), row_ahead, tile_ahead, dkv, gradients)
         store.put(dxs[i], dx_i)
     return dx, gradients.result()
 
 
-def _backward_row(
+@dataclass
+class _StartedBackwardRow:
+    """A query chunk whose `after` is differentiated and which is projected, on its way from tokens to heads."""
+
+    x: Tensor  # the leaf of the graph of `projected`
+    dx: Tensor
+    lse: Tensor
+    projected: tuple[Tensor, Tensor]
+    exchange: Exchange
+
+
+def _start_backward_row(
+    stream: Stream,
+    block: CausalBlock,
+    chunk: int,
+    row_ahead: Prefetch,
+    random_states: RandomStates,
+    gradients: GradientSums,
+) -> _StartedBackwardRow:
+    x, positions, o, lse, dy = next(row_ahead)
+    with gradients.collecting():
+        with random_states.replay(chunk):
+            dx, do = _backward_after(stream, block, x, o, dy, gradients)
+        del dy
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            projected = _project(stream, block, x, positions)
+    sent = [*(t.detach() for t in projected), o, do]
+    return _StartedBackwardRow(x, dx, lse, projected, stream.start_tokens_to_heads(sent, (*QUERIES_KEYS_VALUES, 1, 1)))
+
+
+def _finish_backward_row(
     stream: Stream,
     block: CausalBlock,
     row: list[Tile],
+    started: _StartedBackwardRow,
     row_ahead: Prefetch,
-    positions: Tensor,
     tile_ahead: Prefetch,
     dkv: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    gradients: GradientSum,
+    gradients: GradientSums,
 ) -> Tensor:
     """The gradient of the block's input for one query chunk; those of the parameters are added to `gradients`."""
-    group = stream.parallel_state.sequence_parallel_group
-    x, o, lse, dy = next(row_ahead)
-    dx, do = _backward_after(stream, block, x, o, dy, parameters, gradients)
-    with torch.enable_grad():
-        x_leaf = x.detach().requires_grad_()
-        projected = _project(stream, block, x_leaf, positions)
-    q, k, v, o, do = tokens_to_heads([*(t.detach() for t in projected), o, do], group)
-    dqkv = _backward_attend(stream, block, row, (q, k, v, o, do, lse), tile_ahead, dkv)
-    dprojected = heads_to_tokens(dqkv, group)
-    dx_before, *dparameters = torch.autograd.grad(projected, [x_leaf, *parameters], dprojected, allow_unused=True)
+    q, kv, o, do = started.exchange()
+    dqkv = _backward_attend(stream, block, row, (q, o, do, started.lse), kv, row_ahead, tile_ahead, dkv)
+    dprojected = stream.heads_to_tokens(dqkv, QUERIES_KEYS_VALUES)
+    dx_before, *dparameters = torch.autograd.grad(
+        started.projected, [started.x, *gradients.parameters], dprojected, allow_unused=True
+    )
     gradients.add(dparameters)
-    return dx.add_(dx_before)
+    return started.dx.add_(dx_before)
 
 
 def _tile_inputs(tile: Tile, kv: Sequence[Tensor], dkv: Sequence[Tensor]) -> list[Tensor]:
@@ -248,21 +313,17 @@ def _tile_inputs(tile: Tile, kv: Sequence[Tensor], dkv: Sequence[Tensor]) -> lis
 
 
 def _backward_after(
-    stream: Stream,
-    block: CausalBlock,
-    x: Tensor,
-    o: Tensor,
-    dy: Tensor,
-    parameters: Sequence[Tensor],
-    gradients: GradientSum,
+    stream: Stream, block: CausalBlock, x: Tensor, o: Tensor, dy: Tensor, gradients: GradientSums
 ) -> tuple[Tensor, Tensor]:
     """Vector-Jacobian product of `after`, slice by slice: (dx, do) of the chunk."""
     dx, do = torch.empty_like(x), torch.empty_like(o)
     for s in stream.slices(len(x)):
         with torch.enable_grad():
-            leaves = [t[s].detach().requires_grad_() for t in (x, o)]
-            y = block.after(*leaves)
-        dx[s], do[s], *dparameters = torch.autograd.grad(y, [*leaves, *parameters], dy[s], allow_unused=True)
+            x_leaf, o_leaf = (t[s].detach().requires_grad_() for t in (x, o))
+            addends = block.after(x_leaf, o_leaf, output_needed=False)
+        dx[s], do[s], *dparameters = torch.autograd.grad(
+            addends, [x_leaf, o_leaf, *gradients.parameters], [dy[s]] * len(addends), allow_unused=True
+        )
         gradients.add(dparameters)
     return dx, do
 
@@ -271,38 +332,43 @@ def _backward_attend(
     stream: Stream,
     block: CausalBlock,
     row: list[Tile],
-    inputs: tuple[Tensor, ...],
+    queries: tuple[Tensor, ...],
+    kv: Tensor,
+    row_ahead: Prefetch,
     tile_ahead: Prefetch,
     dkv: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One row of tiles: (dq, dk, dv) of the row's chunk, final, in the dtype of q; dkv of the other chunks stored."""
-    q = inputs[0]
-    dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype))
+) -> tuple[Tensor, Tensor]:
+    """One row of tiles: (dq, dkv) of the row's chunk, final, in the dtype of q; dkv of the other chunks stored."""
+    dq = None
     *others, diagonal = row
     for tile in others:
-        stream.store.put(dkv[tile.key], _backward_tile(stream, block, tile, inputs, dq, *next(tile_ahead)))
-    dkv_row = _backward_tile(stream, block, diagonal, inputs, dq, None, *next(tile_ahead))
-    dk, dv = dkv_row.to(q.dtype).chunk(2, 2)
-    return dq.to(q.dtype), dk, dv
+        dq, dkv_tile = _backward_tile(stream, block, tile, queries, dq, *next(tile_ahead))
+        stream.store.put(dkv[tile.key], dkv_tile)
+        del dkv_tile
+    # The next row is sent for now and not before: until here its chunks would only have taken up device memory.
+    row_ahead.start()
+    dq, dkv_row = _backward_tile(stream, block, diagonal, queries, dq, kv, *next(tile_ahead))
+    dtype = kv.dtype
+    return dq.to(dtype), dkv_row.to(dtype)
 
 
 def _backward_tile(
     stream: Stream,
     block: CausalBlock,
     tile: Tile,
-    inputs: tuple[Tensor, ...],
-    dq_sum: Tensor,
-    kv: Tensor | None,
+    queries: tuple[Tensor, ...],
+    dq_sum: Tensor | None,
+    kv: Tensor,
     dkv_sum: Tensor | None = None,
-) -> Tensor:
-    """Add the tile's dq to `dq_sum`; returns its dkv, added to `dkv_sum` where there is one.
-
-    Without `kv` the keys and values are those of the row itself.
-    """
-    q, k, v, o, do, lse = inputs
-    if kv is not None:
-        k, v = kv.chunk(2, 2)
+) -> tuple[Tensor, Tensor]:
+    """(dq, dkv) of one tile, added to the sums where there are any."""
+    q, o, do, lse = queries
+    k, v = kv.chunk(2, 2)
     dq, dk, dv = stream.attention.backward(do, q, k, v, o, lse, tile.is_diagonal, block.softmax_scale)
-    dq_sum.add_(dq)
-    dkv = torch.cat([dk, dv], 2)  # [C, B, K, D] -> [C, B, 2K, D]
-    return dkv.to(accumulation_dtype(dkv.dtype)) if dkv_sum is None else dkv_sum.add_(dkv)
+    sum_dtype = accumulation_dtype(q.dtype)
+    dq_sum = dq.to(sum_dtype) if dq_sum is None else dq_sum.add_(dq)
+    if dkv_sum is None:
+        dkv_sum = torch.cat([dk, dv], 2).to(sum_dtype)
+    else:
+        add_key_value_gradients_(dkv_sum, dk, dv)
+    return dq_sum, dkv_sum

@@ -20,7 +20,10 @@ from torch import Tensor
 
 _TOUCH_THREADS = 8
 _PAGE = mmap.PAGESIZE
-_SHRINK = "shorten --seq-length, raise --ds-sequence-parallel-size, or lower --micro-batch-size"
+_SHRINK = (
+    "shorten --seq-length, raise --ds-sequence-parallel-size, lower --micro-batch-size, or leave more of the chunks on "
+    "the GPU with --ds-sequence-parallel-fpdt-device-memory"
+)
 
 
 class HostMemoryError(MemoryError):
@@ -83,8 +86,8 @@ class HostPool:
     def _allocate(self, num_bytes: int) -> _Slab:
         if self.budget_bytes is not None and self.allocated_bytes + num_bytes > self.budget_bytes:
             raise HostMemoryError(
-                f"the host tier needs {_gib(self.allocated_bytes + num_bytes)} GiB "
-                f"and may use {_gib(self.budget_bytes)} GiB; {_SHRINK}."
+                f"the host tier needs at least {_gib(self.allocated_bytes + num_bytes)} GiB and may use "
+                f"{_gib(self.budget_bytes)} GiB (--ds-sequence-parallel-fpdt-host-memory); {_SHRINK}."
             )
         try:
             slab = _Slab(num_bytes, self.pinned)

@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSum, Stream, accumulation_dtype
+from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSums, Stream
+from megatron.ops.cross_entropy import cross_entropy, cross_entropy_with_gradient
+from megatron.ops.gradient_sum import accumulation_dtype
 
 _TILE_LOGITS = 2**26  # 256 MiB in fp32
 
@@ -56,14 +58,12 @@ class _StreamedLoss(torch.autograd.Function):
         store, lengths = stream.store, stream.layout(x).local_lengths
         dtype = accumulation_dtype(x.dtype)
         loss = torch.zeros((), dtype=dtype, device=store.device)
-        gradients = GradientSum(parameters)
+        gradients = GradientSums(parameters)
         dx = store.empty(x.shape, x.dtype) if keep else None
         dxs = dx.split(lengths) if dx is not None else None
-        x_ahead = store.prefetch([chunk] for chunk in x.split(lengths))
-        targets = zip(labels.T.split(lengths), mask.T.split(lengths), strict=True)
-        for i, (labels_i, mask_i) in enumerate(targets):
-            (x_i,) = next(x_ahead)
-            labels_i, mask_i = stream.on_device(labels_i), stream.on_device(mask_i).to(dtype)
+        ahead = store.prefetch(zip(x.split(lengths), labels.split(lengths, 1), mask.split(lengths, 1), strict=True))
+        for i, (x_i, labels_i, mask_i) in enumerate(ahead):
+            labels_i, mask_i = labels_i.T, mask_i.T.to(dtype)
             tiles = _tiles(x_i, labels_i, mask_i, num_classes=parameters[0].shape[0])
             results = [_tile_loss(head, *tile, parameters, gradients if keep else None) for tile in tiles]
             loss += torch.stack([tile_loss for tile_loss, _ in results]).sum()
@@ -100,7 +100,7 @@ def _tile_loss(
     labels: Tensor,
     mask: Tensor,
     parameters: Sequence[Tensor],
-    gradients: GradientSum | None,
+    gradients: GradientSums | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss sum of one tile, and its dx [T, B, h] where `gradients` collects those of the parameters."""
     weight, *norm_parameters = parameters
@@ -109,23 +109,13 @@ def _tile_loss(
         normed = head.final_layernorm(x)
     with torch.no_grad():
         flat, labels, mask = normed.detach().flatten(0, 1), labels.flatten(), mask.flatten()
-        logits = (flat @ weight.T).to(mask.dtype)
-        lse = logits.logsumexp(-1)
-        loss = ((lse - logits.gather(1, labels[:, None]).squeeze(1)) * mask).sum()
+        logits = flat @ weight.T
         if gradients is None:
-            return loss, None
-        dlogits = logits.sub_(lse[:, None]).exp_()
-        dlogits.scatter_add_(1, labels[:, None], -torch.ones_like(lse)[:, None])
-        dlogits = dlogits.mul_(mask[:, None]).to(x.dtype)
+            return cross_entropy(logits, labels, mask), None
+        loss, dlogits = cross_entropy_with_gradient(logits, labels, mask)
         dnormed = (dlogits @ weight).view_as(normed)
-        dweight = _weight_gradient(dlogits, flat) if weight.requires_grad else None
+        if weight.requires_grad:
+            gradients[0].add_product(dlogits, flat)
     dx, *dnorm = torch.autograd.grad(normed, [x, *norm_parameters], dnormed)
-    gradients.add([dweight, *dnorm])
+    gradients.add([None, *dnorm])
     return loss, dx
-
-
-def _weight_gradient(dlogits_TV: Tensor, normed_Th: Tensor) -> Tensor:
-    """dW [V, h] of one tile; in fp16 a sum over its tokens could overflow before any loss scale can prevent it."""
-    if dlogits_TV.dtype == torch.float16:
-        return dlogits_TV.T.float() @ normed_Th.float()
-    return dlogits_TV.T @ normed_Th

@@ -6,22 +6,21 @@
 
 The host never waits. Device memory is bounded by construction: a chunk that is copied in lives in memory allocated on
 the compute stream, so it can be reused as soon as the arithmetic that reads it is queued, and the source of a
-copy-out is held until the compute stream has been told to wait for its copy. On a machine without CUDA the same code
-runs with copies that are over when they return.
+copy-out is held until the next of its kind is put, when the compute stream is told to wait for its copy. On a machine
+without CUDA the same code runs with copies that are over when they return.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from megatron.fpdt.host_pool import HostPool
-
-_COPIES_OUT_IN_FLIGHT = 2
 
 
 @dataclass
@@ -33,36 +32,62 @@ class CopyCounts:
 
 
 class ChunkStore:
-    """Where chunks rest, and how they come and go. One per model, for its life."""
+    """Where chunks rest, and how they come and go. One per model, for its life.
 
-    def __init__(self, device: torch.device, offloading: bool, budget_bytes: int | None = None) -> None:
+    With offloading, tensors rest on the device until they take up `device_budget_bytes`, and on the host from then on,
+    up to `host_budget_bytes`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        offloading: bool,
+        device_budget_bytes: int = 0,
+        host_budget_bytes: int | None = None,
+    ) -> None:
         self.device = device
         self.offloading = offloading
-        self.pool = HostPool(pinned=device.type == "cuda", budget_bytes=budget_bytes)
+        self.device_budget_bytes = device_budget_bytes
+        self.device_bytes = 0  # of tensors that rest on the device within the budget
+        self.pool = HostPool(pinned=device.type == "cuda", budget_bytes=host_budget_bytes)
         self.copied = CopyCounts()
-        self._uses_streams = offloading and device.type == "cuda"
+        self._uses_streams = device.type == "cuda"
         if self._uses_streams:
             self._copy_in = torch.cuda.Stream(device)
             self._copy_out = torch.cuda.Stream(device)
         self._stored: dict[int, torch.cuda.Event] = {}  # by host address: the chunk there is complete
-        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._leaving: dict[tuple[torch.Size, torch.dtype], tuple[Tensor, torch.cuda.Event]] = {}
+        self._expected: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # by host address: sent for already
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor on the tier, whose chunks are then `put` and `get`."""
         if not self.offloading:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        num_bytes = prod(shape) * dtype.itemsize
+        if self.device_bytes + num_bytes <= self.device_budget_bytes:
+            tensor = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+            self.device_bytes += num_bytes
+            weakref.finalize(tensor.untyped_storage(), self._leave_device, num_bytes).atexit = False
+            return tensor
         tensor = self.pool.empty(tuple(shape), dtype)
         if self._uses_streams:
             # A reused slab may still be read on behalf of its former tensor.
             self._copy_out.wait_stream(self._copy_in)
         return tensor
 
+    def _leave_device(self, num_bytes: int) -> None:
+        self.device_bytes -= num_bytes
+
+    def _is_on_device(self, chunk: Tensor) -> bool:
+        return chunk.device.type == self.device.type and not self.pool.owns(chunk)
+
     def put(self, chunk: Tensor, value: Tensor) -> None:
         """Store a device tensor into a chunk of the tier. The value must not be written to afterwards."""
-        if not self.offloading:
+        if self._is_on_device(chunk):
             chunk.copy_(value)
             return
         self.copied.bytes_out += chunk.nbytes
+        self._expected.pop(chunk.data_ptr(), None)
         if not self._uses_streams:
             chunk.copy_(value)
             return
@@ -72,21 +97,39 @@ class ChunkStore:
             chunk.copy_(value, non_blocking=True)
             stored = self._copy_out.record_event()
         self._stored[chunk.data_ptr()] = stored
-        self._leaving.append((value, stored))
-        while len(self._leaving) > _COPIES_OUT_IN_FLIGHT:
-            _, left = self._leaving.popleft()
+        kind = (value.shape, value.dtype)
+        if kind in self._leaving:
+            _, left = self._leaving[kind]
             torch.cuda.current_stream(self.device).wait_event(left)
+        self._leaving[kind] = (value, stored)
 
-    def prefetch(self, groups: Iterable[Sequence[Tensor]]) -> Prefetch:
-        """Iterate over groups of chunks as device tensors, the next group on its way while one is in use."""
-        return Prefetch(self, groups)
+    def prefetch(self, groups: Iterable[Sequence[Tensor]], ahead: bool = True) -> Prefetch:
+        """Iterate over groups of chunks as device tensors, the next group on its way while one is in use.
+
+        With ahead=False the next group is sent for when `Prefetch.start` is called, so that it takes up device memory
+        only from then on.
+        """
+        return Prefetch(self, groups, ahead)
+
+    def expect(self, chunks: Iterable[Tensor]) -> None:
+        """Send now for chunks that somebody else will ask for first: what a next block begins with.
+
+        They are held until they are asked for, put anew, or until this is called again.
+        """
+        self._expected = {}
+        self._expected = {chunk.data_ptr(): self._start(chunk) for chunk in chunks if not self._is_on_device(chunk)}
 
     def _start(self, chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        if not self.offloading:
+        if self._is_on_device(chunk):
             return chunk, None
+        expected = self._expected.pop(chunk.data_ptr(), None)
+        if expected is not None and expected[0].shape == chunk.shape:
+            return expected
         self.copied.bytes_in += chunk.nbytes
         if not self._uses_streams:
             return chunk.clone(), None
+        if not chunk.is_contiguous():  # torch would copy it through memory that is not pinned
+            chunk = chunk.contiguous().pin_memory()
         arriving = torch.empty(chunk.shape, dtype=chunk.dtype, device=self.device)
         self._copy_in.wait_stream(torch.cuda.current_stream(self.device))
         stored = self._stored.get(chunk.data_ptr())
@@ -105,13 +148,17 @@ class ChunkStore:
 class Prefetch(Iterator[tuple[Tensor, ...]]):
     """Groups of chunks, one ahead. A group must have been `put` before the group before it is asked for.
 
+    A group may also hold inputs that rest in pinned host memory: a copy on the compute stream would wait there for
+    the large ones.
+
     On the device tier the tensors are the stored chunks themselves, so they may be written to only on the way to
     `put`ting them back.
     """
 
-    def __init__(self, store: ChunkStore, groups: Iterable[Sequence[Tensor]]) -> None:
+    def __init__(self, store: ChunkStore, groups: Iterable[Sequence[Tensor]], ahead: bool) -> None:
         self._store = store
         self._groups = iter(groups)
+        self._always_ahead = ahead
         self._ahead: list[tuple[Tensor, torch.cuda.Event | None]] | None = None
 
     def start(self) -> None:
@@ -125,5 +172,6 @@ class Prefetch(Iterator[tuple[Tensor, ...]]):
         if self._ahead is None:
             raise StopIteration
         arriving, self._ahead = self._ahead, None
-        self.start()
+        if self._always_ahead:
+            self.start()
         return tuple(self._store._finish(*item) for item in arriving)

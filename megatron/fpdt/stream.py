@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
+from megatron.core.collectives import Exchange, heads_to_tokens, start_tokens_to_heads
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.store import ChunkStore
 from megatron.ops.attention import AttentionBackend
+from megatron.ops.gradient_sum import GradientSum
 
 BACKWARD_RUNS_ONCE = (
     "a streamed backward pass runs once: what the forward pass kept is gone, whatever retain_graph says"
 )
+
+Row = TypeVar("Row")
 
 # phase ("forward" or "backward"), layer number, chunk, number of chunks
 ProgressReport = Callable[[str, int, int, int], None]
@@ -39,12 +46,29 @@ class Stream:
     chunk_length: int
     slice_length: int = 8192
     report: ProgressReport = no_report
+    block_below: Callable[[], Any] = lambda: None  # what the block that ran last keeps for its backward pass
 
     def layout(self, x_SBh: Tensor) -> SequenceLayout:
         """Layout of the sequence of which x holds this rank's tokens."""
         size = self.parallel_state.sequence_parallel_size
         sequence_length = x_SBh.shape[0] * size
         return SequenceLayout(sequence_length, min(self.chunk_length, sequence_length), size)
+
+    def start_tokens_to_heads(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
+        """Ulysses all-to-all of one chunk, under way."""
+        return start_tokens_to_heads(tensors, self.parallel_state.sequence_parallel_group, parts)
+
+    def heads_to_tokens(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> list[Tensor]:
+        """The way back."""
+        return heads_to_tokens(tensors, self.parallel_state.sequence_parallel_group, parts)
+
+    def started_ahead(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Rows of tiles as they are started: with more than one rank each before the row before it is executed.
+
+        The all-to-all of a row then travels behind the attention of the one before. A single rank has nothing to
+        hide, and saves the memory.
+        """
+        return rows if self.parallel_state.sequence_parallel_group is None else _one_ahead(rows)
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """A small input (tokens, labels, positions of one chunk) on the compute device."""
@@ -55,35 +79,46 @@ class Stream:
         return (slice(start, start + self.slice_length) for start in range(0, num_tokens, self.slice_length))
 
 
-class GradientSum:
-    """Sums of parameter gradients over chunks, in fp32 (fp64 for fp64 parameters)."""
+def _one_ahead(rows: Iterator[Row]) -> Iterator[Row]:
+    ahead = deque(islice(rows, 1))
+    while ahead:
+        ahead.extend(islice(rows, 1))
+        yield ahead.popleft()
+
+
+class GradientSums:
+    """Sums of parameter gradients over chunks. Linear layers that run within `collecting` add theirs by themselves."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._dtypes = [p.dtype for p in parameters]
-        self._sums: list[Tensor | None] = [None] * len(parameters)
+        self.parameters = parameters
+        self._sums = [GradientSum() for _ in parameters]
+
+    def __getitem__(self, index: int) -> GradientSum:
+        return self._sums[index]
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Hang each sum on its parameter, where `megatron.ops.linear` looks for it."""
+        for parameter, gradient_sum in zip(self.parameters, self._sums, strict=True):
+            parameter.gradient_sum = gradient_sum  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for parameter in self.parameters:
+                del parameter.gradient_sum  # type: ignore[attr-defined]
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Add one contribution per parameter; None where there is none."""
-        for index, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            total = self._sums[index]
-            if total is None:
-                self._sums[index] = gradient.to(accumulation_dtype(gradient.dtype), copy=True)
-            else:
-                total.add_(gradient)
+        for gradient_sum, gradient in zip(self._sums, gradients, strict=True):
+            if gradient is not None:
+                gradient_sum.add(gradient)
 
     def result(self, scale: Tensor | None = None) -> list[Tensor | None]:
         """The sums in the dtypes of the parameters, times `scale` where it is given; the sums end here."""
         results: list[Tensor | None] = []
-        for index, dtype in enumerate(self._dtypes):
-            total, self._sums[index] = self._sums[index], None
+        for parameter, gradient_sum in zip(self.parameters, self._sums, strict=True):
+            total, gradient_sum.total = gradient_sum.total, None
             if total is not None and scale is not None:
                 total.mul_(scale)
-            results.append(None if total is None else total.to(dtype))
+            results.append(None if total is None else total.to(parameter.dtype))
         return results
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.fpdt.random_state import RandomStates
-from megatron.fpdt.stream import GradientSum, Stream
+from megatron.fpdt.stream import GradientSums, Stream
 
 
 class TokenEmbedding(Protocol):
@@ -60,7 +60,8 @@ class _StreamedEmbedding(torch.autograd.Function):
         states = RandomStates(store.device, enabled=module.uses_dropout and keep)
         dtype = next(module.parameters()).dtype
         x = store.empty((tokens.shape[1], tokens.shape[0], module.hidden_size), dtype)
-        for chunk, inputs in zip(x.split(lengths), _chunks(stream, tokens, positions), strict=True):
+        inputs_ahead = store.prefetch(zip(tokens.split(lengths, 1), positions.split(lengths, 1), strict=True))
+        for chunk, inputs in zip(x.split(lengths), inputs_ahead, strict=True):
             states.record()
             store.put(chunk, module.embed(*inputs))
         if keep:
@@ -72,21 +73,13 @@ class _StreamedEmbedding(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.parameters:
             return None, None, None, None, None, torch.zeros(())
-        stream = ctx.stream
-        tokens, positions = ctx.saved_tensors
-        gradients = GradientSum(ctx.parameters)
-        dx_ahead = stream.store.prefetch(
-            [dx] for dx in grads[0].contiguous().split(stream.layout(tokens.T).local_lengths)
-        )
-        for i, inputs in enumerate(_chunks(stream, tokens, positions)):
+        stream, (tokens, positions) = ctx.stream, ctx.saved_tensors
+        lengths = stream.layout(tokens.T).local_lengths
+        gradients = GradientSums(ctx.parameters)
+        dxs = grads[0].contiguous().split(lengths)
+        ahead = stream.store.prefetch(zip(tokens.split(lengths, 1), positions.split(lengths, 1), dxs, strict=True))
+        for i, (*inputs, dx) in enumerate(ahead):
             with ctx.states.replay(i), torch.enable_grad():
                 x = ctx.module.embed(*inputs)
-            (dx,) = next(dx_ahead)
             gradients.add(torch.autograd.grad(x, ctx.parameters, dx, allow_unused=True))
         return None, None, None, None, None, torch.zeros(()), *gradients.result()
-
-
-def _chunks(stream: Stream, *tensors_BS: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    lengths = stream.layout(tensors_BS[0].T).local_lengths
-    for chunk in zip(*(t.split(lengths, 1) for t in tensors_BS), strict=True):
-        yield tuple(stream.on_device(t) for t in chunk)

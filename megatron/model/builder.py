@@ -26,11 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model is to be executed; its parameters and results do not depend on it."""
+    """How a model is to be executed; its parameters and results do not depend on it.
+
+    The memory is what FPDT's chunks may take up with offloading: on the device first, then on the host.
+    """
 
     fpdt: bool = False
     chunk_size: int = 65536
     offloading: bool = False
+    device_memory_bytes: int = 0
+    host_memory_bytes: int | None = None
     recompute: bool = False
     checkpoint_in_cpu: bool = False
 
@@ -64,7 +69,8 @@ def build_execution(
     if execution.fpdt and config.attention_dropout:
         raise ValueError(f"--attention-dropout ({config.attention_dropout}) cannot be replayed by FPDT; use 0")
     attention = choose_backend(config.attention_backend, device, dtype, config.kv_channels)
-    store = ChunkStore(device, offloading=execution.fpdt and execution.offloading)
+    offloading = execution.fpdt and execution.offloading
+    store = ChunkStore(device, offloading, execution.device_memory_bytes, execution.host_memory_bytes)
     chunk_length = execution.chunk_size if execution.fpdt else config.seq_length
     stream = Stream(store, attention, parallel_state, chunk_length, report=report)
     if execution.fpdt:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from megatron.config import ModelConfig
 from megatron.model.initialization import Initializer
-from megatron.ops.rope import RotaryEmbedding
+from megatron.ops.linear import linear
+from megatron.ops.rope import RotaryEmbedding, split_and_rotate
+from megatron.ops.swiglu import swiglu
 
 
 class Linear(nn.Module):
@@ -29,8 +31,8 @@ class Linear(nn.Module):
         self.weight = initializer.normal(outputs, inputs, into_residual=into_residual) if weight is None else weight
         self.bias = initializer.zeros(outputs) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, output_needed: bool = True) -> Tensor:
+        return linear(x, self.weight, self.bias, output_needed)
 
 
 class Embedding(nn.Module):
@@ -70,16 +72,12 @@ class SelfAttention(nn.Module):
             else None
         )
 
-    def project(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [S, B, H, D], k and v [S, B, K, D], rotated by their positions."""
+    def project(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values; queries and keys turned by their positions."""
         per_group = self.num_heads // self.num_key_value_heads
         qkv = self.query_key_value(x_SBh).unflatten(2, (self.num_key_value_heads, per_group + 2, self.head_size))
-        q, k, v = qkv.split([per_group, 1, 1], 3)
-        q, k, v = (t.flatten(2, 3) for t in (q, k, v))  # [S, B, K, H/K, D] -> [S, B, H, D]
-        if self.rotary is not None:
-            cos, sin = self.rotary.cos_sin(positions_BS, x_SBh.dtype)
-            q, k = self.rotary.rotate(q, cos, sin), self.rotary.rotate(k, cos, sin)
-        return q, k, v
+        cos, sin = (None, None) if self.rotary is None else self.rotary.cos_sin(positions_BS, x_SBh.dtype)
+        return split_and_rotate(qkv, cos, sin)
 
 
 def rotary_size(config: ModelConfig) -> int:
@@ -97,9 +95,8 @@ class MLP(nn.Module):
         self.dense_h_to_4h = Linear(config.hidden_size, width * (2 if self.swiglu else 1), initializer, bias)
         self.dense_4h_to_h = Linear(width, config.hidden_size, initializer, bias, into_residual=True)
 
-    def forward(self, x_SBh: Tensor) -> Tensor:
+    def forward(self, x_SBh: Tensor, output_needed: bool = True) -> Tensor:
+        """[S, B, h]; with output_needed=False, gradients alone are meant (megatron.ops.linear)."""
         hidden_SBf = self.dense_h_to_4h(x_SBh)
-        if self.swiglu:
-            gate, up = hidden_SBf.chunk(2, -1)
-            return self.dense_4h_to_h(F.silu(gate) * up)
-        return self.dense_4h_to_h(F.gelu(hidden_SBf, approximate="tanh"))
+        activated_SBf = swiglu(hidden_SBf) if self.swiglu else F.gelu(hidden_SBf, approximate="tanh")
+        return self.dense_4h_to_h(activated_SBf, output_needed)

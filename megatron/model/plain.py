@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron.core.collectives import (
+    QUERIES_KEYS_VALUES,
     differentiable_heads_to_tokens,
     differentiable_tokens_to_heads,
     repeat_key_value_heads,
@@ -55,9 +56,9 @@ class PlainExecution:
         self.stream.report("forward", module.layer_number, 0, 1)
         group = self.stream.parallel_state.sequence_parallel_group
         size = self.stream.parallel_state.sequence_parallel_size
-        q, k, v = module.before(x_SBh, positions_BS)
-        qkv = (q, repeat_key_value_heads(k, size), repeat_key_value_heads(v, size))
-        q, k, v = differentiable_tokens_to_heads(qkv, group)
+        q, kv = module.before(x_SBh, positions_BS)
+        q, kv = differentiable_tokens_to_heads([q, repeat_key_value_heads(kv, size)], group, QUERIES_KEYS_VALUES)
+        k, v = kv.chunk(2, 2)
         dropout = module.attention_dropout if module.training else 0.0
         o = (
             _attention_with_dropout(q, k, v, dropout, module.softmax_scale)
@@ -65,7 +66,8 @@ class PlainExecution:
             else _CausalAttention.apply(q, k, v, self.stream.attention, module.softmax_scale)
         )
         (o,) = differentiable_heads_to_tokens([o], group)
-        return module.after(x_SBh, o)
+        residual, branch = module.after(x_SBh, o)
+        return residual + branch
 
 
 def _attention_with_dropout(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, dropout: float, scale: float) -> Tensor:

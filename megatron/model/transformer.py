@@ -1,8 +1,8 @@
 """GPT and LLaMA: embedding, pre-norm blocks, norm, head and loss.
 
-    q, k, v = before(x, positions)        norm, projection, rotary embedding        token-wise
-    o       = causal attention(q, k, v)   the only place where tokens meet
-    y       = after(x, o)                 projection, residual, norm, MLP, residual  token-wise
+    q, kv = before(x, positions)          norm, projection, rotary embedding        token-wise
+    o     = causal attention(q, k, v)     the only place where tokens meet
+    y     = sum of after(x, o)            projection, residual, norm, MLP, residual  token-wise
 
 The modules know their arithmetic. How it is run, at once or as a stream of chunks, is their `execution`.
 """
@@ -87,14 +87,19 @@ class TransformerLayer(nn.Module):
     def uses_dropout(self) -> bool:
         return self.training and self.dropout > 0
 
-    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [S, B, H, D], k and v [S, B, K, D]."""
+    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values."""
         return self.self_attention.project(self.input_layernorm(x_SBh), positions_BS)
 
-    def after(self, x_SBh: Tensor, o_SBHD: Tensor) -> Tensor:
-        """The block's output [S, B, h]."""
+    def after(self, x_SBh: Tensor, o_SBHD: Tensor, output_needed: bool = True) -> tuple[Tensor, Tensor]:
+        """The two addends [S, B, h] of the block's output: the residual stream after attention, and the MLP's branch.
+
+        With output_needed=False the branch passes gradients on and has no meaning.
+        """
         x_SBh = x_SBh + F.dropout(self.self_attention.dense(o_SBHD.flatten(2)), self.dropout, self.training)
-        return x_SBh + F.dropout(self.mlp(self.post_attention_layernorm(x_SBh)), self.dropout, self.training)
+        # A dropout mask depends on how its tensor lies in memory, so that one must be the same whenever it is drawn.
+        branch_SBh = self.mlp(self.post_attention_layernorm(x_SBh), output_needed or self.uses_dropout)
+        return x_SBh, F.dropout(branch_SBh, self.dropout, self.training)
 
     def forward(self, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
         return self.execution.block(self, x_SBh, positions_BS)

@@ -1,4 +1,6 @@
-"""Online-softmax merge of two partial attention results of the same queries.
+"""Sums over the tiles of a row or a column of attention.
+
+Online-softmax merge of two partial attention results of the same queries:
 
     o = (exp(lse_a) o_a + exp(lse_b) o_b) / (exp(lse_a) + exp(lse_b)) = o_a + w (o_b - o_a),  w = sigmoid(lse_b - lse_a)
 
@@ -10,9 +12,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.ops.fused import fused
+
 
 def merge_(o_SBHD: Tensor, lse_BHS: Tensor, other_o_SBHD: Tensor, other_lse_BHS: Tensor) -> None:
     """Merge `other` into (o, lse) in place. o [S, B, H, D] and lse [B, H, S] in fp32 or fp64; lse finite."""
-    weight_SBH1 = torch.sigmoid(other_lse_BHS - lse_BHS).permute(2, 0, 1).unsqueeze(-1)
-    o_SBHD.lerp_(other_o_SBHD.to(o_SBHD.dtype), weight_SBH1)
+    weight_SBH = torch.sigmoid(other_lse_BHS - lse_BHS).permute(2, 0, 1).contiguous()
+    _interpolate_(o_SBHD, other_o_SBHD, weight_SBH)
     torch.logaddexp(lse_BHS, other_lse_BHS, out=lse_BHS)
+
+
+@fused
+def _interpolate_(o_SBHD: Tensor, other_SBHD: Tensor, weight_SBH: Tensor) -> None:
+    o_SBHD.lerp_(other_SBHD.to(o_SBHD.dtype), weight_SBH.unsqueeze(-1))
+
+
+@fused
+def add_key_value_gradients_(dkv_SBKD: Tensor, dk_SBKD: Tensor, dv_SBKD: Tensor) -> None:
+    """Add a tile's dk and dv [S, B, K, D] to the sum [S, B, 2K, D], dk first, in fp32 or fp64."""
+    for total, part in zip(dkv_SBKD.chunk(2, 2), (dk_SBKD, dv_SBKD), strict=True):
+        total.add_(part)

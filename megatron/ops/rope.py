@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.ops.fused import fused
+
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
-    """Rotates the first `rotary_size` dimensions of every head and leaves the others as they are."""
+    """Angles that turn the first `rotary_size` dimensions of every head; the others stay as they are."""
 
     rotary_size: int
     theta: float
@@ -30,9 +32,24 @@ class RotaryEmbedding:
         dtype = torch.promote_types(dtype, torch.float32)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def rotate(self, x_SBHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate [S, B, H, D]; computed in the dtype of cos and sin, returned in the dtype of x."""
-        half = self.rotary_size // 2
-        first, second, rest = x_SBHD.split([half, half, x_SBHD.shape[-1] - self.rotary_size], -1)
-        rotated = [first * cos - second * sin, second * cos + first * sin]
-        return torch.cat([*(t.to(x_SBHD.dtype) for t in rotated), rest], -1)
+
+def rotate(x_SBHD: Tensor, cos_SB1d: Tensor, sin_SB1d: Tensor) -> Tensor:
+    """Rotate the first 2d dimensions of [S, B, H, D]; computed in the dtype of cos and sin, returned in that of x."""
+    half = cos_SB1d.shape[-1]
+    first, second, rest = x_SBHD.split([half, half, x_SBHD.shape[-1] - 2 * half], -1)
+    rotated = [first * cos_SB1d - second * sin_SB1d, second * cos_SB1d + first * sin_SB1d]
+    return torch.cat([*(t.to(x_SBHD.dtype) for t in rotated), rest], -1)
+
+
+@fused
+def split_and_rotate(qkv_SBKgD: Tensor, cos_SB1d: Tensor | None, sin_SB1d: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Split a projection into queries and packed keys and values, and rotate queries and keys where cos and sin are.
+
+    qkv [S, B, K, H/K + 2, D]: for each key/value head its queries, its key, its value. Returns q [S, B, H, D] and
+    kv [S, B, 2K, D], K keys and then K values.
+    """
+    q, k, v = qkv_SBKgD.split([qkv_SBKgD.shape[3] - 2, 1, 1], 3)
+    q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+    if cos_SB1d is not None and sin_SB1d is not None:
+        q, k = rotate(q, cos_SB1d, sin_SB1d), rotate(k, cos_SB1d, sin_SB1d)
+    return q, torch.cat([k, v], 2)

@@ -45,7 +45,7 @@ class PretendEngine:
 def context(tmp_path: Path) -> Iterator[Context]:
     """Be the only rank of a gloo world."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield Context(ParallelState(), torch.device("cpu"), torch.float32, logging.getLogger("megatron"))
+    yield Context(ParallelState(), torch.device("cpu"), torch.float32, logging.getLogger("megatron"), 0)
     dist.destroy_process_group()
 
 

@@ -49,6 +49,12 @@ EFFECTS = (
         "add --ds-sequence-parallel-fpdt",
     ),
     Effect(
+        ("ds_sequence_parallel_fpdt_device_memory", "ds_sequence_parallel_fpdt_host_memory"),
+        lambda config: config.parallel.ds_sequence_parallel_fpdt_offloading,
+        "without --ds-sequence-parallel-fpdt-offloading",
+        "add --ds-sequence-parallel-fpdt-offloading",
+    ),
+    Effect(
         ("rotary_percent", "rotary_position_embeddings_theta"),
         lambda config: config.model.use_rotary_position_embeddings,
         "without --use-rotary-position-embeddings",

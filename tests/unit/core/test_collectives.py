@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.collectives import (
+    QUERIES_KEYS_VALUES,
     differentiable_heads_to_tokens,
     differentiable_tokens_to_heads,
     heads_to_tokens,
@@ -55,6 +56,24 @@ def test_every_rank_gets_all_tokens_of_its_heads_and_its_own_tokens_back(ranks: 
     assert ranks.run(gather_and_scatter, (8, 4, 4), num_ranks=size) == [True] * size
 
 
+def scatter_parts() -> bool:
+    """Send a tensor of two parts there and back; whether each part's heads were scattered by themselves."""
+    state = ParallelState.create(torch.distributed.get_world_size())
+    rank, size, group = state.rank, state.world_size, state.sequence_parallel_group
+    queries, keys, values = whole(8), whole(4) + 1000, whole(4) + 2000
+    local = [t.chunk(size)[rank] for t in (queries, torch.cat([keys, values], 2))]
+    gathered = tokens_to_heads(local, group, QUERIES_KEYS_VALUES)
+    wanted = torch.cat([t.chunk(size, 2)[rank] for t in (queries, keys, values)], 2)
+    there = torch.equal(torch.cat(gathered, 2), wanted)
+    returned = heads_to_tokens(gathered, group, QUERIES_KEYS_VALUES)
+    return there and all(torch.equal(r, t) for r, t in zip(returned, local, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_keys_and_values_in_one_tensor_are_scattered_each_by_themselves(ranks: RankPool, size: int) -> None:
+    assert ranks.run(scatter_parts, num_ranks=size) == [True] * size
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_gradients_travel_the_other_way(ranks: RankPool, size: int) -> None:
     for rank, (of_tokens, of_heads) in enumerate(ranks.run(differentiate, num_ranks=size)):
@@ -64,11 +83,12 @@ def test_gradients_travel_the_other_way(ranks: RankPool, size: int) -> None:
 
 @pytest.mark.parametrize("heads, size, expected", [(4, 2, 4), (2, 4, 4), (1, 4, 4), (3, 2, 6), (4, 1, 4)])
 def test_key_value_heads_are_repeated_until_the_ranks_divide_them(heads: int, size: int, expected: int) -> None:
-    assert repeat_key_value_heads(whole(heads), size).shape[2] == expected
+    keys_and_values = torch.cat([whole(heads), whole(heads)], 2)
+    assert repeat_key_value_heads(keys_and_values, size).shape[2] == 2 * expected
 
 
 def test_the_gradients_of_repeated_heads_are_summed() -> None:
-    keys = whole(2).requires_grad_()
-    repeat_key_value_heads(keys, 4).sum().backward()
-    assert keys.grad is not None
-    assert torch.equal(keys.grad, torch.full_like(keys, 2.0))
+    keys_and_values = whole(4).requires_grad_()
+    repeat_key_value_heads(keys_and_values, 4).sum().backward()
+    assert keys_and_values.grad is not None
+    assert torch.equal(keys_and_values.grad, torch.full_like(keys_and_values, 2.0))

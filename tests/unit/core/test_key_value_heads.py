@@ -25,7 +25,8 @@ SPLITS = [
 @pytest.mark.parametrize("heads, key_value_heads, ranks", SPLITS)
 def test_every_rank_s_query_heads_read_their_own_key_value_head(heads, key_value_heads, ranks):
     t = torch.arange(key_value_heads).view(1, 1, -1, 1)
-    repeated = repeat_key_value_heads(t, ranks).flatten()
+    repeated, values = repeat_key_value_heads(torch.cat([t, t], 2), ranks).flatten().chunk(2)
+    assert torch.equal(repeated, values)
     assert len(repeated) == lcm(key_value_heads, ranks)
     for rank in range(ranks):
         queries = torch.arange(heads).chunk(ranks)[rank]
@@ -36,11 +37,11 @@ def test_every_rank_s_query_heads_read_their_own_key_value_head(heads, key_value
 
 @pytest.mark.parametrize("key_value_heads, ranks, copies", [(1, 4, 4), (2, 4, 2), (3, 2, 2), (4, 6, 3), (4, 2, 1)])
 def test_the_gradients_of_the_copies_are_summed(key_value_heads, ranks, copies):
-    t = torch.randn(5, 2, key_value_heads, 3, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(5, 2, 2 * key_value_heads, 3, dtype=torch.float64, requires_grad=True)
     repeated = repeat_key_value_heads(t, ranks)
     gradient = torch.randn_like(repeated)
     repeated.backward(gradient)
-    torch.testing.assert_close(t.grad, gradient.unflatten(2, (key_value_heads, copies)).sum(3))
+    torch.testing.assert_close(t.grad, gradient.unflatten(2, (2 * key_value_heads, copies)).sum(3))
 
 
 def test_heads_that_the_ranks_divide_are_not_copied():

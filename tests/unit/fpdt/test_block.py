@@ -31,6 +31,12 @@ def residual(dtype=torch.float64, seed=1):
     )
 
 
+def on_tier(how, tensor):
+    """The same numbers, resting where the store keeps its chunks."""
+    resting = how.store.empty(tensor.shape, tensor.dtype)
+    return resting.copy_(tensor)
+
+
 def positions():
     return torch.arange(LENGTH).expand(BATCH, LENGTH)
 
@@ -186,11 +192,11 @@ def test_what_travels_in_a_bf16_step_is_what_the_schedule_says():
     x, o, lse, kv, dkv = (BATCH * num_bytes for num_bytes in per_token.values())
     below_diagonal = 16 + (16 + 16)  # key tokens of rows 1 and 2
     not_first_of_column = 2 * 16 + 16  # key tokens of columns 0 and 1
-    y = layer(residual(torch.bfloat16).requires_grad_(), positions())
+    y = layer(on_tier(how, residual(torch.bfloat16)).requires_grad_(), positions())
     assert copied.bytes_out == LENGTH * (x + kv + o + lse)
-    assert copied.bytes_in == LENGTH * x + below_diagonal * kv
+    assert copied.bytes_in == (LENGTH + 16) * x + below_diagonal * kv, "the block above begins with the first 16 of y"
     copied.bytes_in = copied.bytes_out = 0
-    y.backward(residual(torch.bfloat16, seed=2))
+    y.backward(on_tier(how, residual(torch.bfloat16, seed=2)))
     assert copied.bytes_out == LENGTH * x + below_diagonal * dkv
     assert copied.bytes_in == LENGTH * (2 * x + o + lse) + below_diagonal * kv + not_first_of_column * dkv
 
@@ -291,10 +297,10 @@ class OnlyFirstHalf(torch.nn.Module):
 
     def before(self, x_SBh, positions_BS):
         q = (x_SBh * self.weight).unflatten(2, (3, 8))
-        return q, q[:, :, :1], q[:, :, 1:2]
+        return q, q[:, :, :2]
 
-    def after(self, x_SBh, o_SBHD):
-        return x_SBh + o_SBHD.flatten(2)
+    def after(self, x_SBh, o_SBHD, output_needed=True):
+        return x_SBh, o_SBHD.flatten(2)
 
 
 @TIERS
@@ -335,12 +341,12 @@ def arrivals_alive(monkeypatch):
 
 def peaks_of_both_passes(monkeypatch):
     """Peaks of the forward and of the backward pass. In bf16 the fp32 gradients are told apart from keys and values."""
-    _, layer = one_layer(replace(OFFLOADED, chunk_size=4), torch.bfloat16, num_attention_heads=6)
+    how, layer = one_layer(replace(OFFLOADED, chunk_size=4), torch.bfloat16, num_attention_heads=6)
     peak = arrivals_alive(monkeypatch)
-    y = layer(residual(torch.bfloat16).requires_grad_(), positions())
+    y = layer(on_tier(how, residual(torch.bfloat16)).requires_grad_(), positions())
     forward = dict(peak)
     peak.clear()
-    y.backward(residual(torch.bfloat16, seed=2))
+    y.backward(on_tier(how, residual(torch.bfloat16, seed=2)))
     return forward, peak
 
 
@@ -374,3 +380,17 @@ def test_a_step_reports_every_chunk_of_every_layer_once_in_each_direction(chunk_
     forward = [("forward", layer, chunk, num_chunks) for layer in (1, 2) for chunk in range(num_chunks)]
     backward = [("backward", *where) for _, *where in reversed(forward)]
     assert reports == forward + backward
+
+
+@pytest.mark.parametrize("budget", [0, 20_000, 60_000, 10**9])
+def test_a_device_budget_moves_chunks_and_changes_no_bit(budget):
+    """Some tensors rest on the device and some on the host, the input and its gradient among them."""
+    results = []
+    for execution in (OFFLOADED, replace(OFFLOADED, device_memory_bytes=budget)):
+        how, layer = one_layer(execution)
+        x = on_tier(how, residual()).requires_grad_()
+        y = layer(x, positions())
+        y.backward(on_tier(how, residual(seed=2)))
+        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+        assert how.store.device_bytes <= budget or execution is OFFLOADED
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

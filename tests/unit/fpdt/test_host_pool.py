@@ -136,7 +136,7 @@ def test_an_empty_tensor_takes_no_slab():
 def test_past_the_budget_the_error_says_need_budget_and_what_shrinks_it():
     pool = plain_pool(budget_bytes=2**30)
     kept = pool.empty((2**20,), torch.uint8)
-    with pytest.raises(HostMemoryError, match=r"needs 1\.50 GiB and may use 1\.00 GiB") as error:
+    with pytest.raises(HostMemoryError, match=r"needs at least 1\.50 GiB and may use 1\.00 GiB") as error:
         pool.empty((3 * 2**29 - 2**20,), torch.uint8)
     for flag in ("--seq-length", "--ds-sequence-parallel-size", "--micro-batch-size"):
         assert flag in str(error.value)

@@ -83,7 +83,7 @@ def test_only_the_host_tier_takes_memory_of_the_pool():
 
 
 def test_the_budget_reaches_the_pool():
-    store = ChunkStore(CPU, offloading=True, budget_bytes=8)
+    store = ChunkStore(CPU, offloading=True, host_budget_bytes=8)
     with pytest.raises(HostMemoryError):
         store.empty((9,), torch.uint8)
 
@@ -146,3 +146,67 @@ def test_a_prefetch_holds_no_arrival_that_it_has_handed_out():
     gone = weakref.ref(arrived)
     del arrived
     assert gone() is None
+
+
+def test_what_is_expected_is_sent_once_and_arrives_for_whoever_asks():
+    store = ChunkStore(CPU, offloading=True)
+    chunks = numbered_chunks(store, 3)
+    store.expect([chunks[1]])
+    assert store.copied.bytes_in == chunks[1].nbytes
+    assert [chunk[0].item() for (chunk,) in store.prefetch([c] for c in chunks)] == [0, 1, 2]
+    assert store.copied.bytes_in == 3 * chunks[1].nbytes
+
+
+def test_a_chunk_put_anew_is_not_what_was_expected():
+    store = ChunkStore(CPU, offloading=True)
+    chunks = numbered_chunks(store, 2)
+    store.expect(chunks)
+    store.put(chunks[1], torch.full_like(chunks[1], 7.0))
+    assert [chunk[0].item() for (chunk,) in store.prefetch([c] for c in chunks)] == [0, 7]
+
+
+def test_what_nobody_asked_for_is_given_up_when_something_else_is_expected():
+    store = ChunkStore(CPU, offloading=True)
+    first, second = numbered_chunks(store, 2)
+    store.expect([first])
+    (arriving, _), *_ = store._expected.values()
+    gone = weakref.ref(arriving)
+    del arriving, _
+    store.expect([second])
+    assert gone() is None
+
+
+@TIERS
+def test_a_group_may_be_sent_for_when_it_suits_and_not_before(offloading):
+    store = ChunkStore(CPU, offloading)
+    chunks = numbered_chunks(store, 3)
+    groups = store.prefetch(([c] for c in chunks), ahead=False)
+    sent = lambda: store.copied.bytes_in // chunks[0].nbytes  # noqa: E731
+    (first,) = next(groups)
+    assert sent() == (1 if offloading else 0)
+    groups.start()
+    groups.start()
+    assert sent() == (2 if offloading else 0)
+    assert [first[0].item(), *(chunk[0].item() for (chunk,) in groups)] == [0, 1, 2]
+
+
+def test_tensors_rest_on_the_device_while_the_budget_lasts_and_give_their_share_back():
+    store = ChunkStore(CPU, offloading=True, device_budget_bytes=100)
+    first, second, third = (store.empty((size,), torch.uint8) for size in (60, 60, 40))
+    assert (store.device_bytes, store.pool.used_bytes) == (100, 60)
+    assert [store.pool.owns(t) for t in (first, second, third)] == [False, True, False]
+    chunk = first[:10]
+    del first
+    assert store.device_bytes == 100, "a chunk still holds it"
+    del chunk
+    assert store.device_bytes == 40
+    assert not store.pool.owns(store.empty((60,), torch.uint8))
+
+
+def test_only_what_travels_is_counted():
+    store = ChunkStore(CPU, offloading=True, device_budget_bytes=8)
+    resident, offloaded = (store.empty((8,), torch.uint8) for _ in range(2))
+    for chunk in (resident, offloaded):
+        store.put(chunk, torch.ones(8, dtype=torch.uint8))
+    list(store.prefetch([[resident], [offloaded]]))
+    assert (store.copied.bytes_in, store.copied.bytes_out) == (8, 8)

@@ -3,8 +3,9 @@ import torch
 
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.store import ChunkStore
-from megatron.fpdt.stream import GradientSum, Stream, accumulation_dtype
+from megatron.fpdt.stream import GradientSums, Stream
 from megatron.ops.attention.reference import ReferenceAttention
+from megatron.ops.gradient_sum import accumulation_dtype
 
 
 def stream_of(chunk_length, slice_length=8192, sequence_parallel_size=1):
@@ -48,7 +49,7 @@ def test_accumulation_is_at_least_fp32(dtype, wide):
 def test_gradient_sum_never_writes_into_nor_hands_out_what_it_was_given(dtype):
     parameter = torch.zeros(4, dtype=dtype)
     first, second = torch.ones(4, dtype=dtype), torch.full((4,), 2.0, dtype=dtype)
-    total = GradientSum([parameter])
+    total = GradientSums([parameter])
     total.add([first])
     total.add([second])
     (result,) = total.result(scale=torch.tensor(10.0))
@@ -61,7 +62,7 @@ def test_gradient_sum_never_writes_into_nor_hands_out_what_it_was_given(dtype):
 
 def test_gradient_sum_of_one_contribution_is_a_copy():
     given = torch.ones(4)
-    total = GradientSum([torch.zeros(4)])
+    total = GradientSums([torch.zeros(4)])
     total.add([given])
     (result,) = total.result()
     result.zero_()
@@ -70,27 +71,27 @@ def test_gradient_sum_of_one_contribution_is_a_copy():
 
 def test_gradient_sum_accepts_one_expanded_and_one_shared_gradient():
     shared = torch.ones(3)
-    total = GradientSum([torch.zeros(3), torch.zeros(3)])
+    total = GradientSums([torch.zeros(3), torch.zeros(3)])
     total.add([shared, shared])
     total.add([torch.ones(()).expand(3), None])
     assert [t.tolist() for t in total.result()] == [[2] * 3, [1] * 3]
 
 
 def test_gradient_sum_loses_no_small_contribution_in_bf16():
-    total = GradientSum([torch.zeros(1, dtype=torch.bfloat16)])
+    total = GradientSums([torch.zeros(1, dtype=torch.bfloat16)])
     for _ in range(1024):
         total.add([torch.ones(1, dtype=torch.bfloat16)])
     assert total.result()[0].item() == 1024, "a sum kept in bf16 stops growing at 256"
 
 
 def test_gradient_sum_scales_before_it_rounds_to_half_precision():
-    total = GradientSum([torch.zeros(1, dtype=torch.float16)])
+    total = GradientSums([torch.zeros(1, dtype=torch.float16)])
     for _ in range(4):
         total.add([torch.full((1,), 60000.0, dtype=torch.float16)])
     assert total.result(scale=torch.tensor(0.25))[0].item() == 60000
 
 
 def test_a_parameter_without_contributions_has_no_gradient():
-    total = GradientSum([torch.zeros(1), torch.zeros(1)])
+    total = GradientSums([torch.zeros(1), torch.zeros(1)])
     total.add([None, torch.ones(1)])
     assert total.result(scale=torch.tensor(2.0))[0] is None

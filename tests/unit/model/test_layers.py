@@ -64,9 +64,10 @@ def test_rows_of_the_projection_are_by_group_its_queries_its_key_its_value(heads
     )
     attention = SelfAttention(config, initializer())
     x = torch.randn(3, 2, config.hidden_size, dtype=torch.float64)
-    q, k, v = attention.project(x, torch.zeros(2, 3, dtype=torch.int64))
+    q, kv = attention.project(x, torch.zeros(2, 3, dtype=torch.int64))
     assert q.shape == (3, 2, heads, head_size)
-    assert k.shape == v.shape == (3, 2, key_value_heads, head_size)
+    assert kv.shape == (3, 2, 2 * key_value_heads, head_size)
+    k, v = kv.chunk(2, 2)
     rows = iter(attention.query_key_value.weight.split(head_size))
     per_group = heads // key_value_heads
     for group in range(key_value_heads):
@@ -81,7 +82,8 @@ def test_rows_of_the_projection_are_by_group_its_queries_its_key_its_value(heads
 def test_queries_and_keys_turn_with_their_positions_and_values_do_not():
     config = small_config()
     attention, x = SelfAttention(config, initializer()), torch.ones(4, 1, config.hidden_size, dtype=torch.float64)
-    q, k, v = attention.project(x, torch.tensor([[0, 5, 5, 2_000_000]]))
+    q, kv = attention.project(x, torch.tensor([[0, 5, 5, 2_000_000]]))
+    k, v = kv.chunk(2, 2)
     for t in (q, k):
         assert torch.equal(t[1], t[2])
         assert not torch.allclose(t[0], t[1])
@@ -99,6 +101,6 @@ def test_rotary_percent_is_a_share_of_the_head(kv_channels, percent, expected):
 def test_without_rotary_positions_nothing_turns():
     config = small_config(use_rotary_position_embeddings=False)
     attention, x = SelfAttention(config, initializer()), torch.ones(2, 1, config.hidden_size, dtype=torch.float64)
-    q, _, _ = attention.project(x, torch.tensor([[0, 7]]))
+    q, _ = attention.project(x, torch.tensor([[0, 7]]))
     assert attention.rotary is None
     assert torch.equal(q[0], q[1])

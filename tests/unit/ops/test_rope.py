@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron.ops.rope import RotaryEmbedding
+from megatron.ops.rope import RotaryEmbedding, rotate, split_and_rotate
 
 
 def positions(*values):
@@ -21,7 +21,7 @@ def test_rotation_is_the_rotate_half_formula_with_fp32_angles_at_small_positions
     frequencies = 1.0 / 10000.0 ** (torch.arange(0, size, 2).float() / size)
     angles = (places.T.float()[..., None] * frequencies)[:, :, None]
     want = rotate_half(x, angles.cos(), angles.sin())
-    torch.testing.assert_close(rope.rotate(x, *rope.cos_sin(places, x.dtype)), want, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(rotate(x, *rope.cos_sin(places, x.dtype)), want, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
@@ -44,7 +44,7 @@ def test_angles_are_exact_at_millions_of_tokens(position, theta):
 def test_partial_rotation_leaves_the_rest_untouched_to_the_bit(dtype):
     rope = RotaryEmbedding(6, 10000.0)
     x = torch.randn(4, 1, 2, 24).to(dtype)
-    rotated = rope.rotate(x, *rope.cos_sin(positions(5, 6, 7, 8), dtype))
+    rotated = rotate(x, *rope.cos_sin(positions(5, 6, 7, 8), dtype))
     assert torch.equal(rotated[..., 6:], x[..., 6:])
     assert not torch.equal(rotated[..., :6], x[..., :6])
 
@@ -58,17 +58,17 @@ def test_angles_are_in_fp32_or_better_and_the_result_has_the_dtype_of_x(dtype, a
     rope = RotaryEmbedding(4, 10000.0)
     cos, sin = rope.cos_sin(positions(3), dtype)
     assert (cos.dtype, sin.dtype) == (angles, angles)
-    assert rope.rotate(torch.ones(1, 1, 1, 4, dtype=dtype), cos, sin).dtype == dtype
+    assert rotate(torch.ones(1, 1, 1, 4, dtype=dtype), cos, sin).dtype == dtype
 
 
 def test_position_zero_turns_nothing():
     rope, x = RotaryEmbedding(8, 10000.0), torch.randn(1, 1, 2, 8)
-    assert torch.equal(rope.rotate(x, *rope.cos_sin(positions(0), x.dtype)), x)
+    assert torch.equal(rotate(x, *rope.cos_sin(positions(0), x.dtype)), x)
 
 
 def test_rotation_keeps_norms():
     rope, x = RotaryEmbedding(8, 10000.0), torch.randn(3, 1, 2, 8, dtype=torch.float64)
-    rotated = rope.rotate(x, *rope.cos_sin(positions(7, 1000, 2_000_000), x.dtype))
+    rotated = rotate(x, *rope.cos_sin(positions(7, 1000, 2_000_000), x.dtype))
     torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1), rtol=1e-14, atol=0)
 
 
@@ -77,7 +77,7 @@ def test_scores_depend_on_the_distance_alone_even_at_two_million():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
 
     def score(query, key):
-        rotated = (rope.rotate(t, *rope.cos_sin(positions(p), t.dtype)) for t, p in ((q, query), (k, key)))
+        rotated = (rotate(t, *rope.cos_sin(positions(p), t.dtype)) for t, p in ((q, query), (k, key)))
         first, second = rotated
         return (first * second).sum()
 
@@ -87,7 +87,24 @@ def test_scores_depend_on_the_distance_alone_even_at_two_million():
 def test_each_sequence_of_a_batch_has_its_own_positions():
     rope, x = RotaryEmbedding(8, 10000.0), torch.randn(2, 2, 1, 8)
     places = torch.tensor([[0, 1], [9, 4]])
-    rotated = rope.rotate(x, *rope.cos_sin(places, x.dtype))
+    rotated = rotate(x, *rope.cos_sin(places, x.dtype))
     for sequence in range(2):
-        alone = rope.rotate(x[:, sequence : sequence + 1], *rope.cos_sin(places[sequence : sequence + 1], x.dtype))
+        alone = rotate(x[:, sequence : sequence + 1], *rope.cos_sin(places[sequence : sequence + 1], x.dtype))
         assert torch.equal(rotated[:, sequence : sequence + 1], alone)
+
+
+@pytest.mark.parametrize("heads, key_value_heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("rotary", [True, False])
+def test_a_projection_is_split_by_group_and_keys_come_before_values(heads, key_value_heads, rotary):
+    per_group = heads // key_value_heads
+    qkv = torch.randn(4, 2, key_value_heads, per_group + 2, 8, dtype=torch.float64)
+    cos, sin = RotaryEmbedding(4, 10000.0).cos_sin(positions(3, 1, 4, 1).expand(2, 4), qkv.dtype)
+    q, kv = split_and_rotate(qkv, cos, sin) if rotary else split_and_rotate(qkv, None, None)
+    k, v = kv.chunk(2, 2)
+    for group in range(key_value_heads):
+        queries, key, value = qkv[:, :, group].split([per_group, 1, 1], 2)
+        if rotary:
+            queries, key = rotate(queries, cos, sin), rotate(key, cos, sin)
+        assert torch.equal(q[:, :, group * per_group : (group + 1) * per_group], queries)
+        assert torch.equal(k[:, :, group : group + 1], key)
+        assert torch.equal(v[:, :, group : group + 1], value)

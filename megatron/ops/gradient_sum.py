@@ -1,0 +1,52 @@
+"""Sum of one parameter's gradient over many calls, in fp32 whatever the parameter's dtype."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class GradientSum:
+    """Begins with nothing; `total` is the sum in fp32 (fp64 for fp64), or None where nothing was added."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, gradient: Tensor) -> None:
+        """Add one contribution."""
+        if self.total is None:
+            self.total = gradient.to(accumulation_dtype(gradient.dtype), copy=True)
+        else:
+            self.total.add_(gradient)
+
+    def add_product(self, dy_TO: Tensor, x_TI: Tensor) -> None:
+        """Add the weight gradient dy^T x [O, I] of a linear layer, T tokens, without rounding it to half precision."""
+        dy_OT, dtype = dy_TO.T, accumulation_dtype(dy_TO.dtype)
+        if not (dy_TO.is_cuda and dy_TO.dtype.itemsize == 2):
+            dy_OT, x_TI = dy_OT.to(dtype), x_TI.to(dtype)
+            self.total = dy_OT @ x_TI if self.total is None else self.total.addmm_(dy_OT, x_TI)
+        elif self.total is None:
+            self.total = torch.mm(dy_OT, x_TI, out_dtype=dtype)
+        elif _adds_products_in_fp32(dy_TO.device, dy_TO.dtype):
+            torch.addmm(self.total, dy_OT, x_TI, out_dtype=dtype, out=self.total)
+        else:
+            self.total.add_(torch.mm(dy_OT, x_TI, out_dtype=dtype))
+
+
+@functools.cache
+def _adds_products_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch takes an fp32 sum beside half-precision matrices; not every one since 2.8 does."""
+    matrix = torch.zeros(8, 8, dtype=dtype, device=device)
+    total = torch.zeros(8, 8, device=device)
+    try:
+        torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,213 @@
+"""Each script on made-up rows, and for real on a tiny case."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import attention_tiles, memory_over_length, streamed_block, training_step
+from benchmarks.common import REPOSITORY, Geometry, Report, geometry_of
+from megatron.arguments import parse_args
+from megatron.config import validate
+
+SCRIPTS = {script.NAME: script for script in (attention_tiles, memory_over_length, streamed_block, training_step)}
+
+
+def report_of(script, tmp_path, rows, *words):
+    arguments = script.parse_arguments(["--device", "cpu", "--output", str(tmp_path / "out"), *words])
+    report = Report(script.NAME, arguments, script.COLUMNS)
+    for row in rows:
+        report.add(row)
+    return report
+
+
+def run(script, tmp_path, *words):
+    code = script.main(["--device", "cpu", "--output", str(tmp_path / "out"), *words])
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    return code, json.loads((tmp_path / "out.json").read_text())["rows"]
+
+
+def commands_in_docs():
+    """Every `python benchmarks/...` of the docs and the scripts' own heads; three spaces set off a remark."""
+    texts = [
+        (REPOSITORY / "docs" / "performance.md").read_text(),
+        *(str(script.__doc__) for script in SCRIPTS.values()),
+    ]
+    lines = [line.strip().split("   ")[0] for text in texts for line in text.splitlines()]
+    return sorted({line for line in lines if line.startswith("python benchmarks/")})
+
+
+@pytest.mark.parametrize("command", commands_in_docs())
+def test_every_command_in_the_docs_can_be_parsed(command):
+    _, path, *words = shlex.split(command)
+    SCRIPTS[path.removeprefix("benchmarks/").removesuffix(".py")].parse_arguments([*words, "--device", "cpu"])
+
+
+# attention_tiles
+
+
+def test_causal_tile_counts_as_half():
+    assert attention_tiles.forward_flops(8192, 32, 128, causal=False) == 4 * 8192**2 * 32 * 128
+    assert attention_tiles.forward_flops(8192, 32, 128, causal=True) == 2 * 8192**2 * 32 * 128
+
+
+def test_rates_are_medians_over_both_phases():
+    row = attention_tiles.rates(int(4e12), [1.0, 2.0, 9.0], [5.0, 5.0, 6.0], matmul=10.0)
+    assert row["forward_tflops"] == pytest.approx(2.0)
+    assert row["backward_tflops"] == pytest.approx(2.0)  # 2.5 x 4 / 5
+    assert row["model_tflops"] == pytest.approx(12 / 7)
+    assert row["times_matmul"] == pytest.approx(12 / 70)
+    assert row["spread"] == pytest.approx(8.0)
+
+
+def test_a_kernel_that_breaks_is_a_row(tmp_path):
+    class Broken:
+        name = "broken"
+
+        def forward(self, *inputs):
+            raise RuntimeError("no kernel for this shape\nand much more")
+
+    report = report_of(attention_tiles, tmp_path, [])
+    arguments = attention_tiles.parse_arguments(["--device", "cpu"])
+    row = attention_tiles.measure_or_say_why(Broken(), 64, True, arguments, report)
+    assert row == {"failed": "RuntimeError: no kernel for this shape"}
+
+
+def test_tiles_run(tmp_path, capsys):
+    code, rows = run(attention_tiles, tmp_path)
+    assert code == 0
+    assert {(row["backend"], row["tokens"], row["mask"]) for row in rows} == {
+        ("torch-cpu", tile, mask) for tile in (64, 128) for mask in ("causal", "full")
+    }
+    assert "cudnn         " in capsys.readouterr().out  # and why it is not measured
+
+
+# streamed_block
+
+
+def test_blocks_run_beside_their_ceiling(tmp_path):
+    code, rows = run(streamed_block, tmp_path)
+    assert code == 0
+    assert [row["way"] for row in rows] == ["ceiling", "offloaded", "on-device", "recomputed"]
+    assert all("failed" not in row for row in rows)
+    assert rows[0]["times_ceiling"] == pytest.approx(1.0)
+    assert rows[1]["times_ceiling"] == pytest.approx(rows[1]["model_tflops"] / rows[0]["model_tflops"])
+
+
+@pytest.mark.parametrize("words, lengths", [([], [262144]), (["--quick"], [131072]), (["--lengths", "65536"], [65536])])
+def test_attention_layers_have_equal_heads_and_a_tiny_mlp(words, lengths, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments = streamed_block.parse_arguments(["--attention-only", *words])
+    assert arguments.ways == ["ceiling", "offloaded", "deepspeed"]
+    assert arguments.lengths == lengths
+    assert geometry_of(arguments) == Geometry(num_key_value_heads=32, ffn_hidden_size=128)
+
+
+def test_cases_put_the_ceiling_first_and_name_the_kernel():
+    arguments = streamed_block.parse_arguments(
+        ["--ways", "recomputed", "offloaded", "ceiling", "--chunks", "16", "32", "--device", "cpu"]
+    )
+    rows = [row for row, _ in streamed_block.cases(arguments, torch.device("cpu"))]
+    assert [(row["way"], row["chunk"]) for row in rows] == [
+        ("ceiling", "-"), ("offloaded", "16"), ("offloaded", "32"), ("recomputed", "-"),
+    ]  # fmt: skip
+    assert {row["backend"] for row in rows} == {"torch-cpu"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--ways", "deepspeed"], "--ways deepspeed is not there without --attention-only"),
+        (["--attention-only", "--ways", "recomputed"], "--ways recomputed is not there with --attention-only"),
+        (["--attention-only", "--lengths", "100"], "--deepspeed-chunk (96) must divide --lengths (100)"),
+    ],
+)
+def test_ways_that_cannot_be_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        streamed_block.parse_arguments([*words, "--device", "cpu"])
+    assert message in capsys.readouterr().err
+
+
+def test_streamed_rows_are_compared_with_deepspeed():
+    theirs = {"way": "deepspeed", "tokens": 8, "model_tflops": 200.0, "above_gib": 24.0}
+    ours = {"way": "offloaded", "tokens": 8, "length": "8", "chunk": "4", "backend": "cudnn", "model_tflops": 500.0,
+            "above_gib": 12.0}  # fmt: skip
+    (line,) = streamed_block.against_deepspeed([ours, theirs])
+    assert line == (
+        "offloaded, 8 tokens, chunk 4, cudnn: 2.50 times DeepSpeed's model FLOP/s "
+        "in 0.50 times its GPU memory above weights and gradients"
+    )
+    assert list(streamed_block.against_deepspeed([ours, theirs | {"failed": "out of GPU memory"}])) == []
+
+
+def test_rows_that_failed_are_drawn(tmp_path):
+    row = {"way": "offloaded", "length": "8", "chunk": "4", "backend": "cudnn", "times_matmul": 0.6, "above_gib": 7.0}
+    failed = {"way": "recomputed", "length": "8", "chunk": "-", "backend": "cudnn", "failed": "out of GPU memory"}
+    streamed_block.draw(report_of(streamed_block, tmp_path, [row, failed]))
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+# memory_over_length
+
+
+def test_memory_runs_at_both_widths(tmp_path):
+    code, rows = run(memory_over_length, tmp_path)
+    assert code == 0
+    assert [(row["width"], row["tokens"]) for row in rows] == [("full", 64), ("full", 128), ("narrow", 128)]
+    assert rows[0]["host_bytes_per_token"] == pytest.approx(rows[1]["host_bytes_per_token"])
+
+
+def test_growth_compares_the_longest_with_the_shortest(tmp_path):
+    rows = [
+        {"width": "full", "chunk": "32K", "tokens": tokens, "length": f"{tokens}", "above_gib": above,
+         "host_used_gib": tokens / 8}
+        for tokens, above in ((64, 2.0), (128, 2.1), (256, 2.2))
+    ]  # fmt: skip
+    rows.append({"width": "full", "chunk": "32K", "tokens": 512, "length": "512", "failed": "out of host memory"})
+    (growth,) = memory_over_length.growths(rows)
+    assert growth["ratio"] == pytest.approx(1.1)
+    assert growth["text"] == "full block, chunk 32K: 4 times the tokens (64 to 256) take 1.100 times the GPU memory"
+    memory_over_length.draw(report_of(memory_over_length, tmp_path, rows))
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+# training_step
+
+
+@pytest.mark.parametrize("words", [[], ["--on-device", "--zero-stage", "0"]])
+def test_training_flags_are_those_of_the_program(words):
+    arguments = training_step.parse_arguments([*words, "--device", "cpu"])
+    config = parse_args(training_step.training_flags(arguments))
+    validate(config, 1, "cpu")
+    assert config.model.kv_channels == 16
+    assert config.parallel.ds_sequence_parallel_fpdt_offloading == (not words)
+    assert config.deepspeed.zero_stage == (0 if words else 3)
+    assert not config.precision.bf16
+
+
+def test_step_is_compared_with_its_blocks():
+    step, block = {"model_flops": 60e12, "seconds": 10.0}, {"model_tflops": 8.0, "seconds": 2.0}
+    assert training_step.against_block(step, block, num_layers=4, matmul=12.0) == {
+        "model_tflops": pytest.approx(6.0),
+        "times_matmul": pytest.approx(0.5),
+        "times_block": pytest.approx(0.75),
+        "outside_blocks_seconds": pytest.approx(2.0),
+    }
+
+
+def test_steps_run_and_allocate_in_the_first_one_alone(tmp_path):
+    pytest.importorskip("deepspeed")
+    # In a process of its own: it takes the environment and the process group of a rank.
+    script = REPOSITORY / "benchmarks" / "training_step.py"
+    result = subprocess.run(
+        [sys.executable, script, "--device", "cpu", "--output", tmp_path / "out"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    block, step = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert (block["what"], step["what"]) == ("one block", "optimizer step")
+    assert step["host_bytes_after_first_step"] == 0
+    assert step["loss"] == pytest.approx(5.5, abs=0.3)  # random tokens of 256: ln 256
