@@ -1,133 +1,174 @@
 #!/usr/bin/env python3
-"""How fast is a streamed block, and how much GPU memory does it take?
+"""How fast is a streamed block, and how much GPU memory does it take, beside what else could be run?
 
-    python benchmarks/streamed_block.py --output block.json
+    python benchmarks/streamed_block.py                     whole blocks: ceiling, offloaded, on-device, recomputed
+    python benchmarks/streamed_block.py --attention-only    attention layers: ceiling, offloaded, deepspeed
 
-Runs one transformer block (Llama-3-8B's geometry by default) forward and backward through the real code, everything
-offloaded, and prints model TFLOP/s (causal attention once, no recompute), the ratio to an 8192^3 bf16 matrix product of
-the same run, and the peak GPU memory above weights.
+One block, Llama-3-8B's by default, forward and backward, every way of running it in one process on one GPU; --blocks
+runs several in a row, where the copies at the ends of a block have its neighbours to hide behind. What the ways are and
+which FLOPs count stands at the head of benchmarks/block.py. "x ceiling" is the ratio to the ceiling of the same tokens
+and kernel. "peak" is all live GPU memory; "above" is the peak above weights and their gradients, as defined there too.
+
+--attention-only is the comparison with DeepSpeed's FPDT attention layer, which has no MLP: multi-head attention, 256K
+tokens, and a block with an MLP of width 128 (as small as it can be) on our side. Each side's FLOPs are its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from megatron.config import ModelConfig
-from megatron.core.parallel_state import ParallelState
-from megatron.logging.accounting import forward_flops
-from megatron.model.builder import Execution, build_model
+from benchmarks.block import OFFLOADED, ON_DEVICE, RECOMPUTED, Ceiling, Contestant, ModelBlock, measure
+from benchmarks.common import (
+    SPEED_COLUMNS,
+    TINY_GEOMETRY,
+    Column,
+    Geometry,
+    Report,
+    Row,
+    add_geometry_flags,
+    build_parser,
+    compute_dtype,
+    geometry_of,
+    parse,
+    run_script,
+    thousands,
+)
+from benchmarks.deepspeed_layer import DeepSpeedAttention, kernel_name
+from megatron.ops.attention import choose_backend
+
+NAME = "streamed_block"
+WAYS = {way.name: way for way in (OFFLOADED, ON_DEVICE, RECOMPUTED)}
+BLOCKS = ["ceiling", "offloaded", "on-device", "recomputed"]
+ATTENTION_LAYERS = ["ceiling", "offloaded", "deepspeed"]
+COLUMNS = (
+    Column("way", "way", width=10),
+    Column("length", "tokens"),
+    Column("chunk", "chunk"),
+    Column("backend", "backend", width=12),
+    *SPEED_COLUMNS[:-1],
+    Column("times_ceiling", "x ceiling", ".3f"),
+    SPEED_COLUMNS[-1],
+    Column("peak_gib", "peak GiB", ".2f"),
+    Column("above_gib", "above GiB", ".2f"),
+)
+QUICK = {"lengths": [65536], "repeats": 2}
+TINY = {**TINY_GEOMETRY, "lengths": [96], "chunks": [32], "deepspeed_chunk": 96, "repeats": 2}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[65536, 131072, 262144], help="tokens")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[32768], help="tokens per chunk")
-    parser.add_argument("--key-value-heads", type=int, default=8)
-    parser.add_argument("--backends", nargs="+", default=["auto"])
-    parser.add_argument("--on-device", action="store_true", help="also without offloading")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("this benchmark needs a GPU")
-    product = matmul_tflops()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, 8192^3 bf16 product {product:.0f} TFLOP/s")
-    rows = []
-    for length in arguments.lengths:
-        for chunk in arguments.chunks:
-            for backend in arguments.backends:
-                for offloading in (True, False) if arguments.on_device else (True,):
-                    rows.append(
-                        measure(
-                            length, chunk, arguments.key_value_heads, backend, offloading, arguments.repeats, product
-                        )
-                    )
-                    print(format_row(rows[-1]), flush=True)
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"matmul_tflops": product, "rows": rows}, indent=2))
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser(NAME, str(__doc__))
+    parser.add_argument("--attention-only", action="store_true", help="compare with DeepSpeed's FPDT attention layer")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[65536, 262144], help="tokens [65536 262144]")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[32768], help="tokens per chunk [32768]")
+    parser.add_argument("--backends", nargs="+", default=["auto"], help="attention kernels [auto]")
+    parser.add_argument("--ways", nargs="+", choices=[*BLOCKS, "deepspeed"], help="ways of running [all that apply]")
+    parser.add_argument("--deepspeed-chunk", type=int, default=65536, help="DeepSpeed's chunk [%(default)s]")
+    parser.add_argument("--blocks", type=int, default=1,
+                        help="blocks one on the other, as in a model; times are per block [%(default)s]")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=3, help="[%(default)s]")
+    add_geometry_flags(parser, Geometry())
+    quick = QUICK
+    if "--attention-only" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(num_key_value_heads=Geometry.num_attention_heads, ffn_hidden_size=128, lengths=[262144])
+        quick = QUICK | {"lengths": [131072]}
+    arguments = parse(parser, argv, quick, TINY)
+    possible = ATTENTION_LAYERS if arguments.attention_only else BLOCKS
+    arguments.ways = arguments.ways or possible
+    strangers = [way for way in arguments.ways if way not in possible]
+    if strangers:
+        mode = "with" if arguments.attention_only else "without"
+        parser.error(f"--ways {strangers[0]} is not there {mode} --attention-only; use {', '.join(possible)}")
+    for length in arguments.lengths if "deepspeed" in arguments.ways else ():
+        if length % arguments.deepspeed_chunk:
+            parser.error(f"--deepspeed-chunk ({arguments.deepspeed_chunk}) must divide --lengths ({length})")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    report = Report(NAME, arguments, COLUMNS)
+    ceilings: dict[tuple[int, str], float] = {}
+    for row, build in cases(arguments, report.device):
+        row |= measure(build, report.device, report.matmul, arguments.repeats)
+        key = row["tokens"], row["backend"]
+        if row["way"] == "ceiling" and "failed" not in row:
+            ceilings[key] = row["model_tflops"]
+        if key in ceilings and "failed" not in row:
+            row["times_ceiling"] = row["model_tflops"] / ceilings[key]
+        report.add(row)
+    report.finish()
+    for line in against_deepspeed(report.rows):
+        print(line)
+    draw(report)
     return 0
 
 
-def matmul_tflops() -> float:
-    """Rate of an 8192^3 bf16 product on random data, median of 20."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / statistics.median(timed(torch.matmul, a, b)[1] for _ in range(20)) / 1e12
+def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[Row, Callable[[], Contestant]]]:
+    """(what stands in the row, how the contestant is built), the ceiling of a length and kernel before the rest."""
+    geometry = geometry_of(arguments)
+    for length in arguments.lengths:
+        names = {"tokens": length, "length": thousands(length)}
+        for backend in arguments.backends:
+            kernel = choose_backend(backend, device, compute_dtype(device), geometry.kv_channels).name
+            for way in sorted(set(arguments.ways) - {"deepspeed"}, key=BLOCKS.index):
+                row = {"way": way, **names, "backend": kernel}
+                if way == "ceiling":
+                    yield row | {"chunk": "-"}, partial(Ceiling, geometry, length, kernel, device)
+                elif not WAYS[way].streamed:
+                    execution = WAYS[way].execution(length)
+                    yield (
+                        row | {"chunk": "-"},
+                        partial(ModelBlock, geometry, length, execution, kernel, device, arguments.blocks),
+                    )
+                else:
+                    for chunk in arguments.chunks:
+                        execution = WAYS[way].execution(chunk)
+                        build = partial(ModelBlock, geometry, length, execution, kernel, device, arguments.blocks)
+                        yield row | {"chunk": thousands(chunk)}, build
+        if "deepspeed" in arguments.ways:
+            chunk = arguments.deepspeed_chunk
+            row = {"way": "deepspeed", **names, "chunk": thousands(chunk), "backend": kernel_name(device)}
+            yield row, partial(DeepSpeedAttention, geometry, length, chunk, device)
 
 
-def timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """(result, seconds until the device has finished)."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = work(*arguments)
-    torch.cuda.synchronize()
-    return result, time.perf_counter() - started
+def against_deepspeed(rows: Sequence[Row]) -> Iterator[str]:
+    """A line per streamed row beside DeepSpeed's of the same length."""
+    measured = [row for row in rows if "failed" not in row]
+    theirs = {row["tokens"]: row for row in measured if row["way"] == "deepspeed"}
+    for row in measured:
+        if row["way"] not in ("offloaded", "on-device") or row["tokens"] not in theirs:
+            continue
+        other = theirs[row["tokens"]]
+        text = f"{row['model_tflops'] / other['model_tflops']:.2f} times DeepSpeed's model FLOP/s"
+        if row["above_gib"] is not None:
+            text += f" in {row['above_gib'] / other['above_gib']:.2f} times its GPU memory above weights and gradients"
+        yield f"{row['way']}, {row['length']} tokens, chunk {row['chunk']}, {row['backend']}: {text}"
 
 
-def measure(
-    length: int, chunk: int, key_value_heads: int, backend: str, offloading: bool, repeats: int, product: float
-) -> dict[str, Any]:
-    """Median forward and backward seconds of one block after a warm-up run."""
-    config = ModelConfig(
-        num_layers=1, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32,
-        num_key_value_heads=key_value_heads, seq_length=length, use_rotary_position_embeddings=True,
-        rotary_position_embeddings_theta=500000.0, normalization="rmsnorm", swiglu=True, disable_bias_linear=True,
-        untie_embeddings_and_output_weights=True, attention_backend=backend,
-    ).resolved()  # fmt: skip
-    execution = Execution(fpdt=True, chunk_size=chunk, offloading=offloading)
-    model = build_model(config, 128, ParallelState(), execution, torch.bfloat16, "cuda")
-    layer, store = model.layers[0], model.execution.store
-    positions = torch.arange(length).expand(1, length).contiguous().pin_memory()
-    x, dy = (store.empty((length, 1, 4096), torch.bfloat16) for _ in range(2))
-    for tensor in (x, dy):
-        for part in tensor.split(chunk):
-            part.copy_(torch.randn(part.shape, device="cuda", dtype=torch.bfloat16))
-    x.requires_grad_()
-    times = []
-    for repeat in range(repeats + 1):
-        for parameter in layer.parameters():
-            parameter.grad = None
-        x.grad = None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        y, forward = timed(layer, x, positions)
-        _, backward = timed(y.backward, dy)
-        del y
-        peak = torch.cuda.max_memory_allocated() - base
-        if repeat:
-            times.append((forward, backward))
-    flops = forward_flops(config, 128, length)
-    model_flops = 3 * (flops.token_wise + flops.attention)
-    forward, backward = (statistics.median(t) for t in zip(*times, strict=True))
-    rate = model_flops / (forward + backward) / 1e12
-    return {
-        "tokens": length, "chunk": chunk, "key_value_heads": key_value_heads,
-        "backend": model.execution.stream.attention.name,
-        "offloading": offloading, "forward_seconds": forward, "backward_seconds": backward,
-        "spread": max(f + b for f, b in times) / min(f + b for f, b in times) - 1,
-        "model_tflops": rate, "times_matmul": rate / product, "peak_gib_above_weights": peak / 2**30,
-        "host_bytes_used": store.pool.peak_used_bytes, "host_bytes_allocated": store.pool.allocated_bytes,
-    }  # fmt: skip
-
-
-def format_row(row: dict[str, Any]) -> str:
-    return (
-        f"{row['tokens']:>8} tokens, chunk {row['chunk']:>6}, {row['backend']:>11}, "
-        f"offloading {row['offloading']!s:>5}: "
-        f"forward {row['forward_seconds']:.3f} s, backward {row['backward_seconds']:.3f} s, "
-        f"{row['model_tflops']:.0f} model TFLOP/s = {row['times_matmul']:.3f} x matmul (spread {row['spread']:.1%}), "
-        f"peak {row['peak_gib_above_weights']:.2f} GiB above weights"
-    )
+def draw(report: Report) -> None:
+    """Speed and memory as bars, a bar per row."""
+    names = [f"{r['way']}, {r['length']}" + (f" by {r['chunk']}" if r["chunk"] != "-" else "") for r in report.rows]
+    labels = [f"{name}\n{row['backend']}" for name, row in zip(names, report.rows, strict=True)]
+    panels = (("times_matmul", "model FLOP/s, x matmul"), ("above_gib", "peak above weights and their gradients, GiB"))
+    with report.picture(2) as axes:
+        for panel, (key, title) in zip(axes, panels, strict=True):
+            values = [row.get(key) for row in report.rows]
+            bars = panel.barh(range(len(values)), [value or 0 for value in values])
+            texts = [row.get("failed", "n/a") if row.get(key) is None else f"{row[key]:.2f}" for row in report.rows]
+            panel.bar_label(bars, texts, padding=3, fontsize=8)
+            panel.set_yticks(range(len(values)), labels, fontsize=7)
+            panel.invert_yaxis()
+            panel.set_title(title, fontsize=10)
+            panel.margins(x=0.15)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

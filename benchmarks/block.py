@@ -1,0 +1,291 @@
+"""Ways to run a transformer block forward and backward, and how each is measured.
+
+    offloaded     streamed chunk by chunk, everything of full length in host memory
+    on-device     streamed chunk by chunk, everything of full length on the GPU
+    recomputed    plain Ulysses at one rank: --checkpoint-activations with --checkpoint-in-cpu, no chunks
+    ceiling       the same attention kernel, forward and backward over the whole sequence in one call each, on tensors
+                  that are there already; and the block's matrix products as plain GEMMs over 32,768 tokens at a time,
+                  each once forward and twice backward. No norm, RoPE, SwiGLU or residual, nothing recomputed, nothing
+                  moved, no gradient summed: what any block would be left with if all else cost nothing
+    deepspeed     DeepSpeed's own FPDT attention layer, see `benchmarks.deepspeed_layer`
+
+Model FLOPs count every matrix product once forward and twice backward, causal attention once as a triangle, and no
+recompute (`megatron.logging.accounting`).
+
+"Peak above weights and their gradients" is the higher of two peaks of live GPU tensors, less what was there before:
+
+    forward       peak - weights
+    backward      peak - weights - weight gradients, in the precision in which that way of running sums them (fp32 for
+                  the streamed block, that of the weights where autograd sums)
+
+The block's input, the gradient of its output, and all that lies between them count, wherever they are on the GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import (
+    Geometry,
+    Row,
+    allocated_bytes,
+    attempt,
+    compute_dtype,
+    gib,
+    peak_bytes,
+    reset_peak,
+    spread,
+    wall_seconds,
+)
+from megatron.core.parallel_state import ParallelState
+from megatron.fpdt.store import ChunkStore
+from megatron.logging.accounting import model_flops
+from megatron.model.builder import Execution, build_model
+from megatron.ops.attention import choose_backend
+
+NO_VOCABULARY = 0
+SMALL_VOCABULARY = 128  # a model needs an embedding; the block does not
+GEMM_TOKENS = 32768
+
+
+class Contestant(Protocol):
+    """A block that can be run forward, then backward, again and again."""
+
+    num_blocks: int
+    weight_bytes: int
+    gradient_bytes: int
+    model_flops: int
+
+    def prepare(self) -> None:
+        """Make the input and drop the gradients of the last run; not timed."""
+        ...
+
+    def forward(self) -> None: ...
+
+    def backward(self) -> None: ...
+
+    def host_bytes(self) -> tuple[int, int] | None:
+        """(most used, allocated) by the host pool; None where there is none."""
+        ...
+
+
+class Source(torch.autograd.Function):
+    """The input of a graph. Unlike a leaf, the graph does not keep it: it lives until its last use."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class Sink(torch.autograd.Function):
+    """The end of a graph: a scalar whose backward pass starts with the gradient given. It keeps no output."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, dy: Tensor) -> Tensor:
+        ctx.dy = dy
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.dy, None
+
+
+class GraphContestant:
+    """Runs `run` between a source and a sink, as a block runs between its neighbours."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], weights: Sequence[Tensor], make_x: Callable[[], Tensor],
+                 dy: Tensor) -> None:  # fmt: skip
+        self._run, self._weights, self._make_x, self._dy = run, weights, make_x, dy
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._x: Tensor | None = None
+        self._end: Tensor | None = None
+
+    def prepare(self) -> None:
+        for weight in self._weights:
+            weight.grad = None
+        self._x = Source.apply(self._anchor, self._make_x)
+
+    def forward(self) -> None:
+        x, self._x = self._x, None
+        assert x is not None, "prepare() comes first"
+        y = self._run(x)
+        del x
+        self._end = Sink.apply(y, self._dy)
+
+    def backward(self) -> None:
+        end, self._end = self._end, None
+        assert end is not None, "forward() comes first"
+        with torch.autograd.set_multithreading_enabled(False):  # as in training
+            end.backward()
+
+
+class ModelBlock(GraphContestant):
+    """The block of this repository, executed as `execution` says; several stand one on the other, as in a model."""
+
+    def __init__(self, geometry: Geometry, length: int, execution: Execution, backend: str,
+                 device: torch.device, num_blocks: int = 1) -> None:  # fmt: skip
+        config, dtype = geometry.model_config(length, backend, num_blocks), compute_dtype(device)
+        model = build_model(config, SMALL_VOCABULARY, ParallelState(), execution, dtype, device)
+        self._store: ChunkStore = model.execution.store  # type: ignore[attr-defined]
+        blocks, shape = model.layers, (length, 1, config.hidden_size)
+        positions = torch.arange(length).expand(1, length).contiguous()
+        if device.type == "cuda":
+            positions = positions.pin_memory()
+        self._offloading = execution.offloading
+        dy = random_(self._store.empty(shape, dtype), device)
+        resting_x = random_(self._store.empty(shape, dtype), device) if execution.offloading else None
+
+        def make_x() -> Tensor:
+            return torch.randn(shape, dtype=dtype, device=device) if resting_x is None else resting_x.detach()
+
+        def run(x: Tensor) -> Tensor:
+            for block in blocks:
+                x = block(x, positions)
+            return x
+
+        super().__init__(run, list(blocks.parameters()), make_x, dy)
+        self.num_blocks = num_blocks
+        self.weight_bytes = sum(p.nbytes for p in model.parameters())
+        # The block whose backward pass runs last sums its gradients beside those of the others, which are done.
+        summed = sum(p.numel() * (4 if execution.fpdt else p.element_size()) for p in blocks[0].parameters())
+        self.gradient_bytes = summed + sum(p.nbytes for block in blocks[1:] for p in block.parameters())
+        self.model_flops = model_flops(config, NO_VOCABULARY, length)
+
+    def host_bytes(self) -> tuple[int, int] | None:
+        pool = self._store.pool
+        return (pool.peak_used_bytes, pool.allocated_bytes) if self._offloading else None
+
+
+class Ceiling:
+    """The attention kernel and the matrix products alone, on tensors that are there already."""
+
+    def __init__(self, geometry: Geometry, length: int, backend: str, device: torch.device) -> None:
+        g, dtype = geometry, compute_dtype(device)
+        random = partial(torch.randn, device=device, dtype=dtype)
+        self._attention = choose_backend(backend, device, dtype, g.kv_channels)
+        self._scale = g.kv_channels**-0.5
+        q_width, kv_width = g.num_attention_heads * g.kv_channels, g.num_key_value_heads * g.kv_channels
+        self._q, self._do = (random(length, 1, g.num_attention_heads, g.kv_channels) for _ in range(2))
+        self._k, self._v = (random(length, 1, g.num_key_value_heads, g.kv_channels) for _ in range(2))
+        shapes = [  # of the weights, [outputs, inputs]
+            (q_width + 2 * kv_width, g.hidden_size),
+            (g.hidden_size, q_width),
+            (2 * g.ffn_hidden_size, g.hidden_size),
+            (g.hidden_size, g.ffn_hidden_size),
+        ]
+        tokens = min(length, GEMM_TOKENS)
+        self._slices = [min(tokens, length - start) for start in range(0, length, tokens)]
+        self._weights = [random(shape) for shape in shapes]
+        self._products = [(w, random(tokens, w.shape[1]), random(tokens, w.shape[0])) for w in self._weights]
+        self.num_blocks = 1
+        self.weight_bytes = sum(w.nbytes for w in self._weights)
+        self.gradient_bytes = 0  # made and dropped product by product
+        self.model_flops = model_flops(g.model_config(length), NO_VOCABULARY, length)
+
+    def prepare(self) -> None:
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def forward(self) -> None:
+        self._kept = self._attention.forward(self._q, self._k, self._v, True, self._scale)
+        for n in self._slices:
+            for w, x, _ in self._products:
+                torch.mm(x[:n], w.T)
+
+    def backward(self) -> None:
+        assert self._kept is not None, "forward() comes first"
+        self._attention.backward(self._do, self._q, self._k, self._v, *self._kept, True, self._scale)
+        for n in self._slices:
+            for w, x, dy in self._products:
+                torch.mm(dy[:n], w)
+                torch.mm(dy[:n].T, x[:n])
+
+    def host_bytes(self) -> tuple[int, int] | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a block is run, by the name that stands in the table."""
+
+    name: str
+    streamed: bool = False
+    offloading: bool = False
+
+    def execution(self, chunk: int) -> Execution:
+        """What the model is told; chunks count only where it is streamed."""
+        if self.streamed:
+            return Execution(fpdt=True, chunk_size=chunk, offloading=self.offloading)
+        return Execution(recompute=True, checkpoint_in_cpu=True)
+
+
+OFFLOADED = Way("offloaded", streamed=True, offloading=True)
+ON_DEVICE = Way("on-device", streamed=True)
+RECOMPUTED = Way("recomputed")
+
+
+def random_(tensor: Tensor, device: torch.device, part_tokens: int = 32768) -> Tensor:
+    """Fill with random numbers that `device` draws, a part at a time."""
+    for part in tensor.split(part_tokens):
+        part.copy_(torch.randn(part.shape, device=device, dtype=tensor.dtype))
+    return tensor
+
+
+def measure(
+    build: Callable[[], Contestant], device: torch.device, matmul: float, repeats: int, warm_ups: int = 1
+) -> Row:
+    """Speed, peak memory and host bytes of a contestant; a row with "failed" where memory runs out."""
+    return attempt(lambda: _measure(build, device, matmul, repeats, warm_ups), device)
+
+
+def _measure(build: Callable[[], Contestant], device: torch.device, matmul: float, repeats: int, warm_ups: int) -> Row:
+    before = allocated_bytes(device)
+    contestant = build()
+    seconds, forward_peaks, backward_peaks = [], [], []
+    for _ in range(warm_ups + repeats):
+        contestant.prepare()
+        reset_peak(device)
+        forward = wall_seconds(contestant.forward, device)
+        forward_peaks.append(peak_bytes(device))
+        reset_peak(device)
+        backward = wall_seconds(contestant.backward, device)
+        backward_peaks.append(peak_bytes(device))
+        seconds.append((forward, backward))
+    n = contestant.num_blocks
+    totals = [(forward + backward) / n for forward, backward in seconds[warm_ups:]]
+    forward, backward = (statistics.median(phase) / n for phase in zip(*seconds[warm_ups:], strict=True))
+    rate = contestant.model_flops / n / statistics.median(totals) / 1e12
+    peaks = _highest(forward_peaks[warm_ups:]), _highest(backward_peaks[warm_ups:])
+    above = above_weights(*peaks, before, contestant.weight_bytes, contestant.gradient_bytes)
+    used, allocated = contestant.host_bytes() or (None, None)
+    return {
+        "forward_seconds": forward, "backward_seconds": backward, "seconds": statistics.median(totals),
+        "spread": spread(totals),
+        "model_tflops": rate, "times_matmul": rate / matmul,
+        "peak_gib": gib(_highest(peaks)), "above_gib": gib(above), "weights_gib": gib(contestant.weight_bytes),
+        "host_used_gib": gib(used), "host_allocated_gib": gib(allocated),
+    }  # fmt: skip
+
+
+def _highest(peaks: Sequence[int | None]) -> int | None:
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) if known else None
+
+
+def above_weights(
+    forward_peak: int | None, backward_peak: int | None, before: int, weight_bytes: int, gradient_bytes: int
+) -> int | None:
+    """Bytes above weights and weight gradients, as the head of this file defines them; `before` is not the block's."""
+    if forward_peak is None or backward_peak is None:
+        return None
+    return max(forward_peak, backward_peak - gradient_bytes) - before - weight_bytes

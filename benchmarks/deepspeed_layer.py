@@ -1,0 +1,113 @@
+"""DeepSpeed's own FPDT attention layer, run as Megatron-DeepSpeed runs it.
+
+`deepspeed.sequence.fpdt_layer.FPDT_Attention` with offloading, under reentrant activation checkpointing, on one rank:
+QKV projection with bias, causal attention, output projection. It gets neither the norm nor the rotary embedding that
+this repository's block has, so it does a little less work.
+
+It calls `_flash_attn_forward` and `_flash_attn_backward` of the package flash-attn, version 2. Where that is not
+installed it gets FlashAttention-2 as it is compiled into torch, behind the same two signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.block import NO_VOCABULARY, GraphContestant, random_
+from benchmarks.common import Geometry, compute_dtype
+from megatron.logging.accounting import model_flops
+from megatron.ops.attention import AttentionBackend, choose_backend
+
+FLASH_ATTENTION_2_7 = "2.7.0"  # from this version on DeepSpeed calls the signatures below
+
+
+class DeepSpeedAttention(GraphContestant):
+    """FPDT_Attention and its weights."""
+
+    def __init__(self, geometry: Geometry, length: int, chunk: int, device: torch.device) -> None:
+        fpdt_layer = load_fpdt_layer(device)
+        config, dtype = replace(geometry.model_config(length), ffn_hidden_size=0), compute_dtype(device)
+        q_width = config.num_attention_heads * config.kv_channels
+        rows = q_width + 2 * config.num_key_value_heads * config.kv_channels
+        new = partial(torch.empty, device=device, dtype=dtype)
+        qkv, out = new(rows, config.hidden_size).normal_(std=0.02), new(config.hidden_size, q_width).normal_(std=0.02)
+        bias = new(rows).zero_()
+        weights = [t.requires_grad_() for t in (qkv, bias, out)]
+        layer = fpdt_layer.FPDT_Attention(
+            config, qkv, bias, out, None, dist.group.WORLD, return_bias=True, chunk_size=chunk, enable_offloading=True
+        )
+        shape = (length, 1, config.hidden_size)
+
+        def run(x: Tensor) -> Tensor:
+            return checkpoint(lambda x: layer(x, None, None, None)[0], x, use_reentrant=True)
+
+        dy = random_(new(shape), device)
+        super().__init__(run, weights, lambda: torch.randn(shape, device=device, dtype=dtype), dy)
+        self.weight_bytes = sum(w.nbytes for w in weights)
+        self.num_blocks = 1
+        self.gradient_bytes = (qkv.numel() + bias.numel()) * 4 + out.nbytes  # DeepSpeed sums the first two in fp32
+        self.model_flops = model_flops(config, NO_VOCABULARY, length)
+
+    def host_bytes(self) -> tuple[int, int] | None:
+        return None
+
+
+def load_fpdt_layer(device: torch.device) -> Any:
+    """DeepSpeed's module, its process group of one rank, and kernels where flash-attn is missing."""
+    import deepspeed
+    from deepspeed.sequence import fpdt_layer
+    from packaging import version
+
+    if not dist.is_initialized():
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device_id)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile for a minute on a CPU
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    if fpdt_layer._flash_attn_forward is None:
+        name = "torch-flash" if device.type == "cuda" else "torch-cpu"
+        kernel = choose_backend(name, device, compute_dtype(device), 128)
+        fpdt_layer._flash_attn_forward, fpdt_layer._flash_attn_backward = flash_attention_2(kernel)
+        fpdt_layer.flash_attn_version = version.parse(FLASH_ATTENTION_2_7)
+    return fpdt_layer
+
+
+def kernel_name(device: torch.device) -> str:
+    """Whose FlashAttention-2 DeepSpeed's layer calls."""
+    stands_in = load_fpdt_layer(device)._flash_attn_forward.__module__ == __name__
+    return "torch-flash" if stands_in else "flash-attn-2"
+
+
+def flash_attention_2(backend: AttentionBackend) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """flash-attn's `_flash_attn_forward` and `_flash_attn_backward` (2.7 and later), done by another backend.
+
+    Tensors are [B, S, H, D]. The gradients that flash-attn writes into the caller's tensors become those tensors'
+    storage, so that nothing is copied and no memory is held twice.
+    """
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, **others: Any
+    ) -> tuple[Tensor, Tensor, None, None]:
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        out, lse = backend.forward(q, k, v, causal, softmax_scale)
+        return out.transpose(0, 1), lse, None, None
+
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor,
+        dv: Tensor, dropout_p: float, softmax_scale: float, causal: bool, *others: Any, rng_state: Any = None,
+    ) -> None:  # fmt: skip
+        for unused in (dq, dk, dv):
+            unused.data = unused.new_empty(0)
+        dout, q, k, v, out = (t.transpose(0, 1) for t in (dout, q, k, v, out))
+        gradients = backend.backward(dout, q, k, v, out, softmax_lse, causal, softmax_scale)
+        for target, gradient in zip((dq, dk, dv), gradients, strict=True):
+            target.data = gradient.transpose(0, 1)
+
+    return forward, backward

@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""What do embedding, loss, optimizer and ZeRO cost on top of the blocks?
+
+    python benchmarks/training_step.py
+
+Runs whole optimizer steps of a LLaMA on random tokens on one GPU, through the training path itself: the flags of
+pretrain_gpt.py, its model, engine and optimizer. Before that it measures one streamed block of the same geometry,
+length, chunk, kernel and offloading in the same process.
+
+    x block = (model FLOPs of a step / its seconds) / (model FLOPs of a block / its seconds)
+
+By default 6 layers of Llama-3.2-3B's widths with its vocabulary: 1.4B parameters. "outside blocks" is the step's time
+less as many blocks as the model has. "x block" can pass 1, as the head's products run faster than attention. The last
+lines say what the host pool holds: "allocated over needed" is what it took from the machine over the most that was in
+use, and after the first step it must allocate nothing (else exit code 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from benchmarks.block import ModelBlock, Way, measure
+from benchmarks.common import (
+    TINY_GEOMETRY,
+    Column,
+    Geometry,
+    Report,
+    Row,
+    add_geometry_flags,
+    attempt,
+    build_parser,
+    geometry_of,
+    gib,
+    parse,
+    peak_bytes,
+    reset_peak,
+    run_script,
+    spread,
+    wall_seconds,
+)
+from megatron.arguments import parse_args
+from megatron.batch import slice_batch
+from megatron.config import Config, deepspeed_config, validate
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.host_pool import HostPool
+from megatron.initialize import initialize
+from megatron.logging.accounting import model_flops
+from megatron.model.builder import Execution, build_model
+from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
+from megatron.optimizer.param_groups import parameter_groups
+from megatron.tokenizer import pad_vocab_size
+
+NAME = "training_step"
+COLUMNS = (
+    Column("what", "what", width=14),
+    Column("seconds", "seconds", ".3f"),
+    Column("model_tflops", "model TFLOP/s", ".0f"),
+    Column("times_matmul", "x matmul", ".3f"),
+    Column("times_block", "x block", ".3f"),
+    Column("spread", "spread", ".1%"),
+    Column("outside_blocks_seconds", "outside blocks s", ".3f"),
+    Column("peak_gib", "peak GPU GiB", ".2f"),
+    Column("host_used_gib", "host needed GiB", ".2f"),
+    Column("host_allocated_gib", "host allocated GiB", ".2f"),
+    Column("loss", "loss", ".3f"),
+)
+DEFAULT = Geometry(hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24)
+QUICK = {"num_layers": 4, "seq_length": 131072}
+TINY = {**TINY_GEOMETRY, "num_layers": 2, "vocab_size": 256, "seq_length": 128, "chunk": 48}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser(NAME, str(__doc__))
+    parser.add_argument("--num-layers", type=int, default=6, help="[%(default)s]")
+    parser.add_argument("--vocab-size", type=int, default=128256, help="[%(default)s]")
+    parser.add_argument("--seq-length", type=int, default=262144, help="tokens [%(default)s]")
+    parser.add_argument("--chunk", type=int, default=32768, help="tokens per chunk [%(default)s]")
+    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="[%(default)s]")
+    parser.add_argument("--on-device", action="store_true", help="without offloading")
+    parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
+    parser.add_argument("--steps", type=int, default=2, help="steps timed, after one to warm up [%(default)s]")
+    add_geometry_flags(parser, DEFAULT)
+    return parse(parser, argv, QUICK, TINY)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    config = parse_args(training_flags(arguments))
+    validate(config, 1, arguments.device)
+    report = Report(NAME, arguments, COLUMNS)
+    block = measure_block(arguments, report)
+    report.add(block)
+    if "failed" in block:
+        return 1
+    step = attempt(lambda: measure_steps(config, arguments, report.device), report.device)
+    torch.distributed.destroy_process_group()
+    step |= {"what": "optimizer step"}
+    if "failed" in step:
+        report.add(step)
+        return 1
+    report.add(step | against_block(step, block, arguments.num_layers, report.matmul))
+    report.finish()
+    draw(report)
+    if arguments.on_device:
+        return 0
+    ratio, later = step["host_allocated_gib"] / step["host_used_gib"], step["host_bytes_after_first_step"]
+    print(f"host memory allocated over needed: {ratio:.4f}")
+    print(f"host bytes allocated after the first step: {later} (must be 0)")
+    return 1 if later else 0
+
+
+def training_flags(arguments: argparse.Namespace) -> list[str]:
+    """The words that pretrain_gpt.py would be given. Tokens are random, so the dataset is one in name only."""
+    widths = {name: getattr(arguments, name) for name in vars(DEFAULT)}
+    values = {
+        "num_layers": arguments.num_layers, **widths, "seq_length": arguments.seq_length,
+        "rotary_position_embeddings_theta": 500000, "normalization": "rmsnorm", "lr": 1e-4,
+        "attention_backend": arguments.backend, "zero_stage": arguments.zero_stage,
+        "ds_sequence_parallel_fpdt_chunk_size": arguments.chunk, "train_iters": arguments.steps + 1, "eval_iters": 0,
+        "data_path": "random", "tokenizer_type": "NullTokenizer", "vocab_size": arguments.vocab_size,
+    }  # fmt: skip
+    switches = ["use_rotary_position_embeddings", "swiglu", "disable_bias_linear",
+                "untie_embeddings_and_output_weights", "ds_sequence_parallel_fpdt"]  # fmt: skip
+    if not arguments.on_device:
+        switches.append("ds_sequence_parallel_fpdt_offloading")
+    if arguments.device == "cuda":
+        switches.append("bf16")
+    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [*words, *(f"--{name.replace('_', '-')}" for name in switches)]
+
+
+def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
+    """The row of one block, its seconds forward and backward together."""
+    execution = Way("block", streamed=True, offloading=not arguments.on_device).execution(arguments.chunk)
+    build = partial(
+        ModelBlock, geometry_of(arguments), arguments.seq_length, execution, arguments.backend, report.device
+    )
+    return {"what": "one block"} | measure(build, report.device, report.matmul, repeats=max(arguments.steps, 2))
+
+
+def measure_steps(config: Config, arguments: argparse.Namespace, device: torch.device) -> Row:
+    """Steps as the training loop takes them: batch, forward, backward, optimizer."""
+    from megatron.engine.engine import Engine  # imports DeepSpeed, which takes a while
+
+    context = initialize(config)
+    model, parallel = config.model, config.parallel
+    vocabulary = pad_vocab_size(arguments.vocab_size, model.make_vocab_size_divisible_by)
+    execution = Execution(
+        fpdt=True,
+        chunk_size=parallel.ds_sequence_parallel_fpdt_chunk_size,
+        offloading=parallel.ds_sequence_parallel_fpdt_offloading,
+    )
+    engine = Engine(
+        partial(build_model, model, vocabulary, context.parallel_state, execution, context.dtype, context.device),
+        [TokenEmbedding, TransformerLayer, LanguageModelHead],
+        lambda module: parameter_groups(module, config.optimizer.weight_decay),
+        config.optimizer,
+        deepspeed_config(config, 1),
+        context.dtype,
+        context.device,
+        1,
+    )
+    pool: HostPool = engine.module.execution.store.pool  # type: ignore[assignment, union-attr]
+    layout = SequenceLayout(model.seq_length, min(execution.chunk_size, model.seq_length), 1)
+    random = np.random.default_rng(1)
+    losses: list[torch.Tensor] = []
+    num_tokens = torch.tensor(float(model.seq_length), device=device)
+
+    def step() -> None:
+        samples = [random.integers(0, arguments.vocab_size, model.seq_length + 1)]
+        batch = slice_batch(samples, layout, 0, pin=device.type == "cuda")
+        losses.append(engine.train_step([batch.inputs()], num_tokens, config.optimizer.lr))
+
+    step()
+    first = pool.allocated_bytes
+    reset_peak(device)
+    seconds = [wall_seconds(step, device) for _ in range(arguments.steps)]
+    peak = peak_bytes(device)
+    return {
+        "seconds": statistics.median(seconds), "spread": spread(seconds),
+        "model_flops": model_flops(model, vocabulary, model.seq_length),
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
+        "peak_gib": gib(peak), "loss": float(losses[-1] / num_tokens), "zero_stage": arguments.zero_stage,
+        "host_used_gib": gib(pool.peak_used_bytes), "host_allocated_gib": gib(pool.allocated_bytes),
+        "host_bytes_after_first_step": pool.allocated_bytes - first,
+    }  # fmt: skip
+
+
+def against_block(step: Row, block: Row, num_layers: int, matmul: float) -> Row:
+    """The step's rate, its ratios, and the time that is not the blocks'."""
+    rate = step["model_flops"] / step["seconds"] / 1e12
+    return {
+        "model_tflops": rate,
+        "times_matmul": rate / matmul,
+        "times_block": rate / block["model_tflops"],
+        "outside_blocks_seconds": step["seconds"] - num_layers * block["seconds"],
+    }
+
+
+def draw(report: Report) -> None:
+    """The rates of a block and of the whole step."""
+    with report.picture(1) as (panel,):
+        bars = panel.bar([row["what"] for row in report.rows], [row["times_matmul"] for row in report.rows])
+        panel.bar_label(bars, fmt="%.3f")
+        panel.set(ylabel="model FLOP/s, x matmul")
+        panel.margins(y=0.15)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
