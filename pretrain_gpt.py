@@ -22,10 +22,11 @@ from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.errors import DataError
 from megatron.data.gpt_dataset import build_dataset, build_datasets
+from megatron.execution import choose_execution
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.fpdt.stream import ProgressReport
 from megatron.initialize import Context, device_type, initialize, world_from_environment
-from megatron.model.builder import Execution, build_model
+from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.ops.attention import AttentionUnavailable
 from megatron.preflight import check_inputs
@@ -62,16 +63,7 @@ def report(error: Exception, rank: int) -> int:
 
 def train(config: Config, context: Context, padded_vocab_size: int) -> None:
     """Provide the model, the batches and the datasets, and train."""
-    parallel, parallel_state = config.parallel, context.parallel_state
-    execution = Execution(
-        fpdt=parallel.ds_sequence_parallel_fpdt,
-        chunk_size=parallel.ds_sequence_parallel_fpdt_chunk_size,
-        offloading=parallel.ds_sequence_parallel_fpdt_offloading,
-        device_memory_bytes=int(parallel.ds_sequence_parallel_fpdt_device_memory * 2**30),
-        host_memory_bytes=host_memory_bytes(config, context),
-        recompute=config.deepspeed.deepspeed_activation_checkpointing or config.deepspeed.checkpoint_activations,
-        checkpoint_in_cpu=config.deepspeed.checkpoint_in_cpu,
-    )
+    parallel_state, execution = context.parallel_state, choose_execution(config, context)
     seq_length = config.model.seq_length
     chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
     layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
@@ -96,12 +88,6 @@ def train(config: Config, context: Context, padded_vocab_size: int) -> None:
 
     leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
     pretrain(config, context, padded_vocab_size, leaf_modules, provide_model, provide_batch, provide_datasets)
-
-
-def host_memory_bytes(config: Config, context: Context) -> int:
-    """What FPDT's chunks may take up on the host."""
-    asked = config.parallel.ds_sequence_parallel_fpdt_host_memory
-    return context.host_memory_bytes if asked is None else int(asked * 2**30)
 
 
 def datasets(config: Config, num_samples: tuple[int, int, int], vocab_size: int) -> Datasets:

@@ -26,7 +26,7 @@ class Context:
     dtype: torch.dtype
     log: logging.Logger
     host_memory_bytes: int
-    """This rank's share of the host memory that was free at the start."""
+    """A rank's share of the host memory that was free at the start, on the machine with the least."""
 
     @property
     def is_first_rank(self) -> bool:
@@ -70,7 +70,10 @@ def initialize(config: Config) -> Context:
     # Dropout masks differ between ranks; the weights come from a generator of their own, the same on every rank.
     torch.manual_seed(config.training.seed + rank)
     parallel_state = ParallelState.create(config.parallel.ds_sequence_parallel_size)
-    host_memory_bytes = available_host_bytes() // local_world_size()
+    # Every rank must come to the same choices.
+    host_memory = torch.tensor(available_host_bytes() // local_world_size(), device=device)
+    dist.all_reduce(host_memory, dist.ReduceOp.MIN)
+    host_memory_bytes = int(host_memory)
     return Context(parallel_state, device, number_format(config), log, host_memory_bytes)
 
 

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from megatron.config import Config
 from megatron.initialize import Context
-from megatron.logging.accounting import Recompute, hardware_flops, model_flops, throughput
+from megatron.logging.accounting import (
+    flops_of_checkpointing,
+    flops_of_streaming,
+    hardware_flops,
+    model_flops,
+    throughput,
+)
 from megatron.logging.device_peak import peak_tflops
 from megatron.logging.log_line import IterationRecord, ValidationRecord, format_iteration, format_validation
 from megatron.logging.writers import MetricWriter
@@ -21,13 +27,20 @@ class Reporter:
     """Collects losses between log lines, on the device, and writes lines and metrics on rank 0."""
 
     def __init__(
-        self, config: Config, context: Context, writer: MetricWriter, padded_vocab_size: int, train_iterations: int
+        self,
+        config: Config,
+        context: Context,
+        writer: MetricWriter,
+        padded_vocab_size: int,
+        train_iterations: int,
+        checkpoint_interval: int = 1,
     ) -> None:
         self._config, self._context, self._writer = config, context, writer
         self._train_iterations = train_iterations
         length = config.model.seq_length
         self._model_flops = model_flops(config.model, padded_vocab_size, length)
-        self._hardware_flops = hardware_flops(config.model, padded_vocab_size, length, _recompute(config))
+        run_again = _flops_run_again(config, checkpoint_interval)
+        self._hardware_flops = hardware_flops(config.model, padded_vocab_size, length, run_again)
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
         self._losses: list[Tensor] = []
@@ -103,8 +116,8 @@ class Reporter:
         return torch.cuda.max_memory_allocated(self._context.device) / 2**30
 
 
-def _recompute(config: Config) -> Recompute:
+def _flops_run_again(config: Config, checkpoint_interval: int) -> int:
     if config.parallel.ds_sequence_parallel_fpdt:
-        return Recompute.TOKEN_WISE
+        return flops_of_streaming(config.model, config.model.seq_length, checkpoint_interval)
     checkpointing = config.deepspeed.deepspeed_activation_checkpointing or config.deepspeed.checkpoint_activations
-    return Recompute.LAYERS if checkpointing else Recompute.NOTHING
+    return flops_of_checkpointing(config.model, config.model.seq_length) if checkpointing else 0

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from megatron.config import Config, accumulation_steps, deepspeed_config, global
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.samplers import BatchSampler
 from megatron.engine.engine import Engine
-from megatron.fpdt.stream import ProgressReport
+from megatron.fpdt.stream import ProgressReport, Stream
 from megatron.initialize import Context
 from megatron.logging.progress import StepProgress, build_progress
 from megatron.logging.writers import build_writer
@@ -99,6 +100,9 @@ def pretrain(
         context.device,
         context.parallel_state.world_size,
     )
+    execution: Any = engine.module.execution
+    stream: Stream = execution.stream
+    stream.whole_parameters = engine.whole_parameters
     state = TrainState()
     checkpoint = find_checkpoint(config.checkpoint.load)
     if checkpoint is not None:
@@ -107,7 +111,7 @@ def pretrain(
     if state.start_data(config.model.seq_length):
         context.log.warning("--seq-length differs from the checkpoint's: the data start again at their first sample")
     writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
-    reporter = Reporter(config, context, writer, padded_vocab_size, lengths.iterations)
+    reporter = Reporter(config, context, writer, padded_vocab_size, lengths.iterations, stream.checkpoint_interval)
     try:
         run = Training(
             config, context, lengths, engine, datasets, provide_batch, reporter, progress, state, padded_vocab_size

@@ -69,6 +69,10 @@ class SharedSetting:
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 _NUMBER = (int, float)
 
+# DeepSpeed's own values, in numbers of parameters.
+DEFAULT_PREFETCH = 50_000_000
+DEFAULT_LIVE_PARAMETERS = 1_000_000_000
+
 SHARED_SETTINGS = (
     SharedSetting(("train_batch_size",), "training", "global_batch_size", (int,)),
     SharedSetting(("train_micro_batch_size_per_gpu",), "training", "micro_batch_size", (int,)),
@@ -179,6 +183,11 @@ def zero_stage_run(config: Config) -> int:
 
 def _zero_block(config: Config, stated: dict[str, Any]) -> dict[str, Any]:
     block = stated | {"stage": zero_stage_run(config)}
+    if block["stage"] == 3:
+        # DeepSpeed's defaults prefetch a small part of a large block, and gather the rest when it is needed.
+        weights = config.model.block_weights
+        block.setdefault("stage3_prefetch_bucket_size", max(weights, DEFAULT_PREFETCH))
+        block.setdefault("stage3_max_live_parameters", max(3 * weights, DEFAULT_LIVE_PARAMETERS))
     if config.deepspeed.cpu_optimizer:
         block["offload_optimizer"] = {**stated.get("offload_optimizer", {}), "device": "cpu"}
     return block

@@ -110,6 +110,15 @@ class ModelConfig:
     use_flash_attn_triton: bool = False
     """Refused: there is no attention kernel in Triton here."""
 
+    @property
+    def block_weights(self) -> int:
+        """Numbers in the matrices of one block."""
+        query_width, key_value_width = (
+            n * self.kv_channels for n in (self.num_attention_heads, self.num_key_value_heads)
+        )
+        mlp = self.hidden_size * self.ffn_hidden_size * (3 if self.swiglu else 2)
+        return self.hidden_size * (2 * query_width + 2 * key_value_width) + mlp
+
     def resolved(self) -> ModelConfig:
         """Return the same architecture with every width filled in."""
         return replace(

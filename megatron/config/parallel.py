@@ -23,6 +23,10 @@ class ParallelConfig:
     ds_sequence_parallel_fpdt_offloading: bool = False
     """Keep FPDT's chunks in host memory, so that device memory does not grow with the sequence."""
 
+    ds_sequence_parallel_fpdt_checkpoint_interval: int | None = None
+    """Keep the input of every Nth block for the backward pass, and rebuild the others from the attention outputs, by
+    token-wise work. Default: 1; with offloading the smallest that fits in the host's memory."""
+
     ds_sequence_parallel_fpdt_device_memory: float = 0.0
     """GiB per GPU that offloaded chunks may take up before they go to the host."""
 

@@ -13,18 +13,23 @@ exact gradient, for every ZeRO stage alike; checkpoints and universal checkpoint
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from megatron.config import OptimizerConfig
 from megatron.engine.adam import build_adam
+
+_WHOLE = (None, ZeroParamStatus.AVAILABLE)
 
 
 class Engine:
@@ -114,6 +119,23 @@ class Engine:
         norm = self._gradient_norm if self._measures_norm else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    @contextmanager
+    def whole_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Make parameters whole for a while, wherever DeepSpeed is in its order of gathering them.
+
+        Collective over all ranks. Only the tensors behind the parameters are exchanged, and put back: DeepSpeed's own
+        gathering follows the order of modules that it recorded, and another one in between would upset it.
+        """
+        partitioned = [p for p in parameters if getattr(p, "ds_status", None) not in _WHOLE]
+        shards = [p.data for p in partitioned]
+        try:
+            for parameter in partitioned:
+                parameter.data = _gathered(parameter)
+            yield
+        finally:
+            for parameter, shard in zip(partitioned, shards, strict=True):
+                parameter.data = shard
+
     def save(self, folder: Path, tag: str) -> None:
         """Write weights and optimizer states to folder/tag. Collective over all ranks."""
         self._engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
@@ -135,3 +157,12 @@ class Engine:
         if self._measures_norm and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+
+
+def _gathered(parameter: Any) -> Tensor:
+    """The whole of a parameter that ZeRO-3 has partitioned."""
+    shard = parameter.ds_tensor.to(get_accelerator().current_device_name())
+    group = parameter.ds_process_group
+    whole = shard.new_empty(shard.numel() * dist.get_world_size(group))
+    dist.all_gather_into_tensor(whole, shard, group=group)
+    return whole[: parameter.ds_numel].view(parameter.ds_shape)

@@ -27,12 +27,12 @@ the block; what they compute is their own business.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.core.collectives import (
     QUERIES_KEYS_VALUES,
@@ -40,18 +40,18 @@ from megatron.core.collectives import (
     repeat_key_value_heads,
 )
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.block_inputs import BlockInputs
 from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.store import Prefetch
-from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSums, Stream
+from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSums, Stream, StreamedModule
 from megatron.ops.gradient_sum import accumulation_dtype
 from megatron.ops.merge import add_key_value_gradients_, merge_
 
 
-class CausalBlock(Protocol):
+class CausalBlock(StreamedModule, Protocol):
     """What a module must be to be streamed."""
 
-    layer_number: int
     softmax_scale: float
 
     @property
@@ -62,15 +62,6 @@ class CausalBlock(Protocol):
     def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Token-wise: q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values."""
         ...
-
-    def after(self, x_SBh: Tensor, o_SBHD: Tensor, output_needed: bool = True) -> tuple[Tensor, Tensor]:
-        """Token-wise: two addends of the block's output [S, B, h].
-
-        With output_needed=False their values may be anything; their gradients are what counts.
-        """
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 def stream_block(stream: Stream, block: CausalBlock, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
@@ -90,6 +81,8 @@ class _Kept:
     lse_BHC: Sequence[Tensor]  # all tokens of the chunk, this rank's heads
     kv_CBKD: Sequence[Tensor]  # likewise; K keys, then K values
     random_states: RandomStates
+    inputs: BlockInputs | None = None  # the block's input is the one at `position`
+    position: int = 0
     first_loads: Sequence[Tensor] = ()  # what the backward pass begins with
     below: Callable[[], _Kept | None] = lambda: None  # what the block below has kept
 
@@ -101,7 +94,8 @@ class _StreamedBlock(torch.autograd.Function):
     ) -> Tensor:
         y, kept = _forward(stream, block, x, positions, keep)
         if keep:
-            ctx.save_for_backward(x, positions)
+            # An input that is kept is kept by autograd too, which notices if it is written to.
+            ctx.save_for_backward(positions, *[x] * (kept.position == 0))
             ctx.stream, ctx.block, ctx.kept, ctx.parameters = stream, block, kept, parameters
         return y
 
@@ -110,8 +104,9 @@ class _StreamedBlock(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         if kept is None:
             raise RuntimeError(BACKWARD_RUNS_ONCE)
-        x, positions = ctx.saved_tensors
-        dx, dparameters = _backward(ctx.stream, ctx.block, x, positions, grads[0].contiguous(), kept, ctx.parameters)
+        positions, *_ = ctx.saved_tensors
+        dy, parameters = grads[0].contiguous(), ctx.parameters
+        dx, dparameters = _backward(ctx.stream, ctx.block, positions, dy, kept, parameters)
         return dx, None, None, None, None, *dparameters
 
 
@@ -132,9 +127,20 @@ def _forward(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor, k
             store.expect(ys[:i][:1])  # the block above begins with it
         store.put(ys[i], _finish_forward_row(stream, block, layout, row, next(started), kv_ahead, kept, keep))
     if keep:
-        kept.first_loads = (xs[-1], kept.o_cBHD[-1], kept.lse_BHC[-1])
-        kept.below, stream.block_below = stream.block_below, weakref.ref(kept)
+        _link(kept, stream, block, x, y, xs[-1])
     return y, kept
+
+
+def _link(kept: _Kept, stream: Stream, block: CausalBlock, x: Tensor, y: Tensor, last_chunk: Tensor) -> None:
+    """Join the block to the chain of those whose inputs are rebuilt together, and to the block below."""
+    inputs = stream.block_inputs()
+    if inputs is None or len(inputs) == stream.checkpoint_interval or not inputs.ends_with(x):
+        inputs = BlockInputs(stream, x)
+        stream.block_inputs = weakref.ref(inputs)
+    kept.inputs, kept.position = inputs, len(inputs)
+    inputs.append(block, kept.o_cBHD, kept.random_states, y)
+    kept.first_loads = [last_chunk] * (kept.position == 0) + [kept.o_cBHD[-1], kept.lse_BHC[-1]]
+    kept.below, stream.block_below = stream.block_below, weakref.ref(kept)
 
 
 # What runs per row and per tile is a function of its own, so that nothing of the last one is referenced when the next
@@ -178,10 +184,7 @@ def _finish_forward_row(
         store.put(kept.o_cBHD[i], o)
         store.put(kept.lse_BHC[i], lse)
     kept.random_states.record()
-    y = torch.empty_like(x)
-    for s in stream.slices(len(x)):
-        torch.add(*block.after(x[s], o[s]), out=y[s])
-    return y
+    return stream.output(block, x, o)
 
 
 def _project(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,12 +224,13 @@ def _forward_tile(stream: Stream, block: CausalBlock, tile: Tile, q: Tensor, kv:
 def _backward(
     stream: Stream,
     block: CausalBlock,
-    x: Tensor,
     positions: Tensor,
     dy: Tensor,
     kept: _Kept,
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor | None]]:
+    assert kept.inputs is not None
+    x = kept.inputs.take(kept.position)
     store, layout = stream.store, stream.layout(x)
     dx = store.empty(x.shape, x.dtype)
     xs, dxs, dys = (t.split(layout.local_lengths) for t in (x, dx, dy))

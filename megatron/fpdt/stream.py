@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from megatron.core.collectives import Exchange, heads_to_tokens, start_tokens_to_heads
 from megatron.core.parallel_state import ParallelState
@@ -32,12 +33,29 @@ def no_report(phase: str, layer_number: int, chunk: int, num_chunks: int) -> Non
     """Report to nobody."""
 
 
+class StreamedModule(Protocol):
+    """What follows the attention in a block."""
+
+    layer_number: int
+
+    def after(self, x_SBh: Tensor, o_SBHD: Tensor, output_needed: bool = True) -> tuple[Tensor, Tensor]:
+        """Token-wise: two addends of the block's output [S, B, h].
+
+        With output_needed=False their values may be anything; their gradients are what counts.
+        """
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
 @dataclass
 class Stream:
     """How chunks are executed. `chunk_length` counts global tokens, `slice_length` this rank's.
 
     Token-wise work on a chunk runs in slices, so that the widest activation (the MLP's) is bounded apart from the
-    chunk.
+    chunk. The input of every `checkpoint_interval`-th block is kept for the backward pass. Within `whole_parameters`
+    parameters are whole, also where they are partitioned and their block is neither in its forward nor in its
+    backward pass.
     """
 
     store: ChunkStore
@@ -46,6 +64,11 @@ class Stream:
     chunk_length: int
     slice_length: int = 8192
     report: ProgressReport = no_report
+    checkpoint_interval: int = 1
+    whole_parameters: Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]] = lambda parameters: (
+        nullcontext()
+    )
+    block_inputs: Callable[[], Any] = lambda: None  # the chain that the block that ran last belongs to
     block_below: Callable[[], Any] = lambda: None  # what the block that ran last keeps for its backward pass
 
     def layout(self, x_SBh: Tensor) -> SequenceLayout:
@@ -53,6 +76,13 @@ class Stream:
         size = self.parallel_state.sequence_parallel_size
         sequence_length = x_SBh.shape[0] * size
         return SequenceLayout(sequence_length, min(self.chunk_length, sequence_length), size)
+
+    def output(self, block: StreamedModule, x_SBh: Tensor, o_SBHD: Tensor) -> Tensor:
+        """The block's output for one chunk, slice by slice."""
+        y = torch.empty_like(x_SBh)
+        for s in self.slices(len(x_SBh)):
+            torch.add(*block.after(x_SBh[s], o_SBHD[s]), out=y[s])
+        return y
 
     def start_tokens_to_heads(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
         """Ulysses all-to-all of one chunk, under way."""

@@ -9,25 +9,18 @@ matrix product once forward and twice backward, and causal attention once, as th
 
 Hardware FLOPs add the forward work that the backward pass runs again, so that the two are never confused:
 
-    nothing       activations are kept
-    token-wise    the streamed block re-runs `before` and `after`; attention, the head and the loss run once
-    layers        activation checkpointing re-runs every layer, attention included; the head and the loss run once
+    activation checkpointing    every layer, attention included
+    the streamed block          `before`, and `after` up to its last product (with it where there is dropout); and the
+                                whole `after` of each block above which an input is rebuilt
+
+The head and the loss run once on every path.
 
 The attention scores that every flash kernel rebuilds inside its backward are counted in neither, as is usual.
 """
 
 from dataclasses import dataclass
-from enum import Enum
 
 from megatron.config.model import ModelConfig
-
-
-class Recompute(Enum):
-    """Which part of the forward pass the backward pass runs again."""
-
-    NOTHING = "nothing"
-    TOKEN_WISE = "token-wise"
-    LAYERS = "layers"
 
 
 @dataclass(frozen=True)
@@ -56,11 +49,8 @@ class ThroughputReport:
 def forward_flops(model: ModelConfig, padded_vocab_size: int, seq_length: int) -> ForwardFlops:
     """Return the FLOPs of the forward pass of one sequence of `seq_length` tokens."""
     query_width = model.num_attention_heads * model.kv_channels
-    key_value_width = model.num_key_value_heads * model.kv_channels
-    projections = model.hidden_size * (2 * query_width + 2 * key_value_width)
-    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.swiglu else 2)
     return ForwardFlops(
-        token_wise=2 * seq_length * model.num_layers * (projections + mlp),
+        token_wise=2 * seq_length * model.num_layers * model.block_weights,
         attention=2 * seq_length**2 * query_width * model.num_layers,
         head=2 * seq_length * model.hidden_size * padded_vocab_size,
     )
@@ -71,15 +61,26 @@ def model_flops(model: ModelConfig, padded_vocab_size: int, seq_length: int) -> 
     return 3 * forward_flops(model, padded_vocab_size, seq_length).total
 
 
-def hardware_flops(model: ModelConfig, padded_vocab_size: int, seq_length: int, recompute: Recompute) -> int:
-    """Return the FLOPs that training on one sequence runs, `recompute` included."""
-    forward = forward_flops(model, padded_vocab_size, seq_length)
-    repeated = {
-        Recompute.NOTHING: 0,
-        Recompute.TOKEN_WISE: forward.token_wise,
-        Recompute.LAYERS: forward.token_wise + forward.attention,
-    }
-    return 3 * forward.total + repeated[recompute]
+def hardware_flops(model: ModelConfig, padded_vocab_size: int, seq_length: int, run_again: int) -> int:
+    """Return the FLOPs that training on one sequence runs, those that are `run_again` included."""
+    return model_flops(model, padded_vocab_size, seq_length) + run_again
+
+
+def flops_of_checkpointing(model: ModelConfig, seq_length: int) -> int:
+    """Return what activation checkpointing runs again for one sequence."""
+    forward = forward_flops(model, 0, seq_length)
+    return forward.token_wise + forward.attention
+
+
+def flops_of_streaming(model: ModelConfig, seq_length: int, checkpoint_interval: int) -> int:
+    """Return what the streamed blocks run again for one sequence."""
+    query_width = model.num_attention_heads * model.kv_channels
+    matrix = 2 * seq_length * model.hidden_size * model.ffn_hidden_size
+    after = 2 * seq_length * model.hidden_size * query_width + matrix * (3 if model.swiglu else 2)
+    skipped = 0 if model.hidden_dropout else matrix
+    rebuilt_blocks = model.num_layers - -(-model.num_layers // checkpoint_interval)
+    token_wise = forward_flops(model, 0, seq_length).token_wise
+    return token_wise - model.num_layers * skipped + rebuilt_blocks * after
 
 
 def throughput(

@@ -36,6 +36,7 @@ class Execution:
     offloading: bool = False
     device_memory_bytes: int = 0
     host_memory_bytes: int | None = None
+    checkpoint_interval: int = 1
     recompute: bool = False
     checkpoint_in_cpu: bool = False
 
@@ -72,7 +73,8 @@ def build_execution(
     offloading = execution.fpdt and execution.offloading
     store = ChunkStore(device, offloading, execution.device_memory_bytes, execution.host_memory_bytes)
     chunk_length = execution.chunk_size if execution.fpdt else config.seq_length
-    stream = Stream(store, attention, parallel_state, chunk_length, report=report)
+    interval = execution.checkpoint_interval
+    stream = Stream(store, attention, parallel_state, chunk_length, report=report, checkpoint_interval=interval)
     if execution.fpdt:
         return StreamedExecution(stream)
     return PlainExecution(stream, execution.recompute, execution.checkpoint_in_cpu)

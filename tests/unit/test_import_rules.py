@@ -32,6 +32,7 @@ ALL_LAYERS = set(LAYERS)
 TOP_FILES: dict[str, set[str]] = {
     "initialize": ALL_LAYERS,
     "checkpointing": ALL_LAYERS | {"initialize"},
+    "execution": ALL_LAYERS | {"initialize"},
     "preflight": ALL_LAYERS | {"initialize", "checkpointing"},
     "reporting": ALL_LAYERS | {"initialize"},
     "training": ALL_LAYERS | {"initialize", "checkpointing", "reporting"},

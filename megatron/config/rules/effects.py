@@ -43,7 +43,11 @@ def _keeps_block_inputs_on_the_host(config: Config) -> bool:
 DYNAMIC_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
 EFFECTS = (
     Effect(
-        ("ds_sequence_parallel_fpdt_chunk_size", "ds_sequence_parallel_fpdt_offloading"),
+        (
+            "ds_sequence_parallel_fpdt_chunk_size",
+            "ds_sequence_parallel_fpdt_offloading",
+            "ds_sequence_parallel_fpdt_checkpoint_interval",
+        ),
         lambda config: config.parallel.ds_sequence_parallel_fpdt,
         "without --ds-sequence-parallel-fpdt",
         "add --ds-sequence-parallel-fpdt",

@@ -50,10 +50,26 @@ def test_what_no_flag_says_passes_through(tmp_path):
         "steps_per_print": 5,
     }
     made = deepspeed_config(from_json(tmp_path, stated), world_size=1)
-    assert made["zero_optimization"] == stated["zero_optimization"]
+    assert made["zero_optimization"].items() >= stated["zero_optimization"].items()
     assert made["bf16"] == stated["bf16"]
     assert made["comms_logger"] == {"enabled": True}
     assert made["steps_per_print"] == 5
+
+
+@pytest.mark.parametrize(
+    "flags, prefetched, live",
+    [("", 50_000_000, 1_000_000_000), ("--hidden-size 8192 --num-attention-heads 64", 805_306_368, 2_415_919_104)],
+)
+def test_zero_3_gathers_a_whole_block_ahead(flags, prefetched, live):
+    """A GPT block has 12 h^2 weights."""
+    zero = deepspeed_config(parsed(f"--zero-stage 3 {flags}"), world_size=1)["zero_optimization"]
+    assert zero["stage3_prefetch_bucket_size"] == prefetched
+    assert zero["stage3_max_live_parameters"] == live
+
+
+def test_how_far_zero_3_gathers_ahead_is_the_file_s_to_say(tmp_path):
+    config = from_json(tmp_path, {"zero_optimization": {"stage3_prefetch_bucket_size": 5}}, "--zero-stage 3")
+    assert deepspeed_config(config, world_size=1)["zero_optimization"]["stage3_prefetch_bucket_size"] == 5
 
 
 def test_making_the_dict_leaves_the_configuration_as_it_was(tmp_path):

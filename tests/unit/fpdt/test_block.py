@@ -394,3 +394,32 @@ def test_a_device_budget_moves_chunks_and_changes_no_bit(budget):
         results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
         assert how.store.device_bytes <= budget or execution is OFFLOADED
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("interval", [2, 3, 5])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@TIERS
+def test_inputs_rebuilt_from_attention_outputs_change_no_bit(execution, interval, dropout):
+    config = small_config(LENGTH, num_layers=5, hidden_dropout=dropout)
+    inputs = small_inputs(config)
+    results = []
+    for each in (execution, replace(execution, checkpoint_interval=interval)):
+        model = small_model(config, each)
+        torch.manual_seed(7)
+        results.append(loss_and_gradients(model, inputs))
+    (loss, gradients), (other_loss, others) = results
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(gradients[name], others[name]) for name in gradients)
+
+
+def test_two_forward_passes_before_their_backward_passes_do_not_share_a_chain():
+    config = small_config(LENGTH, num_layers=3)
+    first, second = small_inputs(config), tuple(t.flip(0).contiguous() for t in small_inputs(config))
+    gradients = []
+    for interval in (1, 2):
+        model = small_model(config, replace(OFFLOADED, checkpoint_interval=interval))
+        losses = [model(*inputs) for inputs in (first, second)]
+        for loss in losses:
+            loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

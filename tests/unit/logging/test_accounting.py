@@ -1,7 +1,16 @@
+from dataclasses import replace
+
 import pytest
 
 from megatron.config.model import ModelConfig
-from megatron.logging.accounting import Recompute, forward_flops, hardware_flops, model_flops, throughput
+from megatron.logging.accounting import (
+    flops_of_checkpointing,
+    flops_of_streaming,
+    forward_flops,
+    hardware_flops,
+    model_flops,
+    throughput,
+)
 
 LLAMA_3_8B = ModelConfig(
     num_layers=32,
@@ -52,17 +61,25 @@ def test_attention_is_counted_once_and_causally_at_a_million_tokens():
     assert flops.attention * 2 == full_square
 
 
+def test_checkpointing_runs_every_layer_again():
+    assert flops_of_checkpointing(GPT_TINY, 10) == 10 * (384 + 128 + 1024) + 1600
+    assert hardware_flops(GPT_TINY, 16, 10, run_again=7) == model_flops(GPT_TINY, 16, 10) + 7
+
+
 @pytest.mark.parametrize(
-    "recompute, extra",
-    [
-        (Recompute.NOTHING, 0),
-        (Recompute.TOKEN_WISE, 10 * (384 + 128 + 1024)),
-        (Recompute.LAYERS, 10 * (384 + 128 + 1024) + 1600),
-    ],
+    "num_layers, interval, rebuilt", [(1, 1, 0), (4, 1, 0), (4, 2, 2), (5, 2, 2), (5, 4, 3), (3, 8, 2)]
 )
-def test_hardware_flops_add_exactly_what_is_run_again(recompute, extra):
-    hardware = hardware_flops(GPT_TINY, 16, 10, recompute)
-    assert hardware - model_flops(GPT_TINY, 16, 10) == extra
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_stream_runs_token_wise_work_again_but_for_the_last_product(num_layers, interval, rebuilt, dropout):
+    model = replace(GPT_TINY, num_layers=num_layers, hidden_dropout=dropout)
+    again = 384 + 128 + (1024 if dropout else 512)
+    assert flops_of_streaming(model, 10, interval) == 10 * (num_layers * again + rebuilt * (128 + 1024))
+
+
+def test_the_stream_leaves_out_a_third_of_swiglu():
+    mlp = 2 * 8192 * 3 * 4096 * 14336 * 32
+    token_wise = forward_flops(LLAMA_3_8B, 0, 8192).token_wise
+    assert flops_of_streaming(LLAMA_3_8B, 8192, 1) == token_wise - mlp // 3
 
 
 def test_throughput_divides_by_time_and_devices():
