@@ -242,7 +242,8 @@ def _backward(
     per_row = (xs, chunk_positions, kept.o_cBHD, kept.lse_BHC, dys)
     row_inputs = ([t[row[0].query] for t in per_row] for row in rows)
     row_ahead = store.prefetch(row_inputs, ahead=False)
-    tile_ahead = store.prefetch(_tile_inputs(tile, kept.kv_CBKD, dkv) for row in rows for tile in row)
+    tile_inputs = (_tile_inputs(tile, kept.kv_CBKD, dkv) for row in rows for tile in row)
+    tile_ahead = store.prefetch(tile_inputs, ahead=False)
     started = stream.started_ahead(
         _start_backward_row(stream, block, i, row_ahead, kept.random_states, gradients)
         for i in (row[0].query for row in rows)
@@ -254,8 +255,9 @@ def _backward(
         stream.report("backward", block.layer_number, i, layout.num_chunks)
         if row is rows[-1] and (below := kept.below()) is not None:
             store.expect([*below.first_loads, *dxs[i + 1 :][-1:]])  # the block below begins with them
-        dx_i = _finish_backward_row(stream, block, row, next(started), row_ahead, tile_ahead, dkv, gradients)
-        store.put(dxs[i], dx_i)
+        store.put(
+            dxs[i], _finish_backward_row(stream, block, row, next(started), row_ahead, tile_ahead, dkv, gradients)
+        )
     return dx, gradients.result()
 
 
@@ -301,6 +303,7 @@ def _finish_backward_row(
     gradients: GradientSums,
 ) -> Tensor:
     """The gradient of the block's input for one query chunk; those of the parameters are added to `gradients`."""
+    stream.store.let_go()  # the dx of the row before, gone by now
     q, kv, o, do = started.exchange()
     dqkv = _backward_attend(stream, block, row, (q, o, do, started.lse), kv, row_ahead, tile_ahead, dkv)
     dprojected = stream.heads_to_tokens(dqkv, QUERIES_KEYS_VALUES)
@@ -346,12 +349,16 @@ def _backward_attend(
     dq = None
     *others, diagonal = row
     for tile in others:
-        dq, dkv_tile = _backward_tile(stream, block, tile, queries, dq, *next(tile_ahead))
+        inputs = next(tile_ahead)
+        tile_ahead.start()
+        dq, dkv_tile = _backward_tile(stream, block, tile, queries, dq, *inputs)
         stream.store.put(dkv[tile.key], dkv_tile)
-        del dkv_tile
-    # The next row is sent for now and not before: until here its chunks would only have taken up device memory.
+        del inputs, dkv_tile
+    # The diagonal needs the least of its own: the next row is sent for beside it, and the row's first tile after that.
+    inputs = next(tile_ahead)
     row_ahead.start()
-    dq, dkv_row = _backward_tile(stream, block, diagonal, queries, dq, kv, *next(tile_ahead))
+    dq, dkv_row = _backward_tile(stream, block, diagonal, queries, dq, kv, *inputs)
+    tile_ahead.start()
     dtype = kv.dtype
     return dq.to(dtype), dkv_row.to(dtype)
 

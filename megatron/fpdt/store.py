@@ -98,10 +98,17 @@ class ChunkStore:
             stored = self._copy_out.record_event()
         self._stored[chunk.data_ptr()] = stored
         kind = (value.shape, value.dtype)
-        if kind in self._leaving:
-            _, left = self._leaving[kind]
-            torch.cuda.current_stream(self.device).wait_event(left)
+        self._let_go([kind] if kind in self._leaving else [])
         self._leaving[kind] = (value, stored)
+
+    def let_go(self) -> None:
+        """Stop holding what was put, of any kind: the compute stream waits here until it has left."""
+        self._let_go(list(self._leaving))
+
+    def _let_go(self, kinds: Iterable[tuple[torch.Size, torch.dtype]]) -> None:
+        for kind in kinds:
+            _, left = self._leaving.pop(kind)
+            torch.cuda.current_stream(self.device).wait_event(left)
 
     def prefetch(self, groups: Iterable[Sequence[Tensor]], ahead: bool = True) -> Prefetch:
         """Iterate over groups of chunks as device tensors, the next group on its way while one is in use.
