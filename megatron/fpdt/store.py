@@ -70,6 +70,8 @@ class ChunkStore:
             weakref.finalize(tensor.untyped_storage(), self._leave_device, num_bytes).atexit = False
             return tensor
         tensor = self.pool.empty(tuple(shape), dtype)
+        first = tensor.data_ptr()
+        self._give_up([address for address in self._expected if first <= address < first + num_bytes])
         if self._uses_streams:
             # A reused slab may still be read on behalf of its former tensor.
             self._copy_out.wait_stream(self._copy_in)
@@ -87,7 +89,7 @@ class ChunkStore:
             chunk.copy_(value)
             return
         self.copied.bytes_out += chunk.nbytes
-        self._expected.pop(chunk.data_ptr(), None)
+        self._give_up([chunk.data_ptr()] if chunk.data_ptr() in self._expected else [])
         if not self._uses_streams:
             chunk.copy_(value)
             return
@@ -123,8 +125,13 @@ class ChunkStore:
 
         They are held until they are asked for, put anew, or until this is called again.
         """
-        self._expected = {}
+        self._give_up(list(self._expected))
         self._expected = {chunk.data_ptr(): self._start(chunk) for chunk in chunks if not self._is_on_device(chunk)}
+
+    def _give_up(self, addresses: Iterable[int]) -> None:
+        """Drop what is expected from there: not before it has arrived, as its memory will be used again."""
+        for address in addresses:
+            self._finish(*self._expected.pop(address))
 
     def _start(self, chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         if self._is_on_device(chunk):

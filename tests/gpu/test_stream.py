@@ -1,6 +1,7 @@
 """The streamed model on a GPU: bits, error, memory, and that the host never waits."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,3 +176,39 @@ def test_hidden_dropout_is_replayed_exactly():
     assert torch.equal(streamed_loss, plain_loss)
     for name, gradient in streamed.items():
         assert (gradient - expected[name]).norm() <= 0.02 * expected[name].norm(), name
+
+
+def test_what_is_given_up_on_its_way_is_not_written_over_what_comes_after():
+    store = store_module.ChunkStore(torch.device("cuda", torch.cuda.current_device()), offloading=True)
+    chunk = store.empty((2**20,), torch.float32)
+    store.put(chunk, torch.ones(2**20, device="cuda"))
+    with torch.cuda.stream(store._copy_in):
+        torch.cuda._sleep(50_000_000)
+    store.expect([chunk])
+    (address,) = (arriving.data_ptr() for arriving, _ in store._expected.values())
+    store.expect([])
+    after = torch.zeros(2**20, device="cuda")
+    assert after.data_ptr() == address, "the allocator has given the memory to somebody else"
+    torch.cuda.synchronize()
+    assert not after.any()
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+def test_inputs_rebuilt_from_attention_outputs_change_no_bit(interval):
+    config, inputs = _config(1024 + 192, num_layers=3), _inputs(1024 + 192)
+    loss, grads = _run(_model(config, OFFLOADED), inputs)
+    other_loss, other_grads = _run(_model(config, replace(OFFLOADED, checkpoint_interval=interval)), inputs)
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+
+
+@pytest.mark.parametrize("device_memory_bytes", [2**22, 2**40])
+def test_a_device_budget_changes_no_bit(device_memory_bytes):
+    config, inputs = _config(1024 + 192), _inputs(1024 + 192, batch=2)
+    loss, grads = _run(_model(config, OFFLOADED), inputs)
+    model = _model(config, replace(OFFLOADED, device_memory_bytes=device_memory_bytes))
+    for _ in range(2):
+        other_loss, other_grads = _run(model, inputs)
+        assert torch.equal(loss, other_loss)
+        assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+    assert model.execution.store.device_bytes == 0

@@ -210,3 +210,16 @@ def test_only_what_travels_is_counted():
         store.put(chunk, torch.ones(8, dtype=torch.uint8))
     list(store.prefetch([[resident], [offloaded]]))
     assert (store.copied.bytes_in, store.copied.bytes_out) == (8, 8)
+
+
+def test_what_was_expected_of_a_tensor_is_forgotten_with_it():
+    """The next tensor of its size has its address."""
+    store = ChunkStore(CPU, offloading=True)
+    chunks = numbered_chunks(store, 2)
+    address = chunks[1].data_ptr()
+    store.expect([chunks[1]])
+    del chunks
+    again = store.empty((8,), torch.float32).split(4)
+    assert again[1].data_ptr() == address
+    again[1].fill_(9.0)
+    assert [chunk[0].item() for (chunk,) in store.prefetch([[again[1]]])] == [9]
