@@ -1,4 +1,4 @@
-"""The attention kernels that come with torch, through its aten operators (torch 2.6 to 2.13).
+"""The attention kernels that come with torch, through its aten operators (torch 2.8 to 2.13).
 
 `is_causal` of all of them aligns the triangle at the top left, which suits square tiles.
 """
