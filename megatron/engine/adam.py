@@ -1,9 +1,9 @@
-"""Which Adam steps the parameters: DeepSpeed's own kernels where they build, torch's otherwise."""
+"""Which Adam steps the parameters: DeepSpeed's own kernels where they build, else apex's or torch's."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ def build_adam(
 
         if _builds("FusedAdamBuilder"):
             return FusedAdam(groups, adam_w_mode=True, **settings)
+        if (apex_adam := _apex_adam()) is not None:
+            return apex_adam(groups, adam_w_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=device.type == "cuda" and not on_host, **settings)
 
 
@@ -43,6 +45,16 @@ def _builds(builder_name: str) -> bool:
     try:
         builder.load(verbose=False)
     except Exception as error:
-        logger.info("%s does not build here (%s); Adam is torch's", builder.name, str(error).strip().split("\n")[0])
+        logger.info("%s does not build here (%s); Adam is another", builder.name, str(error).strip().split("\n")[0])
         return False
     return True
+
+
+def _apex_adam() -> Callable[..., torch.optim.Optimizer] | None:
+    """apex's Adam, or None where apex is not installed or was built without its CUDA extensions."""
+    try:
+        import amp_C  # noqa: F401  the extensions, which apex asks for only when an optimizer is made
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        return None
+    return FusedAdam

@@ -1,4 +1,6 @@
 import logging
+import sys
+import types
 
 import pytest
 import torch
@@ -56,6 +58,28 @@ def test_where_deepspeed_s_host_adam_does_not_build_adam_is_torch_s(monkeypatch)
     assert [group["name"] for group in optimizer.param_groups] == ["decay", "no_decay"]
 
 
+class ApexAdam:
+    def __init__(self, groups, **settings):
+        self.groups, self.settings = groups, settings
+
+
+@pytest.mark.parametrize("installed", [{"apex.optimizers", "amp_C"}, {"apex.optimizers"}, set()])
+def test_on_a_gpu_apex_comes_after_deepspeed_if_it_is_whole(monkeypatch, installed):
+    monkeypatch.setattr(adam, "_builds", lambda name: False)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: "torch's")
+    for name in ("apex", "apex.optimizers", "amp_C"):
+        module = types.ModuleType(name) if any(each.startswith(name) for each in installed) else None
+        monkeypatch.setitem(sys.modules, name, module)
+    if "apex.optimizers" in installed:
+        sys.modules["apex.optimizers"].FusedAdam = ApexAdam
+    optimizer = build_adam(groups(), CONFIG, torch.device("cuda"), on_host=False)
+    if "amp_C" in installed:
+        assert optimizer.settings == {"adam_w_mode": True, "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}
+        assert [group["weight_decay"] for group in optimizer.groups] == [0.1, 0.0]
+    else:
+        assert optimizer == "torch's"
+
+
 class BrokenBuilder:
     name = "broken_adam"
 
@@ -67,7 +91,7 @@ def test_an_extension_that_does_not_build_is_said_in_one_line(monkeypatch, caplo
     monkeypatch.setattr(op_builder, "CPUAdamBuilder", BrokenBuilder)
     with caplog.at_level(logging.INFO, logger="megatron"):
         assert not adam._builds("CPUAdamBuilder")
-    assert caplog.messages == ["broken_adam does not build here (no compiler); Adam is torch's"]
+    assert caplog.messages == ["broken_adam does not build here (no compiler); Adam is another"]
 
 
 @pytest.mark.parametrize("on_host", [False, True])
