@@ -33,6 +33,14 @@ def no_report(phase: str, layer_number: int, chunk: int, num_chunks: int) -> Non
     """Report to nobody."""
 
 
+WholeParameters = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]
+
+
+def already_whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """A context that changes nothing: parameters that are not partitioned."""
+    return nullcontext()
+
+
 class StreamedModule(Protocol):
     """What follows the attention in a block."""
 
@@ -65,9 +73,7 @@ class Stream:
     slice_length: int = 8192
     report: ProgressReport = no_report
     checkpoint_interval: int = 1
-    whole_parameters: Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]] = lambda parameters: (
-        nullcontext()
-    )
+    whole_parameters: WholeParameters = already_whole
     block_inputs: Callable[[], Any] = lambda: None  # the chain that the block that ran last belongs to
     block_below: Callable[[], Any] = lambda: None  # what the block that ran last keeps for its backward pass
 
