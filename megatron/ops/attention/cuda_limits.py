@@ -15,8 +15,9 @@ def cuda_refusal(
     minimum_capability: tuple[int, int],
     largest_head: int,
     newest_major: int | None = None,
+    head_multiple: int = 8,
 ) -> str | None:
-    """Return why a bf16 and fp16 kernel for head sizes that are multiples of 8 cannot serve, or None when it can."""
+    """Return why a bf16 and fp16 kernel for head sizes that are multiples of a number cannot serve, or None."""
     if device.type != "cuda":
         return f"it runs on CUDA devices, and the tensors are on {device.type}"
     capability = torch.cuda.get_device_capability(device)
@@ -26,8 +27,8 @@ def cuda_refusal(
         return f"it needs compute capability {newest_major}.x or earlier, and this device has {capability[0]}.x"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bf16 and fp16, and the tensors are {dtype}"
-    if head_size % 8 or not 0 < head_size <= largest_head:
-        return f"head size {head_size} is not a multiple of 8 up to {largest_head}"
+    if head_size % head_multiple or not 0 < head_size <= largest_head:
+        return f"head size {head_size} is not a multiple of {head_multiple} up to {largest_head}"
     return None
 
 

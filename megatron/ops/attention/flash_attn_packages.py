@@ -242,6 +242,7 @@ class FlashAttention4(PackagedAttention):
             minimum_capability=(9, 0),
             largest_head=256 if reaches_256 else 128,
             newest_major=12,
+            head_multiple=32,  # 80 failed beside fp64 on an H200 (4.0.0b36); 64, 96 and 128 did not
         )
 
 

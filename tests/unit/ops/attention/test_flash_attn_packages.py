@@ -166,9 +166,10 @@ def test_a_version_that_is_not_known_is_refused(monkeypatch, package, name, func
         ("3.0.0", (9, 0), torch.float16, 264, "head size 264 is not a multiple of 8 up to 256"),
         ("4.0.0", (8, 0), torch.bfloat16, 64, "it needs compute capability 9.0 or later"),
         ("4.0.0", (13, 0), torch.bfloat16, 64, "it needs compute capability 12.x or earlier, and this device has 13.x"),
-        ("4.0.0", (9, 0), torch.bfloat16, 100, "head size 100 is not a multiple of 8 up to 256"),
-        ("4.0.0", (10, 0), torch.bfloat16, 192, "head size 192 is not a multiple of 8 up to 128"),
-        ("4.0.0", (12, 0), torch.bfloat16, 256, "head size 256 is not a multiple of 8 up to 128"),
+        ("4.0.0", (9, 0), torch.bfloat16, 100, "head size 100 is not a multiple of 32 up to 256"),
+        ("4.0.0", (9, 0), torch.bfloat16, 80, "head size 80 is not a multiple of 32 up to 256"),
+        ("4.0.0", (10, 0), torch.bfloat16, 192, "head size 192 is not a multiple of 32 up to 128"),
+        ("4.0.0", (12, 0), torch.bfloat16, 256, "head size 256 is not a multiple of 32 up to 128"),
     ],
 )
 def test_a_refusal_says_why(install, capability, version, device_capability, dtype, head_size, reason):
