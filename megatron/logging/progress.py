@@ -4,6 +4,7 @@ A bar on a terminal, redrawn a few times a second; elsewhere a line now and then
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol, TextIO
 
@@ -38,7 +39,7 @@ class NoProgress:
         pass
 
 
-class _TimedProgress:
+class _TimedProgress(ABC):
     """Counts the pieces of work and shows them when `interval` seconds have passed since the last time."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float], interval: float) -> None:
@@ -66,11 +67,8 @@ class _TimedProgress:
             self._stream.flush()
         self._units_done += 1
 
-    def finish_step(self) -> None:
-        pass
-
-    def _text(self, elapsed: float, place: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _text(self, elapsed: float, place: str) -> str: ...
 
     def _share_done(self) -> float:
         return min(self._units_done / self._total_units, 1.0)
@@ -104,6 +102,9 @@ class Heartbeat(_TimedProgress):
         self, stream: TextIO, heartbeat_seconds: float = 60.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         super().__init__(stream, clock, heartbeat_seconds)
+
+    def finish_step(self) -> None:
+        pass
 
     def _text(self, elapsed: float, place: str) -> str:
         return (

@@ -17,6 +17,7 @@ import functools
 import importlib
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -153,7 +154,7 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(function, "_init_fn", function)
 
 
-class PackagedAttention:
+class PackagedAttention(ABC):
     """The protocol on top of a package; a subclass says where its kernels run."""
 
     name: str
@@ -166,9 +167,9 @@ class PackagedAttention:
         kernels = load(self.package)
         return kernels if isinstance(kernels, str) else None
 
+    @abstractmethod
     def limits(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
         """Return why the kernels, were they installed, could not serve such tensors, or None when they could."""
-        raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # [S, B, H, D] -> [B, S, H, D]
