@@ -52,10 +52,11 @@ from megatron.arguments import parse_args
 from megatron.batch import slice_batch
 from megatron.config import Config, deepspeed_config, validate
 from megatron.core.sequence_layout import SequenceLayout
-from megatron.fpdt.host_pool import HostPool
+from megatron.execution import choose_execution
+from megatron.fpdt.stream import Stream
 from megatron.initialize import initialize
 from megatron.logging.accounting import model_flops
-from megatron.model.builder import Execution, build_model
+from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.tokenizer import pad_vocab_size
@@ -153,13 +154,8 @@ def measure_steps(config: Config, arguments: argparse.Namespace, device: torch.d
     from megatron.engine.engine import Engine  # imports DeepSpeed, which takes a while
 
     context = initialize(config)
-    model, parallel = config.model, config.parallel
+    model, execution = config.model, choose_execution(config, context)
     vocabulary = pad_vocab_size(arguments.vocab_size, model.make_vocab_size_divisible_by)
-    execution = Execution(
-        fpdt=True,
-        chunk_size=parallel.ds_sequence_parallel_fpdt_chunk_size,
-        offloading=parallel.ds_sequence_parallel_fpdt_offloading,
-    )
     engine = Engine(
         partial(build_model, model, vocabulary, context.parallel_state, execution, context.dtype, context.device),
         [TokenEmbedding, TransformerLayer, LanguageModelHead],
@@ -170,7 +166,9 @@ def measure_steps(config: Config, arguments: argparse.Namespace, device: torch.d
         context.device,
         1,
     )
-    pool: HostPool = engine.module.execution.store.pool  # type: ignore[assignment, union-attr]
+    stream: Stream = engine.module.execution.stream  # type: ignore[assignment, union-attr]
+    stream.whole_parameters = engine.whole_parameters
+    pool = stream.store.pool
     layout = SequenceLayout(model.seq_length, min(execution.chunk_size, model.seq_length), 1)
     random = np.random.default_rng(1)
     losses: list[torch.Tensor] = []
