@@ -1,8 +1,8 @@
 """What the benchmarks share: flags, clocks, the table, and the files that they leave.
 
 Every rate stands beside that of a bf16 matrix product of 8192 x 8192 x 8192 on random data of the same run: "x matmul"
-is the ratio of the two. The product is timed 20 times in a row, and the header has its rate in a long row beside it: a
-GPU at its power limit clocks down, which a block of seconds meets and 20 products do not. The medians are over repeats
+is the ratio of the two. The product is timed 20 times in a row, and the header has its rate in a long row beside it,
+which is lower where a GPU does not hold its clock for the seconds that a block takes. The medians are over repeats
 after a warm-up; "spread" is the slowest repeat over the fastest, less one.
 """
 
@@ -33,7 +33,7 @@ from megatron.ops.attention import AttentionUnavailable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GIB = 2**30
-SUSTAINED_PRODUCTS = 1000  # 1.4 s on an H100: long enough for its power limit to show
+SUSTAINED_PRODUCTS = 1000  # more than a second on an H200
 PACKAGES = ("deepspeed", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
 
 Row = dict[str, Any]

@@ -26,7 +26,7 @@ def choose_execution(config: Config, context: Context) -> Execution:
         device_memory_bytes=device_memory,
         host_memory_bytes=host_memory,
         checkpoint_interval=interval or 1,
-        recompute=deepspeed.deepspeed_activation_checkpointing or deepspeed.checkpoint_activations,
+        recompute=deepspeed.deepspeed_activation_checkpointing,
         checkpoint_in_cpu=deepspeed.checkpoint_in_cpu,
     )
 

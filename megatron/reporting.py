@@ -33,7 +33,7 @@ class Reporter:
         writer: MetricWriter,
         padded_vocab_size: int,
         train_iterations: int,
-        checkpoint_interval: int = 1,
+        checkpoint_interval: int,
     ) -> None:
         self._config, self._context, self._writer = config, context, writer
         self._train_iterations = train_iterations
@@ -119,5 +119,6 @@ class Reporter:
 def _flops_run_again(config: Config, checkpoint_interval: int) -> int:
     if config.parallel.ds_sequence_parallel_fpdt:
         return flops_of_streaming(config.model, config.model.seq_length, checkpoint_interval)
-    checkpointing = config.deepspeed.deepspeed_activation_checkpointing or config.deepspeed.checkpoint_activations
-    return flops_of_checkpointing(config.model, config.model.seq_length) if checkpointing else 0
+    if config.deepspeed.deepspeed_activation_checkpointing:
+        return flops_of_checkpointing(config.model, config.model.seq_length)
+    return 0

@@ -105,15 +105,13 @@ class _TokensToHeads(torch.autograd.Function):
 
 class _HeadsToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, group: dist.ProcessGroup | None, parts: Sequence[int] | None, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.group, ctx.parts = group, parts
-        return tuple(t.contiguous() for t in heads_to_tokens(tensors, group, parts))
+    def forward(ctx: Any, group: dist.ProcessGroup | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(t.contiguous() for t in heads_to_tokens(tensors, group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *tokens_to_heads(grads, ctx.group, ctx.parts)
+        return None, *tokens_to_heads(grads, ctx.group)
 
 
 def differentiable_tokens_to_heads(
@@ -123,8 +121,6 @@ def differentiable_tokens_to_heads(
     return tuple(tensors) if group is None else _TokensToHeads.apply(group, parts, *tensors)
 
 
-def differentiable_heads_to_tokens(
-    tensors: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
-) -> tuple[Tensor, ...]:
+def differentiable_heads_to_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
     """`heads_to_tokens` with a gradient: one all-to-all forward and one backward, on every rank of the group."""
-    return tuple(tensors) if group is None else _HeadsToTokens.apply(group, parts, *tensors)
+    return tuple(tensors) if group is None else _HeadsToTokens.apply(group, *tensors)

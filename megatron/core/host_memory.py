@@ -6,23 +6,24 @@ from pathlib import Path
 
 _KIB = 1024
 
+# folder, the limit in it, what is used, and the field of memory.stat that could be reclaimed: version 2, version 1
+_CGROUP_VERSIONS = (
+    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
 
 def available_host_bytes(root: Path = Path("/")) -> int:
     """Bytes that could be allocated now without swapping: free and reclaimable memory, within the cgroup's limit.
 
     `root` holds proc/ and sys/.
     """
-    fields = _fields(root / "proc/meminfo")
-    free = fields["MemAvailable:"] * _KIB
-    cgroup = root / "sys/fs/cgroup"
-    limit = _number(cgroup / "memory.max")  # version 2
-    if limit is not None:
-        reclaimable = _fields(cgroup / "memory.stat").get("inactive_file", 0)
-        return min(free, limit - (_number(cgroup / "memory.current") or 0) + reclaimable)
-    limit = _number(cgroup / "memory/memory.limit_in_bytes")  # version 1
-    if limit is not None:
-        reclaimable = _fields(cgroup / "memory/memory.stat").get("total_inactive_file", 0)
-        return min(free, limit - (_number(cgroup / "memory/memory.usage_in_bytes") or 0) + reclaimable)
+    free = _fields(root / "proc/meminfo")["MemAvailable:"] * _KIB
+    for folder, limit_file, used_file, reclaimable in _CGROUP_VERSIONS:
+        limit = _number(root / folder / limit_file)
+        if limit is not None:
+            used = _number(root / folder / used_file) or 0
+            return min(free, limit - used + _fields(root / folder / "memory.stat").get(reclaimable, 0))
     return free
 
 

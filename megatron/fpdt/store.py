@@ -89,7 +89,7 @@ class ChunkStore:
             chunk.copy_(value)
             return
         self.copied.bytes_out += chunk.nbytes
-        self._give_up([chunk.data_ptr()] if chunk.data_ptr() in self._expected else [])
+        self._give_up([chunk.data_ptr()])
         if not self._uses_streams:
             chunk.copy_(value)
             return
@@ -100,7 +100,7 @@ class ChunkStore:
             stored = self._copy_out.record_event()
         self._stored[chunk.data_ptr()] = stored
         kind = (value.shape, value.dtype)
-        self._let_go([kind] if kind in self._leaving else [])
+        self._let_go([kind])
         self._leaving[kind] = (value, stored)
 
     def let_go(self) -> None:
@@ -109,8 +109,9 @@ class ChunkStore:
 
     def _let_go(self, kinds: Iterable[tuple[torch.Size, torch.dtype]]) -> None:
         for kind in kinds:
-            _, left = self._leaving.pop(kind)
-            torch.cuda.current_stream(self.device).wait_event(left)
+            if kind in self._leaving:
+                _, left = self._leaving.pop(kind)
+                torch.cuda.current_stream(self.device).wait_event(left)
 
     def prefetch(self, groups: Iterable[Sequence[Tensor]], ahead: bool = True) -> Prefetch:
         """Iterate over groups of chunks as device tensors, the next group on its way while one is in use.
@@ -131,7 +132,8 @@ class ChunkStore:
     def _give_up(self, addresses: Iterable[int]) -> None:
         """Drop what is expected from there: not before it has arrived, as its memory will be used again."""
         for address in addresses:
-            self._finish(*self._expected.pop(address))
+            if address in self._expected:
+                self._finish(*self._expected.pop(address))
 
     def _start(self, chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         if self._is_on_device(chunk):
