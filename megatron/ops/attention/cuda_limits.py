@@ -32,17 +32,18 @@ def cuda_refusal(
     return None
 
 
-def refuse_what_flash_attention_2_miscounts(name: str, q_SBHD: Tensor) -> None:
-    """Raise AttentionUnavailable where FlashAttention-2's backward would pass 2^31 and give wrong gradients.
+def refuse_more_than_31_bits_count(name: str, q_SBHD: Tensor) -> None:
+    """Raise AttentionUnavailable for kernels whose backward is wrong from 2^31 elements on, once padded to blocks.
 
-    It keeps dq of one sequence in fp32, padded to whole blocks, and its offsets into that are 32-bit products.
+    On an H200 cuDNN 9.19 gave wrong gradients of the last eight tokens of every sequence, and FlashAttention-2, which
+    counts dq of a sequence in 32 bits, wrong ones or an illegal address.
     """
-    S, _, H, D = q_SBHD.shape
+    S, B, H, D = q_SBHD.shape
     block = 32 if D <= 128 else 64
-    num_elements = -(-S // 128) * 128 * H * (-(-D // block) * block)
+    num_elements = -(-S // 128) * 128 * B * H * (-(-D // block) * block)
     if num_elements >= 2**31:
         raise AttentionUnavailable(
-            f"--attention-backend {name}: {S} tokens x {H} heads of {D} are {num_elements} elements per sequence once "
-            "padded, and its backward counts to 2^31; use more sequence-parallel ranks or FPDT with a smaller chunk, "
-            "or another backend."
+            f"--attention-backend {name}: {S} tokens x {B} sequences x {H} heads of {D} are {num_elements} elements "
+            "once padded, and its backward counts to 2^31; use more sequence-parallel ranks, a smaller "
+            "--micro-batch-size or FPDT with a smaller chunk, or another backend."
         )

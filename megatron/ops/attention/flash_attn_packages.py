@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron.ops.attention.cuda_limits import cuda_refusal, refuse_what_flash_attention_2_miscounts
+from megatron.ops.attention.cuda_limits import cuda_refusal, refuse_more_than_31_bits_count
 from megatron.ops.attention.protocol import AttentionUnavailable
 
 # Other names of our arguments.
@@ -212,7 +212,7 @@ class FlashAttention2(PackagedAttention):
         return reason
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        refuse_what_flash_attention_2_miscounts(self.name, q)
+        refuse_more_than_31_bits_count(self.name, q)
         return super().forward(q, k, v, causal, scale)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.ops.attention.cuda_limits import cuda_refusal, refuse_what_flash_attention_2_miscounts
+from megatron.ops.attention.cuda_limits import cuda_refusal, refuse_more_than_31_bits_count
 
 aten = torch.ops.aten
 
@@ -44,7 +44,7 @@ class TorchFlashAttention:
         return cuda_refusal(device, dtype, head_size, minimum_capability=(8, 0), largest_head=256)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        refuse_what_flash_attention_2_miscounts(self.name, q)
+        refuse_more_than_31_bits_count(self.name, q)
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # [S, B, H, D] -> [B, S, H, D]
         out = aten._flash_attention_forward(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
@@ -72,6 +72,7 @@ class CudnnAttention:
         return cuda_refusal(device, dtype, head_size, minimum_capability=(9, 0), largest_head=128)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        refuse_more_than_31_bits_count(self.name, q)
         q, k, v = (_heads_first(t) for t in (q, k, v))
         out = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
         return _sequence_first(out[0]), out[1].view(q.shape[:3])

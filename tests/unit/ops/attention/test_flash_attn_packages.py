@@ -197,11 +197,12 @@ def test_the_largest_heads_that_are_served(install, capability, version, device_
     assert choose_backend(name, CUDA, torch.bfloat16, head_size).name == name
 
 
-@pytest.mark.parametrize("name", ["flash-attn-2", "torch-flash"])
-def test_more_elements_than_flash_attention_2_counts_are_refused(install, name):
+@pytest.mark.parametrize("name", ["flash-attn-2", "torch-flash", "cudnn"])
+def test_more_elements_than_a_kernel_counts_are_refused(install, name):
     install("2.8.3")
     q = torch.empty(1, dtype=torch.bfloat16).expand(2**18, 1, 64, 128)
-    with pytest.raises(AttentionUnavailable, match=f"{name}: 262144 tokens x 64 heads of 128 are 2147483648 elements"):
+    message = f"{name}: 262144 tokens x 1 sequences x 64 heads of 128 are 2147483648 elements"
+    with pytest.raises(AttentionUnavailable, match=message):
         BY_NAME[name].forward(q, q, q, True, 0.3)
 
 
@@ -212,14 +213,15 @@ def test_more_elements_than_flash_attention_2_counts_are_refused(install, name):
         ((2**18 - 127, 1, 64, 128), False),
         ((2**18, 1, 64, 96), True),
         ((2**18, 1, 64, 104), False),
-        ((2**17, 4, 64, 128), True),
+        ((2**17, 4, 64, 128), False),
+        ((2**17, 3, 32, 128), True),
         ((2**17, 1, 64, 200), False),
     ],
 )
-def test_what_flash_attention_2_counts_is_one_padded_sequence(shape, fits):
+def test_what_is_counted_is_padded_to_blocks(shape, fits):
     q = torch.empty(1).expand(shape)
     if fits:
-        cuda_limits.refuse_what_flash_attention_2_miscounts("torch-flash", q)
+        cuda_limits.refuse_more_than_31_bits_count("torch-flash", q)
     else:
         with pytest.raises(AttentionUnavailable):
-            cuda_limits.refuse_what_flash_attention_2_miscounts("torch-flash", q)
+            cuda_limits.refuse_more_than_31_bits_count("torch-flash", q)
