@@ -1,13 +1,14 @@
 """Host memory for chunks: allocated in slabs of exactly the size asked for, pinned once, reused for ever.
 
 torch's pinned allocator rounds every allocation up to a power of two, and pinning a fresh GiB takes about 0.7 s. A slab
-here is an anonymous memory map that is registered with CUDA when there is a device to copy to, and plain memory
-otherwise. A tensor holds its slab for as long as anything references its storage, autograd included; then the slab goes
-back to the pool by itself.
+here is an anonymous memory map, in huge pages where the system has them, as there are fewer to pin. It is registered
+with CUDA when there is a device to copy to, and plain memory otherwise. A tensor holds its slab for as long as anything
+references its storage, autograd included; then the slab goes back to the pool by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import weakref
@@ -34,7 +35,10 @@ class _Slab:
     """An anonymous memory map; pinned ones are unpinned before their addresses are given back."""
 
     def __init__(self, num_bytes: int, pinned: bool) -> None:
-        self.memory = mmap.mmap(-1, num_bytes)
+        self.memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # of kernels built without them
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.memory.madvise(mmap.MADV_DONTFORK)  # a child would be given copies of pinned pages
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.num_bytes = num_bytes
         if pinned:
