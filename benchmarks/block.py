@@ -44,7 +44,12 @@ from benchmarks.common import (
     spread,
     wall_seconds,
 )
+from benchmarks.kernel_times import seconds_by_kind, seconds_by_name, trace
+from megatron.config import ModelConfig, Recompute
+from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
+from megatron.execution import stream_shape
+from megatron.fpdt.memory_model import choose_what_is_kept
 from megatron.fpdt.store import ChunkStore
 from megatron.logging.accounting import model_flops
 from megatron.model.builder import Execution, build_model
@@ -222,16 +227,22 @@ class Way:
     streamed: bool = False
     offloading: bool = False
 
-    def execution(self, chunk: int) -> Execution:
+    def execution(self, chunk: int, recompute: Recompute = "all") -> Execution:
         """What the model is told; chunks count only where it is streamed."""
         if self.streamed:
-            return Execution(fpdt=True, chunk_size=chunk, offloading=self.offloading)
+            return Execution(fpdt=True, chunk_size=chunk, offloading=self.offloading, fpdt_recompute=recompute)
         return Execution(recompute=True, checkpoint_in_cpu=True)
 
 
 OFFLOADED = Way("offloaded", streamed=True, offloading=True)
 ON_DEVICE = Way("on-device", streamed=True)
 RECOMPUTED = Way("recomputed")
+
+
+def automatic_recompute(model: ModelConfig, chunk: int, device: torch.device) -> Recompute:
+    """What a training run with offloading would choose on this machine."""
+    shape = stream_shape(model, chunk, 1, 1, compute_dtype(device))
+    return choose_what_is_kept(shape, available_host_bytes(), interval=1)[0]
 
 
 def random_(tensor: Tensor, device: torch.device, part_tokens: int = 32768) -> Tensor:
@@ -242,13 +253,23 @@ def random_(tensor: Tensor, device: torch.device, part_tokens: int = 32768) -> T
 
 
 def measure(
-    build: Callable[[], Contestant], device: torch.device, matmul: float, repeats: int, warm_ups: int = 1
+    build: Callable[[], Contestant],
+    device: torch.device,
+    matmul: float,
+    repeats: int,
+    warm_ups: int = 1,
+    profiled: bool = False,
 ) -> Row:
-    """Speed, peak memory and host bytes of a contestant; a row with "failed" where memory runs out."""
-    return attempt(lambda: _measure(build, device, matmul, repeats, warm_ups), device)
+    """Speed, peak memory and host bytes of a contestant; a row with "failed" where memory runs out.
+
+    With `profiled` it runs once more at the end, and the row has a "profile".
+    """
+    return attempt(lambda: _measure(build, device, matmul, repeats, warm_ups, profiled), device)
 
 
-def _measure(build: Callable[[], Contestant], device: torch.device, matmul: float, repeats: int, warm_ups: int) -> Row:
+def _measure(
+    build: Callable[[], Contestant], device: torch.device, matmul: float, repeats: int, warm_ups: int, profiled: bool
+) -> Row:
     before = allocated_bytes(device)
     contestant = build()
     seconds, forward_peaks, backward_peaks = [], [], []
@@ -274,7 +295,20 @@ def _measure(build: Callable[[], Contestant], device: torch.device, matmul: floa
         "model_tflops": rate, "times_matmul": rate / matmul,
         "peak_gib": gib(_highest(peaks)), "above_gib": gib(above), "weights_gib": gib(contestant.weight_bytes),
         "host_used_gib": gib(used), "host_allocated_gib": gib(allocated),
+        **({"profile": _profile(contestant)} if profiled else {}),
     }  # fmt: skip
+
+
+def _profile(contestant: Contestant) -> Row:
+    """One more run, traced; seconds are those of all its blocks."""
+
+    def run() -> None:
+        contestant.forward()
+        contestant.backward()
+
+    contestant.prepare()
+    kernels = trace(run)
+    return {"seconds": seconds_by_kind(kernels), "kernels": seconds_by_name(kernels)}
 
 
 def _highest(peaks: Sequence[int | None]) -> int | None:

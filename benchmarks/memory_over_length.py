@@ -66,6 +66,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--narrow-lengths", type=int, nargs="*", default=[65536, 262144, 1048576, 2097152],
                         help="tokens, in the narrow block [65536 262144 1048576 2097152]")  # fmt: skip
     parser.add_argument("--chunks", type=int, nargs="+", default=[32768, 16384], help="[32768 16384]")
+    parser.add_argument("--recompute", choices=["all", "mlp", "none"], default="all",
+                        help="matrix products that are run again [%(default)s]")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
     add_geometry_flags(parser, Geometry())
     return parse(parser, argv, QUICK, TINY)
@@ -78,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for width, geometry, lengths in widths:
         for chunk in arguments.chunks:
             if lengths:
-                run(geometry, min(lengths), chunk, arguments.backend, report)
+                run(geometry, min(lengths), chunk, arguments, report)
             for length in sorted(lengths):
                 row = {"width": width, "chunk": thousands(chunk), "tokens": length, "length": thousands(length)}
-                report.add(row | run(geometry, length, chunk, arguments.backend, report))
+                report.add(row | run(geometry, length, chunk, arguments, report))
     growth = growths(report.rows)
     report.write(growth=growth)
     report.finish()
@@ -91,9 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(geometry: Geometry, length: int, chunk: int, backend: str, report: Report) -> Row:
+def run(geometry: Geometry, length: int, chunk: int, arguments: argparse.Namespace, report: Report) -> Row:
     """Memory of one pass."""
-    build = partial(ModelBlock, geometry, length, OFFLOADED.execution(chunk), backend, report.device)
+    execution = OFFLOADED.execution(chunk, arguments.recompute)
+    build = partial(ModelBlock, geometry, length, execution, arguments.backend, report.device)
     row = measure(build, report.device, report.matmul, repeats=1, warm_ups=0)
     if "failed" in row:
         return row

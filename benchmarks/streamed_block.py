@@ -5,7 +5,8 @@
     python benchmarks/streamed_block.py --attention-only    attention layers: ceiling, offloaded, deepspeed
 
 One block, Llama-3-8B's by default, forward and backward, every way of running it in one process on one GPU; --blocks
-runs several in a row, where the copies at the ends of a block have its neighbours to hide behind. What the ways are and
+runs several in a row, where the copies at the ends of a block have its neighbours to hide behind. --profile runs each
+way once more and prints where its time goes. What the ways are and
 which FLOPs count stands at the head of benchmarks/block.py. "x ceiling" is the ratio to the ceiling of the same tokens
 and kernel. "peak" is all live GPU memory; "above" is the peak above weights and their gradients, as defined there too.
 
@@ -25,7 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.block import OFFLOADED, ON_DEVICE, RECOMPUTED, Ceiling, Contestant, ModelBlock, measure
+from benchmarks.block import (
+    OFFLOADED,
+    ON_DEVICE,
+    RECOMPUTED,
+    Ceiling,
+    Contestant,
+    ModelBlock,
+    automatic_recompute,
+    measure,
+)
 from benchmarks.common import (
     SPEED_COLUMNS,
     TINY_GEOMETRY,
@@ -42,6 +52,7 @@ from benchmarks.common import (
     thousands,
 )
 from benchmarks.deepspeed_layer import DeepSpeedAttention, kernel_name
+from megatron.model.builder import Execution
 from megatron.ops.attention import choose_backend
 
 NAME = "streamed_block"
@@ -52,6 +63,7 @@ COLUMNS = (
     Column("way", "way", width=10),
     Column("length", "tokens"),
     Column("chunk", "chunk"),
+    Column("recompute", "recompute"),
     Column("backend", "backend", width=12),
     *SPEED_COLUMNS[:-1],
     Column("times_ceiling", "x ceiling", ".3f"),
@@ -71,15 +83,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=["auto"], help="attention kernels [auto]")
     parser.add_argument("--ways", nargs="+", choices=[*BLOCKS, "deepspeed"], help="ways of running [all that apply]")
     parser.add_argument("--deepspeed-chunk", type=int, default=65536, help="DeepSpeed's chunk [%(default)s]")
+    parser.add_argument("--recompute", choices=["auto", "all", "mlp", "none"], nargs="+", default=["auto"],
+                        help="matrix products that the streamed ways run again; auto is what a training run with "
+                        "offloading would choose [auto]")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=1,
                         help="blocks one on the other, as in a model; times are per block [%(default)s]")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="[%(default)s]")
+    parser.add_argument("--profile", action="store_true", help="trace one more run of each way")
     add_geometry_flags(parser, Geometry())
     quick = QUICK
     if "--attention-only" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(num_key_value_heads=Geometry.num_attention_heads, ffn_hidden_size=128, lengths=[262144])
         quick = QUICK | {"lengths": [131072]}
     arguments = parse(parser, argv, quick, TINY)
+    if arguments.profile and arguments.device == "cpu":
+        parser.error("--profile traces a GPU; leave it out with --device cpu")
     possible = ATTENTION_LAYERS if arguments.attention_only else BLOCKS
     arguments.ways = arguments.ways or possible
     strangers = [way for way in arguments.ways if way not in possible]
@@ -97,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report(NAME, arguments, COLUMNS)
     ceilings: dict[tuple[int, str], float] = {}
     for row, build in cases(arguments, report.device):
-        row |= measure(build, report.device, report.matmul, arguments.repeats)
+        row |= measure(build, report.device, report.matmul, arguments.repeats, profiled=arguments.profile)
         key = row["tokens"], row["backend"]
         if row["way"] == "ceiling" and "failed" not in row:
             ceilings[key] = row["model_tflops"]
@@ -107,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.finish()
     for line in against_deepspeed(report.rows):
         print(line)
+    for row in report.rows:
+        for line in profile_lines(row):
+            print(line)
     draw(report)
     return 0
 
@@ -121,22 +142,30 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
             for way in sorted(set(arguments.ways) - {"deepspeed"}, key=BLOCKS.index):
                 row = {"way": way, **names, "backend": kernel}
                 if way == "ceiling":
-                    yield row | {"chunk": "-"}, partial(Ceiling, geometry, length, kernel, device)
-                elif not WAYS[way].streamed:
-                    execution = WAYS[way].execution(length)
-                    yield (
-                        row | {"chunk": "-"},
-                        partial(ModelBlock, geometry, length, execution, kernel, device, arguments.blocks),
-                    )
-                else:
-                    for chunk in arguments.chunks:
-                        execution = WAYS[way].execution(chunk)
-                        build = partial(ModelBlock, geometry, length, execution, kernel, device, arguments.blocks)
-                        yield row | {"chunk": thousands(chunk)}, build
+                    yield row | {"chunk": "-", "recompute": "-"}, partial(Ceiling, geometry, length, kernel, device)
+                    continue
+                for names_of_execution, execution in executions(way, length, arguments, device):
+                    build = partial(ModelBlock, geometry, length, execution, kernel, device, arguments.blocks)
+                    yield row | names_of_execution, build
         if "deepspeed" in arguments.ways:
             chunk = arguments.deepspeed_chunk
-            row = {"way": "deepspeed", **names, "chunk": thousands(chunk), "backend": kernel_name(device)}
+            row = {"way": "deepspeed", **names, "chunk": thousands(chunk), "recompute": "all"}
+            row["backend"] = kernel_name(device)
             yield row, partial(DeepSpeedAttention, geometry, length, chunk, device)
+
+
+def executions(
+    way: str, length: int, arguments: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[Row, Execution]]:
+    """(what stands in the row, how the block is executed)"""
+    if not WAYS[way].streamed:
+        yield {"chunk": "-", "recompute": "all"}, WAYS[way].execution(length)
+        return
+    model = geometry_of(arguments).model_config(length, num_layers=arguments.blocks)
+    for chunk in arguments.chunks:
+        automatic = automatic_recompute(model, chunk, device)
+        for recompute in dict.fromkeys(automatic if name == "auto" else name for name in arguments.recompute):
+            yield {"chunk": thousands(chunk), "recompute": recompute}, WAYS[way].execution(chunk, recompute)
 
 
 def against_deepspeed(rows: Sequence[Row]) -> Iterator[str]:
@@ -153,10 +182,23 @@ def against_deepspeed(rows: Sequence[Row]) -> Iterator[str]:
         yield f"{row['way']}, {row['length']} tokens, chunk {row['chunk']}, {row['backend']}: {text}"
 
 
+def profile_lines(row: Row) -> Iterator[str]:
+    """Where the time of a row went: by kind, and the kernels that took the longest."""
+    if "profile" not in row:
+        return
+    yield f"\n{row['way']}, {row['length']} tokens, chunk {row['chunk']}, {row['backend']}: seconds of one traced run"
+    for kind, seconds in sorted(row["profile"]["seconds"].items(), key=lambda item: -item[1]):
+        yield f"  {seconds:8.3f}        {kind}"
+    for seconds, runs, name in row["profile"]["kernels"]:
+        yield f"  {seconds:8.3f} {runs:6} {name[:110]}"
+
+
 def draw(report: Report) -> None:
     """Speed and memory as bars, a bar per row."""
     names = [f"{r['way']}, {r['length']}" + (f" by {r['chunk']}" if r["chunk"] != "-" else "") for r in report.rows]
-    labels = [f"{name}\n{row['backend']}" for name, row in zip(names, report.rows, strict=True)]
+    labels = [
+        f"{name}\n{row['backend']}, recompute {row['recompute']}" for name, row in zip(names, report.rows, strict=True)
+    ]
     panels = (("times_matmul", "model FLOP/s, x matmul"), ("above_gib", "peak above weights and their gradients, GiB"))
     with report.picture(2) as axes:
         for panel, (key, title) in zip(axes, panels, strict=True):

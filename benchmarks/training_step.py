@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.block import ModelBlock, Way, measure
+from benchmarks.block import ModelBlock, Way, automatic_recompute, measure
 from benchmarks.common import (
     TINY_GEOMETRY,
     Column,
@@ -88,6 +88,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=32768, help="tokens per chunk [%(default)s]")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="[%(default)s]")
     parser.add_argument("--on-device", action="store_true", help="without offloading")
+    parser.add_argument("--recompute", choices=["all", "mlp", "none"],
+                        help="matrix products that are run again [what fits and the link has time for]")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
     parser.add_argument("--steps", type=int, default=2, help="steps timed, after one to warm up [%(default)s]")
     add_geometry_flags(parser, DEFAULT)
@@ -136,16 +138,19 @@ def training_flags(arguments: argparse.Namespace) -> list[str]:
         switches.append("ds_sequence_parallel_fpdt_offloading")
     if arguments.device == "cuda":
         switches.append("bf16")
+    if arguments.recompute:
+        values["ds_sequence_parallel_fpdt_recompute"] = arguments.recompute
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [*words, *(f"--{name.replace('_', '-')}" for name in switches)]
 
 
 def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
     """The row of one block, its seconds forward and backward together."""
-    execution = Way("block", streamed=True, offloading=not arguments.on_device).execution(arguments.chunk)
-    build = partial(
-        ModelBlock, geometry_of(arguments), arguments.seq_length, execution, arguments.backend, report.device
-    )
+    way, geometry = Way("block", streamed=True, offloading=not arguments.on_device), geometry_of(arguments)
+    model = geometry.model_config(arguments.seq_length, arguments.backend, arguments.num_layers)
+    automatic = automatic_recompute(model, arguments.chunk, report.device) if way.offloading else "all"
+    execution = way.execution(arguments.chunk, arguments.recompute or automatic)
+    build = partial(ModelBlock, geometry, arguments.seq_length, execution, arguments.backend, report.device)
     return {"what": "one block"} | measure(build, report.device, report.matmul, repeats=max(arguments.steps, 2))
 
 

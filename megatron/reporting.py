@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron.config import Config
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.stream import Stream
 from megatron.initialize import Context
 from megatron.logging.accounting import (
     flops_of_checkpointing,
@@ -33,13 +35,13 @@ class Reporter:
         writer: MetricWriter,
         padded_vocab_size: int,
         train_iterations: int,
-        checkpoint_interval: int,
+        stream: Stream,
     ) -> None:
         self._config, self._context, self._writer = config, context, writer
         self._train_iterations = train_iterations
         length = config.model.seq_length
         self._model_flops = model_flops(config.model, padded_vocab_size, length)
-        run_again = _flops_run_again(config, checkpoint_interval)
+        run_again = _flops_run_again(config, stream)
         self._hardware_flops = hardware_flops(config.model, padded_vocab_size, length, run_again)
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
@@ -116,9 +118,13 @@ class Reporter:
         return torch.cuda.max_memory_allocated(self._context.device) / 2**30
 
 
-def _flops_run_again(config: Config, checkpoint_interval: int) -> int:
-    if config.parallel.ds_sequence_parallel_fpdt:
-        return flops_of_streaming(config.model, config.model.seq_length, checkpoint_interval)
+def _flops_run_again(config: Config, stream: Stream) -> int:
+    model, parallel = config.model, config.parallel
+    if parallel.ds_sequence_parallel_fpdt:
+        size = parallel.ds_sequence_parallel_size
+        layout = SequenceLayout(model.seq_length, min(stream.chunk_length, model.seq_length), size)
+        kept_tokens = size * layout.tokens_after(stream.slice_length)
+        return flops_of_streaming(model, model.seq_length, stream.checkpoint_interval, stream.recompute, kept_tokens)
     if config.deepspeed.deepspeed_activation_checkpointing:
-        return flops_of_checkpointing(config.model, config.model.seq_length)
+        return flops_of_checkpointing(model, model.seq_length)
     return 0

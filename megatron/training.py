@@ -111,7 +111,7 @@ def pretrain(
     if state.start_data(config.model.seq_length):
         context.log.warning("--seq-length differs from the checkpoint's: the data start again at their first sample")
     writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
-    reporter = Reporter(config, context, writer, padded_vocab_size, lengths.iterations, stream.checkpoint_interval)
+    reporter = Reporter(config, context, writer, padded_vocab_size, lengths.iterations, stream)
     try:
         run = Training(
             config, context, lengths, engine, datasets, provide_batch, reporter, progress, state, padded_vocab_size

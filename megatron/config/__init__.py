@@ -12,7 +12,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
-from megatron.config.parallel import ParallelConfig
+from megatron.config.parallel import ParallelConfig, Recompute
 from megatron.config.precision import PrecisionConfig
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.config.training import TrainingConfig
@@ -28,6 +28,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",
+    "Recompute",
     "TokenizerConfig",
     "TrainingConfig",
     "accumulation_steps",

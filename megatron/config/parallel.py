@@ -1,6 +1,9 @@
 """How the work is spread over ranks and cut along the sequence."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Recompute = Literal["all", "mlp", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,14 @@ class ParallelConfig:
     """Keep the input of every Nth block for the backward pass, and rebuild the others from the attention outputs, by
     token-wise work. Default: 1; with offloading the smallest that fits in the host's memory."""
 
+    ds_sequence_parallel_fpdt_recompute: Recompute | None = None
+    """Matrix products of a block that its backward pass runs again: all but the last; the MLP's alone; none, but for
+    the first 8192 tokens per rank of each chunk. The outputs of the others are kept as chunks are. Default: as few as
+    fit in the host's memory and as the link to it has time for; all without offloading."""
+
     ds_sequence_parallel_fpdt_device_memory: float = 0.0
-    """GiB per GPU that offloaded chunks may take up before they go to the host."""
+    """GiB per GPU that offloaded chunks may take up before they go to the host. Two gradients of hidden states come on
+    top where the hidden states are on the GPU."""
 
     ds_sequence_parallel_fpdt_host_memory: float | None = None
     """GiB per rank that offloaded chunks may take up on the host. Default: what is free there at the start, shared

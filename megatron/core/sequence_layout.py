@@ -49,6 +49,10 @@ class SequenceLayout:
         """Tokens of the sequence that one rank owns."""
         return self.sequence_length // self.sequence_parallel_size
 
+    def tokens_after(self, length: int) -> int:
+        """Tokens of one rank that are not among the first `length` that it owns of a chunk."""
+        return sum(max(local_length - length, 0) for local_length in self.local_lengths)
+
     def owned_positions(self, sequence_parallel_rank: int) -> torch.Tensor:
         """Global token positions that a rank owns, int64 [local_length], in local order."""
         starts = range(0, self.sequence_length, self.chunk_length)

@@ -17,8 +17,10 @@ Backward, for query chunk i descending:
                        dx, dW += vjp of before at (x[i])                                    dx[i]
 
 Attention is never run again: its output and log-sum-exp are kept. What is recomputed is token-wise, up to the last
-product of `after`, of which only the gradients are made. `before` and `after` are ordinary differentiable methods of
-the block; what they compute is their own business.
+product of `after`, of which only the gradients are made; and the outputs of other linear layers may be kept too, on the
+tier like the rest (megatron.fpdt.products). Those of a chunk's first slice are not: their place on the device would be
+needed beside the tiles, while those of the next slices arrive behind the slice before. `before` and `after` are
+ordinary differentiable methods of the block; what they compute is their own business.
 
     S tokens of the sequence, c and C of one chunk (this rank's and all ranks'), B batch, h hidden size,
     H query heads, K key/value heads, D head size
@@ -29,24 +31,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron.core.collectives import (
-    QUERIES_KEYS_VALUES,
-    Exchange,
-    repeat_key_value_heads,
-)
+from megatron.config import Recompute
+from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange, repeat_key_value_heads
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.attention_tiles import attend, attend_backward, backward_tile_inputs
 from megatron.fpdt.block_inputs import BlockInputs
 from megatron.fpdt.plan import ChunkPlan, Tile
+from megatron.fpdt.products import Products
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.store import Prefetch
 from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSums, Stream, StreamedModule
 from megatron.ops.gradient_sum import accumulation_dtype
-from megatron.ops.merge import add_key_value_gradients_, merge_
 
 
 class CausalBlock(StreamedModule, Protocol):
@@ -63,6 +64,10 @@ class CausalBlock(StreamedModule, Protocol):
         """Token-wise: q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values."""
         ...
 
+    def weights_of_kept_products(self, recompute: Recompute) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Weights of the linear layers in `before` and in `after` that are not to be recomputed."""
+        ...
+
 
 def stream_block(stream: Stream, block: CausalBlock, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
     """Run one block. x [S/p, B, h] and the result rest on the stream's tier and hold this rank's tokens.
@@ -77,10 +82,13 @@ def stream_block(stream: Stream, block: CausalBlock, x_SBh: Tensor, positions_BS
 class _Kept:
     """What the forward pass leaves for the backward pass: chunks on the tier."""
 
-    o_cBHD: Sequence[Tensor]  # this rank's tokens, all heads
-    lse_BHC: Sequence[Tensor]  # all tokens of the chunk, this rank's heads
-    kv_CBKD: Sequence[Tensor]  # likewise; K keys, then K values
+    input_is_on_device: bool
     random_states: RandomStates
+    before: Products
+    after: Products
+    o_cBHD: Sequence[Tensor] = ()  # this rank's tokens, all heads
+    lse_BHC: Sequence[Tensor] = ()  # all tokens of the chunk, this rank's heads
+    kv_CBKD: Sequence[Tensor] = ()  # likewise; K keys, then K values
     inputs: BlockInputs | None = None  # the block's input is the one at `position`
     position: int = 0
     first_loads: Sequence[Tensor] = ()  # what the backward pass begins with
@@ -115,11 +123,13 @@ def _forward(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor, k
     y = store.empty(x.shape, x.dtype)
     xs, ys = (t.split(layout.local_lengths) for t in (x, y))
     chunk_positions = positions.split(layout.local_lengths, 1)
-    kept = _Kept([], [], [], RandomStates(store.device, enabled=block.uses_dropout and keep))
+    random_states = RandomStates(store.device, enabled=block.uses_dropout and keep)
+    before, after = block.weights_of_kept_products(stream.recompute if keep else "all")
+    kept = _Kept(store.is_on_device(x), random_states, Products(store, before), Products(store, after))
     rows = ChunkPlan(layout.num_chunks).forward_rows()
     x_ahead = store.prefetch([t[row[0].query] for t in (xs, chunk_positions)] for row in rows)
     kv_ahead = store.prefetch([kept.kv_CBKD[tile.key]] for row in rows for tile in row if not tile.is_diagonal)
-    started = stream.started_ahead(_start_forward_row(stream, block, x_ahead) for _ in rows)
+    started = stream.started_ahead(_start_forward_row(stream, block, row[0].query, x_ahead, kept) for row in rows)
     for row in rows:
         i = row[0].query
         stream.report("forward", block.layer_number, i, layout.num_chunks)
@@ -143,7 +153,7 @@ def _link(kept: _Kept, stream: Stream, block: CausalBlock, x: Tensor, y: Tensor,
     kept.below, stream.block_below = stream.block_below, weakref.ref(kept)
 
 
-# What runs per row and per tile is a function of its own, so that nothing of the last one is referenced when the next
+# What runs per row is a function of its own, so that nothing of the last one is referenced when the next
 # chunk is sent for: the device holds the chunk in use and the one on its way.
 
 
@@ -155,9 +165,12 @@ class _StartedForwardRow:
     exchange: Exchange
 
 
-def _start_forward_row(stream: Stream, block: CausalBlock, x_ahead: Prefetch) -> _StartedForwardRow:
+def _start_forward_row(
+    stream: Stream, block: CausalBlock, chunk: int, x_ahead: Prefetch, kept: _Kept
+) -> _StartedForwardRow:
     x, positions = next(x_ahead)
-    projected = _project(stream, block, x, positions)
+    with kept.before.kept(chunk):
+        projected = _project(stream, block, x, positions)
     return _StartedForwardRow(x, stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES))
 
 
@@ -178,13 +191,14 @@ def _finish_forward_row(
         _allocate(kept, stream, layout, q, kv, keep)
     store.put(kept.kv_CBKD[i], kv)
     kv_ahead.start()
-    o_heads, lse = _attend(stream, block, row, q, kv, kv_ahead)
+    o_heads, lse = attend(stream.attention, block.softmax_scale, row, q, kv, kv_ahead)
+    store.let_go()  # what the row before has left, gone by now
     (o,) = stream.heads_to_tokens([o_heads])
     if keep:
         store.put(kept.o_cBHD[i], o)
         store.put(kept.lse_BHC[i], lse)
     kept.random_states.record()
-    return stream.output(block, x, o)
+    return stream.output(block, x, o, partial(kept.after.kept, i))
 
 
 def _project(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,24 +217,6 @@ def _allocate(kept: _Kept, stream: Stream, layout: SequenceLayout, q_CBHD: Tenso
         kept.lse_BHC = [part.view(B, H, -1) for part in flat.split([length * B * H for length in lengths])]
 
 
-def _attend(
-    stream: Stream, block: CausalBlock, row: list[Tile], q: Tensor, kv: Tensor, kv_ahead: Prefetch
-) -> tuple[Tensor, Tensor]:
-    """One row of tiles: o [C, B, H, D] in the dtype of q, and lse [B, H, C]."""
-    diagonal, *others = row
-    o, lse = _forward_tile(stream, block, diagonal, q, kv)
-    if others:
-        o = o.to(accumulation_dtype(q.dtype))
-    for tile in others:
-        merge_(o, lse, *_forward_tile(stream, block, tile, q, *next(kv_ahead)))
-    return o.to(q.dtype), lse
-
-
-def _forward_tile(stream: Stream, block: CausalBlock, tile: Tile, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
-    k, v = kv.chunk(2, 2)
-    return stream.attention.forward(q, k, v, tile.is_diagonal, block.softmax_scale)
-
-
 def _backward(
     stream: Stream,
     block: CausalBlock,
@@ -232,21 +228,23 @@ def _backward(
     assert kept.inputs is not None
     x = kept.inputs.take(kept.position)
     store, layout = stream.store, stream.layout(x)
-    dx = store.empty(x.shape, x.dtype)
+    dx = store.empty(x.shape, x.dtype, kept.input_is_on_device)
     xs, dxs, dys = (t.split(layout.local_lengths) for t in (x, dx, dy))
     chunk_positions = positions.split(layout.local_lengths, 1)
     kv_shape = (layout.sequence_length, *kept.kv_CBKD[0].shape[1:])
     dkv = store.empty(kv_shape, accumulation_dtype(x.dtype)).split(layout.chunk_lengths)
     gradients = GradientSums(parameters)
     rows = ChunkPlan(layout.num_chunks).backward_rows()
+    chunks = [row[0].query for row in rows]
     per_row = (xs, chunk_positions, kept.o_cBHD, kept.lse_BHC, dys)
-    row_inputs = ([t[row[0].query] for t in per_row] for row in rows)
+    row_inputs = ([t[i] for t in per_row] for i in chunks)
     row_ahead = store.prefetch(row_inputs, ahead=False)
-    tile_inputs = (_tile_inputs(tile, kept.kv_CBKD, dkv) for row in rows for tile in row)
+    tile_inputs = (backward_tile_inputs(tile, kept.kv_CBKD, dkv) for row in rows for tile in row)
     tile_ahead = store.prefetch(tile_inputs, ahead=False)
+    calls = (call for i in chunks for call in (*kept.after.calls(i), *kept.before.calls(i)))
+    products_ahead = store.prefetch(calls, ahead=False)
     started = stream.started_ahead(
-        _start_backward_row(stream, block, i, row_ahead, kept.random_states, gradients)
-        for i in (row[0].query for row in rows)
+        _start_backward_row(stream, block, i, row_ahead, products_ahead, kept, gradients) for i in chunks
     )
     row_ahead.start()
     tile_ahead.start()
@@ -277,15 +275,17 @@ def _start_backward_row(
     block: CausalBlock,
     chunk: int,
     row_ahead: Prefetch,
-    random_states: RandomStates,
+    products_ahead: Prefetch,
+    kept: _Kept,
     gradients: GradientSums,
 ) -> _StartedBackwardRow:
     x, positions, o, lse, dy = next(row_ahead)
+    products_ahead.start()
     with gradients.collecting():
-        with random_states.replay(chunk):
-            dx, do = _backward_after(stream, block, x, o, dy, gradients)
+        with kept.random_states.replay(chunk):
+            dx, do = _backward_after(stream, block, x, o, dy, products_ahead, kept.after, gradients)
         del dy
-        with torch.enable_grad():
+        with torch.enable_grad(), kept.before.given([*next(products_ahead)]):
             x = x.detach().requires_grad_()
             projected = _project(stream, block, x, positions)
     sent = [*(t.detach() for t in projected), o, do]
@@ -305,7 +305,8 @@ def _finish_backward_row(
     """The gradient of the block's input for one query chunk; those of the parameters are added to `gradients`."""
     stream.store.let_go()  # the dx of the row before, gone by now
     q, kv, o, do = started.exchange()
-    dqkv = _backward_attend(stream, block, row, (q, o, do, started.lse), kv, row_ahead, tile_ahead, dkv)
+    queries, scale = (q, o, do, started.lse), block.softmax_scale
+    dqkv = attend_backward(stream.attention, scale, row, queries, kv, stream.store, row_ahead, tile_ahead, dkv)
     dprojected = stream.heads_to_tokens(dqkv, QUERIES_KEYS_VALUES)
     dx_before, *dparameters = torch.autograd.grad(
         started.projected, [started.x, *gradients.parameters], dprojected, allow_unused=True
@@ -314,18 +315,24 @@ def _finish_backward_row(
     return started.dx.add_(dx_before)
 
 
-def _tile_inputs(tile: Tile, kv: Sequence[Tensor], dkv: Sequence[Tensor]) -> list[Tensor]:
-    """Chunks a backward tile loads: keys and values unless it has just projected them, gradients if some are stored."""
-    return [kv[tile.key]] * (not tile.is_diagonal) + [dkv[tile.key]] * (not tile.first_of_column)
-
-
 def _backward_after(
-    stream: Stream, block: CausalBlock, x: Tensor, o: Tensor, dy: Tensor, gradients: GradientSums
+    stream: Stream,
+    block: CausalBlock,
+    x: Tensor,
+    o: Tensor,
+    dy: Tensor,
+    products_ahead: Prefetch,
+    products: Products,
+    gradients: GradientSums,
 ) -> tuple[Tensor, Tensor]:
     """Vector-Jacobian product of `after`, slice by slice: (dx, do) of the chunk."""
     dx, do = torch.empty_like(x), torch.empty_like(o)
     for s in stream.slices(len(x)):
-        with torch.enable_grad():
+        outputs = []
+        if s.start:
+            outputs = [*next(products_ahead)]
+            products_ahead.start()
+        with torch.enable_grad(), products.given(outputs):
             x_leaf, o_leaf = (t[s].detach().requires_grad_() for t in (x, o))
             addends = block.after(x_leaf, o_leaf, output_needed=False)
         dx[s], do[s], *dparameters = torch.autograd.grad(
@@ -333,53 +340,3 @@ def _backward_after(
         )
         gradients.add(dparameters)
     return dx, do
-
-
-def _backward_attend(
-    stream: Stream,
-    block: CausalBlock,
-    row: list[Tile],
-    queries: tuple[Tensor, ...],
-    kv: Tensor,
-    row_ahead: Prefetch,
-    tile_ahead: Prefetch,
-    dkv: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """One row of tiles: (dq, dkv) of the row's chunk, final, in the dtype of q; dkv of the other chunks stored."""
-    dq = None
-    *others, diagonal = row
-    for tile in others:
-        inputs = next(tile_ahead)
-        tile_ahead.start()
-        dq, dkv_tile = _backward_tile(stream, block, tile, queries, dq, *inputs)
-        stream.store.put(dkv[tile.key], dkv_tile)
-        del inputs, dkv_tile
-    # The diagonal needs the least of its own: the next row is sent for beside it, and the row's first tile after that.
-    inputs = next(tile_ahead)
-    row_ahead.start()
-    dq, dkv_row = _backward_tile(stream, block, diagonal, queries, dq, kv, *inputs)
-    tile_ahead.start()
-    dtype = kv.dtype
-    return dq.to(dtype), dkv_row.to(dtype)
-
-
-def _backward_tile(
-    stream: Stream,
-    block: CausalBlock,
-    tile: Tile,
-    queries: tuple[Tensor, ...],
-    dq_sum: Tensor | None,
-    kv: Tensor,
-    dkv_sum: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(dq, dkv) of one tile, added to the sums where there are any."""
-    q, o, do, lse = queries
-    k, v = kv.chunk(2, 2)
-    dq, dk, dv = stream.attention.backward(do, q, k, v, o, lse, tile.is_diagonal, block.softmax_scale)
-    sum_dtype = accumulation_dtype(q.dtype)
-    dq_sum = dq.to(sum_dtype) if dq_sum is None else dq_sum.add_(dq)
-    if dkv_sum is None:
-        dkv_sum = torch.cat([dk, dv], 2).to(sum_dtype)
-    else:
-        add_key_value_gradients_(dkv_sum, dk, dv)
-    return dq_sum, dkv_sum

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.fpdt.random_state import RandomStates
+from megatron.fpdt.store import Prefetch
 from megatron.fpdt.stream import Stream, StreamedModule
 
 
@@ -75,5 +76,9 @@ class BlockInputs:
         with stream.whole_parameters(step.block.parameters()):
             for i, y_i in enumerate(ys):
                 with step.random_states.replay(i):
-                    stream.store.put(y_i, stream.output(step.block, *next(ahead)))
+                    stream.store.put(y_i, self._next_output(step, ahead))
         return y
+
+    def _next_output(self, step: _Step, ahead: Prefetch) -> Tensor:
+        x, o = next(ahead)
+        return self._stream.output(step.block, x, o)

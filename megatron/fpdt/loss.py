@@ -59,7 +59,7 @@ class _StreamedLoss(torch.autograd.Function):
         dtype = accumulation_dtype(x.dtype)
         loss = torch.zeros((), dtype=dtype, device=store.device)
         gradients = GradientSums(parameters)
-        dx = store.empty(x.shape, x.dtype) if keep else None
+        dx = store.empty(x.shape, x.dtype, store.is_on_device(x)) if keep else None
         dxs = dx.split(lengths) if dx is not None else None
         ahead = store.prefetch(zip(x.split(lengths), labels.split(lengths, 1), mask.split(lengths, 1), strict=True))
         for i, (x_i, labels_i, mask_i) in enumerate(ahead):
@@ -82,7 +82,7 @@ class _StreamedLoss(torch.autograd.Function):
         (scale,) = grads
         (dx,) = ctx.saved_tensors
         store, lengths = ctx.stream.store, ctx.stream.layout(dx).local_lengths
-        scaled_dx = store.empty(dx.shape, dx.dtype)
+        scaled_dx = store.empty(dx.shape, dx.dtype, store.is_on_device(dx))
         ahead = store.prefetch([chunk] for chunk in dx.split(lengths))
         for target, (chunk,) in zip(scaled_dx.split(lengths), ahead, strict=True):
             store.put(target, (chunk.to(scale.dtype) * scale).to(dx.dtype))

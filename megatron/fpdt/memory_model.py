@@ -1,13 +1,18 @@
-"""How many bytes of the tier the chunks of a training step take up, and how often a block's input is kept.
+"""How many bytes of the tier the chunks of a training step take up, and what is therefore kept of a block.
 
 Per rank, for S/p of its own tokens, K' = lcm(K, p) key/value heads after replication and element size e:
 
-    x       e S/p B h            input of every k-th block, and k-1 more while a chain of blocks is rebuilt
-    o       e S/p B H D          every block
-    lse     4 S/p B H            every block
-    K, V    2 e S/p B K' D       every block
-    dK, dV  8 S/p B K' D         the block in its backward pass
-    dy, dx  e S/p B h each       that block too
+    x         e S/p B h            input of every k-th block, and k-1 more while a chain of blocks is rebuilt
+    o         e S/p B H D          every block
+    lse       4 S/p B H            every block
+    K, V      2 e S/p B K' D       every block
+    products  of the layers that are not recomputed, every block:
+                e S/p B (H + 2K) D  of the projection before attention
+                e S'/p B h          of the projection after it
+                e S'/p B f          of the MLP's first layer, f outputs
+              S' leaves out the first slice of each chunk
+    dK, dV    8 S/p B K' D         the block in its backward pass
+    dy, dx    e S/p B h each       that block too
 """
 
 from __future__ import annotations
@@ -15,24 +20,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import lcm
 
+from megatron.config import Recompute
+from megatron.core.sequence_layout import SequenceLayout
+
+# FLOPs of an H100 or H200 while a byte goes to the host: 600e12 per second beside 50e9, and more than half to spare, as
+# at 18,000 the copies of a block were seen to hold its arithmetic up (docs/performance.md).
+_FLOPS_PER_BYTE = 20_000
+
+# Of the budget, with products kept; the rest is left for whatever else the host has to hold.
+_SHARE_WITH_PRODUCTS = 0.75
+
 
 @dataclass(frozen=True)
 class StreamShape:
-    """What decides the size of the chunks of a model; lengths in tokens of the whole sequence."""
+    """What decides the size of the chunks of a model; widths in elements, slices in tokens of one rank."""
 
     num_layers: int
     hidden_size: int
+    mlp_outputs: int  # of the MLP's first layer: twice its width where it is gated
+    mlp_width: int
     num_heads: int
     num_key_value_heads: int
     head_size: int
-    sequence_length: int
+    layout: SequenceLayout
+    slice_length: int
     batch_size: int
-    sequence_parallel_size: int
     element_size: int
 
     @property
     def _local_tokens(self) -> int:
-        return self.sequence_length * self.batch_size // self.sequence_parallel_size
+        return self.layout.local_length * self.batch_size
 
     @property
     def _sum_size(self) -> int:
@@ -54,20 +71,60 @@ class StreamShape:
     @property
     def key_value_elements(self) -> int:
         """K and V of one block, or dK and dV."""
-        heads = lcm(self.num_key_value_heads, self.sequence_parallel_size)
+        heads = lcm(self.num_key_value_heads, self.layout.sequence_parallel_size)
         return self._local_tokens * 2 * heads * self.head_size
 
-    def tier_bytes(self, interval: int) -> int:
+    def product_bytes(self, recompute: Recompute) -> int:
+        """What linear layers of one block gave, as far as it is not recomputed."""
+        if recompute == "all":
+            return 0
+        before = self._local_tokens * self._projection_width
+        after = self.hidden_size + (self.mlp_outputs if recompute == "none" else 0)
+        kept_tokens = self.layout.tokens_after(self.slice_length) * self.batch_size
+        return (before + kept_tokens * after) * self.element_size
+
+    def tier_bytes(self, interval: int, recompute: Recompute = "all") -> int:
         """Peak of a training step that keeps the input of every `interval`-th block, per rank."""
         chains = -(-self.num_layers // interval)
         # The highest chain is rebuilt while all others are still kept.
         rebuilt = (self.num_layers - 1) % interval
         backward = (chains + rebuilt + 2) * self.residual_bytes + self.key_value_elements * self._sum_size
-        return self.num_layers * self.kept_bytes + backward
+        return self.num_layers * (self.kept_bytes + self.product_bytes(recompute)) + backward
+
+    def hides_the_link(self, recompute: Recompute) -> bool:
+        """Whether a block's forward pass takes longer than what it keeps takes to the host."""
+        attention = 2 * self.layout.sequence_length * self.num_heads * self.head_size
+        weights = self._projection_width + self.num_heads * self.head_size + self.mlp_outputs + self.mlp_width
+        flops = self._local_tokens * (attention + 2 * self.hidden_size * weights)
+        num_bytes = self.residual_bytes + self.kept_bytes + self.product_bytes(recompute)
+        return flops >= _FLOPS_PER_BYTE * num_bytes
+
+    @property
+    def _projection_width(self) -> int:
+        return (self.num_heads + 2 * self.num_key_value_heads) * self.head_size
 
 
-def choose_checkpoint_interval(shape: StreamShape, budget_bytes: int) -> int:
-    """The smallest interval that fits the budget, as a longer one costs time; the thriftiest where none does."""
-    intervals = range(1, shape.num_layers + 1)
-    fitting = (interval for interval in intervals if shape.tier_bytes(interval) <= budget_bytes)
-    return next(fitting, min(intervals, key=shape.tier_bytes))
+def choose_what_is_kept(
+    shape: StreamShape,
+    budget_bytes: int,
+    recompute: Recompute | None = None,
+    interval: int | None = None,
+) -> tuple[Recompute, int]:
+    """(products recomputed, interval of the inputs kept): what costs the least time of what fits the budget.
+
+    Those given stay as they are. Where nothing fits it is the thriftiest.
+    """
+    if recompute is None:
+        recompute = (
+            "all" if interval not in (None, 1) else _fewest_products(shape, int(budget_bytes * _SHARE_WITH_PRODUCTS))
+        )
+    intervals = range(1, shape.num_layers + 1) if interval is None else [interval]
+    fitting = (each for each in intervals if shape.tier_bytes(each, recompute) <= budget_bytes)
+    return recompute, next(fitting, min(intervals, key=lambda each: shape.tier_bytes(each, recompute)))
+
+
+def _fewest_products(shape: StreamShape, budget_bytes: int) -> Recompute:
+    """What to recompute where the input of every block is kept."""
+    sparing: tuple[Recompute, Recompute] = ("none", "mlp")
+    fitting = (each for each in sparing if shape.hides_the_link(each) and shape.tier_bytes(1, each) <= budget_bytes)
+    return next(fitting, "all")

@@ -6,8 +6,8 @@
 
 The host never waits. Device memory is bounded by construction: a chunk that is copied in lives in memory allocated on
 the compute stream, so it can be reused as soon as the arithmetic that reads it is queued, and the source of a
-copy-out is held until the next of its kind is put, when the compute stream is told to wait for its copy. On a machine
-without CUDA the same code runs with copies that are over when they return.
+copy-out is held until the next of its kind is put, or until all are let go, when the compute stream is told to wait for
+its copy. On a machine without CUDA the same code runs with copies that are over when they return.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class CopyCounts:
 
     bytes_in: int = 0
     bytes_out: int = 0
+
+
+# A device tensor and the event of its copy to the host; None where copies are over when they return.
+Leaving = tuple[Tensor, torch.cuda.Event] | None
 
 
 class ChunkStore:
@@ -56,22 +60,45 @@ class ChunkStore:
             self._copy_in = torch.cuda.Stream(device)
             self._copy_out = torch.cuda.Stream(device)
         self._stored: dict[int, torch.cuda.Event] = {}  # by host address: the chunk there is complete
-        self._leaving: dict[tuple[torch.Size, torch.dtype], tuple[Tensor, torch.cuda.Event]] = {}
+        self._leaving: dict[tuple[torch.Size, torch.dtype], Leaving] = {}
+        self._leaving_freely: list[Leaving] = []
         self._expected: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # by host address: sent for already
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor on the tier, whose chunks are then `put` and `get`."""
-        if not self.offloading:
-            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        num_bytes = prod(shape) * dtype.itemsize
-        if self.device_bytes + num_bytes <= self.device_budget_bytes:
-            tensor = torch.empty(tuple(shape), dtype=dtype, device=self.device)
-            self.device_bytes += num_bytes
-            weakref.finalize(tensor.untyped_storage(), self._leave_device, num_bytes).atexit = False
-            return tensor
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, on_device: bool | None = None) -> Tensor:
+        """An uninitialised tensor on the tier, whose chunks are then put and prefetched.
+
+        `on_device` says where, whatever the budget: a gradient must be where autograd has seen its tensor.
+        """
+        if on_device is None:
+            on_device = self._rests_on_device(prod(shape) * dtype.itemsize)
+        if on_device:
+            return self._resting(torch.empty(tuple(shape), dtype=dtype, device=self.device))
+        return self._empty_on_host(shape, dtype)
+
+    def keep(self, value: Tensor) -> Tensor:
+        """Store a contiguous device tensor as a chunk of its own. It must not be written to afterwards.
+
+        Until `let_go` it stays on the device too, however many there are.
+        """
+        if self._rests_on_device(value.nbytes):
+            return self._resting(value)
+        chunk = self._empty_on_host(value.shape, value.dtype)
+        self._leaving_freely.append(self._send_out(chunk, value))
+        return chunk
+
+    def _rests_on_device(self, num_bytes: int) -> bool:
+        return not self.offloading or self.device_bytes + num_bytes <= self.device_budget_bytes
+
+    def _resting(self, tensor: Tensor) -> Tensor:
+        if self.offloading:
+            self.device_bytes += tensor.nbytes
+            weakref.finalize(tensor.untyped_storage(), self._leave_device, tensor.nbytes).atexit = False
+        return tensor
+
+    def _empty_on_host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         tensor = self.pool.empty(tuple(shape), dtype)
         first = tensor.data_ptr()
-        self._give_up([address for address in self._expected if first <= address < first + num_bytes])
+        self._give_up([address for address in self._expected if first <= address < first + tensor.nbytes])
         if self._uses_streams:
             # A reused slab may still be read on behalf of its former tensor.
             self._copy_out.wait_stream(self._copy_in)
@@ -80,38 +107,45 @@ class ChunkStore:
     def _leave_device(self, num_bytes: int) -> None:
         self.device_bytes -= num_bytes
 
-    def _is_on_device(self, chunk: Tensor) -> bool:
+    def is_on_device(self, chunk: Tensor) -> bool:
+        """Whether a tensor of the tier rests on the device."""
         return chunk.device.type == self.device.type and not self.pool.owns(chunk)
 
     def put(self, chunk: Tensor, value: Tensor) -> None:
         """Store a device tensor into a chunk of the tier. The value must not be written to afterwards."""
-        if self._is_on_device(chunk):
+        if self.is_on_device(chunk):
             chunk.copy_(value)
             return
+        leaving = self._send_out(chunk, value.contiguous())
+        kind = (value.shape, value.dtype)
+        if kind in self._leaving:
+            self._wait_for(self._leaving.pop(kind))
+        self._leaving[kind] = leaving
+
+    def _send_out(self, chunk: Tensor, value: Tensor) -> Leaving:
+        """Copy to the host; the source must be held until it has left."""
         self.copied.bytes_out += chunk.nbytes
         self._give_up([chunk.data_ptr()])
         if not self._uses_streams:
             chunk.copy_(value)
-            return
-        value = value.contiguous()
+            return None
         self._copy_out.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copy_out):
             chunk.copy_(value, non_blocking=True)
             stored = self._copy_out.record_event()
         self._stored[chunk.data_ptr()] = stored
-        kind = (value.shape, value.dtype)
-        self._let_go([kind])
-        self._leaving[kind] = (value, stored)
+        return value, stored
 
     def let_go(self) -> None:
-        """Stop holding what was put, of any kind: the compute stream waits here until it has left."""
-        self._let_go(list(self._leaving))
+        """Stop holding what was put or kept: the compute stream waits here until it has left."""
+        for leaving in (*self._leaving.values(), *self._leaving_freely):
+            self._wait_for(leaving)
+        self._leaving.clear()
+        self._leaving_freely.clear()
 
-    def _let_go(self, kinds: Iterable[tuple[torch.Size, torch.dtype]]) -> None:
-        for kind in kinds:
-            if kind in self._leaving:
-                _, left = self._leaving.pop(kind)
-                torch.cuda.current_stream(self.device).wait_event(left)
+    def _wait_for(self, leaving: Leaving) -> None:
+        if leaving is not None:
+            torch.cuda.current_stream(self.device).wait_event(leaving[1])
 
     def prefetch(self, groups: Iterable[Sequence[Tensor]], ahead: bool = True) -> Prefetch:
         """Iterate over groups of chunks as device tensors, the next group on its way while one is in use.
@@ -127,7 +161,7 @@ class ChunkStore:
         They are held until they are asked for, put anew, or until this is called again.
         """
         self._give_up(list(self._expected))
-        self._expected = {chunk.data_ptr(): self._start(chunk) for chunk in chunks if not self._is_on_device(chunk)}
+        self._expected = {chunk.data_ptr(): self._start(chunk) for chunk in chunks if not self.is_on_device(chunk)}
 
     def _give_up(self, addresses: Iterable[int]) -> None:
         """Drop what is expected from there: not before it has arrived, as its memory will be used again."""
@@ -136,7 +170,7 @@ class ChunkStore:
                 self._finish(*self._expected.pop(address))
 
     def _start(self, chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        if self._is_on_device(chunk):
+        if self.is_on_device(chunk):
             return chunk, None
         expected = self._expected.pop(chunk.data_ptr(), None)
         if expected is not None and expected[0].shape == chunk.shape:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from megatron.config import Recompute
 from megatron.core.collectives import Exchange, heads_to_tokens, start_tokens_to_heads
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
@@ -22,6 +23,9 @@ from megatron.ops.gradient_sum import GradientSum
 BACKWARD_RUNS_ONCE = (
     "a streamed backward pass runs once: what the forward pass kept is gone, whatever retain_graph says"
 )
+
+# Long enough for products at full speed, short enough for the widest activation of a large MLP.
+SLICE_LENGTH = 8192
 
 Row = TypeVar("Row")
 
@@ -61,18 +65,19 @@ class Stream:
     """How chunks are executed. `chunk_length` counts global tokens, `slice_length` this rank's.
 
     Token-wise work on a chunk runs in slices, so that the widest activation (the MLP's) is bounded apart from the
-    chunk. The input of every `checkpoint_interval`-th block is kept for the backward pass. Within `whole_parameters`
-    parameters are whole, also where they are partitioned and their block is neither in its forward nor in its
-    backward pass.
+    chunk. The input of every `checkpoint_interval`-th block is kept for the backward pass; `recompute` says which of a
+    block's matrix products are not. Within `whole_parameters` parameters are whole, also where they are partitioned and
+    their block is neither in its forward nor in its backward pass.
     """
 
     store: ChunkStore
     attention: AttentionBackend
     parallel_state: ParallelState
     chunk_length: int
-    slice_length: int = 8192
+    slice_length: int = SLICE_LENGTH
     report: ProgressReport = no_report
     checkpoint_interval: int = 1
+    recompute: Recompute = "all"
     whole_parameters: WholeParameters = already_whole
     block_inputs: Callable[[], Any] = lambda: None  # the chain that the block that ran last belongs to
     block_below: Callable[[], Any] = lambda: None  # what the block that ran last keeps for its backward pass
@@ -83,11 +88,18 @@ class Stream:
         sequence_length = x_SBh.shape[0] * size
         return SequenceLayout(sequence_length, min(self.chunk_length, sequence_length), size)
 
-    def output(self, block: StreamedModule, x_SBh: Tensor, o_SBHD: Tensor) -> Tensor:
-        """The block's output for one chunk, slice by slice."""
+    def output(
+        self,
+        block: StreamedModule,
+        x_SBh: Tensor,
+        o_SBHD: Tensor,
+        kept: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Tensor:
+        """The block's output for one chunk, slice by slice; all but the first within `kept`."""
         y = torch.empty_like(x_SBh)
         for s in self.slices(len(x_SBh)):
-            torch.add(*block.after(x_SBh[s], o_SBHD[s]), out=y[s])
+            with kept() if s.start else nullcontext():
+                torch.add(*block.after(x_SBh[s], o_SBHD[s]), out=y[s])
         return y
 
     def start_tokens_to_heads(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:

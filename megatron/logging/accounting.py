@@ -10,8 +10,9 @@ matrix product once forward and twice backward, and causal attention once, as th
 Hardware FLOPs add the forward work that the backward pass runs again, so that the two are never confused:
 
     activation checkpointing    every layer, attention included
-    the streamed block          `before`, and `after` up to its last product (with it where there is dropout); and the
-                                whole `after` of each block above which an input is rebuilt
+    the streamed block          `before`, and `after` up to its last product (with it where there is dropout), without
+                                the products that were kept; and the whole `after` of each block above which an
+                                input is rebuilt
 
 The head and the loss run once on every path.
 
@@ -21,6 +22,7 @@ The attention scores that every flash kernel rebuilds inside its backward are co
 from dataclasses import dataclass
 
 from megatron.config.model import ModelConfig
+from megatron.config.parallel import Recompute
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,27 @@ def flops_of_checkpointing(model: ModelConfig, seq_length: int) -> int:
     return forward.token_wise + forward.attention
 
 
-def flops_of_streaming(model: ModelConfig, seq_length: int, checkpoint_interval: int) -> int:
-    """Return what the streamed blocks run again for one sequence."""
+def flops_of_streaming(
+    model: ModelConfig, seq_length: int, checkpoint_interval: int, recompute: Recompute = "all", kept_tokens: int = 0
+) -> int:
+    """Return what the streamed blocks run again for one sequence.
+
+    Of `kept_tokens` tokens the products that are not to be recomputed are kept; those before attention are of all.
+    """
     query_width = model.num_attention_heads * model.kv_channels
-    matrix = 2 * seq_length * model.hidden_size * model.ffn_hidden_size
-    after = 2 * seq_length * model.hidden_size * query_width + matrix * (3 if model.swiglu else 2)
-    skipped = 0 if model.hidden_dropout else matrix
+    matrix = 2 * model.hidden_size * model.ffn_hidden_size
+    first, last = matrix * (2 if model.swiglu else 1), matrix
+    dense = 2 * model.hidden_size * query_width
+    before = forward_flops(model, 0, seq_length).token_wise // model.num_layers - seq_length * (dense + first + last)
+    again = {
+        "all": before + seq_length * (dense + first),
+        "mlp": (seq_length - kept_tokens) * dense + seq_length * first,
+        "none": (seq_length - kept_tokens) * (dense + first),
+    }[recompute]
+    if model.hidden_dropout:
+        again += seq_length * last
     rebuilt_blocks = model.num_layers - -(-model.num_layers // checkpoint_interval)
-    token_wise = forward_flops(model, 0, seq_length).token_wise
-    return token_wise - model.num_layers * skipped + rebuilt_blocks * after
+    return model.num_layers * again + rebuilt_blocks * seq_length * (dense + first + last)
 
 
 def throughput(

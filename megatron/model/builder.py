@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron.config import ModelConfig
+from megatron.config import ModelConfig, Recompute
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.block import stream_block
 from megatron.fpdt.loss import stream_loss
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class Execution:
     """How a model is to be executed; its parameters and results do not depend on it.
 
-    The memory is what FPDT's chunks may take up with offloading: on the device first, then on the host.
+    The memory is what FPDT's chunks may take up with offloading: on the device first, then on the host. The last two
+    are activation checkpointing without FPDT.
     """
 
     fpdt: bool = False
@@ -37,6 +38,7 @@ class Execution:
     device_memory_bytes: int = 0
     host_memory_bytes: int | None = None
     checkpoint_interval: int = 1
+    fpdt_recompute: Recompute = "all"
     recompute: bool = False
     checkpoint_in_cpu: bool = False
 
@@ -73,8 +75,15 @@ def build_execution(
     offloading = execution.fpdt and execution.offloading
     store = ChunkStore(device, offloading, execution.device_memory_bytes, execution.host_memory_bytes)
     chunk_length = execution.chunk_size if execution.fpdt else config.seq_length
-    interval = execution.checkpoint_interval
-    stream = Stream(store, attention, parallel_state, chunk_length, report=report, checkpoint_interval=interval)
+    stream = Stream(
+        store,
+        attention,
+        parallel_state,
+        chunk_length,
+        report=report,
+        checkpoint_interval=execution.checkpoint_interval,
+        recompute=execution.fpdt_recompute,
+    )
     if execution.fpdt:
         return StreamedExecution(stream)
     return PlainExecution(stream, execution.recompute, execution.checkpoint_in_cpu)

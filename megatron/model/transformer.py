@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config import ModelConfig
+from megatron.config import ModelConfig, Recompute
 from megatron.model.initialization import Initializer
 from megatron.model.layers import MLP, Embedding, Linear, SelfAttention, build_norm
 
@@ -100,6 +100,13 @@ class TransformerLayer(nn.Module):
         # A dropout mask depends on how its tensor lies in memory, so that one must be the same whenever it is drawn.
         branch_SBh = self.mlp(self.post_attention_layernorm(x_SBh), output_needed or self.uses_dropout)
         return x_SBh, F.dropout(branch_SBh, self.dropout, self.training)
+
+    def weights_of_kept_products(self, recompute: Recompute) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Weights of the linear layers in `before` and in `after` that are not to be recomputed."""
+        attention, mlp = self.self_attention, self.mlp
+        before = [] if recompute == "all" else [attention.query_key_value.weight]
+        after = {"all": [], "mlp": [attention.dense.weight], "none": [attention.dense.weight, mlp.dense_h_to_4h.weight]}
+        return before, after[recompute]
 
     def forward(self, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
         return self.execution.block(self, x_SBh, positions_BS)

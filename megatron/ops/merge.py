@@ -28,6 +28,12 @@ def _interpolate_(o_SBHD: Tensor, other_SBHD: Tensor, weight_SBH: Tensor) -> Non
 
 
 @fused
+def add_(total: Tensor, part: Tensor) -> None:
+    """Add a tile's dq to the sum in fp32 or fp64."""
+    total.add_(part)
+
+
+@fused
 def add_key_value_gradients_(dkv_SBKD: Tensor, dk_SBKD: Tensor, dv_SBKD: Tensor) -> None:
     """Add a tile's dk and dv [S, B, K, D] to the sum [S, B, 2K, D], dk first, in fp32 or fp64."""
     for total, part in zip(dkv_SBKD.chunk(2, 2), (dk_SBKD, dv_SBKD), strict=True):

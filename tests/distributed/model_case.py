@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.config import ModelConfig
+from megatron.config import ModelConfig, Recompute
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.stream import SLICE_LENGTH
 from megatron.model.builder import Execution, build_model
 from tests.distributed.rank_pool import RankPool
 from tests.reference.compare import assert_gradients_equal
@@ -59,6 +60,8 @@ class Case:
     max_positions: int = 0
     recompute: bool = False
     checkpoint_in_cpu: bool = False
+    fpdt_recompute: Recompute = "all"
+    slice_length: int = SLICE_LENGTH
 
     @property
     def num_ranks(self) -> int:
@@ -72,6 +75,8 @@ class Case:
         ranks = f"dp{self.data_parallel_size}-sp{self.sequence_parallel_size}"
         recompute = "-recompute" if self.recompute else ""
         recompute += "-in-cpu" if self.checkpoint_in_cpu else ""
+        if self.fpdt_recompute != "all":
+            recompute += f"-recompute-{self.fpdt_recompute}-slices{self.slice_length}"
         return f"{self.family}-{positions}-{heads}-batch{self.batch_size}-{execution}{offloading}{recompute}-{ranks}"
 
 
@@ -115,6 +120,7 @@ def build(case: Case) -> tuple[nn.Module, ParallelState, SequenceLayout]:
         offloading=case.offloading,
         recompute=case.recompute,
         checkpoint_in_cpu=case.checkpoint_in_cpu,
+        fpdt_recompute=case.fpdt_recompute,
     )
     model = build_model(
         model_config(case),
@@ -125,6 +131,7 @@ def build(case: Case) -> tuple[nn.Module, ParallelState, SequenceLayout]:
         device="cpu",
         seed=1234,
     )
+    model.execution.stream.slice_length = case.slice_length
     layout = SequenceLayout(case.sequence_length, chunk_length, case.sequence_parallel_size)
     return model, parallel_state, layout
 

@@ -60,6 +60,12 @@ CORNERS = {
     "ranks straddle key/value groups": replace(
         LLAMA, num_heads=12, num_key_value_heads=3, chunk_length=16, sequence_parallel_size=4, batch_size=3
     ),
+    "no product is recomputed": replace(
+        LLAMA, chunk_length=20, sequence_parallel_size=2, offloading=True, fpdt_recompute="none", slice_length=3
+    ),
+    "the products of the MLP are recomputed": replace(
+        GPT, chunk_length=20, sequence_parallel_size=4, batch_size=3, fpdt_recompute="mlp", slice_length=2
+    ),
     "the reference attention kernel": replace(
         LLAMA, chunk_length=20, sequence_parallel_size=2, attention_backend="reference", offloading=True
     ),

@@ -33,8 +33,10 @@ def _inputs(length, batch=1, device="cpu"):
     return tuple(t.contiguous().pin_memory() if device == "cpu" else t.to(device) for t in parts)
 
 
-def _model(config, execution, dtype=torch.bfloat16, weights=None):
+def _model(config, execution, dtype=torch.bfloat16, weights=None, slice_length=None):
     model = build_model(config, VOCAB, ParallelState(), execution, dtype, "cuda")
+    if slice_length is not None:
+        model.execution.stream.slice_length = slice_length
     if weights is not None:
         model.load_state_dict(weights)
     return model
@@ -82,13 +84,13 @@ def test_bf16_stream_errs_like_the_bf16_plain_model(backend):
 @contextlib.contextmanager
 def _delays(monkeypatch, cycles=2_000_000):
     """Hold up each copy before it starts and the arithmetic after each arrival."""
-    start, finish, put = store_module.ChunkStore._start, store_module.ChunkStore._finish, store_module.ChunkStore.put
+    start, finish, send = (getattr(store_module.ChunkStore, name) for name in ("_start", "_finish", "_send_out"))
 
-    def slow_put(self, chunk, value):
+    def slow_send(self, chunk, value):
         torch.cuda._sleep(cycles)  # the producer is late
         with torch.cuda.stream(self._copy_out):
             torch.cuda._sleep(cycles)
-        put(self, chunk, value)
+        return send(self, chunk, value)
 
     def slow_start(self, chunk):
         with torch.cuda.stream(self._copy_in):
@@ -100,26 +102,40 @@ def _delays(monkeypatch, cycles=2_000_000):
         torch.cuda._sleep(cycles)
         return result
 
-    monkeypatch.setattr(store_module.ChunkStore, "put", slow_put)
+    monkeypatch.setattr(store_module.ChunkStore, "_send_out", slow_send)
     monkeypatch.setattr(store_module.ChunkStore, "_start", slow_start)
     monkeypatch.setattr(store_module.ChunkStore, "_finish", slow_finish)
     yield
     monkeypatch.undo()
 
 
-def test_delays_in_every_stream_change_no_bit(monkeypatch):
+@pytest.mark.parametrize("recompute", ["mlp", "none"])
+@pytest.mark.parametrize("execution", [ON_DEVICE, OFFLOADED], ids=["on-device", "offloaded"])
+def test_products_that_are_kept_change_no_bit(execution, recompute):
+    config, inputs = _config(1024 + 192), _inputs(1024 + 192, batch=2)
+    loss, grads = _run(_model(config, ON_DEVICE, slice_length=96), inputs)
+    model = _model(config, replace(execution, fpdt_recompute=recompute), slice_length=96)
+    for _ in range(2):
+        other_loss, other_grads = _run(model, inputs)
+        assert torch.equal(loss, other_loss)
+        assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+
+
+@pytest.mark.parametrize("recompute", ["all", "none"])
+def test_delays_in_every_stream_change_no_bit(monkeypatch, recompute):
     config, inputs = _config(1024 + 192), _inputs(1024 + 192)
-    loss, grads = _run(_model(config, OFFLOADED), inputs, steps=2)
-    model = _model(config, OFFLOADED)
+    loss, grads = _run(_model(config, OFFLOADED, slice_length=96), inputs, steps=2)
+    model = _model(config, replace(OFFLOADED, fpdt_recompute=recompute), slice_length=96)
     with _delays(monkeypatch):
         slow_loss, slow_grads = _run(model, inputs, steps=2)
     assert torch.equal(loss, slow_loss)
     assert all(torch.equal(grads[name], slow_grads[name]) for name in grads)
 
 
-def test_the_host_never_waits_for_the_device():
+@pytest.mark.parametrize("recompute", ["all", "none"])
+def test_the_host_never_waits_for_the_device(recompute):
     config, inputs = _config(1024), _inputs(1024)
-    model = _model(config, OFFLOADED)
+    model = _model(config, replace(OFFLOADED, fpdt_recompute=recompute), slice_length=96)
     _run(model, inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -141,9 +157,10 @@ def test_host_pool_allocates_in_the_first_step_only_and_exactly():
     assert pool.used_bytes == 0
 
 
-def _peak_bytes(length):
+def _peak_bytes(length, recompute):
     config, inputs = _config(length), _inputs(length)
-    model = _model(config, Execution(fpdt=True, chunk_size=1024, offloading=True))
+    execution = Execution(fpdt=True, chunk_size=1024, offloading=True, fpdt_recompute=recompute)
+    model = _model(config, execution, slice_length=256)
     _run(model, inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -153,8 +170,9 @@ def _peak_bytes(length):
     return torch.cuda.max_memory_allocated() - base
 
 
-def test_peak_memory_does_not_grow_with_the_sequence():
-    short, long = _peak_bytes(8 * 1024), _peak_bytes(64 * 1024)
+@pytest.mark.parametrize("recompute", ["all", "none"])
+def test_peak_memory_does_not_grow_with_the_sequence(recompute):
+    short, long = _peak_bytes(8 * 1024, recompute), _peak_bytes(64 * 1024, recompute)
     assert long <= 1.02 * short
 
 

@@ -31,6 +31,7 @@ SUBSET = [
     ("llama", (1, 4), 2, "fpdt"),
     ("llama", (2, 2), 3, "rebuilt"),
     ("gpt", (2, 1), 3, "rebuilt"),
+    ("gpt", (1, 2), 3, "kept"),
 ]
 
 

@@ -47,6 +47,7 @@ EFFECTS = (
             "ds_sequence_parallel_fpdt_chunk_size",
             "ds_sequence_parallel_fpdt_offloading",
             "ds_sequence_parallel_fpdt_checkpoint_interval",
+            "ds_sequence_parallel_fpdt_recompute",
         ),
         lambda config: config.parallel.ds_sequence_parallel_fpdt,
         "without --ds-sequence-parallel-fpdt",

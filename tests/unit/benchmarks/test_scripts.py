@@ -144,8 +144,9 @@ def test_streamed_rows_are_compared_with_deepspeed():
 
 
 def test_rows_that_failed_are_drawn(tmp_path):
-    row = {"way": "offloaded", "length": "8", "chunk": "4", "backend": "cudnn", "times_matmul": 0.6, "above_gib": 7.0}
-    failed = {"way": "recomputed", "length": "8", "chunk": "-", "backend": "cudnn", "failed": "out of GPU memory"}
+    common = {"length": "8", "recompute": "all", "backend": "cudnn"}
+    row = {"way": "offloaded", "chunk": "4", "times_matmul": 0.6, "above_gib": 7.0, **common}
+    failed = {"way": "recomputed", "chunk": "-", "failed": "out of GPU memory", **common}
     streamed_block.draw(report_of(streamed_block, tmp_path, [row, failed]))
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 

@@ -2,32 +2,37 @@ from dataclasses import replace
 
 import pytest
 
-from megatron.fpdt.memory_model import StreamShape, choose_checkpoint_interval
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept
 from tests.unit.model.small_model import OFFLOADED, small_config, small_inputs, small_model
 
 LENGTH, BATCH = 40, 2
 SHAPE = StreamShape(
-    num_layers=32, hidden_size=4096, num_heads=32, num_key_value_heads=8, head_size=128, sequence_length=2**20,
-    batch_size=1, sequence_parallel_size=4, element_size=2,
+    num_layers=32, hidden_size=4096, mlp_outputs=28672, mlp_width=14336, num_heads=32, num_key_value_heads=8,
+    head_size=128, layout=SequenceLayout(2**20, 2**17, 4), slice_length=8192, batch_size=1, element_size=2,
 )  # fmt: skip
-GIB = 2**30
+SLICE_LENGTH = 6
+RECOMPUTE = pytest.mark.parametrize("recompute", ["all", "mlp", "none"])
 
 
 def shape_of(config):
+    layout = SequenceLayout(config.seq_length, OFFLOADED.chunk_size)
     return StreamShape(
-        config.num_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
-        config.kv_channels, config.seq_length, BATCH, 1, 8,
+        config.num_layers, config.hidden_size, 2 * config.ffn_hidden_size, config.ffn_hidden_size,
+        config.num_attention_heads, config.num_key_value_heads, config.kv_channels, layout, SLICE_LENGTH, BATCH, 8,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 5])
 @pytest.mark.parametrize("interval", [1, 2, 3, 4])
-def test_a_step_takes_up_what_the_model_says(num_layers, interval):
+@RECOMPUTE
+def test_a_step_takes_up_what_the_model_says(num_layers, interval, recompute):
     config = small_config(LENGTH, num_layers=num_layers)
-    model = small_model(config, replace(OFFLOADED, checkpoint_interval=interval))
+    model = small_model(config, replace(OFFLOADED, checkpoint_interval=interval, fpdt_recompute=recompute))
+    model.execution.stream.slice_length = SLICE_LENGTH
     model(*small_inputs(config, BATCH)).backward()
     used = model.execution.store.pool.peak_used_bytes
-    assert used == pytest.approx(shape_of(config).tier_bytes(interval), rel=0.01)
+    assert used == pytest.approx(shape_of(config).tier_bytes(interval, recompute), rel=0.01)
 
 
 def test_llama_3_8b_at_a_million_tokens_on_four_gpus():
@@ -38,15 +43,55 @@ def test_llama_3_8b_at_a_million_tokens_on_four_gpus():
     assert SHAPE.tier_bytes(1) == tokens * (32 * (8192 + 128 + 4096) + 34 * 8192 + 8192)
 
 
-@pytest.mark.parametrize("budget, expected", [(10**13, 1), (SHAPE.tier_bytes(1), 1), (SHAPE.tier_bytes(1) - 1, 2)])
-def test_the_interval_is_the_shortest_that_fits(budget, expected):
-    assert choose_checkpoint_interval(SHAPE, budget) == expected
+def test_products_of_llama_3_8b():
+    """Per token and layer: 12288 bytes before attention; after it 8192 and 57344, but for 8192 tokens of 32768."""
+    tokens = 2**18
+    assert SHAPE.product_bytes("all") == 0
+    assert SHAPE.product_bytes("mlp") == tokens * (12288 + 8192 * 3 // 4)
+    assert SHAPE.product_bytes("none") == tokens * (12288 + (8192 + 57344) * 3 // 4)
+
+
+def _enough_for(recompute):
+    """Products may take up to three quarters of the budget with all the rest."""
+    return -(-SHAPE.tier_bytes(1, recompute) * 4 // 3)
+
+
+@pytest.mark.parametrize(
+    "budget, expected",
+    [
+        (10**13, ("none", 1)),
+        (_enough_for("none"), ("none", 1)),
+        (_enough_for("none") - 1, ("mlp", 1)),
+        (_enough_for("mlp") - 1, ("all", 1)),
+        (SHAPE.tier_bytes(1), ("all", 1)),
+        (SHAPE.tier_bytes(1) - 1, ("all", 2)),
+    ],
+)
+def test_what_costs_the_least_time_of_what_fits(budget, expected):
+    assert choose_what_is_kept(SHAPE, budget) == expected
+
+
+def test_what_is_asked_for_stays_as_it_is():
+    assert choose_what_is_kept(SHAPE, 10**13, recompute="mlp") == ("mlp", 1)
+    assert choose_what_is_kept(SHAPE, SHAPE.tier_bytes(2, "mlp"), recompute="mlp") == ("mlp", 2)
+    assert choose_what_is_kept(SHAPE, 10**13, interval=1) == ("none", 1)
+    assert choose_what_is_kept(SHAPE, 10**13, interval=3) == ("all", 3)
+    assert choose_what_is_kept(SHAPE, 0, "none", 3) == ("none", 3)
 
 
 def test_where_nothing_fits_it_is_the_thriftiest():
-    interval = choose_checkpoint_interval(SHAPE, 0)
+    recompute, interval = choose_what_is_kept(SHAPE, 0)
+    assert recompute == "all"
     assert SHAPE.tier_bytes(interval) == min(SHAPE.tier_bytes(k) for k in range(1, 33))
     assert SHAPE.tier_bytes(interval) < 0.7 * SHAPE.tier_bytes(1)
+
+
+@pytest.mark.parametrize(
+    "length, expected", [(2**14, "all"), (2**16, "mlp"), (2**17, "mlp"), (2**18, "none"), (2**21, "none")]
+)
+def test_short_sequences_keep_only_what_their_arithmetic_hides_on_its_way(length, expected):
+    shape = replace(SHAPE, layout=SequenceLayout(length, min(length, 2**15)))
+    assert choose_what_is_kept(shape, 10**15) == (expected, 1)
 
 
 def test_fewer_key_value_heads_than_ranks_are_replicated():

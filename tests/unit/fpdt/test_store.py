@@ -223,3 +223,34 @@ def test_what_was_expected_of_a_tensor_is_forgotten_with_it():
     assert again[1].data_ptr() == address
     again[1].fill_(9.0)
     assert [chunk[0].item() for (chunk,) in store.prefetch([[again[1]]])] == [9]
+
+
+def test_what_is_kept_on_the_host_does_not_change_with_its_source_and_is_counted():
+    store = ChunkStore(CPU, offloading=True)
+    value = torch.ones(4)
+    chunk = store.keep(value)
+    store.let_go()
+    value.zero_()
+    assert store.pool.owns(chunk)
+    assert torch.equal(chunk, torch.ones(4))
+    assert (store.copied.bytes_out, store.pool.used_bytes) == (16, 16)
+
+
+def test_what_is_kept_on_the_device_is_the_value_itself_within_the_budget():
+    value = torch.ones(4)
+    assert ChunkStore(CPU, offloading=False).keep(value) is value
+    store = ChunkStore(CPU, offloading=True, device_budget_bytes=16)
+    assert store.keep(value) is value
+    assert store.device_bytes == 16
+    assert store.pool.owns(store.keep(torch.ones(1)))
+    del value
+    assert store.device_bytes == 0
+
+
+def test_a_tensor_may_be_asked_for_on_either_tier_whatever_the_budget():
+    store = ChunkStore(CPU, offloading=True, device_budget_bytes=16)
+    on_host = store.empty((2,), torch.float32, on_device=False)
+    on_device = store.empty((64,), torch.float32, on_device=True)
+    assert store.pool.owns(on_host)
+    assert store.is_on_device(on_device)
+    assert store.device_bytes == 256

@@ -76,6 +76,16 @@ def test_the_stream_runs_token_wise_work_again_but_for_the_last_product(num_laye
     assert flops_of_streaming(model, 10, interval) == 10 * (num_layers * again + rebuilt * (128 + 1024))
 
 
+@pytest.mark.parametrize(
+    "recompute, again", [("all", 10 * (384 + 128 + 512)), ("mlp", 4 * 128 + 10 * 512), ("none", 4 * (128 + 512))]
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_products_that_are_kept_of_six_tokens_in_ten_are_not_run_again(recompute, again, dropout):
+    model = replace(GPT_TINY, num_layers=3, hidden_dropout=dropout)
+    last = 10 * 512 if dropout else 0
+    assert flops_of_streaming(model, 10, 1, recompute, kept_tokens=6) == 3 * (again + last)
+
+
 def test_the_stream_leaves_out_a_third_of_swiglu():
     mlp = 2 * 8192 * 3 * 4096 * 14336 * 32
     token_wise = forward_flops(LLAMA_3_8B, 0, 8192).token_wise

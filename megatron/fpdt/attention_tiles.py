@@ -1,0 +1,107 @@
+"""Rows of attention tiles: a query chunk against the key/value chunks it sees, one tile after the other.
+
+    forward    (o, lse) merged by online softmax over the tiles of the row
+    backward   with o and lse of the whole row: dq summed over the row, dk and dv over the column, on the tier
+
+Sums are in fp32, or fp64 for fp64. C tokens of a chunk, B batch, H and K query and key/value heads of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron.fpdt.plan import Tile
+from megatron.fpdt.store import ChunkStore, Prefetch
+from megatron.ops.attention import AttentionBackend
+from megatron.ops.gradient_sum import accumulation_dtype
+from megatron.ops.merge import add_, add_key_value_gradients_, merge_
+
+# What runs per tile is a function of its own, so that nothing of the last one is referenced when the next is sent for.
+
+
+def attend(
+    attention: AttentionBackend, scale: float, row: list[Tile], q_CBHD: Tensor, kv_CBKD: Tensor, kv_ahead: Prefetch
+) -> tuple[Tensor, Tensor]:
+    """One row of tiles: o [C, B, H, D] in the dtype of q, and lse [B, H, C].
+
+    `kv_CBKD` is the row's own, `kv_ahead` brings those of the other tiles.
+    """
+    diagonal, *others = row
+    o, lse = _forward_tile(attention, scale, diagonal, q_CBHD, kv_CBKD)
+    if others:
+        o = o.to(accumulation_dtype(q_CBHD.dtype))
+    for tile in others:
+        merge_(o, lse, *_forward_tile(attention, scale, tile, q_CBHD, *next(kv_ahead)))
+    return o.to(q_CBHD.dtype), lse
+
+
+def _forward_tile(
+    attention: AttentionBackend, scale: float, tile: Tile, q: Tensor, kv: Tensor
+) -> tuple[Tensor, Tensor]:
+    k, v = kv.chunk(2, 2)
+    return attention.forward(q, k, v, tile.is_diagonal, scale)
+
+
+def backward_tile_inputs(tile: Tile, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequence[Tensor]) -> list[Tensor]:
+    """Chunks a backward tile loads: keys and values unless it has just projected them, gradients if some are stored."""
+    return [kv_CBKD[tile.key]] * (not tile.is_diagonal) + [dkv_CBKD[tile.key]] * (not tile.first_of_column)
+
+
+def attend_backward(
+    attention: AttentionBackend,
+    scale: float,
+    row: list[Tile],
+    queries: tuple[Tensor, ...],
+    kv_CBKD: Tensor,
+    store: ChunkStore,
+    row_ahead: Prefetch,
+    tile_ahead: Prefetch,
+    dkv_CBKD: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """One row of tiles: (dq, dkv) of the row's chunk, final, in the dtype of q; dkv of the other chunks stored.
+
+    `queries` are q, o, do [C, B, H, D] and lse [B, H, C]; `tile_ahead` brings each tile's `backward_tile_inputs`.
+    """
+    dq = None
+    *others, diagonal = row
+    for tile in others:
+        inputs = next(tile_ahead)
+        tile_ahead.start()
+        dq, dkv_tile = _backward_tile(attention, scale, tile, queries, dq, *inputs)
+        store.put(dkv_CBKD[tile.key], dkv_tile)
+        del inputs, dkv_tile
+    # The diagonal needs the least of its own: the next row is sent for beside it, and the row's first tile after that.
+    inputs = next(tile_ahead)
+    row_ahead.start()
+    dq, dkv_row = _backward_tile(attention, scale, diagonal, queries, dq, kv_CBKD, *inputs)
+    tile_ahead.start()
+    dtype = kv_CBKD.dtype
+    return dq.to(dtype), dkv_row.to(dtype)
+
+
+def _backward_tile(
+    attention: AttentionBackend,
+    scale: float,
+    tile: Tile,
+    queries: tuple[Tensor, ...],
+    dq_sum: Tensor | None,
+    kv: Tensor,
+    dkv_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dq, dkv) of one tile, added to the sums where there are any."""
+    q, o, do, lse = queries
+    k, v = kv.chunk(2, 2)
+    dq, dk, dv = attention.backward(do, q, k, v, o, lse, tile.is_diagonal, scale)
+    sum_dtype = accumulation_dtype(q.dtype)
+    if dq_sum is None:
+        dq_sum = dq.to(sum_dtype)
+    else:
+        add_(dq_sum, dq)
+    if dkv_sum is None:
+        dkv_sum = torch.cat([dk, dv], 2).to(sum_dtype)
+    else:
+        add_key_value_gradients_(dkv_sum, dk, dv)
+    return dq_sum, dkv_sum
