@@ -42,8 +42,14 @@ def commands_in_docs():
 
 @pytest.mark.parametrize("command", commands_in_docs())
 def test_every_command_in_the_docs_can_be_parsed(command):
-    _, path, *words = shlex.split(command)
+    _, path, *words = (word for word in shlex.split(command) if word != "--profile")
     SCRIPTS[path.removeprefix("benchmarks/").removesuffix(".py")].parse_arguments([*words, "--device", "cpu"])
+
+
+def test_a_profile_without_a_gpu_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        streamed_block.parse_arguments(["--device", "cpu", "--profile"])
+    assert "--profile traces a GPU" in capsys.readouterr().err
 
 
 # attention_tiles
