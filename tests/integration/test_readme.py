@@ -1,7 +1,5 @@
 """What the README tells a reader to type works: targets and files exist, flags are known, the data commands run."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,26 +10,11 @@ from megatron.config.checks import validate
 from megatron.data.indexed_dataset import IndexedDataset
 from tests.distributed.launcher import REPOSITORY, TrainingRun, free_port, read_log
 from tests.integration.readme import Command, commands, commands_of, local_links, mapped_paths
+from tests.integration.shell import run
 
 MADE_BY_MAKE = [".venv/bin/activate"]
 PROGRAMS = ("make", ".", "export", "tools/", "examples_deepspeed/", "pretrain_gpt.py")
 SOURCES = sorted((REPOSITORY / "megatron").rglob("*.py"))
-
-
-def run(command: str, folder: Path, **variables: str) -> str:
-    """Run a shell command in a folder with this Python in front; its output."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        **variables,
-    }
-    finished = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert finished.returncode == 0, f"{command}\n{finished.stdout}\n{finished.stderr}"
-    return finished.stdout
 
 
 def exports() -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[3]
 EXAMPLES = REPOSITORY / "examples_deepspeed"
 SCRIPTS = sorted(EXAMPLES.rglob("ds_*.sh"))
-PATHS = {"DATA_PATH": "corpus_text_document", "VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt"}
+PATHS = {"DATA_PATH": "corpus_text_document", "VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt",
+         "TOKENIZER_MODEL": "tokenizer.json", "LOAD": "elsewhere/checkpoints"}  # fmt: skip
 PASSED_ON = ("PATH", "HOME", "TMPDIR")
 
 

@@ -1,5 +1,6 @@
 """Every launch script passes flags that the program takes, counts GPUs right, and says what it lacks."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_any_length_can_be_set_from_the_environment(tmp_path: Path, script: Path
     validate(config, 4, "cuda")
     assert config.model.seq_length == 300000
     assert config.parallel.ds_sequence_parallel_size == 2
-    assert config.checkpoint.save == config.checkpoint.load == "elsewhere/checkpoints"
+    assert config.checkpoint.save == "elsewhere/checkpoints"
 
 
 @BY_SCRIPT
@@ -68,7 +69,7 @@ def test_further_flags_are_passed_on_and_win(tmp_path: Path, script: Path) -> No
 
 @BY_SCRIPT
 def test_other_tokenizers_and_blended_data_can_be_named(tmp_path: Path, script: Path) -> None:
-    command = run_script(script, bin_folder=tmp_path, DATA_PATH="0.3 one 0.7 two", **SENTENCE_PIECE)
+    command = run_script(script, bin_folder=tmp_path, **PATHS | SENTENCE_PIECE | {"DATA_PATH": "0.3 one 0.7 two"})
     config = parse_args(command.flags)
     validate(config, 4, "cuda")
     assert config.data.data_path == ("0.3", "one", "0.7", "two")
@@ -85,8 +86,66 @@ def test_chosen_gpus_are_left_to_the_launcher(tmp_path: Path, script: Path) -> N
 @BY_SCRIPT
 def test_every_missing_path_is_named_at_once(tmp_path: Path, script: Path) -> None:
     message = complaint(script, tmp_path, VOCAB_FILE="vocab.json")
-    assert message.startswith("DATA_PATH MERGE_FILE not set")
+    tokenizer = "MERGE_FILE" if "gpt" in script.stem else "TOKENIZER_MODEL"
+    weights = [] if "pretrain" in script.stem else ["LOAD"]
+    assert message.startswith(f"{' '.join([*weights, 'DATA_PATH', tokenizer])} not set")
     assert "tools/preprocess_data.py" in message
+
+
+def test_weights_are_taken_from_elsewhere_until_the_run_has_saved_its_own(tmp_path: Path) -> None:
+    (script,) = (script for script in SCRIPTS if "finetune" in script.stem)
+    output = tmp_path / "output"
+    checkpoint = parse_args(run_script(script, bin_folder=tmp_path, OUTPUT=str(output), **PATHS).flags).checkpoint
+    assert (checkpoint.load, checkpoint.finetune) == (PATHS["LOAD"], True)
+    (output / "checkpoints").mkdir(parents=True)
+    (output / "checkpoints/latest").write_text("global_step3")
+    checkpoint = parse_args(run_script(script, bin_folder=tmp_path, OUTPUT=str(output), **PATHS).flags).checkpoint
+    assert (checkpoint.load, checkpoint.finetune) == (f"{output}/checkpoints", False)
+
+
+def test_the_machines_of_a_hostfile_are_counted(tmp_path: Path) -> None:
+    script = SCRIPTS[0]
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("# two machines\nworker-1 slots=8\nworker-2 slots=8 # as well\n\nworker-3 slots=4\n")
+
+    def launched(**variables: str) -> Command:
+        return run_script(script, bin_folder=tmp_path, HOSTFILE=str(hosts), **PATHS, **variables)
+
+    command = launched(NUM_NODES="2")
+    assert command.launcher[-6:] == ["--hostfile", str(hosts), "--num_nodes", "2", "--num_gpus", "8"]
+    assert command.value("--ds-sequence-parallel-size") == "16"
+    assert launched(NUM_GPUS="4").value("--ds-sequence-parallel-size") == "12"
+    assert "--hostfile" not in launched(NUM_NODES="1").launcher
+    assert "set NUM_GPUS=4" in complaint(script, tmp_path, HOSTFILE=str(hosts), **PATHS)
+    assert "use at most 3" in complaint(script, tmp_path, HOSTFILE=str(hosts), NUM_NODES="4", **PATHS)
+
+
+def test_a_hostfile_of_one_machine_needs_no_ssh(tmp_path: Path) -> None:
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("localhost slots=4\n")
+    assert "--hostfile" not in run_script(SCRIPTS[0], bin_folder=tmp_path, HOSTFILE=str(hosts), **PATHS).launcher
+
+
+FULL_LENGTHS = {
+    "ds_continue_llama_8B_fpdt_512k": 524_288,
+    "ds_finetune_llama_8B_fpdt_128k": 131_072,
+    "ds_pretrain_gpt_1.3B_ulysses_32k": 32_768,
+    "ds_pretrain_gpt_6.7B_fpdt_256k": 262_144,
+    "ds_pretrain_llama_70B_fpdt_4m": 4_194_304,
+    "ds_pretrain_llama_8B_fpdt_2m": 2_097_152,
+}
+
+
+@BY_SCRIPT
+def test_length_and_size_are_what_the_name_says(tmp_path: Path, script: Path) -> None:
+    config = parse_args(run_script(script, bin_folder=tmp_path, num_gpus_found=8, **PATHS).flags)
+    assert config.model.seq_length == FULL_LENGTHS[script.stem]
+    assert config.parallel.ds_sequence_parallel_fpdt == ("fpdt" in script.stem)
+    (billions,) = re.findall(r"_([\d.]+)B_", script.stem)
+    vocabulary = 128_256 if "llama" in script.stem else 50_257
+    embeddings = vocabulary * config.model.hidden_size * (2 if config.model.untie_embeddings_and_output_weights else 1)
+    parameters = config.model.num_layers * config.model.block_weights + embeddings
+    assert parameters / 1e9 == pytest.approx(float(billions), rel=0.05)
 
 
 @BY_SCRIPT

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Go on pretraining a LLaMA of 8B parameters at 524,288 tokens of context with FPDT. LOAD names the folder of its
+# checkpoint, of which the weights are taken.
+#
+#   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=llama/checkpoint \
+#     examples_deepspeed/sequence_parallel/ds_continue_llama_8B_fpdt_512k.sh
+#
+#   DRY_RUN=1          print the command and stop
+#   MODEL_SCALE=tiny   the same with a tiny model: on one or two GPUs, or two processes on the CPU in fp32
+#
+# Edit the values below, or set the variable of the same name in capitals: SEQ_LEN=524288 NUM_GPUS=8 ...
+set -euo pipefail
+# shellcheck source=examples_deepspeed/sequence_parallel/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# --- main configuration; common.sh has more ------------------------------------------------------------------------------
+seq_len=${SEQ_LEN:-524288}
+chunk_size=${CHUNK_SIZE:-65536}
+train_tokens=${TRAIN_TOKENS:-2e9}
+warmup_tokens=${WARMUP_TOKENS:-2e7}
+output=${OUTPUT:-runs/llama_8B_continued_512k} # checkpoints, log, TensorBoard; a run that is started again goes on from here
+tokenizer_type=${TOKENIZER_TYPE:-HFTokenizer}
+needed=(LOAD)
+
+# --- model ---------------------------------------------------------------------------------------------------------------
+num_layers=32
+hidden_size=4096
+ffn_hidden_size=14336
+num_attention_heads=32
+num_key_value_heads=8
+rotary_theta=${ROTARY_THETA:-500000} # as the checkpoint has it
+lr=${LR:-2e-5}
+min_lr=${MIN_LR:-2e-6}
+
+scale_model
+find_data
+find_gpus
+assemble_arguments
+launch "${llama[@]}" "${fpdt[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}" "$@"

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Pretrain a LLaMA of 70B parameters (the shape of Llama 3 70B) at 4,194,304 tokens of context with FPDT.
+#
+#   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json \
+#     examples_deepspeed/sequence_parallel/ds_pretrain_llama_70B_fpdt_4m.sh
+#
+#   DRY_RUN=1          print the command and stop
+#   MODEL_SCALE=tiny   the same with a tiny model: on one or two GPUs, or two processes on the CPU in fp32
+#
+# Edit the values below, or set the variable of the same name in capitals: SEQ_LEN=524288 NUM_GPUS=8 ...
+set -euo pipefail
+# shellcheck source=examples_deepspeed/sequence_parallel/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# --- main configuration; common.sh has more ------------------------------------------------------------------------------
+seq_len=${SEQ_LEN:-4194304}
+chunk_size=${CHUNK_SIZE:-65536}
+train_tokens=${TRAIN_TOKENS:-300e9}
+warmup_tokens=${WARMUP_TOKENS:-3e9}
+output=${OUTPUT:-runs/llama_70B_fpdt_4m} # checkpoints, log, TensorBoard; a run that is started again goes on from here
+tokenizer_type=${TOKENIZER_TYPE:-HFTokenizer}
+
+# --- model ---------------------------------------------------------------------------------------------------------------
+num_layers=80
+hidden_size=8192
+ffn_hidden_size=28672
+num_attention_heads=64
+num_key_value_heads=8
+rotary_theta=${ROTARY_THETA:-100000000}
+lr=${LR:-1.5e-4}
+min_lr=${MIN_LR:-1.5e-5}
+
+scale_model
+find_data
+find_gpus
+assemble_arguments
+launch "${llama[@]}" "${fpdt[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}" "$@"

@@ -1,0 +1,48 @@
+"""Every launch script trains, evaluates and saves at the tiny scale, through the deepspeed launcher."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launcher import REPOSITORY, TrainingRun, free_port, read_log
+from tests.integration.corpus import VOCAB_SIZE
+from tests.integration.shell import run
+
+SCRIPTS = {path.stem: path for path in (REPOSITORY / "examples_deepspeed").rglob("ds_*.sh")}
+NEW, CONTINUED = (sorted(name for name in SCRIPTS if ("pretrain" in name) is new) for new in (True, False))
+
+
+def launch(name: str, folder: Path, corpus: Path, **variables: str) -> TrainingRun:
+    """Run a script at the tiny scale and a length of its own; what its log says."""
+    settings = {
+        "MODEL_SCALE": "tiny", "SEQ_LEN": "1000", "CHUNK_SIZE": "300", "TRAIN_TOKENS": "4000", "DATA_PATH": str(corpus),
+        "TOKENIZER_TYPE": "NullTokenizer", "VOCAB_SIZE": str(VOCAB_SIZE), "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    return read_log(run(str(SCRIPTS[name]), folder, **settings | variables))
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_script_trains_evaluates_and_saves(tmp_path: Path, corpus: Path, name: str) -> None:
+    training = launch(name, tmp_path, corpus, OUTPUT="out")
+    assert list(training.losses) == [1, 2, 3, 4]
+    assert list(training.validation_losses) == [2, 4]
+    assert (tmp_path / "out/checkpoints/latest").read_text() == "global_step4"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, float]:
+    """(the checkpoints of a short run of the 8B script at the tiny scale, its last validation loss)"""
+    folder = tmp_path_factory.mktemp("pretrained")
+    training = launch("ds_pretrain_llama_8B_fpdt_2m", folder, corpus, OUTPUT="out", LR="3e-3", TRAIN_TOKENS="20000")
+    return folder / "out/checkpoints", list(training.validation_losses.values())[-1]
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_script_begins_with_the_weights_of_another_run(
+    tmp_path: Path, corpus: Path, pretrained: tuple[Path, float], name: str
+) -> None:
+    checkpoints, validation_loss = pretrained
+    longer = {"SEQ_LEN": "1200", "TRAIN_TOKENS": "4800", "ROTARY_THETA": "100000000"}
+    training = launch(name, tmp_path, corpus, OUTPUT="out", LOAD=str(checkpoints), **longer)
+    assert list(training.losses) == [1, 2, 3, 4]
+    assert training.validation_losses[4] < validation_loss + 0.05
