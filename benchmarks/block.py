@@ -48,8 +48,7 @@ from benchmarks.kernel_times import seconds_by_kind, seconds_by_name, trace
 from megatron.config import ModelConfig, Recompute
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
-from megatron.execution import stream_shape
-from megatron.fpdt.memory_model import choose_what_is_kept
+from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept
 from megatron.fpdt.store import ChunkStore
 from megatron.logging.accounting import model_flops
 from megatron.model.builder import Execution, build_model
@@ -241,7 +240,7 @@ RECOMPUTED = Way("recomputed")
 
 def automatic_recompute(model: ModelConfig, chunk: int, device: torch.device) -> Recompute:
     """What a training run with offloading would choose on this machine."""
-    shape = stream_shape(model, chunk, 1, 1, compute_dtype(device))
+    shape = StreamShape.of(model, chunk, 1, 1, compute_dtype(device).itemsize)
     return choose_what_is_kept(shape, available_host_bytes(), interval=1)[0]
 
 

@@ -20,8 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import lcm
 
-from megatron.config import Recompute
+from megatron.config import ModelConfig, Recompute
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.stream import SLICE_LENGTH
 
 # FLOPs of an H100 or H200 while a byte goes to the host: 600e12 per second beside 50e9, and more than half to spare, as
 # at 18,000 the copies of a block were seen to hold its arithmetic up (docs/performance.md).
@@ -46,6 +47,25 @@ class StreamShape:
     slice_length: int
     batch_size: int
     element_size: int
+
+    @classmethod
+    def of(
+        cls, model: ModelConfig, chunk_length: int, sequence_parallel_size: int, batch_size: int, element_size: int
+    ) -> StreamShape:
+        """The shape of a resolved model's chunks."""
+        return cls(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            mlp_outputs=model.ffn_hidden_size * (2 if model.swiglu else 1),
+            mlp_width=model.ffn_hidden_size,
+            num_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads,
+            head_size=model.kv_channels,
+            layout=SequenceLayout(model.seq_length, min(chunk_length, model.seq_length), sequence_parallel_size),
+            slice_length=SLICE_LENGTH,
+            batch_size=batch_size,
+            element_size=element_size,
+        )
 
     @property
     def _local_tokens(self) -> int:
