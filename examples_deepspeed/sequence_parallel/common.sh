@@ -15,6 +15,7 @@ hostfile=${HOSTFILE:-/job/hostfile}       # lines such as "worker-1 slots=8"; wi
 micro_batch_size=${MICRO_BATCH_SIZE:-1}
 global_batch_size=${GLOBAL_BATCH_SIZE:-}  # default: one micro-batch for each group of GPUs that shares a sequence
 zero_stage=${ZERO_STAGE:-3}
+attention=${ATTENTION:-use-flash-attn}    # the fastest kernel; or use-flash-attn-v2, -v3, -v4
 split=${SPLIT:-99,1,0}                    # shares of the documents for training, validation and test
 model_scale=${MODEL_SCALE:-full}
 needed=() # variables that a script cannot do without
@@ -98,7 +99,7 @@ count_gpus() {
 find_gpus() {
   local gpus_found slots=() on_gpus=1
   launcher=(deepspeed --quiet)
-  device=(--bf16 --use-flash-attn-v2)
+  device=(--bf16 "--$attention")
   if [[ -n ${MASTER_PORT:-} ]]; then launcher+=(--master_port "$MASTER_PORT"); fi
   if [[ -f $hostfile && $model_scale == full ]]; then
     while read -r line; do
@@ -200,6 +201,32 @@ assemble_arguments() {
   fi
 }
 
+# What tools/plan_context.py reckons for the flags, on standard error.
+print_plan() {
+  local gpu=(--gpu "${PLAN_GPU:-$(name_gpu)}")
+  if [[ -z ${gpu[1]} ]]; then
+    echo "no plan: this is no GPU that the planner knows; set PLAN_GPU, such as PLAN_GPU=H100" >&2
+    return
+  fi
+  if [[ -n ${PLAN_HOST_MEMORY:-} ]]; then
+    gpu+=(--host-memory "$PLAN_HOST_MEMORY")
+  elif [[ -r /proc/meminfo ]]; then
+    gpu+=(--host-memory "$(awk '/^MemTotal:/ { print int($2 / 1048576) }' /proc/meminfo)")
+  fi
+  "${PYTHON:-python3}" "$repository/tools/plan_context.py" "${gpu[@]}" --gpus "$num_processes" \
+    --gpus-per-node "$gpus_per_node" -- "$@" >&2 || true
+}
+
+name_gpu() {
+  local name
+  name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 || true)
+  case $name in
+    *H200*) echo H200 ;;
+    *H100* | *H800*) echo H100 ;;
+    *A100*80GB* | *A800*80GB*) echo A100-80GB ;;
+  esac
+}
+
 # --- launch ----------------------------------------------------------------------------------------------------------------
 # The arguments are flags of pretrain_gpt.py; later ones win.
 launch() {
@@ -207,6 +234,7 @@ launch() {
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${command[@]}"
     echo
+    if [[ " $* " == *" --ds-sequence-parallel-fpdt "* && $model_scale == full ]]; then print_plan "$@"; fi
     exit
   fi
   if ! command -v deepspeed >/dev/null; then

@@ -17,7 +17,7 @@ Per rank, for S/p of its own tokens, K' = lcm(K, p) key/value heads after replic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 
 from megatron.config import ModelConfig, Recompute
@@ -98,10 +98,18 @@ class StreamShape:
         """What linear layers of one block gave, as far as it is not recomputed."""
         if recompute == "all":
             return 0
-        before = self._local_tokens * self._projection_width
+        return self._product_bytes(recompute, self.layout.local_length, self.layout.tokens_after(self.slice_length))
+
+    def chunk_product_bytes(self, recompute: Recompute) -> int:
+        """The same of its first chunk alone."""
+        if recompute == "all":
+            return 0
+        tokens = self.layout.local_lengths[0]
+        return self._product_bytes(recompute, tokens, max(tokens - self.slice_length, 0))
+
+    def _product_bytes(self, recompute: Recompute, tokens: int, tokens_kept_after: int) -> int:
         after = self.hidden_size + (self.mlp_outputs if recompute == "none" else 0)
-        kept_tokens = self.layout.tokens_after(self.slice_length) * self.batch_size
-        return (before + kept_tokens * after) * self.element_size
+        return (tokens * self.projection_width + tokens_kept_after * after) * self.batch_size * self.element_size
 
     def tier_bytes(self, interval: int, recompute: Recompute = "all") -> int:
         """Peak of a training step that keeps the input of every `interval`-th block, per rank."""
@@ -114,13 +122,14 @@ class StreamShape:
     def hides_the_link(self, recompute: Recompute) -> bool:
         """Whether a block's forward pass takes longer than what it keeps takes to the host."""
         attention = 2 * self.layout.sequence_length * self.num_heads * self.head_size
-        weights = self._projection_width + self.num_heads * self.head_size + self.mlp_outputs + self.mlp_width
+        weights = self.projection_width + self.num_heads * self.head_size + self.mlp_outputs + self.mlp_width
         flops = self._local_tokens * (attention + 2 * self.hidden_size * weights)
         num_bytes = self.residual_bytes + self.kept_bytes + self.product_bytes(recompute)
         return flops >= _FLOPS_PER_BYTE * num_bytes
 
     @property
-    def _projection_width(self) -> int:
+    def projection_width(self) -> int:
+        """Outputs of the layer before attention."""
         return (self.num_heads + 2 * self.num_key_value_heads) * self.head_size
 
 
@@ -141,6 +150,22 @@ def choose_what_is_kept(
     intervals = range(1, shape.num_layers + 1) if interval is None else [interval]
     fitting = (each for each in intervals if shape.tier_bytes(each, recompute) <= budget_bytes)
     return recompute, next(fitting, min(intervals, key=lambda each: shape.tier_bytes(each, recompute)))
+
+
+def longest_sequence(shape: StreamShape, budget_bytes: int) -> int:
+    """Tokens of the longest sequence whose thriftiest execution fits the budget; 0 where none does."""
+    layout, shortest = shape.layout, shape.layout.sequence_parallel_size
+
+    def fits(num_tokens: int) -> bool:
+        chunk_length = min(layout.chunk_length, num_tokens)
+        at = replace(shape, layout=SequenceLayout(num_tokens, chunk_length, shortest))
+        return min(map(at.tier_bytes, range(1, shape.num_layers + 1))) <= budget_bytes
+
+    low, high = 0, layout.sequence_length // shortest
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * shortest) else (low, middle)
+    return low * shortest
 
 
 def _fewest_products(shape: StreamShape, budget_bytes: int) -> Recompute:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.corpus import copy_corpus, truncate, write_corpus
-from tests.integration.runs import FPDT, GPT, Ended, Ranks, base_flags
+from tests.integration.runs import FPDT, GPT, KEPT, OFFLOADED, Ended, Ranks, base_flags
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,16 @@ CASES = [
         "token beyond the vocabulary",
         ["--vocab-size", "40"],
         ["is outside the vocabulary, ids 0 to 40", "tokenizer"],
+    ),
+    Case(
+        "more chunks than the host may hold",
+        [*OFFLOADED, "--ds-sequence-parallel-fpdt-host-memory", "0.00005"],
+        ["--seq-length (64) take up", "--ds-sequence-parallel-fpdt-host-memory", "use --seq-length", "or less"],
+    ),
+    Case(
+        "more kept than the host may hold",
+        [*KEPT, "--ds-sequence-parallel-fpdt-host-memory", "0.00009"],
+        ["leave out --ds-sequence-parallel-fpdt-recompute"],
     ),
     Case("sequence beyond the positions", ["--max-position-embeddings", "32"], ["--seq-length (64)", "(32)"]),
     Case(

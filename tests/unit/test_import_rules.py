@@ -23,6 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "optimizer": {"core", "config"},
     "logging": {"core", "config"},
     "engine": {"core", "config"},
+    "planner": {"fpdt", "logging", "core", "config"},
     "arguments": {"config"},
     "batch": {"core"},
     "train_state": set(),

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from megatron.core.sequence_layout import SequenceLayout
-from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept
+from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, longest_sequence
 from tests.unit.model.small_model import OFFLOADED, small_config, small_inputs, small_model
 
 LENGTH, BATCH = 40, 2
@@ -92,6 +92,22 @@ def test_where_nothing_fits_it_is_the_thriftiest():
 def test_short_sequences_keep_only_what_their_arithmetic_hides_on_its_way(length, expected):
     shape = replace(SHAPE, layout=SequenceLayout(length, min(length, 2**15)))
     assert choose_what_is_kept(shape, 10**15) == (expected, 1)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+def test_the_longest_sequence_fits_and_a_longer_one_does_not(share):
+    budget = int(share * SHAPE.tier_bytes(6))
+    longest = longest_sequence(SHAPE, budget)
+
+    def thriftiest(num_tokens):
+        shape = replace(SHAPE, layout=SequenceLayout(num_tokens, min(2**17, num_tokens), 4))
+        return min(shape.tier_bytes(interval) for interval in range(1, 33))
+
+    assert thriftiest(longest) <= budget < thriftiest(longest + 4)
+
+
+def test_no_sequence_fits_into_nothing():
+    assert longest_sequence(SHAPE, 1000) == 0
 
 
 def test_fewer_key_value_heads_than_ranks_are_replicated():

@@ -1,0 +1,1 @@
+"""What a training job needs and how long a step takes, reckoned before anything is allocated."""

@@ -1,0 +1,62 @@
+"""What is to be trained, and how it is spread and executed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron.config import ModelConfig, Recompute
+from megatron.fpdt.memory_model import StreamShape
+
+HALF = 2  # bytes of a bf16 or fp16 number
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with FPDT and offloading in half precision. The model is resolved; its seq_length is the job's length.
+
+    `recompute` and `checkpoint_interval` None: what the host memory allows, as a training run chooses.
+    """
+
+    model: ModelConfig
+    padded_vocab_size: int
+    num_gpus: int
+    chunk_length: int
+    sequence_parallel_size: int
+    micro_batch_size: int = 1
+    accumulation_steps: int = 1
+    zero_stage: int = 3
+    cpu_optimizer: bool = False
+    recompute: Recompute | None = None
+    checkpoint_interval: int | None = None
+
+    @property
+    def shape(self) -> StreamShape:
+        """The shape of its chunks."""
+        return StreamShape.of(self.model, self.chunk_length, self.sequence_parallel_size, self.micro_batch_size, HALF)
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of one block; norms and biases count for nothing."""
+        return self.model.block_weights
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the word embedding, or of the output layer."""
+        return self.padded_vocab_size * self.model.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model."""
+        tables = 2 if self.model.untie_embeddings_and_output_weights else 1
+        return self.model.num_layers * self.block_parameters + tables * self.embedding_parameters
+
+    @property
+    def global_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        sequences = self.num_gpus // self.sequence_parallel_size * self.micro_batch_size * self.accumulation_steps
+        return sequences * self.model.seq_length
+
+    def at(self, seq_length: int, chunk_length: int | None = None) -> Job:
+        """The same job at another length, and with another chunk."""
+        model = replace(self.model, seq_length=seq_length, max_position_embeddings=seq_length)
+        return replace(self, model=model, chunk_length=chunk_length or self.chunk_length)

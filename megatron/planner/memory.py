@@ -1,0 +1,143 @@
+"""GPU and host memory of a job, per rank.
+
+GPU: what DeepSpeed keeps of the model, and on top the largest moment of a streamed block. In bytes of a rank's chunk,
+
+    X hidden states    Q queries (as many: o, do, dq in half precision)    K keys and values together
+    W workspace of the attention kernel    s slice of a chunk    u the MLP's first layer's outputs of a slice
+
+    diagonal tile, backward     5 X + 7 Q + 6 K + W    x, dx, norm; q, o, do, dq in half precision and fp32; kv, its
+                                                       tile's gradient and two dkv in fp32; the next row's x, o, dy
+    other tiles, backward       3 X + 6 Q + 10 K + W   one kv and one dkv more, and the next tile's, but no next row
+    after, backward             4 X + 2 Q + 5 K + slice + products on their way
+    forward                     3 X + 5 Q + 4 K + products of a chunk
+
+With several ranks per sequence a row is started before the one before it is finished. docs/planner.md holds these sums
+against measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config import Recompute
+from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept
+from megatron.planner.hardware import GIB, Machines
+from megatron.planner.job import HALF, Job
+
+SUM = 4  # bytes of an fp32 number
+OPTIMIZER = 12  # fp32 weight and Adam's two moments
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, in numbers
+STEP_GROUP = 1_000_000_000  # parameters that ZeRO-3 steps at once
+OUTSIDE_TORCH = 1.5 * GIB  # CUDA's context, NCCL's buffers, kernels
+FRAGMENTATION = 1.05
+HOST_PROCESS = 3 * GIB  # Python, torch and DeepSpeed of one rank
+LOGITS = 3 * 2**26 * SUM  # a tile of the loss, its gradient and what lies between
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per rank."""
+
+    states: int  # weights, gradients and optimizer states on the GPU
+    block: int  # the largest moment of a streamed block above them
+    host_states: int
+    host_chunks: int
+    recompute: Recompute
+    checkpoint_interval: int
+
+    @property
+    def gpu(self) -> int:
+        """Peak of live tensors on the GPU."""
+        return self.states + self.block
+
+    @property
+    def gpu_with_overhead(self) -> int:
+        """What the GPU must have: the peak, what the allocator loses, and what is not torch's."""
+        return int(self.gpu * FRAGMENTATION + OUTSIDE_TORCH)
+
+    @property
+    def host(self) -> int:
+        """Host memory of the rank, its process included."""
+        return int(self.host_states + self.host_chunks + HOST_PROCESS)
+
+
+def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
+    """Reckon a job's memory; what is left open is chosen as a training run chooses."""
+    gpu_states, host_states = _states(job)
+    budget = int(machines.host_bytes_per_gpu - host_states - HOST_PROCESS)
+    recompute, interval = choose_what_is_kept(job.shape, max(budget, 0), job.recompute, job.checkpoint_interval)
+    return Memory(
+        states=gpu_states,
+        block=max(block_bytes(job.shape, recompute, backend) + _block_parameters(job), _head_bytes(job)),
+        host_states=host_states,
+        host_chunks=job.shape.tier_bytes(interval, recompute),
+        recompute=recompute,
+        checkpoint_interval=interval,
+    )
+
+
+def _states(job: Job) -> tuple[int, int]:
+    """(on the GPU, on the host): what rests there between two steps, and what the step itself takes."""
+    parameters, ranks = job.num_parameters, job.num_gpus
+    optimizer = OPTIMIZER * parameters // ranks
+    step = SUM * min(parameters // ranks, STEP_GROUP)
+    on_host = 0
+    if job.cpu_optimizer:
+        on_host, optimizer, step = optimizer + (HALF + SUM) * parameters // ranks, 0, 0
+    whole = HALF * parameters
+    weights = whole // ranks if job.zero_stage == 3 else whole
+    gradients = whole // ranks if job.zero_stage >= 2 else whole
+    bucket = HALF * min(REDUCE_BUCKET, parameters)
+    return weights + gradients + optimizer + step + bucket, on_host
+
+
+def _block_parameters(job: Job) -> int:
+    """Weights of a block and of the next while they are whole, and the sums of the block's gradients."""
+    gathered = 2 * HALF * job.block_parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
+    return gathered + (SUM + HALF) * job.block_parameters
+
+
+def _head_bytes(job: Job) -> int:
+    """Output layer whole, its gradient summed, a tile of logits, and the chunks that travel."""
+    gathered = HALF * job.embedding_parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
+    hidden, _, _ = _chunk_bytes(job.shape)
+    return gathered + (SUM + HALF) * job.embedding_parameters + LOGITS + 6 * hidden
+
+
+def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> int:
+    """Largest moment of a streamed block above weights and weight gradients."""
+    hidden, queries, keys = _chunk_bytes(shape)
+    grouped = shape.num_heads > shape.num_key_value_heads
+    workspace = 2 * queries
+    if grouped:
+        # Sums of dk and dv in fp32, or dk and dv of every query head in half precision.
+        workspace += 2 * keys if backend.startswith("flash-attn-4") else 2 * queries
+    products, after_slice = _slice_bytes(shape, recompute)
+    started = (4 * hidden + 3 * queries + 2 * keys) if shape.layout.sequence_parallel_size > 1 else 0
+    moments = (
+        5 * hidden + 7 * queries + 6 * keys + workspace,
+        3 * hidden + 6 * queries + 10 * keys + workspace,
+        4 * hidden + 2 * queries + 5 * keys + after_slice + products,
+        3 * hidden + 5 * queries + 4 * keys + shape.chunk_product_bytes(recompute),
+    )
+    return max(moments) + started
+
+
+def _chunk_bytes(shape: StreamShape) -> tuple[int, int, int]:
+    """(hidden states, queries, keys and values) of one chunk on one rank."""
+    tokens = shape.layout.local_lengths[0] * shape.batch_size
+    share = shape.layout.local_length * shape.batch_size / tokens
+    keys = int(shape.key_value_elements / share) * shape.element_size
+    size = shape.element_size
+    return tokens * shape.hidden_size * size, tokens * shape.num_heads * shape.head_size * size, keys
+
+
+def _slice_bytes(shape: StreamShape, recompute: Recompute) -> tuple[int, int]:
+    """(products of the next slice on their way, the backward pass of `after` of one slice)."""
+    tokens = min(shape.slice_length, shape.layout.local_lengths[0]) * shape.batch_size
+    size = shape.element_size
+    hidden, first, width = (n * tokens * size for n in (shape.hidden_size, shape.mlp_outputs, shape.mlp_width))
+    projection = shape.layout.local_lengths[0] * shape.batch_size * shape.projection_width * size
+    on_their_way = {"all": 0, "mlp": max(projection, hidden), "none": max(projection, hidden + first)}[recompute]
+    # The first layer's outputs and their gradient, the gradient of the second layer's input, and some hidden states.
+    return on_their_way, 2 * first + width + 6 * hidden

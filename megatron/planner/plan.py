@@ -1,0 +1,121 @@
+"""A job on machines: does it fit, how long does a step take, and what would be better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from megatron.planner.hardware import GIB, TERA, Machines
+from megatron.planner.job import Job
+from megatron.planner.memory import Memory, memory_of
+from megatron.planner.speed import Speed, speed_of
+
+GRANULE = 1024  # tokens per rank to which a longest context is rounded down
+CHUNKS = [2**exponent for exponent in range(12, 20)]  # tokens per rank that are tried
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job and what is reckoned of it."""
+
+    job: Job
+    machines: Machines
+    backend: str
+
+    @cached_property
+    def memory(self) -> Memory:
+        return memory_of(self.job, self.machines, self.backend)
+
+    @cached_property
+    def speed(self) -> Speed:
+        memory = self.memory
+        return speed_of(self.job, self.machines, self.backend, memory.recompute, memory.checkpoint_interval)
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.job.global_tokens / self.speed.step / self.job.num_gpus
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs, causal attention once and no recompute, over the GPUs' dense peak."""
+        peak = self.job.num_gpus * self.machines.gpu.peak_tflops * TERA
+        return self.speed.model_flops / self.speed.step / peak
+
+    @property
+    def fits_gpu(self) -> bool:
+        return self.memory.gpu_with_overhead <= self.machines.gpu.memory_gib * GIB
+
+    @property
+    def fits_host(self) -> bool:
+        return self.memory.host <= self.machines.host_bytes_per_gpu
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_gpu and self.fits_host
+
+    @property
+    def hides_the_link(self) -> bool:
+        """Whether copies and collectives take less time than the arithmetic beside them."""
+        return self.speed.waiting == 0
+
+    def with_job(self, job: Job) -> Plan:
+        """The same machines and kernel with another job."""
+        return replace(self, job=job)
+
+    def longest_context(self) -> int:
+        """Tokens of the longest sequence that fits, 0 where none does."""
+        step = GRANULE * self.job.sequence_parallel_size
+        low, high = 0, 1
+        while self.with_job(self.job.at(high * step)).fits:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.with_job(self.job.at(middle * step)).fits else (low, middle)
+        return low * step
+
+    def smallest_hiding_chunk(self) -> int | None:
+        """The smallest chunk of a power of two per rank whose copies are hidden; None where none is."""
+        return next((plan.job.chunk_length for plan in self._with_chunks() if plan.hides_the_link), None)
+
+    def quickest_chunk(self) -> int | None:
+        """The chunk of a power of two per rank that fits and makes the shortest step, the smallest within 1% of it."""
+        fitting = [plan for plan in self._with_chunks() if plan.fits]
+        if not fitting:
+            return None
+        best = min(plan.speed.step for plan in fitting)
+        return next(plan.job.chunk_length for plan in fitting if plan.speed.step <= 1.01 * best)
+
+    def _with_chunks(self) -> Iterator[Plan]:
+        length = self.job.model.seq_length
+        for tokens in CHUNKS:
+            chunk = tokens * self.job.sequence_parallel_size
+            yield self.with_job(replace(self.job, chunk_length=min(chunk, length)))
+            if chunk >= length:
+                return
+
+    def advice(self) -> list[str]:
+        """What to change where it does not fit; lines that begin with what would help most."""
+        if self.fits:
+            return []
+        job, lines = self.job, []
+        if not self.fits_gpu:
+            smaller = [plan.job.chunk_length for plan in self._with_chunks() if plan.fits_gpu]
+            if smaller:
+                lines.append(f"--ds-sequence-parallel-fpdt-chunk-size {smaller[-1]} fits the GPU")
+            if job.zero_stage < 3:
+                lines += self._if_it_fits(replace(job, zero_stage=3), "--zero-stage 3 fits the GPU")
+            if not job.cpu_optimizer:
+                lines += self._if_it_fits(replace(job, cpu_optimizer=True), "--cpu-optimizer fits the GPU")
+        longest = self.longest_context()
+        if longest:
+            lines.append(f"--seq-length {longest} is the longest that fits")
+        needed = self.memory.host * min(self.machines.gpus_per_node, job.num_gpus) / GIB
+        if not self.fits_host:
+            lines.append(f"{needed:.0f} GiB of host memory per machine, or more GPUs on more machines, would do")
+        if not lines:
+            lines.append("more GPUs, or GPUs with more memory")
+        return lines
+
+    def _if_it_fits(self, job: Job, line: str) -> list[str]:
+        return [line] if self.with_job(job).fits_gpu else []

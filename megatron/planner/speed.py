@@ -1,0 +1,138 @@
+"""Time of a step: arithmetic, what the link and the network cannot hide behind it, and the optimizer.
+
+block, forward     attention 2 S^2 B H D / p at the kernel's rate, products, token-wise kernels by their bytes
+block, backward    attention 5/2 of that, products twice and those run again, kernels, sums over tiles
+link               bytes to the host and back; they run beside the arithmetic, so that the longer of the two counts
+exchange           all-to-all of the chunks, and ZeRO-3's gathering of weights; likewise
+head               3 products with the vocabulary
+optimizer          on the GPU bound by its memory, on the host by the host's
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config import Recompute
+from megatron.logging.accounting import flops_of_streaming, forward_flops, model_flops
+from megatron.planner.hardware import GB, TERA, Machines
+from megatron.planner.job import HALF, Job
+
+SUM = 4
+BOTH_WAYS = 1.3  # what a link carries in both directions at once, over one direction
+STREAMING = 0.7  # share of a GPU's memory bandwidth that token-wise kernels reach
+OPTIMIZER_BYTES = (
+    34  # per parameter: weight, two moments and gradient in fp32, read and written, the half-precision weight
+)
+HOST_ADAM = 0.7e9  # parameters per second and rank
+STEP_OVERHEAD = 0.05
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one optimizer step, per part, and what follows from them."""
+
+    forward: float  # all blocks, all accumulation steps
+    backward: float
+    head: float
+    optimizer: float
+    hidden: dict[str, float]  # seconds of link and exchange per block, forward and backward, beside its arithmetic
+    waiting: float  # of `forward` and `backward`: for link and exchange
+    model_flops: int
+
+    @property
+    def step(self) -> float:
+        return self.forward + self.backward + self.head + self.optimizer + STEP_OVERHEAD
+
+
+def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, interval: int) -> Speed:
+    """Reckon the time of one step."""
+    gpu, steps, layers = machines.gpu, job.accumulation_steps, job.model.num_layers
+    forward, backward = _block_compute(job, machines, backend, recompute, interval)
+    link = _link_seconds(job, machines, recompute)
+    exchange = _exchange_seconds(job, machines)
+    waits = [max(0.0, max(*hidden) - compute) for compute, *hidden in
+             ((forward, link[0], exchange[0]), (backward, link[1], exchange[1]))]  # fmt: skip
+    vocabulary = forward_flops(job.model, job.padded_vocab_size, job.model.seq_length).head
+    head = 3 * vocabulary * job.micro_batch_size / job.sequence_parallel_size / (gpu.matmul_tflops * TERA)
+    parameters = job.num_parameters / job.num_gpus
+    optimizer = parameters / HOST_ADAM if job.cpu_optimizer else (
+        parameters * OPTIMIZER_BYTES / (gpu.memory_gbps * GB * STREAMING)
+    )  # fmt: skip
+    sequences = job.global_tokens // job.model.seq_length
+    return Speed(
+        forward=steps * layers * (forward + waits[0]),
+        backward=steps * layers * (backward + waits[1]),
+        head=steps * head,
+        optimizer=optimizer,
+        hidden={"link forward": link[0], "link backward": link[1],
+                "exchange forward": exchange[0], "exchange backward": exchange[1]},
+        waiting=steps * layers * sum(waits),
+        model_flops=sequences * model_flops(job.model, job.padded_vocab_size, job.model.seq_length),
+    )  # fmt: skip
+
+
+def _block_compute(
+    job: Job, machines: Machines, backend: str, recompute: Recompute, interval: int
+) -> tuple[float, float]:
+    """Seconds of one block's arithmetic, forward and backward, on one rank."""
+    model, gpu, shape = job.model, machines.gpu, job.shape
+    share = job.micro_batch_size / job.sequence_parallel_size
+    flops = forward_flops(model, 0, model.seq_length)
+    attention, products = (share * part / model.num_layers for part in (flops.attention, flops.token_wise))
+    kept = shape.layout.sequence_parallel_size * shape.layout.tokens_after(shape.slice_length)
+    again = share * flops_of_streaming(model, model.seq_length, interval, recompute, kept) / model.num_layers
+    rate_forward, rate_backward = (rate * TERA for rate in gpu.attention[backend])
+    matmul, streaming = gpu.matmul_tflops * TERA, gpu.memory_gbps * GB * STREAMING
+    tokens = shape.layout.local_length * job.micro_batch_size
+    # Passes over hidden states and over the MLP's activations, counted in a profile of a LLaMA block.
+    token_wise = tokens * HALF * (45 * model.hidden_size + 6 * shape.mlp_outputs) / streaming
+    chunks = shape.layout.num_chunks
+    queries = tokens * model.num_attention_heads * model.kv_channels * HALF / chunks
+    keys = shape.key_value_elements * HALF / chunks
+    tiles = chunks * (chunks - 1) / 2
+    return (
+        attention / rate_forward + products / matmul + token_wise / 3 + tiles * 5 * queries / streaming,
+        2.5 * attention / rate_backward
+        + (2 * products + again) / matmul
+        + token_wise * 2 / 3
+        + tiles * 5 * (queries + keys) / streaming,
+    )
+
+
+def _link_seconds(job: Job, machines: Machines, recompute: Recompute) -> tuple[float, float]:
+    """Seconds that one block's chunks take on their way, forward and backward."""
+    shape = job.shape
+    hidden, products = shape.residual_bytes, shape.product_bytes(recompute)
+    keys = shape.key_value_elements * HALF
+    chunks = shape.layout.num_chunks
+    others = (chunks - 1) / 2  # tiles off the diagonal per chunk
+    return (
+        _link(hidden + others * keys, hidden + shape.kept_bytes + products, machines),
+        _link(
+            2 * hidden + shape.kept_bytes - keys + products + others * 3 * keys + 2 * keys,
+            hidden + others * 2 * keys,
+            machines,
+        ),
+    )
+
+
+def _link(bytes_in: float, bytes_out: float, machines: Machines) -> float:
+    rate = machines.gpu.link_gbps * GB
+    return max(bytes_in, bytes_out, (bytes_in + bytes_out) / BOTH_WAYS) / rate
+
+
+def _exchange_seconds(job: Job, machines: Machines) -> tuple[float, float]:
+    """Seconds of one block's collectives, forward and backward."""
+    shape, p = job.shape, job.sequence_parallel_size
+    queries = shape.layout.local_length * job.micro_batch_size * shape.num_heads * shape.head_size * HALF
+    keys = shape.key_value_elements * HALF
+    all_to_all = (p - 1) / p / (machines.exchange_gbps(p) * GB)
+    gather = 0.0
+    if job.num_gpus > 1:
+        weights = HALF * job.block_parameters * (job.num_gpus - 1) / job.num_gpus
+        gather = weights / (machines.exchange_gbps(job.num_gpus) * GB)
+    gathers = gather if job.zero_stage == 3 else 0.0
+    return (
+        (2 * queries + keys) * all_to_all + gathers,
+        (4 * queries + 2 * keys) * all_to_all + gathers + gather,
+    )

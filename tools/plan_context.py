@@ -1,0 +1,245 @@
+#!/usr/bin/env python3
+"""What does a long-context run need, how long does a step take, and what is the longest context that fits?
+
+    tools/plan_context.py --model llama-8b --gpus 4 --gpu H100 --seq-length 1048576
+    tools/plan_context.py --model path/to/config.json --gpus 8 --gpu A100-80GB --host-memory 1900
+    tools/plan_context.py --gpus 4 --gpu H200 -- --num-layers 32 --hidden-size 4096 ...     flags of pretrain_gpt.py
+    tools/plan_context.py --published     what is reckoned for published configurations, beside what was published
+
+With FPDT and offloading, in bf16. Figures are per GPU unless they say otherwise. Where nothing is said, every GPU
+shares one sequence, and the chunk is the one that makes the shortest step. docs/planner.md says how the figures are
+reckoned, and how far they were from what was measured. Exit code 1 where the run does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.arguments import parse_args
+from megatron.config import Config, ConfigError, accumulation_steps, zero_stage_run
+from megatron.planner.hardware import GIB, GPUS, Machines
+from megatron.planner.job import Job
+from megatron.planner.models import MODEL_NAMES, named_model
+from megatron.planner.plan import Plan
+from megatron.planner.published import published_table
+from megatron.tokenizer import pad_vocab_size
+
+DEFAULT_LENGTH = 262144
+DEFAULT_VOCABULARY = 50304
+GPUS_PER_NODE = 8
+SCRIPT_FLAGS = "--"
+# Kernels by other names, and with the same speed.
+OTHER_BACKENDS = {"flash-2": "torch-flash", "flash-attn-2": "torch-flash"}
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    argv = list(argv)
+    training = argv.index(SCRIPT_FLAGS) if SCRIPT_FLAGS in argv else len(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help=f"{', '.join(MODEL_NAMES)}, or the path of a Hugging Face config.json")
+    parser.add_argument("--vocab-size", type=int, help="tokens of the vocabulary, where the model does not say it")
+    machine = parser.add_argument_group("machines")
+    machine.add_argument("--gpus", type=int, default=1, help="all of them together [%(default)s]")
+    machine.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help="[%(default)s]")
+    machine.add_argument("--gpu", choices=GPUS, default="H100", help="[%(default)s]")
+    machine.add_argument("--gpu-memory", type=float, help="GiB [the GPU's]")
+    machine.add_argument("--host-memory", type=float, default=1900, help="GiB per machine [%(default)s]")
+    machine.add_argument("--link", type=float, help="GB/s between a GPU and its host, one way [the GPU's]")
+    machine.add_argument("--network", type=float, default=50, help="GB/s per GPU between machines [%(default)s]")
+    job = parser.add_argument_group("run, where it is not described by flags of pretrain_gpt.py")
+    job.add_argument("--seq-length", type=int, default=DEFAULT_LENGTH, help="tokens [%(default)s]")
+    job.add_argument("--chunk-size", type=int, help="tokens over all GPUs of a sequence [the quickest]")
+    job.add_argument("--sequence-parallel", type=int, help="GPUs that share a sequence [all]")
+    job.add_argument("--micro-batch-size", type=int, default=1, help="[%(default)s]")
+    job.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3, help="[%(default)s]")
+    job.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and step on the host")
+    job.add_argument("--backend", help="attention kernel [the GPU's fastest]")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, help="write the figures to a file")
+    output.add_argument("--plot", type=Path, help="draw memory and time over length into a PNG")
+    output.add_argument("--published", action="store_true", help="print the table of published configurations")
+    arguments = parser.parse_args(argv[:training])
+    arguments.training = argv[training + 1 :]
+    if not (arguments.published or arguments.model or arguments.training):
+        parser.error("--model is missing; name one, or give flags of pretrain_gpt.py after --")
+    return arguments
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parse_arguments(argv)
+    if arguments.published:
+        print("\n".join(published_table()))
+        return 0
+    try:
+        plan = plan_of(arguments)
+    except (ConfigError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    print("\n".join(lines_of(plan)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures_of(plan), indent=2) + "\n")
+    if arguments.plot:
+        draw(plan, arguments.plot)
+    return 0 if plan.fits else 1
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """The plan that the command line asks for."""
+    gpu = GPUS[arguments.gpu]
+    gpu = replace(gpu, memory_gib=arguments.gpu_memory or gpu.memory_gib, link_gbps=arguments.link or gpu.link_gbps)
+    per_node = min(arguments.gpus_per_node, arguments.gpus)
+    machines = Machines(gpu, arguments.gpus, per_node, arguments.host_memory, arguments.network)
+    config = parse_args(arguments.training) if arguments.training else None
+    job = job_of_model(arguments) if config is None else job_of_config(config, arguments)
+    backend = arguments.backend or (config.model.attention_backend if config else "auto")
+    backend = next(iter(gpu.attention)) if backend == "auto" else OTHER_BACKENDS.get(backend, backend)
+    if backend not in gpu.attention:
+        known = ", ".join(gpu.attention)
+        raise ConfigError(f"--backend ({backend}) has no rates for the {gpu.name} here; use one of {known}")
+    heads, shared = job.model.num_attention_heads, job.sequence_parallel_size
+    if heads % shared or job.num_gpus % shared:
+        allowed = [n for n in range(1, job.num_gpus + 1) if heads % n == 0 and job.num_gpus % n == 0]
+        raise ConfigError(
+            f"--sequence-parallel ({shared}) must divide the {heads} query heads and the {job.num_gpus} GPUs; "
+            f"use one of {', '.join(map(str, allowed))}"
+        )
+    plan = Plan(job, machines, backend)
+    if not arguments.training and not arguments.chunk_size:
+        chunk = plan.quickest_chunk()
+        plan = plan if chunk is None else plan.with_job(replace(job, chunk_length=chunk))
+    return plan
+
+
+def job_of_model(arguments: argparse.Namespace) -> Job:
+    model, vocabulary = named_model(arguments.model, arguments.seq_length)
+    shared = arguments.sequence_parallel or arguments.gpus
+    return Job(
+        model=model,
+        padded_vocab_size=pad_vocab_size(arguments.vocab_size or vocabulary, model.make_vocab_size_divisible_by),
+        num_gpus=arguments.gpus,
+        chunk_length=arguments.chunk_size or min(32768 * shared, arguments.seq_length),
+        sequence_parallel_size=shared,
+        micro_batch_size=arguments.micro_batch_size,
+        zero_stage=arguments.zero_stage,
+        cpu_optimizer=arguments.cpu_optimizer,
+    )
+
+
+def job_of_config(config: Config, arguments: argparse.Namespace) -> Job:
+    model, parallel = config.model, config.parallel
+    if not (parallel.ds_sequence_parallel_fpdt and parallel.ds_sequence_parallel_fpdt_offloading):
+        raise ConfigError(
+            "only runs with --ds-sequence-parallel-fpdt and --ds-sequence-parallel-fpdt-offloading are planned here; "
+            "add them"
+        )
+    vocabulary = arguments.vocab_size or config.tokenizer.vocab_size or DEFAULT_VOCABULARY
+    return Job(
+        model=model,
+        padded_vocab_size=pad_vocab_size(vocabulary, model.make_vocab_size_divisible_by),
+        num_gpus=arguments.gpus,
+        chunk_length=parallel.ds_sequence_parallel_fpdt_chunk_size,
+        sequence_parallel_size=parallel.ds_sequence_parallel_size,
+        micro_batch_size=config.training.micro_batch_size,
+        accumulation_steps=accumulation_steps(config, arguments.gpus),
+        zero_stage=zero_stage_run(config),
+        cpu_optimizer=config.deepspeed.cpu_optimizer,
+        recompute=parallel.ds_sequence_parallel_fpdt_recompute,
+        checkpoint_interval=parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
+    )
+
+
+def figures_of(plan: Plan) -> dict[str, Any]:
+    """Everything that is reckoned, by name; memory in GiB per GPU."""
+    job, memory, speed = plan.job, plan.memory, plan.speed
+    return {
+        "gpu": plan.machines.gpu.name, "gpus": job.num_gpus, "parameters": job.num_parameters,
+        "seq_length": job.model.seq_length, "chunk_length": job.chunk_length,
+        "sequence_parallel_size": job.sequence_parallel_size, "zero_stage": job.zero_stage,
+        "attention_backend": plan.backend, "recompute": memory.recompute,
+        "checkpoint_interval": memory.checkpoint_interval,
+        "gpu_gib": memory.gpu / GIB, "gpu_gib_with_overhead": memory.gpu_with_overhead / GIB,
+        "gpu_states_gib": memory.states / GIB, "gpu_block_gib": memory.block / GIB,
+        "host_gib": memory.host / GIB, "host_chunks_gib": memory.host_chunks / GIB,
+        "step_seconds": speed.step, "forward_seconds": speed.forward, "backward_seconds": speed.backward,
+        "head_seconds": speed.head, "optimizer_seconds": speed.optimizer, "waiting_seconds": speed.waiting,
+        "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu, "mfu": plan.mfu,
+        "fits_gpu": plan.fits_gpu, "fits_host": plan.fits_host, "longest_context": plan.longest_context(),
+        "smallest_hiding_chunk": plan.smallest_hiding_chunk(), "quickest_chunk": plan.quickest_chunk(),
+        "advice": plan.advice(),
+    }  # fmt: skip
+
+
+def lines_of(plan: Plan) -> list[str]:
+    """The figures for a reader."""
+    f, gpu = figures_of(plan), plan.machines.gpu
+    host = plan.machines.host_bytes_per_gpu / GIB
+    per_node = min(plan.machines.gpus_per_node, plan.job.num_gpus)
+    hiding = f["smallest_hiding_chunk"]
+    lines = [
+        f"{f['parameters'] / 1e9:.2f}B parameters on {f['gpus']} {gpu.name}, {f['seq_length']:,} tokens, chunk "
+        f"{f['chunk_length']:,}, sequence parallel {f['sequence_parallel_size']}, ZeRO-{f['zero_stage']}, "
+        f"{f['attention_backend']}",
+        "",
+        f"GPU memory       {f['gpu_gib']:9.1f} GiB   {f['gpu_states_gib']:.1f} of model states, "
+        f"{f['gpu_block_gib']:.1f} above; {f['gpu_gib_with_overhead']:.1f} of {gpu.memory_gib:.1f} with what is not "
+        "torch's",
+        f"host memory      {f['host_gib']:9.1f} GiB   of {host:.1f}; {f['host_gib'] * per_node:.0f} per machine, "
+        f"{f['host_chunks_gib']:.1f} of chunks per GPU, pinned",
+        f"step             {f['step_seconds']:9.1f} s     forward {f['forward_seconds']:.1f}, backward "
+        f"{f['backward_seconds']:.1f}, head {f['head_seconds']:.1f}, optimizer {f['optimizer_seconds']:.1f}; "
+        f"{f['waiting_seconds']:.1f} of it waiting for copies and collectives",
+        f"speed            {f['tokens_per_second_per_gpu']:9.1f} tokens/s/GPU, MFU {f['mfu']:.1%}",
+        f"longest context  {f['longest_context']:9,} tokens",
+        f"smallest chunk that hides the copies: {f'{hiding:,} tokens' if hiding else 'none'}",
+    ]
+    if plan.fits:
+        flags = [
+            f"--seq-length {f['seq_length']}", f"--ds-sequence-parallel-size {f['sequence_parallel_size']}",
+            "--ds-sequence-parallel-fpdt", f"--ds-sequence-parallel-fpdt-chunk-size {f['chunk_length']}",
+            "--ds-sequence-parallel-fpdt-offloading", f"--zero-stage {f['zero_stage']}",
+        ]  # fmt: skip
+        flags += ["--cpu-optimizer"] * plan.job.cpu_optimizer
+        return [*lines, "it fits; flags: " + " ".join(flags)]
+    where = " and ".join(name for name, fits in (("GPU", plan.fits_gpu), ("host", plan.fits_host)) if not fits)
+    return [*lines, f"it does not fit the {where}:", *(f"  - {line}" for line in f["advice"])]
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """GPU and host memory, and the time of a step, over the length."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    smallest = 8192 * plan.job.sequence_parallel_size
+    longest = max(plan.longest_context(), plan.job.model.seq_length, smallest)
+    lengths = [smallest * 2**n for n in range((longest // smallest).bit_length())]
+    plans = [plan.with_job(plan.job.at(length)) for length in lengths]
+    figure, (memory, time) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    memory.plot(lengths, [each.memory.gpu_with_overhead / GIB for each in plans], marker="o", label="GPU")
+    memory.plot(lengths, [each.memory.host / GIB for each in plans], marker="s", label="host, per GPU")
+    memory.axhline(plan.machines.gpu.memory_gib, linestyle="--", color="C0", linewidth=1)
+    memory.axhline(plan.machines.host_bytes_per_gpu / GIB, linestyle="--", color="C1", linewidth=1)
+    memory.set(ylabel="GiB; dashed: what there is", yscale="log")
+    memory.legend()
+    time.plot(lengths, [each.speed.step for each in plans], marker="o")
+    time.set(ylabel="seconds per step", yscale="log")
+    for panel in (memory, time):
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("tokens")
+        panel.xaxis.set_major_formatter(lambda tokens, _: f"{int(tokens) // 1024}K")
+    figure.suptitle(lines_of(plan)[0], fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
