@@ -65,7 +65,7 @@ def report(error: Exception, rank: int) -> int:
 
 def train(config: Config, context: Context, padded_vocab_size: int) -> None:
     """Provide the model, the batches and the datasets, and train."""
-    parallel_state, execution = context.parallel_state, choose_execution(config, context)
+    parallel_state, execution = context.parallel_state, choose_execution(config, context, padded_vocab_size)
     seq_length = config.model.seq_length
     chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
     layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)

@@ -159,8 +159,9 @@ def measure_steps(config: Config, arguments: argparse.Namespace, device: torch.d
     from megatron.engine.engine import Engine  # imports DeepSpeed, which takes a while
 
     context = initialize(config)
-    model, execution = config.model, choose_execution(config, context)
+    model = config.model
     vocabulary = pad_vocab_size(arguments.vocab_size, model.make_vocab_size_divisible_by)
+    execution = choose_execution(config, context, vocabulary)
     engine = Engine(
         partial(build_model, model, vocabulary, context.parallel_state, execution, context.dtype, context.device),
         [TokenEmbedding, TransformerLayer, LanguageModelHead],

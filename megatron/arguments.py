@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, NoReturn
 
-from megatron.config import Config, ConfigError, config_sections
+from megatron.config import AUTOMATIC_CHUNK, ChunkSize, Config, ConfigError, config_sections
 from megatron.config.resolve import resolve
 from megatron.config.upstream_flags import ANY, OTHER_NAMES, UPSTREAM_FLAGS, UpstreamFlag
 
@@ -196,10 +196,15 @@ def _one_of(choices: Sequence[Any]) -> Callable[[str], Any]:
     return parse
 
 
-_PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
+def _chunk_size(text: str) -> int:
+    return AUTOMATIC_CHUNK if text.casefold() == "auto" else _whole_number(text)
+
+
+_PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int: (_whole_number, "N"),
     float: (_number, "X"),
     str: (str, "TEXT"),
+    ChunkSize: (_chunk_size, "N|auto"),
 }
 
 

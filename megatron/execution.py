@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
+
 from megatron.config import Config, ConfigError
+from megatron.config.parallel import ParallelConfig
 from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, longest_sequence
-from megatron.initialize import Context
+from megatron.initialize import Context, local_world_size
 from megatron.model.builder import Execution
+from megatron.planner.hardware import GIB, Gpu, Machines, gpu_like
+from megatron.planner.job import Job
+from megatron.planner.plan import Plan
 
-GIB = 2**30
 
+def choose_execution(config: Config, context: Context, padded_vocab_size: int) -> Execution:
+    """What the flags say, and what they leave open, by what the machine can hold. Collective over all ranks.
 
-def choose_execution(config: Config, context: Context) -> Execution:
-    """What the flags say, and what they leave open: what is kept of a block, by what the host can hold."""
+    Raises:
+        ConfigError: the host, or with an automatic chunk the GPU, cannot hold it.
+    """
     parallel, deepspeed = config.parallel, config.deepspeed
     device_memory = int(parallel.ds_sequence_parallel_fpdt_device_memory * GIB)
     asked = parallel.ds_sequence_parallel_fpdt_host_memory
     host_memory = context.host_memory_bytes if asked is None else int(asked * GIB)
+    chunk_size: int = parallel.ds_sequence_parallel_fpdt_chunk_size
+    if not chunk_size:
+        chunk_size = _automatic_chunk(config, context, padded_vocab_size, host_memory)
+        context.log.info("chunk size: %d tokens", chunk_size)
     interval = parallel.ds_sequence_parallel_fpdt_checkpoint_interval
     recompute = parallel.ds_sequence_parallel_fpdt_recompute
     if parallel.ds_sequence_parallel_fpdt_offloading:
         budget = device_memory + host_memory
-        shape = StreamShape.of(
-            config.model,
-            parallel.ds_sequence_parallel_fpdt_chunk_size,
-            parallel.ds_sequence_parallel_size,
-            config.training.micro_batch_size,
-            context.dtype.itemsize,
-        )
+        size, batch = parallel.ds_sequence_parallel_size, config.training.micro_batch_size
+        shape = StreamShape.of(config.model, chunk_size, size, batch, context.dtype.itemsize)
         recompute, interval = choose_what_is_kept(shape, budget, recompute, interval)
         _refuse_what_the_host_cannot_hold(shape, shape.tier_bytes(interval, recompute), budget, asked is None)
     return Execution(
         fpdt=parallel.ds_sequence_parallel_fpdt,
-        chunk_size=parallel.ds_sequence_parallel_fpdt_chunk_size,
+        chunk_size=chunk_size,
         offloading=parallel.ds_sequence_parallel_fpdt_offloading,
         device_memory_bytes=device_memory,
         host_memory_bytes=host_memory,
@@ -40,6 +48,31 @@ def choose_execution(config: Config, context: Context) -> Execution:
         recompute=deepspeed.deepspeed_activation_checkpointing,
         checkpoint_in_cpu=deepspeed.checkpoint_in_cpu,
     )
+
+
+def _automatic_chunk(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> int:
+    """The quickest chunk that fits the smallest GPU; the flag's default without a GPU or without offloading."""
+    parallel = config.parallel
+    if context.device.type != "cuda" or not parallel.ds_sequence_parallel_fpdt_offloading:
+        return ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
+    memory = torch.tensor(torch.cuda.get_device_properties(context.device).total_memory, device=context.device)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    gpu = gpu_like(torch.cuda.get_device_name(context.device), int(memory))
+    return quickest_chunk(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size)
+
+
+def quickest_chunk(config: Config, num_gpus: int, gpu: Gpu, host_memory: int, padded_vocab_size: int) -> int:
+    """Tokens of the chunk that the planner finds quickest; ConfigError where none fits."""
+    per_node = min(local_world_size(), num_gpus)
+    job = Job.of(config, num_gpus, padded_vocab_size)
+    plan = Plan(job, Machines(gpu, num_gpus, per_node, host_memory * per_node / GIB), next(iter(gpu.attention)))
+    chunk = plan.quickest_chunk()
+    if chunk is None:
+        raise ConfigError(
+            f"no chunk of --seq-length ({config.model.seq_length}) fits {num_gpus} GPUs of {gpu.memory_gib:.1f} GiB "
+            f"with {host_memory / GIB:.3g} GiB of host memory each; {'; '.join(plan.advice())}"
+        )
+    return chunk
 
 
 def _refuse_what_the_host_cannot_hold(shape: StreamShape, needed: int, budget: int, is_what_is_free: bool) -> None:

@@ -114,7 +114,17 @@ def pretrain(
     reporter = Reporter(config, context, writer, padded_vocab_size, lengths.iterations, stream)
     try:
         run = Training(
-            config, context, lengths, engine, datasets, provide_batch, reporter, progress, state, padded_vocab_size
+            config,
+            context,
+            lengths,
+            engine,
+            stream,
+            datasets,
+            provide_batch,
+            reporter,
+            progress,
+            state,
+            padded_vocab_size,
         )
         run.run()
     finally:
@@ -130,6 +140,7 @@ class Training:
         context: Context,
         lengths: Lengths,
         engine: Engine,
+        stream: Stream,
         datasets: Datasets,
         provide_batch: BatchProvider,
         reporter: Reporter,
@@ -139,6 +150,7 @@ class Training:
     ) -> None:
         self._padded_vocab_size = padded_vocab_size
         self._config, self._context, self._lengths = config, context, lengths
+        self._stream = stream
         self._engine, self._reporter, self._progress, self.state = engine, reporter, progress, state
         self._train_data, self._valid_data, self._test_data = datasets
         self._provide_batch = provide_batch
@@ -217,10 +229,8 @@ class Training:
 
     def _forward_units(self) -> int:
         """Calls of the progress report in the forward passes over one batch."""
-        model, parallel = self._config.model, self._config.parallel
-        chunks = 1
-        if parallel.ds_sequence_parallel_fpdt:
-            chunks = -(-model.seq_length // parallel.ds_sequence_parallel_fpdt_chunk_size)
+        model = self._config.model
+        chunks = -(-model.seq_length // self._stream.chunk_length)
         return model.num_layers * chunks * self._lengths.num_microbatches
 
     def _num_units(self) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.arguments import parse_args
-from megatron.config import Config, ConfigError, accumulation_steps, zero_stage_run
+from megatron.config import Config, ConfigError
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import MODEL_NAMES, named_model
@@ -112,7 +112,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
             f"use one of {', '.join(map(str, allowed))}"
         )
     plan = Plan(job, machines, backend)
-    if not arguments.training and not arguments.chunk_size:
+    if not (config.parallel.ds_sequence_parallel_fpdt_chunk_size if config else arguments.chunk_size):
         chunk = plan.quickest_chunk()
         plan = plan if chunk is None else plan.with_job(replace(job, chunk_length=chunk))
     return plan
@@ -134,26 +134,14 @@ def job_of_model(arguments: argparse.Namespace) -> Job:
 
 
 def job_of_config(config: Config, arguments: argparse.Namespace) -> Job:
-    model, parallel = config.model, config.parallel
+    parallel = config.parallel
     if not (parallel.ds_sequence_parallel_fpdt and parallel.ds_sequence_parallel_fpdt_offloading):
         raise ConfigError(
             "only runs with --ds-sequence-parallel-fpdt and --ds-sequence-parallel-fpdt-offloading are planned here; "
             "add them"
         )
     vocabulary = arguments.vocab_size or config.tokenizer.vocab_size or DEFAULT_VOCABULARY
-    return Job(
-        model=model,
-        padded_vocab_size=pad_vocab_size(vocabulary, model.make_vocab_size_divisible_by),
-        num_gpus=arguments.gpus,
-        chunk_length=parallel.ds_sequence_parallel_fpdt_chunk_size,
-        sequence_parallel_size=parallel.ds_sequence_parallel_size,
-        micro_batch_size=config.training.micro_batch_size,
-        accumulation_steps=accumulation_steps(config, arguments.gpus),
-        zero_stage=zero_stage_run(config),
-        cpu_optimizer=config.deepspeed.cpu_optimizer,
-        recompute=parallel.ds_sequence_parallel_fpdt_recompute,
-        checkpoint_interval=parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
-    )
+    return Job.of(config, arguments.gpus, pad_vocab_size(vocabulary, config.model.make_vocab_size_divisible_by))
 
 
 def figures_of(plan: Plan) -> dict[str, Any]:

@@ -12,13 +12,15 @@ from megatron.config.errors import ConfigError
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
-from megatron.config.parallel import ParallelConfig, Recompute
+from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, ParallelConfig, Recompute
 from megatron.config.precision import PrecisionConfig
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.config.training import TrainingConfig
 
 __all__ = [
+    "AUTOMATIC_CHUNK",
     "CheckpointConfig",
+    "ChunkSize",
     "Config",
     "ConfigError",
     "DataConfig",

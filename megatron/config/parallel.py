@@ -1,7 +1,10 @@
 """How the work is spread over ranks and cut along the sequence."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NewType
+
+ChunkSize = NewType("ChunkSize", int)
+AUTOMATIC_CHUNK = ChunkSize(0)
 
 Recompute = Literal["all", "mlp", "none"]
 
@@ -20,8 +23,9 @@ class ParallelConfig:
     ds_sequence_parallel_fpdt: bool = False
     """Stream every block chunk by chunk (Fully Pipelined Distributed Transformer, Ulysses-Offload)."""
 
-    ds_sequence_parallel_fpdt_chunk_size: int = 65536
-    """Tokens per FPDT chunk, over all sequence-parallel ranks together."""
+    ds_sequence_parallel_fpdt_chunk_size: ChunkSize = ChunkSize(65536)
+    """Tokens per FPDT chunk, over all sequence-parallel ranks together; auto (or 0) for what the planner finds quickest
+    on the GPUs there are."""
 
     ds_sequence_parallel_fpdt_offloading: bool = False
     """Keep FPDT's chunks in host memory, so that device memory does not grow with the sequence."""

@@ -66,8 +66,8 @@ class Stream:
 
     Token-wise work on a chunk runs in slices, so that the widest activation (the MLP's) is bounded apart from the
     chunk. The input of every `checkpoint_interval`-th block is kept for the backward pass; `recompute` says which of a
-    block's matrix products are not. Within `whole_parameters` parameters are whole, also where they are partitioned and
-    their block is neither in its forward nor in its backward pass.
+    block's matrix products are run again there. Within `whole_parameters` parameters are whole, also where they are
+    partitioned and their block is neither in its forward nor in its backward pass.
     """
 
     store: ChunkStore

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 GB = 1e9
@@ -46,6 +46,15 @@ GPUS = {
         ),
     )
 }  # fmt: skip
+
+
+SLOWEST = "A100-80GB"
+
+
+def gpu_like(device_name: str, memory_bytes: int) -> Gpu:
+    """The GPU that CUDA calls `device_name`, with the memory given; one that is not known counts as the slowest."""
+    known = (gpu for name, gpu in GPUS.items() if name.partition("-")[0] in device_name)
+    return replace(next(known, GPUS[SLOWEST]), memory_gib=memory_bytes / GIB)
 
 
 @dataclass(frozen=True)

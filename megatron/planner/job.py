@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron.config import ModelConfig, Recompute
+from megatron.config import Config, ModelConfig, ParallelConfig, Recompute, accumulation_steps, zero_stage_run
 from megatron.fpdt.memory_model import StreamShape
 
 HALF = 2  # bytes of a bf16 or fp16 number
@@ -28,6 +28,25 @@ class Job:
     cpu_optimizer: bool = False
     recompute: Recompute | None = None
     checkpoint_interval: int | None = None
+
+    @classmethod
+    def of(cls, config: Config, num_gpus: int, padded_vocab_size: int) -> Job:
+        """The job that a training run's flags describe, with the default chunk where it is to be chosen."""
+        parallel = config.parallel
+        return cls(
+            model=config.model,
+            padded_vocab_size=padded_vocab_size,
+            num_gpus=num_gpus,
+            chunk_length=parallel.ds_sequence_parallel_fpdt_chunk_size
+            or ParallelConfig.ds_sequence_parallel_fpdt_chunk_size,
+            sequence_parallel_size=parallel.ds_sequence_parallel_size,
+            micro_batch_size=config.training.micro_batch_size,
+            accumulation_steps=accumulation_steps(config, num_gpus),
+            zero_stage=zero_stage_run(config),
+            cpu_optimizer=config.deepspeed.cpu_optimizer,
+            recompute=parallel.ds_sequence_parallel_fpdt_recompute,
+            checkpoint_interval=parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
+        )
 
     @property
     def shape(self) -> StreamShape:

@@ -42,7 +42,7 @@ def test_a_script_begins_with_the_weights_of_another_run(
     tmp_path: Path, corpus: Path, pretrained: tuple[Path, float], name: str
 ) -> None:
     checkpoints, validation_loss = pretrained
-    longer = {"SEQ_LEN": "1200", "TRAIN_TOKENS": "4800", "ROTARY_THETA": "100000000"}
+    longer = {"SEQ_LEN": "1200", "TRAIN_TOKENS": "4800", "CHUNK_SIZE": "auto", "ROTARY_THETA": "100000000"}
     training = launch(name, tmp_path, corpus, OUTPUT="out", LOAD=str(checkpoints), **longer)
     assert list(training.losses) == [1, 2, 3, 4]
     assert training.validation_losses[4] < validation_loss + 0.05

@@ -164,7 +164,13 @@ def test_help_lists_every_flag_in_the_group_of_its_concern(capsys):
         for member in fields(section):
             assert f"--{member.name.replace('_', '-')} " in text or f"--{member.name.replace('_', '-')}\n" in text
     assert text.index("Model architecture:") < text.index("--num-layers") < text.index("Parallelism and FPDT:")
-    assert "Tokens per FPDT chunk, over all sequence-parallel ranks together. Default: 65536." in text
+    assert "Tokens per FPDT chunk, over all sequence-parallel ranks together; auto (or 0)" in text
+
+
+@pytest.mark.parametrize("word, tokens", [("auto", 0), ("AUTO", 0), ("0", 0), ("32768", 32768)])
+def test_a_chunk_may_be_left_to_the_planner(word, tokens):
+    config = parse_args([*FPDT_SCRIPT.split(), "--ds-sequence-parallel-fpdt-chunk-size", word])
+    assert config.parallel.ds_sequence_parallel_fpdt_chunk_size == tokens
 
 
 def test_help_is_the_field_description_with_its_default():

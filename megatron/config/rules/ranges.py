@@ -53,7 +53,7 @@ RANGES = {
     "hidden_dropout": PROBABILITY,
     "init_method_std": Range(0, low_open=True, example="0.02"),
     "ds_sequence_parallel_size": COUNT,
-    "ds_sequence_parallel_fpdt_chunk_size": Range(1, example="65536"),
+    "ds_sequence_parallel_fpdt_chunk_size": Range(0, example="65536"),
     "ds_sequence_parallel_fpdt_checkpoint_interval": COUNT,
     "ds_sequence_parallel_fpdt_device_memory": NOT_NEGATIVE,
     "ds_sequence_parallel_fpdt_host_memory": Range(0, low_open=True, example="64"),

@@ -11,15 +11,14 @@ from megatron.training import Training
 from tests.unit.model.small_model import ON_DEVICE, PLAIN, small_config, small_inputs, small_model
 
 
-def announced(config, execution, num_microbatches):
-    parallel = ParallelConfig(
-        ds_sequence_parallel_fpdt=execution.fpdt, ds_sequence_parallel_fpdt_chunk_size=execution.chunk_size
-    )
+def announced(config, execution, stream, num_microbatches):
+    parallel = ParallelConfig(ds_sequence_parallel_fpdt=execution.fpdt)
     deepspeed = DeepSpeedConfig(deepspeed_activation_checkpointing=execution.recompute)
     training = Training.__new__(Training)
     vars(training).update(
         _config=SimpleNamespace(model=config, parallel=parallel, deepspeed=deepspeed),
         _lengths=SimpleNamespace(num_microbatches=num_microbatches),
+        _stream=stream,
     )
     return Training._num_units(training)
 
@@ -41,4 +40,4 @@ def test_a_step_reports_as_many_units_as_the_training_loop_announces(execution, 
     model = small_model(config, execution, report=lambda *report: reports.append(report))
     for _ in range(num_microbatches):
         model(*small_inputs(config)).backward()
-    assert len(reports) == announced(config, execution, num_microbatches)
+    assert len(reports) == announced(config, execution, model.execution.stream, num_microbatches)

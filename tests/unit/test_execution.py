@@ -1,0 +1,94 @@
+"""What a run leaves open is chosen by what the machine can hold, and refused where it can hold nothing of the kind."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.arguments import parse_args
+from megatron.config import ConfigError
+from megatron.execution import choose_execution, quickest_chunk
+from megatron.planner.hardware import GIB, GPUS, gpu_like
+
+VOCABULARY = 128_256
+LLAMA_8B = [
+    *["--num-layers", "32", "--hidden-size", "4096", "--ffn-hidden-size", "14336", "--num-attention-heads", "32"],
+    *["--num-key-value-heads", "8", "--seq-length", "262144", "--use-rotary-position-embeddings", "--swiglu"],
+    *["--normalization", "rmsnorm", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--bf16"],
+    *["--lr", "1e-4", "--train-iters", "10", "--data-path", "corpus", "--vocab-size", "128256", "--zero-stage", "3"],
+    *["--ds-sequence-parallel-size", "4", "--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-offloading"],
+]
+
+
+def config_of(*flags):
+    return parse_args([*LLAMA_8B, *flags])
+
+
+def choose(*flags, host_gib):
+    context = SimpleNamespace(
+        device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=int(host_gib * GIB),
+        log=logging.getLogger("test"),
+    )  # fmt: skip
+    return choose_execution(config_of(*flags), context, VOCABULARY)
+
+
+def test_products_are_kept_where_the_host_has_room():
+    assert choose(host_gib=1000).fpdt_recompute == "none"
+    assert choose(host_gib=120).fpdt_recompute == "mlp"
+    assert choose(host_gib=60).fpdt_recompute == "all"
+    assert choose(host_gib=1000).checkpoint_interval == 1
+    assert choose(host_gib=35).checkpoint_interval > 1
+
+
+def test_what_is_asked_for_is_done():
+    execution = choose("--ds-sequence-parallel-fpdt-recompute", "mlp", host_gib=1000)
+    assert (execution.fpdt_recompute, execution.checkpoint_interval) == ("mlp", 1)
+    assert choose("--ds-sequence-parallel-fpdt-checkpoint-interval", "4", host_gib=1000).checkpoint_interval == 4
+
+
+def test_without_offloading_everything_is_recomputed_and_every_input_kept():
+    flags = [flag for flag in LLAMA_8B if flag != "--ds-sequence-parallel-fpdt-offloading"]
+    context = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=0)
+    execution = choose_execution(parse_args(flags), context, VOCABULARY)
+    assert (execution.fpdt_recompute, execution.checkpoint_interval) == ("all", 1)
+
+
+def test_a_sequence_that_the_host_cannot_hold_is_refused_with_one_that_it_can():
+    with pytest.raises(ConfigError, match=r"--seq-length \(262144\) take up .* and 10 GiB are free") as refusal:
+        choose(host_gib=10)
+    longest = int(str(refusal.value).split("use --seq-length ")[1].split()[0])
+    choose("--seq-length", str(longest), host_gib=10)
+    with pytest.raises(ConfigError):
+        choose("--seq-length", str(longest + 4), host_gib=10)
+
+
+def test_the_automatic_chunk_is_smaller_on_a_smaller_gpu():
+    config = config_of("--ds-sequence-parallel-fpdt-chunk-size", "auto")
+    large, small = (
+        quickest_chunk(config, 4, gpu_like("NVIDIA H100 80GB HBM3", int(gib * GIB)), 1000 * GIB, VOCABULARY)
+        for gib in (79, 44)
+    )
+    assert small < large
+    assert large % 4 == small % 4 == 0
+
+
+def test_where_no_chunk_fits_the_gpu_it_is_refused_with_advice():
+    config = config_of("--ds-sequence-parallel-fpdt-chunk-size", "auto")
+    with pytest.raises(
+        ConfigError, match=r"no chunk of --seq-length \(262144\) fits 4 GPUs of 20\.0 GiB.*--cpu-optimizer"
+    ):
+        quickest_chunk(config, 4, gpu_like("NVIDIA A30", 20 * GIB), 1000 * GIB, VOCABULARY)
+
+
+def test_the_automatic_chunk_without_a_gpu_is_the_default():
+    assert choose("--ds-sequence-parallel-fpdt-chunk-size", "auto", host_gib=1000).chunk_size == 65536
+
+
+@pytest.mark.parametrize(
+    "name, known", [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+                    ("NVIDIA RTX A6000", "A100-80GB")]
+)  # fmt: skip
+def test_gpus_are_known_by_their_names(name, known):
+    gpu = gpu_like(name, 48 * GIB)
+    assert (gpu.name, gpu.memory_gib) == (GPUS[known].name, 48)
