@@ -2,10 +2,12 @@
 """What do embedding, loss, optimizer and ZeRO cost on top of the blocks?
 
     python benchmarks/training_step.py
+    deepspeed --num_gpus 2 benchmarks/training_step.py      the same sequence shared by two GPUs
 
-Runs whole optimizer steps of a LLaMA on random tokens on one GPU, through the training path itself: the flags of
-pretrain_gpt.py, its model, engine and optimizer. Before that it measures one streamed block of the same geometry,
-length, chunk, kernel and offloading in the same process.
+Runs whole optimizer steps of a LLaMA on random tokens, through the training path itself: the flags of pretrain_gpt.py,
+its model, engine and optimizer. On one GPU it measures, before that, one streamed block of the same geometry, length,
+chunk, kernel and offloading in the same process. On several the sequence is shared by all of them (Ulysses), and the
+rates are per GPU; "tokens/s" is of all together, and memory that of the first.
 
     x block = (model FLOPs of a step / its seconds) / (model FLOPs of a block / its seconds)
 
@@ -54,7 +56,7 @@ from megatron.config import Config, deepspeed_config, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.execution import choose_execution
 from megatron.fpdt.stream import Stream
-from megatron.initialize import initialize
+from megatron.initialize import initialize, world_from_environment
 from megatron.logging.accounting import model_flops
 from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
@@ -65,6 +67,7 @@ NAME = "training_step"
 COLUMNS = (
     Column("what", "what", width=14),
     Column("seconds", "seconds", ".3f"),
+    Column("tokens_per_second", "tokens/s", ".0f"),
     Column("model_tflops", "model TFLOP/s", ".0f"),
     Column("times_matmul", "x matmul", ".3f"),
     Column("times_block", "x block", ".3f"),
@@ -92,26 +95,34 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="matrix products that are run again [what fits and the link has time for]")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
     parser.add_argument("--steps", type=int, default=2, help="steps timed, after one to warm up [%(default)s]")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
     add_geometry_flags(parser, DEFAULT)
     return parse(parser, argv, QUICK, TINY)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    config = parse_args(training_flags(arguments))
-    validate(config, 1, arguments.device)
+    rank, num_gpus = world_from_environment()
+    config = parse_args(training_flags(arguments, num_gpus))
+    validate(config, num_gpus, arguments.device)
+    if rank:
+        measure_steps(config, arguments, num_gpus)
+        torch.distributed.destroy_process_group()
+        return 0
     report = Report(NAME, arguments, COLUMNS)
-    block = measure_block(arguments, report)
-    report.add(block)
-    if "failed" in block:
-        return 1
-    step = attempt(lambda: measure_steps(config, arguments, report.device), report.device)
+    block = measure_block(arguments, report) if num_gpus == 1 else None
+    if block is not None:
+        report.add(block)
+        if "failed" in block:
+            return 1
+    step = attempt(lambda: measure_steps(config, arguments, num_gpus), report.device)
     torch.distributed.destroy_process_group()
-    step |= {"what": "optimizer step"}
+    step |= {"what": "optimizer step" if num_gpus == 1 else f"on {num_gpus} GPUs"}
     if "failed" in step:
         report.add(step)
         return 1
-    report.add(step | against_block(step, block, arguments.num_layers, report.matmul))
+    step |= rates(step, num_gpus, report.matmul)
+    report.add(step | (against_block(step, block, arguments.num_layers) if block else {}))
     report.finish()
     draw(report)
     if arguments.on_device:
@@ -122,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if later else 0
 
 
-def training_flags(arguments: argparse.Namespace) -> list[str]:
+def training_flags(arguments: argparse.Namespace, num_gpus: int = 1) -> list[str]:
     """The words that pretrain_gpt.py would be given. Tokens are random, so the dataset is one in name only."""
     widths = {name: getattr(arguments, name) for name in vars(DEFAULT)}
     values = {
@@ -131,6 +142,7 @@ def training_flags(arguments: argparse.Namespace) -> list[str]:
         "attention_backend": arguments.backend, "zero_stage": arguments.zero_stage,
         "ds_sequence_parallel_fpdt_chunk_size": arguments.chunk, "train_iters": arguments.steps + 1, "eval_iters": 0,
         "data_path": "random", "tokenizer_type": "NullTokenizer", "vocab_size": arguments.vocab_size,
+        "ds_sequence_parallel_size": num_gpus,
     }  # fmt: skip
     switches = ["use_rotary_position_embeddings", "swiglu", "disable_bias_linear",
                 "untie_embeddings_and_output_weights", "ds_sequence_parallel_fpdt"]  # fmt: skip
@@ -154,35 +166,35 @@ def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
     return {"what": "one block"} | measure(build, report.device, report.matmul, repeats=max(arguments.steps, 2))
 
 
-def measure_steps(config: Config, arguments: argparse.Namespace, device: torch.device) -> Row:
-    """Steps as the training loop takes them: batch, forward, backward, optimizer."""
+def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) -> Row:
+    """Steps as the training loop takes them: batch, forward, backward, optimizer. Collective over all ranks."""
     from megatron.engine.engine import Engine  # imports DeepSpeed, which takes a while
 
     context = initialize(config)
-    model = config.model
+    model, device, parallel_state = config.model, context.device, context.parallel_state
     vocabulary = pad_vocab_size(arguments.vocab_size, model.make_vocab_size_divisible_by)
     execution = choose_execution(config, context, vocabulary)
     engine = Engine(
-        partial(build_model, model, vocabulary, context.parallel_state, execution, context.dtype, context.device),
+        partial(build_model, model, vocabulary, parallel_state, execution, context.dtype, device),
         [TokenEmbedding, TransformerLayer, LanguageModelHead],
         lambda module: parameter_groups(module, config.optimizer.weight_decay),
         config.optimizer,
-        deepspeed_config(config, 1),
+        deepspeed_config(config, num_gpus),
         context.dtype,
-        context.device,
-        1,
+        device,
+        num_gpus,
     )
     stream: Stream = engine.module.execution.stream  # type: ignore[assignment, union-attr]
     stream.whole_parameters = engine.whole_parameters
     pool = stream.store.pool
-    layout = SequenceLayout(model.seq_length, min(execution.chunk_size, model.seq_length), 1)
+    layout = SequenceLayout(model.seq_length, min(execution.chunk_size, model.seq_length), num_gpus)
     random = np.random.default_rng(1)
     losses: list[torch.Tensor] = []
     num_tokens = torch.tensor(float(model.seq_length), device=device)
 
     def step() -> None:
         samples = [random.integers(0, arguments.vocab_size, model.seq_length + 1)]
-        batch = slice_batch(samples, layout, 0, pin=device.type == "cuda")
+        batch = slice_batch(samples, layout, parallel_state.sequence_parallel_rank, pin=device.type == "cuda")
         losses.append(engine.train_step([batch.inputs()], num_tokens, config.optimizer.lr))
 
     step()
@@ -190,8 +202,9 @@ def measure_steps(config: Config, arguments: argparse.Namespace, device: torch.d
     reset_peak(device)
     seconds = [wall_seconds(step, device) for _ in range(arguments.steps)]
     peak = peak_bytes(device)
+    torch.distributed.all_reduce(losses[-1])
     return {
-        "seconds": statistics.median(seconds), "spread": spread(seconds),
+        "seq_length": model.seq_length, "seconds": statistics.median(seconds), "spread": spread(seconds),
         "model_flops": model_flops(model, vocabulary, model.seq_length),
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
         "peak_gib": gib(peak), "loss": float(losses[-1] / num_tokens), "zero_stage": arguments.zero_stage,
@@ -200,13 +213,20 @@ def measure_steps(config: Config, arguments: argparse.Namespace, device: torch.d
     }  # fmt: skip
 
 
-def against_block(step: Row, block: Row, num_layers: int, matmul: float) -> Row:
-    """The step's rate, its ratios, and the time that is not the blocks'."""
-    rate = step["model_flops"] / step["seconds"] / 1e12
+def rates(step: Row, num_gpus: int, matmul: float) -> Row:
+    """The step's tokens per second over all GPUs, its model FLOP/s per GPU, and their ratio to the yardstick."""
+    rate = step["model_flops"] / step["seconds"] / num_gpus / 1e12
     return {
+        "tokens_per_second": step["seq_length"] / step["seconds"],
         "model_tflops": rate,
         "times_matmul": rate / matmul,
-        "times_block": rate / block["model_tflops"],
+    }
+
+
+def against_block(step: Row, block: Row, num_layers: int) -> Row:
+    """The ratio of the step's rate to the block's, and the time that is not the blocks'."""
+    return {
+        "times_block": step["model_tflops"] / block["model_tflops"],
         "outside_blocks_seconds": step["seconds"] - num_layers * block["seconds"],
     }
 

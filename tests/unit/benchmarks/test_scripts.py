@@ -12,6 +12,7 @@ from benchmarks import attention_tiles, memory_over_length, streamed_block, trai
 from benchmarks.common import REPOSITORY, Geometry, Report, geometry_of
 from megatron.arguments import parse_args
 from megatron.config import validate
+from tests.distributed.launcher import launch
 
 SCRIPTS = {script.NAME: script for script in (attention_tiles, memory_over_length, streamed_block, training_step)}
 
@@ -196,10 +197,14 @@ def test_training_flags_are_those_of_the_program(words):
 
 
 def test_step_is_compared_with_its_blocks():
-    step, block = {"model_flops": 60e12, "seconds": 10.0}, {"model_tflops": 8.0, "seconds": 2.0}
-    assert training_step.against_block(step, block, num_layers=4, matmul=12.0) == {
-        "model_tflops": pytest.approx(6.0),
-        "times_matmul": pytest.approx(0.5),
+    step, block = {"model_flops": 60e12, "seconds": 10.0, "seq_length": 500}, {"model_tflops": 8.0, "seconds": 2.0}
+    assert training_step.rates(step, num_gpus=2, matmul=12.0) == {
+        "tokens_per_second": pytest.approx(50.0),
+        "model_tflops": pytest.approx(3.0),
+        "times_matmul": pytest.approx(0.25),
+    }
+    step |= training_step.rates(step, num_gpus=1, matmul=12.0)
+    assert training_step.against_block(step, block, num_layers=4) == {
         "times_block": pytest.approx(0.75),
         "outside_blocks_seconds": pytest.approx(2.0),
     }
@@ -218,3 +223,9 @@ def test_steps_run_and_allocate_in_the_first_one_alone(tmp_path):
     assert (block["what"], step["what"]) == ("one block", "optimizer step")
     assert step["host_bytes_after_first_step"] == 0
     assert step["loss"] == pytest.approx(5.5, abs=0.3)  # random tokens of 256: ln 256
+    shared = launch(script, ["--device", "cpu", "--output", str(tmp_path / "two")], 2)
+    assert shared.succeeded, shared.describe()
+    (row,) = json.loads((tmp_path / "two.json").read_text())["rows"]
+    assert row["what"] == "on 2 GPUs"
+    assert row["loss"] == pytest.approx(step["loss"], abs=1e-5)
+    assert row["host_used_gib"] == pytest.approx(step["host_used_gib"] / 2, rel=0.1)
