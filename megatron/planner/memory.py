@@ -3,7 +3,7 @@
 GPU: what DeepSpeed keeps of the model, and on top the largest moment of a streamed block. In bytes of a rank's chunk,
 
     X hidden states    Q queries (as many: o, do, dq in half precision)    K keys and values together
-    W workspace of the attention kernel    s slice of a chunk    u the MLP's first layer's outputs of a slice
+    W workspace of the attention kernel
 
     diagonal tile, backward     5 X + 7 Q + 6 K + W    x, dx, norm; q, o, do, dq in half precision and fp32; kv, its
                                                        tile's gradient and two dkv in fp32; the next row's x, o, dy

@@ -17,14 +17,14 @@ from megatron.logging.accounting import flops_of_streaming, forward_flops, model
 from megatron.planner.hardware import GB, TERA, Machines
 from megatron.planner.job import HALF, Job
 
-SUM = 4
-BOTH_WAYS = 1.3  # what a link carries in both directions at once, over one direction
+BOTH_WAYS = 1.3  # what a link carries in both directions at once, over one direction; measured on two H200 together
 STREAMING = 0.7  # share of a GPU's memory bandwidth that token-wise kernels reach
-OPTIMIZER_BYTES = (
-    34  # per parameter: weight, two moments and gradient in fp32, read and written, the half-precision weight
-)
-HOST_ADAM = 0.7e9  # parameters per second and rank
-STEP_OVERHEAD = 0.05
+# Passes over a token's hidden states and over its MLP's activations, fitted to a profile of a LLaMA block.
+HIDDEN_PASSES, MLP_PASSES = 45, 6
+# Of every parameter: weight, two moments and gradient in fp32, read and written, and the weight in half precision.
+OPTIMIZER_BYTES = 34
+# Assumed: parameters that Adam on the host steps per second and rank, and seconds of a step that are nobody's.
+HOST_ADAM, STEP_OVERHEAD = 0.7e9, 0.05
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Speed:
     backward: float
     head: float
     optimizer: float
-    hidden: dict[str, float]  # seconds of link and exchange per block, forward and backward, beside its arithmetic
-    waiting: float  # of `forward` and `backward`: for link and exchange
+    waiting: float  # of `forward` and `backward`: for the link or the exchange
     model_flops: int
 
     @property
@@ -50,22 +49,18 @@ def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, i
     forward, backward = _block_compute(job, machines, backend, recompute, interval)
     link = _link_seconds(job, machines, recompute)
     exchange = _exchange_seconds(job, machines)
-    waits = [max(0.0, max(*hidden) - compute) for compute, *hidden in
-             ((forward, link[0], exchange[0]), (backward, link[1], exchange[1]))]  # fmt: skip
+    phases = zip((forward, backward), link, exchange, strict=True)
+    waits = [max(0.0, copying - arithmetic, exchanging - arithmetic) for arithmetic, copying, exchanging in phases]
     vocabulary = forward_flops(job.model, job.padded_vocab_size, job.model.seq_length).head
     head = 3 * vocabulary * job.micro_batch_size / job.sequence_parallel_size / (gpu.matmul_tflops * TERA)
     parameters = job.num_parameters / job.num_gpus
-    optimizer = parameters / HOST_ADAM if job.cpu_optimizer else (
-        parameters * OPTIMIZER_BYTES / (gpu.memory_gbps * GB * STREAMING)
-    )  # fmt: skip
+    on_gpu = parameters * OPTIMIZER_BYTES / (gpu.memory_gbps * GB * STREAMING)
     sequences = job.global_tokens // job.model.seq_length
     return Speed(
         forward=steps * layers * (forward + waits[0]),
         backward=steps * layers * (backward + waits[1]),
         head=steps * head,
-        optimizer=optimizer,
-        hidden={"link forward": link[0], "link backward": link[1],
-                "exchange forward": exchange[0], "exchange backward": exchange[1]},
+        optimizer=parameters / HOST_ADAM if job.cpu_optimizer else on_gpu,
         waiting=steps * layers * sum(waits),
         model_flops=sequences * model_flops(job.model, job.padded_vocab_size, job.model.seq_length),
     )  # fmt: skip
@@ -84,8 +79,7 @@ def _block_compute(
     rate_forward, rate_backward = (rate * TERA for rate in gpu.attention[backend])
     matmul, streaming = gpu.matmul_tflops * TERA, gpu.memory_gbps * GB * STREAMING
     tokens = shape.layout.local_length * job.micro_batch_size
-    # Passes over hidden states and over the MLP's activations, counted in a profile of a LLaMA block.
-    token_wise = tokens * HALF * (45 * model.hidden_size + 6 * shape.mlp_outputs) / streaming
+    token_wise = tokens * HALF * (HIDDEN_PASSES * model.hidden_size + MLP_PASSES * shape.mlp_outputs) / streaming
     chunks = shape.layout.num_chunks
     queries = tokens * model.num_attention_heads * model.kv_channels * HALF / chunks
     keys = shape.key_value_elements * HALF / chunks
