@@ -16,10 +16,11 @@ PASSED_ON = ("PATH", "HOME", "TMPDIR")
 
 @dataclass(frozen=True)
 class Command:
-    """What a script would start: the launcher's words, and the flags of pretrain_gpt.py."""
+    """What a script would start: the launcher's words, and the flags of pretrain_gpt.py; and the plan it prints."""
 
     launcher: list[str]
     flags: list[str]
+    plan: str
 
     def value(self, flag: str) -> str:
         """Return the word after a flag."""
@@ -44,7 +45,7 @@ def run_script(script: Path, *arguments: str, num_gpus_found: int = 4, bin_folde
     )
     words = shlex.split(finished.stdout)
     program = words.index(str(REPOSITORY / "pretrain_gpt.py"))
-    return Command(words[:program], words[program + 1 :])
+    return Command(words[:program], words[program + 1 :], finished.stderr)
 
 
 def write_nvidia_smi(folder: Path, num_gpus: int) -> None:
