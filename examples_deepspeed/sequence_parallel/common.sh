@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# What the launch scripts of this folder share. They source it, set their values, and call `launch` with the model's
-# flags. Where a script is silent, the values below hold; a variable of the same name in capitals sets any of them.
+# What the launch scripts of this folder share. They source it, set their values, call `prepare`, which makes blocks of
+# arguments of them, choose `model` and `parallel`, and `launch`. Where a script is silent, the values below hold; a
+# variable of the same name in capitals sets any of them.
 #
 # shellcheck disable=SC2034,SC2154  # values are set here for the scripts, and there for the functions below
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
-# --- values that most scripts leave as they are ------------------------------------------------------------------------
-chunk_size=${CHUNK_SIZE:-65536}           # tokens per FPDT chunk, over all GPUs of a sequence together
+# --- values that most scripts leave as they are -----------------------------------------------------------------------
 sequence_parallel=${SEQUENCE_PARALLEL:-}  # GPUs that share one sequence; default: all of them
 num_gpus=${NUM_GPUS:-}                    # per machine; default: all, or those in CUDA_VISIBLE_DEVICES
 num_nodes=${NUM_NODES:-}                  # machines of the hostfile; default: all of them
@@ -19,6 +19,7 @@ attention=${ATTENTION:-use-flash-attn}    # the fastest kernel; or use-flash-att
 split=${SPLIT:-99,1,0}                    # shares of the documents for training, validation and test
 model_scale=${MODEL_SCALE:-full}
 needed=() # variables that a script cannot do without
+chunk_size=
 ffn_hidden_size=
 num_key_value_heads=
 rotary_theta=
@@ -32,7 +33,7 @@ give_up() {
   exit 2
 }
 
-# --- the tiny scale: the same flags with a model that a CPU can train ----------------------------------------------------
+# --- the tiny scale: the same flags with a model that a CPU can train -------------------------------------------------
 scale_model() {
   case $model_scale in
     full) return ;;
@@ -54,7 +55,7 @@ scale_model() {
   eval_interval=2
 }
 
-# --- data and tokenizer --------------------------------------------------------------------------------------------------
+# --- data and tokenizer -----------------------------------------------------------------------------------------------
 # Sets `data`. Nothing is downloaded: every file is named by the user, and `needed` may name more of them.
 find_data() {
   local tokenizer missing=() data_words
@@ -84,7 +85,7 @@ find_data() {
   data=(--data-path "${data_words[@]}" --split "$split" --tokenizer-type "$tokenizer_type" "${tokenizer[@]}")
 }
 
-# --- GPUs and machines -----------------------------------------------------------------------------------------------------
+# --- GPUs and machines ------------------------------------------------------------------------------------------------
 count_gpus() {
   if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
     tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
@@ -143,8 +144,8 @@ find_gpus() {
   fi
 }
 
-# --- blocks of arguments ---------------------------------------------------------------------------------------------------
-# Set `llama`, `fpdt`, `ulysses`, `zero`, `training` and `files`.
+# --- blocks of arguments ----------------------------------------------------------------------------------------------
+# Sets `llama`, `fpdt`, `ulysses`, `zero`, `training` and `files`.
 assemble_arguments() {
   llama=(
     --num-layers "$num_layers"
@@ -201,6 +202,13 @@ assemble_arguments() {
   fi
 }
 
+prepare() {
+  scale_model
+  find_data
+  find_gpus
+  assemble_arguments
+}
+
 # What tools/plan_context.py reckons for the flags, on standard error.
 print_plan() {
   local gpu=(--gpu "${PLAN_GPU:-$(name_gpu)}")
@@ -227,14 +235,18 @@ name_gpu() {
   esac
 }
 
-# --- launch ----------------------------------------------------------------------------------------------------------------
-# The arguments are flags of pretrain_gpt.py; later ones win.
+# --- launch -----------------------------------------------------------------------------------------------------------
+# The arguments are further flags of pretrain_gpt.py, which win over the script's own.
 launch() {
-  local command=("${launcher[@]}" "$repository/pretrain_gpt.py" "$@")
+  local flags=("${model[@]}" "${parallel[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}")
+  flags+=("$@")
+  local command=("${launcher[@]}" "$repository/pretrain_gpt.py" "${flags[@]}")
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${command[@]}"
     echo
-    if [[ " $* " == *" --ds-sequence-parallel-fpdt "* && $model_scale == full ]]; then print_plan "$@"; fi
+    if [[ " ${flags[*]} " == *" --ds-sequence-parallel-fpdt "* && $model_scale == full ]]; then
+      print_plan "${flags[@]}"
+    fi
     exit
   fi
   if ! command -v deepspeed >/dev/null; then

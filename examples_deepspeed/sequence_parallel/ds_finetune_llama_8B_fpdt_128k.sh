@@ -13,7 +13,7 @@ set -euo pipefail
 # shellcheck source=examples_deepspeed/sequence_parallel/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# --- main configuration; common.sh has more ------------------------------------------------------------------------------
+# --- main configuration; common.sh has more ---------------------------------------------------------------------------
 seq_len=${SEQ_LEN:-131072}
 chunk_size=${CHUNK_SIZE:-65536}
 train_tokens=${TRAIN_TOKENS:-2e8}
@@ -22,7 +22,7 @@ output=${OUTPUT:-runs/llama_8B_finetuned_128k} # checkpoints, log, TensorBoard; 
 tokenizer_type=${TOKENIZER_TYPE:-HFTokenizer}
 needed=(LOAD)
 
-# --- model ---------------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------------------------------------
 num_layers=32
 hidden_size=4096
 ffn_hidden_size=14336
@@ -32,8 +32,7 @@ rotary_theta=${ROTARY_THETA:-500000} # as the checkpoint has it
 lr=${LR:-5e-6}
 min_lr=${MIN_LR:-0}
 
-scale_model
-find_data
-find_gpus
-assemble_arguments
-launch "${llama[@]}" "${fpdt[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}" "$@"
+prepare
+model=("${llama[@]}")
+parallel=("${fpdt[@]}")
+launch "$@"

@@ -12,7 +12,7 @@ set -euo pipefail
 # shellcheck source=examples_deepspeed/sequence_parallel/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# --- main configuration; common.sh has more ------------------------------------------------------------------------------
+# --- main configuration; common.sh has more ---------------------------------------------------------------------------
 seq_len=${SEQ_LEN:-32768}
 train_tokens=${TRAIN_TOKENS:-300e9}
 warmup_tokens=${WARMUP_TOKENS:-3e9}
@@ -20,17 +20,14 @@ output=${OUTPUT:-runs/gpt_1.3B_ulysses_32k} # checkpoints, log, TensorBoard; a r
 tokenizer_type=${TOKENIZER_TYPE:-GPT2BPETokenizer}
 attention=${ATTENTION:-use-flash-attn-v2} # use-flash-attn takes the fastest kernel that is there
 
-# --- model ---------------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------------------------------------
 num_layers=24
 hidden_size=2048
 num_attention_heads=16
 lr=${LR:-2e-4}
 min_lr=${MIN_LR:-2e-5}
 
-scale_model
-find_data
-find_gpus
-assemble_arguments
+prepare
 model=(
   --num-layers "$num_layers"
   --hidden-size "$hidden_size"
@@ -40,4 +37,5 @@ model=(
   --use-rotary-position-embeddings
   --init-method-std 0.013
 )
-launch "${model[@]}" "${ulysses[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}" "$@"
+parallel=("${ulysses[@]}")
+launch "$@"

@@ -12,7 +12,7 @@ set -euo pipefail
 # shellcheck source=examples_deepspeed/sequence_parallel/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# --- main configuration; common.sh has more ------------------------------------------------------------------------------
+# --- main configuration; common.sh has more ---------------------------------------------------------------------------
 seq_len=${SEQ_LEN:-262144}
 chunk_size=${CHUNK_SIZE:-65536}
 train_tokens=${TRAIN_TOKENS:-300e9}
@@ -21,17 +21,14 @@ output=${OUTPUT:-runs/gpt_6.7B_fpdt_256k} # checkpoints, log, TensorBoard; a run
 tokenizer_type=${TOKENIZER_TYPE:-GPT2BPETokenizer}
 attention=${ATTENTION:-use-flash-attn-v2} # use-flash-attn takes the fastest kernel that is there
 
-# --- model ---------------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------------------------------------
 num_layers=32
 hidden_size=4096
 num_attention_heads=32
 lr=${LR:-1.2e-4}
 min_lr=${MIN_LR:-1.2e-5}
 
-scale_model
-find_data
-find_gpus
-assemble_arguments
+prepare
 model=(
   --num-layers "$num_layers"
   --hidden-size "$hidden_size"
@@ -44,4 +41,5 @@ model=(
   --untie-embeddings-and-output-weights
   --init-method-std 0.009
 )
-launch "${model[@]}" "${fpdt[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}" "$@"
+parallel=("${fpdt[@]}")
+launch "$@"

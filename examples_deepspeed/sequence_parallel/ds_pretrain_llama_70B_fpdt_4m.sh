@@ -12,7 +12,7 @@ set -euo pipefail
 # shellcheck source=examples_deepspeed/sequence_parallel/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# --- main configuration; common.sh has more ------------------------------------------------------------------------------
+# --- main configuration; common.sh has more ---------------------------------------------------------------------------
 seq_len=${SEQ_LEN:-4194304}
 chunk_size=${CHUNK_SIZE:-65536}
 train_tokens=${TRAIN_TOKENS:-300e9}
@@ -20,7 +20,7 @@ warmup_tokens=${WARMUP_TOKENS:-3e9}
 output=${OUTPUT:-runs/llama_70B_fpdt_4m} # checkpoints, log, TensorBoard; a run that is started again goes on from here
 tokenizer_type=${TOKENIZER_TYPE:-HFTokenizer}
 
-# --- model ---------------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------------------------------------
 num_layers=80
 hidden_size=8192
 ffn_hidden_size=28672
@@ -30,8 +30,7 @@ rotary_theta=${ROTARY_THETA:-100000000}
 lr=${LR:-1.5e-4}
 min_lr=${MIN_LR:-1.5e-5}
 
-scale_model
-find_data
-find_gpus
-assemble_arguments
-launch "${llama[@]}" "${fpdt[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}" "$@"
+prepare
+model=("${llama[@]}")
+parallel=("${fpdt[@]}")
+launch "$@"
