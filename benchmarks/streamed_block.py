@@ -6,9 +6,9 @@
 
 One block, Llama-3-8B's by default, forward and backward, every way of running it in one process on one GPU; --blocks
 runs several in a row, where the copies at the ends of a block have its neighbours to hide behind. --profile runs each
-way once more and prints where its time goes. What the ways are and
-which FLOPs count stands at the head of benchmarks/block.py. "x ceiling" is the ratio to the ceiling of the same tokens
-and kernel. "peak" is all live GPU memory; "above" is the peak above weights and their gradients, as defined there too.
+way once more and prints where its time goes. What the ways are and which FLOPs count stands at the head of
+benchmarks/block.py. "x ceiling" is the ratio to the ceiling of the same tokens and kernel. "peak" is all live GPU
+memory; "above" is the peak above weights and their gradients, as defined there too.
 
 --attention-only is the comparison with DeepSpeed's FPDT attention layer, which has no MLP: multi-head attention, 256K
 tokens, and a block with an MLP of width 128 (as small as it can be) on our side. Each side's FLOPs are its own.
@@ -150,8 +150,7 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
         if "deepspeed" in arguments.ways:
             chunk = arguments.deepspeed_chunk
             row = {"way": "deepspeed", **names, "chunk": thousands(chunk), "recompute": "all"}
-            row["backend"] = kernel_name(device)
-            yield row, partial(DeepSpeedAttention, geometry, length, chunk, device)
+            yield row | {"backend": kernel_name(device)}, partial(DeepSpeedAttention, geometry, length, chunk, device)
 
 
 def executions(

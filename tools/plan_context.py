@@ -112,10 +112,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
             f"use one of {', '.join(map(str, allowed))}"
         )
     plan = Plan(job, machines, backend)
-    if not (config.parallel.ds_sequence_parallel_fpdt_chunk_size if config else arguments.chunk_size):
-        chunk = plan.quickest_chunk()
-        plan = plan if chunk is None else plan.with_job(replace(job, chunk_length=chunk))
-    return plan
+    chunk_is_given = config.parallel.ds_sequence_parallel_fpdt_chunk_size if config else arguments.chunk_size
+    return plan if chunk_is_given else plan.with_quickest_chunk()
 
 
 def job_of_model(arguments: argparse.Namespace) -> Job:

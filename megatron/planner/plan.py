@@ -86,6 +86,10 @@ class Plan:
         best = min(plan.speed.step for plan in fitting)
         return next(plan.job.chunk_length for plan in fitting if plan.speed.step <= 1.01 * best)
 
+    def with_quickest_chunk(self) -> Plan:
+        """The same with the quickest chunk; as it is where none fits."""
+        return self.with_job(replace(self.job, chunk_length=self.quickest_chunk() or self.job.chunk_length))
+
     def _with_chunks(self) -> Iterator[Plan]:
         length = self.job.model.seq_length
         for tokens in CHUNKS:

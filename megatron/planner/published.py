@@ -56,9 +56,9 @@ def plan_published(row: Published) -> Plan:
         model, vocabulary, row.num_gpus, 32768 * shared, shared, cpu_optimizer=row.cpu_optimizer, recompute="all",
         checkpoint_interval=1,
     )  # fmt: skip
-    plan = Plan(job, Machines(GPUS[row.gpu], row.num_gpus, 8, UNBOUNDED_HOST), next(iter(GPUS[row.gpu].attention)))
-    chunk = plan.quickest_chunk()
-    return plan if chunk is None else plan.with_job(replace(job, chunk_length=chunk))
+    gpu = GPUS[row.gpu]
+    plan = Plan(job, Machines(gpu, row.num_gpus, 8, UNBOUNDED_HOST), next(iter(gpu.attention)))
+    return plan.with_quickest_chunk()
 
 
 def published_table() -> Iterator[str]:
