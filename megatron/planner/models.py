@@ -21,7 +21,13 @@ _SHAPES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "gpt-6.7b": (50304, 32, 4096, 32, _GPT),
     "gpt-13b": (50304, 40, 5120, 40, _GPT),
     "gpt-30b": (50304, 48, 7168, 56, _GPT),
-    "llama-3b": (128256, 28, 3072, 24, _LLAMA | {"num_key_value_heads": 8, "ffn_hidden_size": 8192}),
+    "llama-3b": (
+        128256,
+        28,
+        3072,
+        24,
+        _LLAMA | {"num_key_value_heads": 8, "ffn_hidden_size": 8192, "untie_embeddings_and_output_weights": False},
+    ),
     "llama-8b": (128256, 32, 4096, 32, _LLAMA | {"num_key_value_heads": 8, "ffn_hidden_size": 14336}),
     "llama-70b": (128256, 80, 8192, 64, _LLAMA | {"num_key_value_heads": 8, "ffn_hidden_size": 28672}),
 }

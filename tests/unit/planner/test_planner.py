@@ -70,6 +70,10 @@ def test_llama_8b_has_its_parameters():
     assert plan_of().job.num_parameters == pytest.approx(8_030_261_248, rel=1e-4)
 
 
+def test_llama_3b_has_its_parameters():
+    assert plan_of("llama-3b").job.num_parameters == pytest.approx(3_212_749_824, rel=1e-4)
+
+
 def test_the_longest_context_fits_and_a_longer_one_does_not():
     plan = plan_of()
     longest = plan.longest_context()
