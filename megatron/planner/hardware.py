@@ -27,8 +27,10 @@ class Gpu:
     peer_gbps: float  # all-to-all within a machine
 
 
-# H200 as measured in docs/performance.md. H100: the same kernels measured alone on one, less the 4% that those of the
-# H200 lose inside a block. A100: FlashAttention-2's own figures (arXiv 2307.08691) and data sheets.
+# What was measured: of the H200 flash-attn-4, cuDNN and the products (docs/performance.md); of the H100 the kernels
+# alone, which stand here less the 4% that those of the H200 lose inside a block, its FlashAttention-2 for the H200 too;
+# links and peers on two H200 together, for the H100 too. Memory bandwidths are the data sheets', and all of the A100 is
+# assumed: its kernels within the 50 to 73% of the peak that FlashAttention-2's paper reports (arXiv 2307.08691).
 GPUS = {
     gpu.name: gpu
     for gpu in (
