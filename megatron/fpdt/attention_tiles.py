@@ -1,14 +1,15 @@
 """Rows of attention tiles: a query chunk against the key/value chunks it sees, one tile after the other.
 
     forward    (o, lse) merged by online softmax over the tiles of the row
-    backward   with o and lse of the whole row: dq summed over the row, dk and dv over the column, on the tier
+    backward   with o and lse of the whole row: dq summed over the row, dk and dv over the column, on the tier but
+               for those that the next row begins with
 
 Sums are in fp32, or fp64 for fp64. C tokens of a chunk, B batch, H and K query and key/value heads of this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,8 +47,8 @@ def _forward_tile(
 
 
 def backward_tile_inputs(tile: Tile, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequence[Tensor]) -> list[Tensor]:
-    """Chunks a backward tile loads: keys and values unless it has just projected them, gradients if some are stored."""
-    return [kv_CBKD[tile.key]] * (not tile.is_diagonal) + [dkv_CBKD[tile.key]] * (not tile.first_of_column)
+    """Chunks a backward tile off the diagonal loads: keys and values, and their gradients if some are stored."""
+    return [kv_CBKD[tile.key], *[dkv_CBKD[tile.key]] * (not tile.first_of_column)]
 
 
 def attend_backward(
@@ -55,31 +56,40 @@ def attend_backward(
     scale: float,
     row: list[Tile],
     queries: tuple[Tensor, ...],
-    kv_CBKD: Tensor,
+    own: list[Tensor],
     store: ChunkStore,
     row_ahead: Prefetch,
     tile_ahead: Prefetch,
     dkv_CBKD: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """One row of tiles: (dq, dkv) of the row's chunk, final, in the dtype of q; dkv of the other chunks stored.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One row of tiles: (dq, dkv) of the row's chunk, final, in the dtype of q; and dkv of the chunk before it.
 
-    `queries` are q, o, do [C, B, H, D] and lse [B, H, C]; `tile_ahead` brings each tile's `backward_tile_inputs`.
+    The gradients of the other chunks are stored. `queries` are q, o, do [C, B, H, D] and lse [B, H, C]; `own` is taken
+    out: kv of the row's chunk, and its dkv where there is one; `tile_ahead` brings `backward_tile_inputs`.
     """
-    dq = None
-    *others, diagonal = row
+    diagonal, *others = row
+    dtype = queries[0].dtype
+    tile_ahead.start()
+    dq, dkv_row = _backward_tile(attention, scale, diagonal, queries, None, *_taken(own))
+    dkv_row = dkv_row.to(dtype)
+    dkv_before = None
     for tile in others:
         inputs = next(tile_ahead)
-        tile_ahead.start()
+        # The last tile is the only one beside which no other is sent for: the next row's place.
+        (row_ahead if tile is others[-1] else tile_ahead).start()
         dq, dkv_tile = _backward_tile(attention, scale, tile, queries, dq, *inputs)
-        store.put(dkv_CBKD[tile.key], dkv_tile)
+        if tile is others[-1]:
+            dkv_before = dkv_tile
+        else:
+            store.put(dkv_CBKD[tile.key], dkv_tile)
         del inputs, dkv_tile
-    # The diagonal needs the least of its own: the next row is sent for beside it, and the row's first tile after that.
-    inputs = next(tile_ahead)
-    row_ahead.start()
-    dq, dkv_row = _backward_tile(attention, scale, diagonal, queries, dq, kv_CBKD, *inputs)
-    tile_ahead.start()
-    dtype = kv_CBKD.dtype
-    return dq.to(dtype), dkv_row.to(dtype)
+    return dq.to(dtype), dkv_row, dkv_before
+
+
+def _taken(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """The tensors, none of which is referenced here any more."""
+    while tensors:
+        yield tensors.pop(0)
 
 
 def _backward_tile(

@@ -12,8 +12,9 @@ Backward, for query chunk i descending:
     copy-in            compute                                        communication         copy-out
                        dx, do, dW = vjp of after at (x[i], o[i])
                        q, kv = before(x[i]), graph kept               tokens -> heads
-    kv[j], dkv[j]      dq, dkv from tile (i, j), j < i                                      dkv[j]
-    x, o, lse, dy[i-1] dq, dkv from tile (i, i): all now final        heads -> tokens
+    kv[0], dkv[0]      dq, dkv from tile (i, i): dkv[i] now final
+    kv[j], dkv[j]      dq, dkv from tile (i, j), j < i-1                                    dkv[j]
+    x, o, lse, dy[i-1] dq, dkv from tile (i, i-1): dq[i] now final    heads -> tokens
                        dx, dW += vjp of before at (x[i])                                    dx[i]
 
 Attention is never run again: its output and log-sum-exp are kept. What is recomputed is token-wise, up to the last
@@ -36,6 +37,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron.config import Recompute
 from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange, repeat_key_value_heads
@@ -239,7 +241,8 @@ def _backward(
     per_row = (xs, chunk_positions, kept.o_cBHD, kept.lse_BHC, dys)
     row_inputs = ([t[i] for t in per_row] for i in chunks)
     row_ahead = store.prefetch(row_inputs, ahead=False)
-    tile_inputs = (backward_tile_inputs(tile, kept.kv_CBKD, dkv) for row in rows for tile in row)
+    tiles = (tile for row in rows for tile in row if not tile.is_diagonal)
+    tile_inputs = (backward_tile_inputs(tile, kept.kv_CBKD, dkv) for tile in tiles)
     tile_ahead = store.prefetch(tile_inputs, ahead=False)
     calls = (call for i in chunks for call in (*kept.after.calls(i), *kept.before.calls(i)))
     products_ahead = store.prefetch(calls, ahead=False)
@@ -247,15 +250,14 @@ def _backward(
         _start_backward_row(stream, block, i, row_ahead, products_ahead, kept, gradients) for i in chunks
     )
     row_ahead.start()
-    tile_ahead.start()
+    own_dkv: list[Tensor] = []  # what the rows before have added for the row's own chunk
     for row in rows:
         i = row[0].query
         stream.report("backward", block.layer_number, i, layout.num_chunks)
         if row is rows[-1] and (below := kept.below()) is not None:
             store.expect([*below.first_loads, *dxs[i + 1 :][-1:]])  # the block below begins with them
-        store.put(
-            dxs[i], _finish_backward_row(stream, block, row, next(started), row_ahead, tile_ahead, dkv, gradients)
-        )
+        ahead = row_ahead, tile_ahead
+        store.put(dxs[i], _finish_backward_row(stream, block, row, next(started), own_dkv, ahead, dkv, gradients))
     return dx, gradients.result()
 
 
@@ -266,7 +268,7 @@ class _StartedBackwardRow:
     x: Tensor  # the leaf of the graph of `projected`
     dx: Tensor
     lse: Tensor
-    projected: tuple[Tensor, Tensor]
+    projected: tuple[GradientEdge, GradientEdge]
     exchange: Exchange
 
 
@@ -289,7 +291,8 @@ def _start_backward_row(
             x = x.detach().requires_grad_()
             projected = _project(stream, block, x, positions)
     sent = [*(t.detach() for t in projected), o, do]
-    return _StartedBackwardRow(x, dx, lse, projected, stream.start_tokens_to_heads(sent, (*QUERIES_KEYS_VALUES, 1, 1)))
+    q, kv = (get_gradient_edge(t) for t in projected)  # which do not hold the tensors
+    return _StartedBackwardRow(x, dx, lse, (q, kv), stream.start_tokens_to_heads(sent, (*QUERIES_KEYS_VALUES, 1, 1)))
 
 
 def _finish_backward_row(
@@ -297,17 +300,25 @@ def _finish_backward_row(
     block: CausalBlock,
     row: list[Tile],
     started: _StartedBackwardRow,
-    row_ahead: Prefetch,
-    tile_ahead: Prefetch,
+    own_dkv: list[Tensor],
+    ahead: tuple[Prefetch, Prefetch],
     dkv: Sequence[Tensor],
     gradients: GradientSums,
 ) -> Tensor:
-    """The gradient of the block's input for one query chunk; those of the parameters are added to `gradients`."""
+    """The gradient of the block's input for one query chunk; those of the parameters are added to `gradients`.
+
+    `own_dkv` holds the sum for the row's own keys and values, and then that for those of the next row.
+    """
     stream.store.let_go()  # the dx of the row before, gone by now
     q, kv, o, do = started.exchange()
-    queries, scale = (q, o, do, started.lse), block.softmax_scale
-    dqkv = attend_backward(stream.attention, scale, row, queries, kv, stream.store, row_ahead, tile_ahead, dkv)
-    dprojected = stream.heads_to_tokens(dqkv, QUERIES_KEYS_VALUES)
+    queries, own = (q, o, do, started.lse), [kv, *own_dkv]
+    own_dkv.clear()
+    del kv, started.exchange  # `own` alone holds kv now, and loses it to the first tile
+    dq, dkv_row, dkv_before = attend_backward(
+        stream.attention, block.softmax_scale, row, queries, own, stream.store, *ahead, dkv
+    )
+    own_dkv.extend([] if dkv_before is None else [dkv_before])
+    dprojected = stream.heads_to_tokens((dq, dkv_row), QUERIES_KEYS_VALUES)
     dx_before, *dparameters = torch.autograd.grad(
         started.projected, [started.x, *gradients.parameters], dprojected, allow_unused=True
     )

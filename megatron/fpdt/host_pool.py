@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-_TOUCH_THREADS = 8
+_TOUCH_THREADS = 16
 _PAGE = mmap.PAGESIZE
 _SHRINK = (
     "shorten --seq-length, raise --ds-sequence-parallel-size, lower --micro-batch-size, or leave more of the chunks on "

@@ -4,12 +4,13 @@ Row i is query chunk i; tile (i, j) is query chunk i against key/value chunk j, 
 
     forward    rows ascending; in a row the diagonal first: its keys and values are already on the device, and it gives
                every query a finite log-sum-exp to merge into. Then j = 0 .. i-1.
-    backward   rows descending; in a row j = 0 .. i-1, and the diagonal last, when every query chunk has been seen and
-               dk_i, dv_i are final.
+    backward   rows descending; in a row the diagonal first, which is the last of its column: dk_i and dv_i are then
+               final. Then j = 0 .. i-1.
 
-Every backward tile but the first of its column adds to gradients that an earlier tile has stored. Because a diagonal
-lies between two tiles of a column, what a tile loads was stored at least two tiles before, so that loads may always run
-one tile ahead of the arithmetic.
+Every backward tile but the first of its column adds to gradients of the tile above it. Between two rows those of the
+next diagonal stay on the device, as the row's last tile is the one above it; so a row begins with a tile that loads
+nothing. The others are stored, at least two tiles before they are loaded, so that loads may always run one tile ahead
+of the arithmetic.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 class Tile:
     """Query chunk `query` against key/value chunk `key`.
 
-    `first_of_column` (backward): no gradient of `key` is stored yet.
+    `first_of_column` (backward): there is no gradient of `key` yet.
     """
 
     query: int
@@ -46,4 +47,4 @@ class ChunkPlan:
     def backward_rows(self) -> list[list[Tile]]:
         """Rows in order of execution, each with its tiles in order of execution."""
         last = self.num_chunks - 1
-        return [[Tile(i, j, first_of_column=i == last) for j in range(i + 1)] for i in range(last, -1, -1)]
+        return [[Tile(i, j, first_of_column=i == last) for j in (i, *range(i))] for i in range(last, -1, -1)]

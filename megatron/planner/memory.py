@@ -5,10 +5,11 @@ GPU: what DeepSpeed keeps of the model, and on top the largest moment of a strea
     X hidden states    Q queries (as many: o, do, dq in half precision)    K keys and values together
     W workspace of the attention kernel
 
-    diagonal tile, backward     5 X + 7 Q + 6 K + W    x, dx, norm; q, o, do, dq in half precision and fp32; kv, its
-                                                       tile's gradient and two dkv in fp32; the next row's x, o, dy
-    other tiles, backward       3 X + 6 Q + 10 K + W   one kv and one dkv more, and the next tile's, but no next row
-    after, backward             4 X + 2 Q + 5 K + slice + products on their way
+    tiles, backward             3 X + 6 Q + 10 K + W   x, dx, norm; q, o, do, dq in half precision and fp32; the row's
+                                                       dkv; kv, its tile's gradient and dkv in fp32; the next tile's
+                                                       kv and dkv; the dkv that leaves
+    a row's last tile           5 X + 7 Q + 7 K + W    the next row's x, o, dy instead of the next tile
+    after, backward             4 X + 2 Q + 4 K + slice + products on their way
     forward                     3 X + 5 Q + 4 K + products of a chunk
 
 With several ranks per sequence a row is started before the one before it is finished. docs/planner.md holds these sums
@@ -115,9 +116,9 @@ def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> int:
     products, after_slice = _slice_bytes(shape, recompute)
     started = (4 * hidden + 3 * queries + 2 * keys) if shape.layout.sequence_parallel_size > 1 else 0
     moments = (
-        5 * hidden + 7 * queries + 6 * keys + workspace,
+        5 * hidden + 7 * queries + 7 * keys + workspace,
         3 * hidden + 6 * queries + 10 * keys + workspace,
-        4 * hidden + 2 * queries + 5 * keys + after_slice + products,
+        4 * hidden + 2 * queries + 4 * keys + after_slice + products,
         3 * hidden + 5 * queries + 4 * keys + shape.chunk_product_bytes(recompute),
     )
     return max(moments) + started
