@@ -52,13 +52,13 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
 
 def _automatic_chunk(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> int:
     """The quickest chunk that fits the smallest GPU; the flag's default without a GPU or without offloading."""
-    parallel = config.parallel
-    if context.device.type != "cuda" or not parallel.ds_sequence_parallel_fpdt_offloading:
+    if context.device.type != "cuda" or not config.parallel.ds_sequence_parallel_fpdt_offloading:
         return ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
-    memory = torch.tensor(torch.cuda.get_device_properties(context.device).total_memory, device=context.device)
-    dist.all_reduce(memory, dist.ReduceOp.MIN)
-    gpu = gpu_like(torch.cuda.get_device_name(context.device), int(memory))
-    return quickest_chunk(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size)
+    gpu = gpu_like(torch.cuda.get_device_name(context.device), context.device_memory_bytes)
+    chunk = quickest_chunk(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size)
+    agreed = torch.tensor(chunk, device=context.device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)  # ranks with other GPUs have come to other chunks
+    return int(agreed)
 
 
 def quickest_chunk(config: Config, num_gpus: int, gpu: Gpu, host_memory: int, padded_vocab_size: int) -> int:

@@ -16,6 +16,9 @@ from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
 from megatron.logging.logger import configure_logging
 
+GIB = 2**30
+SAME_SIZE = 0.95  # GPUs of one kind differ by what their drivers keep
+
 
 @dataclass(frozen=True)
 class Context:
@@ -27,6 +30,8 @@ class Context:
     log: logging.Logger
     host_memory_bytes: int
     """A rank's share of the host memory that was free at the start, on the machine with the least."""
+    device_memory_bytes: int = 0
+    """Memory of the smallest GPU; 0 without GPUs."""
 
     @property
     def is_first_rank(self) -> bool:
@@ -71,10 +76,25 @@ def initialize(config: Config) -> Context:
     torch.manual_seed(config.training.seed + rank)
     parallel_state = ParallelState.create(config.parallel.ds_sequence_parallel_size)
     # Every rank must come to the same choices.
-    host_memory = torch.tensor(available_host_bytes() // local_world_size(), device=device)
-    dist.all_reduce(host_memory, dist.ReduceOp.MIN)
-    host_memory_bytes = int(host_memory)
-    return Context(parallel_state, device, number_format(config), log, host_memory_bytes)
+    device_memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+    host_bytes, smallest, largest = least_over_ranks(
+        available_host_bytes() // local_world_size(), device_memory, device
+    )
+    if smallest < SAME_SIZE * largest:
+        log.warning(
+            "the GPUs of this run have between %.1f and %.1f GiB: every rank holds as much, so the smallest counts; "
+            "choose others with CUDA_VISIBLE_DEVICES or the hostfile to use the larger ones in full",
+            smallest / GIB, largest / GIB,
+        )  # fmt: skip
+    return Context(parallel_state, device, number_format(config), log, host_bytes, smallest)
+
+
+def least_over_ranks(host_bytes: int, device_bytes: int, device: torch.device) -> tuple[int, int, int]:
+    """(least host memory, least and most device memory) over all ranks. Collective over all of them."""
+    sizes = torch.tensor([host_bytes, device_bytes, -device_bytes], device=device)
+    dist.all_reduce(sizes, dist.ReduceOp.MIN)
+    host, smallest, largest = sizes.tolist()
+    return host, smallest, -largest
 
 
 def _complete_environment() -> None:
