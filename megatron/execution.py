@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
-from megatron.config import Config, ConfigError
+from megatron.config import Config, ConfigError, offloads
 from megatron.config.parallel import ParallelConfig
 from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, longest_sequence
 from megatron.initialize import Context, local_world_size
 from megatron.model.builder import Execution
+from megatron.ops.attention import choose_backend
 from megatron.planner.hardware import GIB, Gpu, Machines, gpu_like
-from megatron.planner.job import Job
+from megatron.planner.job import HALF, Job
+from megatron.planner.memory import ACCURACY
 from megatron.planner.plan import Plan
 
 
@@ -25,9 +29,10 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
     device_memory = int(parallel.ds_sequence_parallel_fpdt_device_memory * GIB)
     asked = parallel.ds_sequence_parallel_fpdt_host_memory
     host_memory = context.host_memory_bytes if asked is None else int(asked * GIB)
+    plan = _plan(config, context, padded_vocab_size, host_memory)
     chunk_size: int = parallel.ds_sequence_parallel_fpdt_chunk_size
     if not chunk_size:
-        chunk_size = _automatic_chunk(config, context, padded_vocab_size, host_memory)
+        chunk_size = _automatic_chunk(plan, context)
         context.log.info("chunk size: %d tokens", chunk_size)
     interval = parallel.ds_sequence_parallel_fpdt_checkpoint_interval
     recompute = parallel.ds_sequence_parallel_fpdt_recompute
@@ -37,6 +42,9 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
         shape = StreamShape.of(config.model, chunk_size, size, batch, context.dtype.itemsize)
         recompute, interval = choose_what_is_kept(shape, budget, recompute, interval)
         _refuse_what_the_host_cannot_hold(shape, shape.tier_bytes(interval, recompute), budget, asked is None)
+    if plan is not None:
+        job = replace(plan.job, chunk_length=chunk_size, recompute=recompute, checkpoint_interval=interval)
+        refuse_what_the_gpu_cannot_hold(plan.with_job(job))
     return Execution(
         fpdt=parallel.ds_sequence_parallel_fpdt,
         chunk_size=chunk_size,
@@ -50,29 +58,57 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
     )
 
 
-def _automatic_chunk(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> int:
-    """The quickest chunk that fits the smallest GPU; the flag's default without a GPU or without offloading."""
-    if context.device.type != "cuda" or not config.parallel.ds_sequence_parallel_fpdt_offloading:
-        return ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
+def _plan(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> Plan | None:
+    """The run as the planner sees it, on the smallest GPU; None where it plans nothing of the kind."""
+    model, parallel = config.model, config.parallel
+    streamed = parallel.ds_sequence_parallel_fpdt and parallel.ds_sequence_parallel_fpdt_offloading
+    in_half = context.dtype.itemsize == HALF
+    if context.device.type != "cuda" or not streamed or not in_half or offloads(config, "offload_param"):
+        return None
     gpu = gpu_like(torch.cuda.get_device_name(context.device), context.device_memory_bytes)
-    chunk = quickest_chunk(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size)
-    agreed = torch.tensor(chunk, device=context.device)
+    kernel = choose_backend(model.attention_backend, context.device, context.dtype, model.kv_channels)
+    return plan_of(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size, kernel.name)
+
+
+def plan_of(
+    config: Config, num_gpus: int, gpu: Gpu, host_memory: int, padded_vocab_size: int, backend: str = "auto"
+) -> Plan:
+    """The plan of a run on so many of these GPUs with `host_memory` bytes each; a kernel without rates as `auto`."""
+    per_node = min(local_world_size(), num_gpus)
+    machines = Machines(gpu, num_gpus, per_node, host_memory * per_node / GIB)
+    return Plan(Job.of(config, num_gpus, padded_vocab_size), machines, gpu.rated(backend) or gpu.fastest)
+
+
+def _automatic_chunk(plan: Plan | None, context: Context) -> int:
+    """The quickest chunk that fits every GPU; the flag's default where nothing is planned."""
+    if plan is None:
+        return ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
+    agreed = torch.tensor(quickest_chunk(plan), device=context.device)
     dist.all_reduce(agreed, dist.ReduceOp.MIN)  # ranks with other GPUs have come to other chunks
     return int(agreed)
 
 
-def quickest_chunk(config: Config, num_gpus: int, gpu: Gpu, host_memory: int, padded_vocab_size: int) -> int:
+def quickest_chunk(plan: Plan) -> int:
     """Tokens of the chunk that the planner finds quickest; ConfigError where none fits."""
-    per_node = min(local_world_size(), num_gpus)
-    job = Job.of(config, num_gpus, padded_vocab_size)
-    plan = Plan(job, Machines(gpu, num_gpus, per_node, host_memory * per_node / GIB), next(iter(gpu.attention)))
     chunk = plan.quickest_chunk()
     if chunk is None:
+        host = plan.machines.host_bytes_per_gpu / GIB
         raise ConfigError(
-            f"no chunk of --seq-length ({config.model.seq_length}) fits {num_gpus} GPUs of {gpu.memory_gib:.1f} GiB "
-            f"with {host_memory / GIB:.3g} GiB of host memory each; {'; '.join(plan.advice())}"
+            f"no chunk of --seq-length ({plan.job.model.seq_length}) fits {plan.job.num_gpus} GPUs of "
+            f"{plan.machines.gpu.memory_gib:.1f} GiB with {host:.3g} GiB of host memory each; "
+            f"{'; '.join(plan.advice())}"
         )
     return chunk
+
+
+def refuse_what_the_gpu_cannot_hold(plan: Plan) -> None:
+    """ConfigError for a run whose tensors need more than the GPU has, whatever the planner is off by."""
+    needed, memory = plan.memory, plan.machines.gpu.memory_gib
+    if needed.gpu * (1 - ACCURACY) > memory * GIB:
+        raise ConfigError(
+            f"the run takes up about {needed.gpu / GIB:.0f} GiB of GPU memory per rank, {needed.states / GIB:.0f} of "
+            f"it for the model, and the smallest GPU has {memory:.1f} GiB; {'; '.join(plan.advice())}"
+        )
 
 
 def _refuse_what_the_host_cannot_hold(shape: StreamShape, needed: int, budget: int, is_what_is_free: bool) -> None:

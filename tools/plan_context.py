@@ -36,8 +36,6 @@ DEFAULT_LENGTH = 262144
 DEFAULT_VOCABULARY = 50304
 GPUS_PER_NODE = 8
 SCRIPT_FLAGS = "--"
-# Kernels by other names, and with the same speed.
-OTHER_BACKENDS = {"flash-2": "torch-flash", "flash-attn-2": "torch-flash"}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -99,11 +97,11 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     machines = Machines(gpu, arguments.gpus, per_node, arguments.host_memory, arguments.network)
     config = parse_args(arguments.training) if arguments.training else None
     job = job_of_model(arguments) if config is None else job_of_config(config, arguments)
-    backend = arguments.backend or (config.model.attention_backend if config else "auto")
-    backend = next(iter(gpu.attention)) if backend == "auto" else OTHER_BACKENDS.get(backend, backend)
-    if backend not in gpu.attention:
+    asked = arguments.backend or (config.model.attention_backend if config else "auto")
+    backend = gpu.rated(asked)
+    if backend is None:
         known = ", ".join(gpu.attention)
-        raise ConfigError(f"--backend ({backend}) has no rates for the {gpu.name} here; use one of {known}")
+        raise ConfigError(f"--backend ({asked}) has no rates for the {gpu.name} here; use one of {known}")
     heads, shared = job.model.num_attention_heads, job.sequence_parallel_size
     if heads % shared or job.num_gpus % shared:
         allowed = [n for n in range(1, job.num_gpus + 1) if heads % n == 0 and job.num_gpus % n == 0]

@@ -7,7 +7,7 @@ from megatron.config.checks import validate
 from megatron.config.config import Config, config_sections
 from megatron.config.data import DataConfig
 from megatron.config.deepspeed import DeepSpeedConfig
-from megatron.config.deepspeed_json import deepspeed_config, zero_stage_run
+from megatron.config.deepspeed_json import deepspeed_config, offloads, zero_stage_run
 from megatron.config.errors import ConfigError
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
@@ -40,6 +40,7 @@ __all__ = [
     "deepspeed_config",
     "describe_difference",
     "global_batch_size",
+    "offloads",
     "validate",
     "zero_stage_run",
 ]

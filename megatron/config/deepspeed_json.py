@@ -181,6 +181,12 @@ def zero_stage_run(config: Config) -> int:
     return max(config.deepspeed.zero_stage, 1) if half else config.deepspeed.zero_stage
 
 
+def offloads(config: Config, part: str) -> bool:
+    """Whether ZeRO keeps a part, "offload_optimizer" or "offload_param", away from the GPU."""
+    block = _zero_block(config, config.deepspeed_json.get("zero_optimization", {}))
+    return (block.get(part) or {}).get("device", "none") != "none"
+
+
 def _zero_block(config: Config, stated: dict[str, Any]) -> dict[str, Any]:
     block = stated | {"stage": zero_stage_run(config)}
     if block["stage"] == 3:

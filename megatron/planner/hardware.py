@@ -26,6 +26,19 @@ class Gpu:
     link_gbps: float  # to the host, one way
     peer_gbps: float  # all-to-all within a machine
 
+    @property
+    def fastest(self) -> str:
+        """The fastest backend."""
+        return next(iter(self.attention))
+
+    def rated(self, backend: str) -> str | None:
+        """The name under which the backend's rates are here: "auto" has the fastest. None where there are none."""
+        name = self.fastest if backend == "auto" else SAME_RATES.get(backend, backend)
+        return name if name in self.attention else None
+
+
+# Kernels by other names, and with the same speed.
+SAME_RATES = {"flash-2": "torch-flash", "flash-attn-2": "torch-flash"}
 
 # What was measured: of the H200 flash-attn-4, cuDNN and the products (docs/performance.md); of the H100 the kernels
 # alone, which stand here less the 4% that those of the H200 lose inside a block, its FlashAttention-2 for the H200 too;

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron.config import Config, ModelConfig, ParallelConfig, Recompute, accumulation_steps, zero_stage_run
+from megatron.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    Recompute,
+    accumulation_steps,
+    offloads,
+    zero_stage_run,
+)
 from megatron.fpdt.memory_model import StreamShape
 
 HALF = 2  # bytes of a bf16 or fp16 number
@@ -43,7 +51,7 @@ class Job:
             micro_batch_size=config.training.micro_batch_size,
             accumulation_steps=accumulation_steps(config, num_gpus),
             zero_stage=zero_stage_run(config),
-            cpu_optimizer=config.deepspeed.cpu_optimizer,
+            cpu_optimizer=offloads(config, "offload_optimizer"),
             recompute=parallel.ds_sequence_parallel_fpdt_recompute,
             checkpoint_interval=parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
         )

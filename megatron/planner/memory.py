@@ -31,6 +31,7 @@ REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, in numbers
 STEP_GROUP = 1_000_000_000  # parameters that ZeRO-3 steps at once
 OUTSIDE_TORCH = 1.5 * GIB  # CUDA's context, NCCL's buffers, kernels
 FRAGMENTATION = 1.05
+ACCURACY = 0.1  # how far `gpu` may be off what is measured (docs/planner.md)
 HOST_PROCESS = 3 * GIB  # Python, torch and DeepSpeed of one rank
 LOGITS = 3 * 2**26 * SUM  # a tile of the loss, its gradient and what lies between
 
