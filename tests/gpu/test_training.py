@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.launcher import run_training
+from tests.distributed.launcher import REPOSITORY, launch, run_training
 from tests.integration.corpus import write_corpus
 from tests.integration.runs import LLAMA, TOKENIZER
 
@@ -33,12 +34,13 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "counting")
 
 
-def _losses(corpus, *flags):
-    run = run_training(
-        [*MODEL, *TOKENIZER, *TRAINING, "--data-path", str(corpus), "--split", "90,6,4", *flags,
-         "--train-iters", str(ITERATIONS)],
-        num_ranks=1,
-    )  # fmt: skip
+def _words(corpus, *flags):
+    return [*MODEL, *TOKENIZER, *TRAINING, "--data-path", str(corpus), "--split", "90,6,4",
+            "--train-iters", str(ITERATIONS), *flags]  # fmt: skip
+
+
+def _losses(corpus, *flags, num_ranks=1, script=REPOSITORY / "pretrain_gpt.py"):
+    run = run_training(_words(corpus, *flags), num_ranks, script=script)
     assert len(run.losses) == len(run.grad_norms) == ITERATIONS
     return run.losses
 
@@ -71,3 +73,22 @@ def test_optimizer_and_parameter_offload_through_the_deepspeed_json(corpus, exac
     path.write_text(json.dumps(settings))
     losses = _losses(corpus, "--bf16", "--deepspeed-config", str(path), *OFFLOADED)
     assert all(abs(losses[i] - exact[i]) < TOLERANCE["--bf16"] for i in exact)
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_two_ranks_that_share_a_sequence_tell_the_story_of_one(corpus, exact, stage):
+    flags = ["--bf16", "--zero-stage", stage, "--ds-sequence-parallel-size", "2", *KEPT]
+    losses = _losses(corpus, *flags, num_ranks=2, script=Path(__file__).with_name("ranks_on_one_gpu.py"))
+    assert all(abs(losses[i] - exact[i]) < TOLERANCE["--bf16"] for i in exact)
+
+
+def test_the_planner_chooses_the_chunk(corpus, exact):
+    losses = _losses(corpus, "--bf16", *OFFLOADED, "--ds-sequence-parallel-fpdt-chunk-size", "auto")
+    assert all(abs(losses[i] - exact[i]) < TOLERANCE["--bf16"] for i in exact)
+
+
+def test_a_model_that_the_gpu_cannot_hold_is_refused_before_it_is_built(corpus):
+    large = ["--num-layers", "400", "--hidden-size", "16384", "--num-attention-heads", "128"]
+    run = launch(REPOSITORY / "pretrain_gpt.py", [*_words(corpus, "--bf16", *OFFLOADED), *large], 1)
+    assert run.exit_codes == [2]
+    assert "GiB of GPU memory per rank" in run.outputs[0]
