@@ -14,6 +14,7 @@ import importlib.metadata
 import itertools
 import json
 import platform
+import resource
 import shlex
 import statistics
 import subprocess
@@ -182,6 +183,11 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int | None:
     """Most bytes of live tensors since `reset_peak`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def peak_process_bytes() -> int:
+    """Most host memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gib(num_bytes: int | None) -> float | None:

@@ -12,9 +12,10 @@ rates are per GPU; "tokens/s" is of all together, and memory that of the first.
     x block = (model FLOPs of a step / its seconds) / (model FLOPs of a block / its seconds)
 
 By default 6 layers of Llama-3.2-3B's widths with its vocabulary: 1.4B parameters. "outside blocks" is the step's time
-less as many blocks as the model has. "x block" can pass 1, as the head's products run faster than attention. The last
-lines say what the host pool holds: "allocated over needed" is what it took from the machine over the most that was in
-use, and after the first step it must allocate nothing (else exit code 1).
+less as many blocks as the model has. "x block" can pass 1, as the head's products run faster than attention. "as
+planned" is what the planner (docs/planner.md) reckons for the same step. The last lines say what the host pool holds:
+"allocated over needed" is what it took from the machine over the most that was in use, and after the first step it must
+allocate nothing (else exit code 1).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,12 +41,14 @@ from benchmarks.common import (
     Report,
     Row,
     add_geometry_flags,
+    allocated_bytes,
     attempt,
     build_parser,
     geometry_of,
     gib,
     parse,
     peak_bytes,
+    peak_process_bytes,
     reset_peak,
     run_script,
     spread,
@@ -61,6 +65,9 @@ from megatron.logging.accounting import model_flops
 from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.optimizer.param_groups import parameter_groups
+from megatron.planner.hardware import GPUS, Machines, gpu_like
+from megatron.planner.job import Job
+from megatron.planner.plan import Plan
 from megatron.tokenizer import pad_vocab_size
 
 NAME = "training_step"
@@ -76,6 +83,7 @@ COLUMNS = (
     Column("peak_gib", "peak GPU GiB", ".2f"),
     Column("host_used_gib", "host needed GiB", ".2f"),
     Column("host_allocated_gib", "host allocated GiB", ".2f"),
+    Column("process_gib", "process GiB", ".2f"),
     Column("loss", "loss", ".3f"),
 )
 DEFAULT = Geometry(hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24)
@@ -90,11 +98,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, default=262144, help="tokens [%(default)s]")
     parser.add_argument("--chunk", type=int, default=32768, help="tokens per chunk [%(default)s]")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="[%(default)s]")
+    parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and steps on the host")
     parser.add_argument("--on-device", action="store_true", help="without offloading")
     parser.add_argument("--recompute", choices=["all", "mlp", "none"],
                         help="matrix products that are run again [what fits and the link has time for]")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
     parser.add_argument("--steps", type=int, default=2, help="steps timed, after one to warm up [%(default)s]")
+    parser.add_argument("--step-only", action="store_true", help="without the block")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     add_geometry_flags(parser, DEFAULT)
     return parse(parser, argv, QUICK, TINY)
@@ -110,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.distributed.destroy_process_group()
         return 0
     report = Report(NAME, arguments, COLUMNS)
-    block = measure_block(arguments, report) if num_gpus == 1 else None
+    block = measure_block(arguments, report) if num_gpus == 1 and not arguments.step_only else None
     if block is not None:
         report.add(block)
         if "failed" in block:
@@ -123,6 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     step |= rates(step, num_gpus, report.matmul)
     report.add(step | (against_block(step, block, arguments.num_layers) if block else {}))
+    if not arguments.on_device:
+        plan = plan_of(config, arguments, step, num_gpus, report.device)
+        planned = planned_row(plan)
+        report.add(planned | rates(planned, num_gpus, report.matmul))
     report.finish()
     draw(report)
     if arguments.on_device:
@@ -150,6 +164,8 @@ def training_flags(arguments: argparse.Namespace, num_gpus: int = 1) -> list[str
         switches.append("ds_sequence_parallel_fpdt_offloading")
     if arguments.device == "cuda":
         switches.append("bf16")
+    if arguments.cpu_optimizer:
+        switches.append("cpu_optimizer")
     if arguments.recompute:
         values["ds_sequence_parallel_fpdt_recompute"] = arguments.recompute
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -207,9 +223,39 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
         "seq_length": model.seq_length, "seconds": statistics.median(seconds), "spread": spread(seconds),
         "model_flops": model_flops(model, vocabulary, model.seq_length),
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
-        "peak_gib": gib(peak), "loss": float(losses[-1] / num_tokens), "zero_stage": arguments.zero_stage,
+        "peak_gib": gib(peak), "resting_gib": gib(allocated_bytes(device)), "process_gib": gib(peak_process_bytes()),
+        "attention_backend": stream.attention.name, "recompute_run": execution.fpdt_recompute,
+        "checkpoint_interval": execution.checkpoint_interval, "zero_stage": arguments.zero_stage,
+        "loss": float(losses[-1] / num_tokens),
         "host_used_gib": gib(pool.peak_used_bytes), "host_allocated_gib": gib(pool.allocated_bytes),
         "host_bytes_after_first_step": pool.allocated_bytes - first,
+    }  # fmt: skip
+
+
+def plan_of(config: Config, arguments: argparse.Namespace, step: Row, num_gpus: int, device: torch.device) -> Plan:
+    """The planner's view of the step that was measured; on a CPU the times are those of some GPU."""
+    vocabulary = pad_vocab_size(arguments.vocab_size, config.model.make_vocab_size_divisible_by)
+    job = replace(
+        Job.of(config, num_gpus, vocabulary),
+        recompute=step["recompute_run"],
+        checkpoint_interval=step["checkpoint_interval"],
+    )
+    on_gpu = device.type == "cuda"
+    properties = torch.cuda.get_device_properties(device) if on_gpu else None
+    gpu = gpu_like(properties.name, properties.total_memory) if properties else GPUS["H200"]
+    backend = step["attention_backend"] if on_gpu else "flash-attn-4"
+    machines = Machines(gpu, num_gpus, num_gpus, host_memory_gib=0.0)  # what is kept is not chosen by it
+    return Plan(job, machines, backend)
+
+
+def planned_row(plan: Plan) -> Row:
+    """What the planner says of the columns that it knows."""
+    memory, speed = plan.memory, plan.speed
+    return {
+        "what": "as planned", "seq_length": plan.job.model.seq_length, "seconds": speed.step,
+        "model_flops": speed.model_flops, "outside_blocks_seconds": speed.step - speed.forward - speed.backward,
+        "peak_gib": gib(memory.gpu), "resting_gib": gib(memory.states), "host_used_gib": gib(memory.host_chunks),
+        "process_gib": gib(memory.host),
     }  # fmt: skip
 
 

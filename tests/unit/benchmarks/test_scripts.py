@@ -8,13 +8,15 @@ import sys
 import pytest
 import torch
 
-from benchmarks import attention_tiles, memory_over_length, streamed_block, training_step
+from benchmarks import attention_tiles, memory_over_length, planner, streamed_block, training_step
 from benchmarks.common import REPOSITORY, Geometry, Report, geometry_of
 from megatron.arguments import parse_args
 from megatron.config import validate
 from tests.distributed.launcher import launch
 
-SCRIPTS = {script.NAME: script for script in (attention_tiles, memory_over_length, streamed_block, training_step)}
+SCRIPTS = {
+    script.NAME: script for script in (attention_tiles, memory_over_length, planner, streamed_block, training_step)
+}
 
 
 def report_of(script, tmp_path, rows, *words):
@@ -219,13 +221,49 @@ def test_steps_run_and_allocate_in_the_first_one_alone(tmp_path):
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    block, step = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert (block["what"], step["what"]) == ("one block", "optimizer step")
+    block, step, planned = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert (block["what"], step["what"], planned["what"]) == ("one block", "optimizer step", "as planned")
+    # The planner plans half precision, and this ran in fp32.
+    assert 2 * planned["host_used_gib"] == pytest.approx(step["host_used_gib"], rel=0.15)
     assert step["host_bytes_after_first_step"] == 0
     assert step["loss"] == pytest.approx(5.5, abs=0.3)  # random tokens of 256: ln 256
     shared = launch(script, ["--device", "cpu", "--output", str(tmp_path / "two")], 2)
     assert shared.succeeded, shared.describe()
-    (row,) = json.loads((tmp_path / "two.json").read_text())["rows"]
+    row, _ = json.loads((tmp_path / "two.json").read_text())["rows"]
     assert row["what"] == "on 2 GPUs"
     assert row["loss"] == pytest.approx(step["loss"], abs=1e-5)
     assert row["host_used_gib"] == pytest.approx(step["host_used_gib"] / 2, rel=0.1)
+
+
+# planner
+
+
+def test_the_planner_is_held_to_its_limits():
+    step = {"seconds": 10.0, "peak_gib": 20.0, "host_used_gib": 30.0, "process_gib": 40.0}
+    planned = {"seconds": 11.4, "peak_gib": 17.0, "host_used_gib": 33.5, "process_gib": 40.0}
+    row = {"case": "a"} | planner.beside(step, planned)
+    assert planner.beyond_the_limits(row) == [
+        "a: peak_gib is off by -15.0%, 10% is allowed",
+        "a: host_used_gib is off by +11.7%, 10% is allowed",
+    ]
+    assert planner.beyond_the_limits({"case": "b", "failed": "exit code 1"}) == ["b: exit code 1"]
+
+
+def test_what_a_cpu_does_not_measure_is_not_compared():
+    step = {"seconds": 1.0, "peak_gib": None, "host_used_gib": 1.0, "process_gib": 1.0}
+    row = planner.beside(step, dict.fromkeys(step, 1.0))
+    assert "peak_gib_off" not in row
+    assert planner.beyond_the_limits(row) == []
+
+
+@pytest.mark.parametrize("case", planner.CASES)
+def test_the_planners_cases_are_steps_that_can_be_run(case):
+    training_step.parse_arguments(["--device", "cpu", "--step-only", *planner.CASES[case].split()])
+
+
+def test_a_planned_case_runs_in_a_process_of_its_own(tmp_path):
+    pytest.importorskip("deepspeed")
+    code, (row,) = run(planner, tmp_path)
+    assert code == 1  # in fp32 on a CPU, which is not what is planned
+    assert row["host_used_gib"] > 0
+    assert (tmp_path / "out-tiny.json").exists()
