@@ -24,7 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.arguments import parse_args
-from megatron.config import Config, ConfigError
+from megatron.config import Config, ConfigError, validate
+from megatron.core.host_memory import available_host_bytes
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import MODEL_NAMES, named_model
@@ -38,6 +39,11 @@ GPUS_PER_NODE = 8
 SCRIPT_FLAGS = "--"
 
 
+def host_memory(text: str) -> float:
+    """GiB, or what this machine has free within its control group's limit."""
+    return available_host_bytes() / GIB if text == "here" else float(text)
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     argv = list(argv)
     training = argv.index(SCRIPT_FLAGS) if SCRIPT_FLAGS in argv else len(argv)
@@ -49,7 +55,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     machine.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help="[%(default)s]")
     machine.add_argument("--gpu", choices=GPUS, default="H100", help="[%(default)s]")
     machine.add_argument("--gpu-memory", type=float, help="GiB [the GPU's]")
-    machine.add_argument("--host-memory", type=float, default=1900, help="GiB per machine [%(default)s]")
+    machine.add_argument("--host-memory", type=host_memory, default=1900.0,
+                         help="GiB per machine, or `here` for what is free on this one [%(default)s]")  # fmt: skip
     machine.add_argument("--link", type=float, help="GB/s between a GPU and its host, one way [the GPU's]")
     machine.add_argument("--network", type=float, default=50, help="GB/s per GPU between machines [%(default)s]")
     job = parser.add_argument_group("run, where it is not described by flags of pretrain_gpt.py")
@@ -137,6 +144,7 @@ def job_of_config(config: Config, arguments: argparse.Namespace) -> Job:
             "add them"
         )
     vocabulary = arguments.vocab_size or config.tokenizer.vocab_size or DEFAULT_VOCABULARY
+    validate(config, arguments.gpus, "cuda")
     return Job.of(config, arguments.gpus, pad_vocab_size(vocabulary, config.model.make_vocab_size_divisible_by))
 
 

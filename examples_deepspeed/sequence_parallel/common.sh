@@ -211,6 +211,11 @@ prepare() {
 
 # What tools/plan_context.py reckons for the flags, on standard error.
 print_plan() {
+  if [[ " $* " != *" --ds-sequence-parallel-fpdt "* ]]; then
+    echo "no plan: only runs with FPDT are planned; with --ds-sequence-parallel-fpdt" \
+      "--ds-sequence-parallel-fpdt-offloading behind the script's name, it would be" >&2
+    return
+  fi
   local gpu=(--gpu "${PLAN_GPU:-$(name_gpu)}")
   if [[ -z ${gpu[1]} ]]; then
     echo "no plan: this is no GPU that the planner knows; set PLAN_GPU, such as PLAN_GPU=H100" >&2
@@ -219,7 +224,7 @@ print_plan() {
   if [[ -n ${PLAN_HOST_MEMORY:-} ]]; then
     gpu+=(--host-memory "$PLAN_HOST_MEMORY")
   elif [[ -r /proc/meminfo ]]; then
-    gpu+=(--host-memory "$(awk '/^MemTotal:/ { print int($2 / 1048576) }' /proc/meminfo)")
+    gpu+=(--host-memory here)
   fi
   "${PYTHON:-python3}" "$repository/tools/plan_context.py" "${gpu[@]}" --gpus "$num_processes" \
     --gpus-per-node "$gpus_per_node" -- "$@" >&2 || true
@@ -244,7 +249,7 @@ launch() {
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${command[@]}"
     echo
-    if [[ " ${flags[*]} " == *" --ds-sequence-parallel-fpdt "* && $model_scale == full ]]; then
+    if [[ $model_scale == full ]]; then
       print_plan "${flags[@]}"
     fi
     exit

@@ -19,7 +19,7 @@ from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSums, Stream
 from megatron.ops.cross_entropy import cross_entropy, cross_entropy_with_gradient
 from megatron.ops.gradient_sum import accumulation_dtype
 
-_TILE_LOGITS = 2**26  # 256 MiB in fp32
+TILE_LOGITS = 2**26
 
 
 class LanguageModelHead(Protocol):
@@ -91,7 +91,7 @@ class _StreamedLoss(torch.autograd.Function):
 
 
 def _tiles(x: Tensor, labels: Tensor, mask: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    length = max(1, _TILE_LOGITS // (num_classes * x.shape[1]))
+    length = max(1, TILE_LOGITS // (num_classes * x.shape[1]))
     return zip(x.split(length), labels.split(length), mask.split(length), strict=True)
 
 

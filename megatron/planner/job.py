@@ -16,6 +16,7 @@ from megatron.config import (
 from megatron.fpdt.memory_model import StreamShape
 
 HALF = 2  # bytes of a bf16 or fp16 number
+SUM = 4  # bytes of an fp32 number
 
 
 @dataclass(frozen=True)

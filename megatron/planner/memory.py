@@ -21,27 +21,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config import Recompute
+from megatron.fpdt.loss import TILE_LOGITS
 from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept
 from megatron.planner.hardware import GIB, Machines
-from megatron.planner.job import HALF, Job
+from megatron.planner.job import HALF, SUM, Job
 
-SUM = 4  # bytes of an fp32 number
 OPTIMIZER = 12  # fp32 weight and Adam's two moments
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, in numbers
-STEP_GROUP = 1_000_000_000  # parameters that ZeRO-3 steps at once
+STEP_GROUP = 1_000_000_000  # parameters after which ZeRO-3 steps the next by themselves, DeepSpeed's default
+MATRICES = 4  # of a block
 OUTSIDE_TORCH = 1.5 * GIB  # CUDA's context, NCCL's buffers, kernels
 FRAGMENTATION = 1.05
 ACCURACY = 0.1  # how far `gpu` may be off what is measured (docs/planner.md)
-HOST_PROCESS = 3 * GIB  # Python, torch and DeepSpeed of one rank
-LOGITS = 3 * 2**26 * SUM  # a tile of the loss, its gradient and what lies between
+HOST_PROCESS = 2.5 * GIB  # Python, torch and DeepSpeed of one rank
+LOGITS = 3 * HALF * TILE_LOGITS  # a tile of the loss, its gradient and what lies between
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes per rank."""
 
-    states: int  # weights, gradients and optimizer states on the GPU
-    block: int  # the largest moment of a streamed block above them
+    states: int  # weights, optimizer states and what else rests on the GPU between two steps
+    step: int  # what the optimizer's step takes above them
+    block: int  # what the largest moment of the streamed model takes above them, gradients included
     host_states: int
     host_chunks: int
     recompute: Recompute
@@ -50,7 +52,7 @@ class Memory:
     @property
     def gpu(self) -> int:
         """Peak of live tensors on the GPU."""
-        return self.states + self.block
+        return self.states + max(self.step, self.block)
 
     @property
     def gpu_with_overhead(self) -> int:
@@ -65,32 +67,60 @@ class Memory:
 
 def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
     """Reckon a job's memory; what is left open is chosen as a training run chooses."""
-    gpu_states, host_states = _states(job)
-    budget = int(machines.host_bytes_per_gpu - host_states - HOST_PROCESS)
+    states = _states(job)
+    budget = int(machines.host_bytes_per_gpu - states.host - HOST_PROCESS)
     recompute, interval = choose_what_is_kept(job.shape, max(budget, 0), job.recompute, job.checkpoint_interval)
+    streamed = max(block_bytes(job.shape, recompute, backend) + _block_parameters(job), _head_bytes(job))
+    hidden, _, _ = _chunk_bytes(job.shape)
     return Memory(
-        states=gpu_states,
-        block=max(block_bytes(job.shape, recompute, backend) + _block_parameters(job), _head_bytes(job)),
-        host_states=host_states,
+        states=states.resting,
+        step=states.step + hidden,  # the last chunk of a gradient is let go of by the next step
+        block=states.gradients + streamed,
+        host_states=states.host,
         host_chunks=job.shape.tier_bytes(interval, recompute),
         recompute=recompute,
         checkpoint_interval=interval,
     )
 
 
-def _states(job: Job) -> tuple[int, int]:
-    """(on the GPU, on the host): what rests there between two steps, and what the step itself takes."""
+@dataclass(frozen=True)
+class _States:
+    """Bytes of the model's states per rank: between two steps, and on top in the backward pass and in the step."""
+
+    resting: int
+    gradients: int
+    step: int
+    host: int
+
+
+def _states(job: Job) -> _States:
+    """What DeepSpeed 0.19.8 keeps of the model under each ZeRO stage."""
     parameters, ranks = job.num_parameters, job.num_gpus
+    whole, shard = HALF * parameters, HALF * parameters // ranks
     optimizer = OPTIMIZER * parameters // ranks
-    step = SUM * min(parameters // ranks, STEP_GROUP)
-    on_host = 0
-    if job.cpu_optimizer:
-        on_host, optimizer, step = optimizer + (HALF + SUM) * parameters // ranks, 0, 0
-    whole = HALF * parameters
-    weights = whole // ranks if job.zero_stage == 3 else whole
-    gradients = whole // ranks if job.zero_stage >= 2 else whole
     bucket = HALF * min(REDUCE_BUCKET, parameters)
-    return weights + gradients + optimizer + step + bucket, on_host
+    weights = shard if job.zero_stage == 3 else whole
+    if job.cpu_optimizer:
+        on_host = optimizer + (HALF + SUM) * parameters // ranks
+        return _States(weights + bucket, 0 if job.zero_stage >= 2 else whole, 0, on_host)
+    if job.zero_stage == 3:
+        return _States(weights + optimizer + shard + bucket, 0, (HALF + SUM) * _step_group(job), 0)
+    gradients = shard if job.zero_stage == 2 else whole
+    # The gradients, once more as one flat tensor, and that in fp32.
+    return _States(weights + optimizer, gradients + bucket, gradients + shard + 2 * shard, 0)
+
+
+def _step_group(job: Job) -> int:
+    """Parameters of a rank that ZeRO-3 steps at once: one after the other until there are enough."""
+    matrix = job.block_parameters // MATRICES
+    tables = [job.embedding_parameters] * (2 if job.model.untie_embeddings_and_output_weights else 1)
+    largest = group = 0
+    for size in [*tables[:1], *[matrix] * (MATRICES * job.model.num_layers), *tables[1:]]:
+        group += size // job.num_gpus
+        largest = max(largest, group)
+        if group >= STEP_GROUP:
+            group = 0
+    return largest
 
 
 def _block_parameters(job: Job) -> int:

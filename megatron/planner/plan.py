@@ -114,12 +114,18 @@ class Plan:
         longest = self.longest_context()
         if longest:
             lines.append(f"--seq-length {longest} is the longest that fits")
-        needed = self.memory.host * min(self.machines.gpus_per_node, job.num_gpus) / GIB
         if not self.fits_host:
-            lines.append(f"{needed:.0f} GiB of host memory per machine, or more GPUs on more machines, would do")
-        if not lines:
+            lines.append(f"{self._host_memory_per_machine()}, or more GPUs on more machines, would do")
+        if not self.fits_gpu:
             lines.append("more GPUs, or GPUs with more memory")
         return lines
 
     def _if_it_fits(self, job: Job, line: str) -> list[str]:
-        return [line] if self.with_job(job).fits_gpu else []
+        plan = self.with_job(job)
+        if not plan.fits_gpu:
+            return []
+        return [line if plan.fits_host else f"{line}, with {plan._host_memory_per_machine()}"]
+
+    def _host_memory_per_machine(self) -> str:
+        needed = self.memory.host * min(self.machines.gpus_per_node, self.job.num_gpus) / GIB
+        return f"{needed:.0f} GiB of host memory per machine"

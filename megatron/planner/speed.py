@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config import Recompute
+from megatron.fpdt.loss import TILE_LOGITS
 from megatron.logging.accounting import flops_of_streaming, forward_flops, model_flops
 from megatron.planner.hardware import GB, TERA, Machines
-from megatron.planner.job import HALF, Job
+from megatron.planner.job import HALF, SUM, Job
 
 BOTH_WAYS = 1.3  # what a link carries in both directions at once, over one direction; measured on two H200 together
 STREAMING = 0.7  # share of a GPU's memory bandwidth that token-wise kernels reach
@@ -23,6 +24,7 @@ STREAMING = 0.7  # share of a GPU's memory bandwidth that token-wise kernels rea
 HIDDEN_PASSES, MLP_PASSES = 45, 6
 # Of every parameter: weight, two moments and gradient in fp32, read and written, and the weight in half precision.
 OPTIMIZER_BYTES = 34
+LOGIT_BYTES = 8  # of a logit in half precision: written, read twice, its gradient written
 # Assumed: parameters that Adam on the host steps per second and rank, and seconds of a step that are nobody's.
 HOST_ADAM, STEP_OVERHEAD = 0.7e9, 0.05
 
@@ -51,15 +53,13 @@ def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, i
     exchange = _exchange_seconds(job, machines)
     phases = zip((forward, backward), link, exchange, strict=True)
     waits = [max(0.0, copying - arithmetic, exchanging - arithmetic) for arithmetic, copying, exchanging in phases]
-    vocabulary = forward_flops(job.model, job.padded_vocab_size, job.model.seq_length).head
-    head = 3 * vocabulary * job.micro_batch_size / job.sequence_parallel_size / (gpu.matmul_tflops * TERA)
     parameters = job.num_parameters / job.num_gpus
     on_gpu = parameters * OPTIMIZER_BYTES / (gpu.memory_gbps * GB * STREAMING)
     sequences = job.global_tokens // job.model.seq_length
     return Speed(
         forward=steps * layers * (forward + waits[0]),
         backward=steps * layers * (backward + waits[1]),
-        head=steps * head,
+        head=steps * _head_seconds(job, machines),
         optimizer=parameters / HOST_ADAM if job.cpu_optimizer else on_gpu,
         waiting=steps * layers * sum(waits),
         model_flops=sequences * model_flops(job.model, job.padded_vocab_size, job.model.seq_length),
@@ -91,6 +91,18 @@ def _block_compute(
         + token_wise * 2 / 3
         + tiles * 5 * (queries + keys) / streaming,
     )
+
+
+def _head_seconds(job: Job, machines: Machines) -> float:
+    """Seconds of output layer and loss, whose gradients are made in the forward pass."""
+    gpu, share = machines.gpu, job.micro_batch_size / job.sequence_parallel_size
+    product = share * forward_flops(job.model, job.padded_vocab_size, job.model.seq_length).head
+    product /= gpu.matmul_tflops * TERA
+    streaming = gpu.memory_gbps * GB * STREAMING
+    logits = share * job.model.seq_length * job.padded_vocab_size
+    # Each tile reads and writes the sum of the weight's gradient in fp32.
+    sums = logits / TILE_LOGITS * 2 * SUM * job.embedding_parameters / streaming
+    return 2 * product + max(product, sums) + logits * LOGIT_BYTES / streaming
 
 
 def _link_seconds(job: Job, machines: Machines, recompute: Recompute) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""pretrain_gpt.py with every rank on the first GPU, which NCCL refuses and gloo does not; run like the script itself."""
+"""pretrain_gpt.py with every rank on the first GPU, which NCCL refuses and gloo does not; run as that is."""
 
 import os
 import sys

@@ -71,7 +71,7 @@ def errors(got, want):
 @pytest.mark.parametrize("tile_logits", [1, CLASSES * 3 * 5, 2**26], ids=["1 token", "5 tokens", "whole chunk"])
 @pytest.mark.parametrize("chunk_length", [7, 16, 64])
 def test_loss_and_gradients_are_cross_entropy_s(monkeypatch, offloading, norm, tile_logits, chunk_length):
-    monkeypatch.setattr(loss_module, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(loss_module, "TILE_LOGITS", tile_logits)
     head, arguments = Head(torch.float64, norm), inputs()
     want = run(plain_loss, head, *arguments)
     got = run(streamed(stream_of(chunk_length, offloading)), head, *arguments)
@@ -136,7 +136,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])
 def test_logits_are_never_materialised(monkeypatch, grad):
     classes, tile_logits = 500, 500 * 32
-    monkeypatch.setattr(loss_module, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(loss_module, "TILE_LOGITS", tile_logits)
     head, (x, labels, mask) = Head(torch.float32, classes=classes), inputs(400, 2, torch.float32, classes)
     stream = stream_of(chunk_length=200)
     with torch.set_grad_enabled(grad), LargestTensor() as largest:

@@ -10,7 +10,8 @@ FOUR_H100 = ["--gpus", "4", "--gpu", "H100", "--host-memory", "1000"]
 FLAGS = [
     *["--num-layers", "32", "--hidden-size", "4096", "--num-attention-heads", "32", "--seq-length", "262144", "--bf16"],
     *["--ds-sequence-parallel-size", "4", "--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-offloading"],
-    *["--zero-stage", "3", "--lr", "1e-4", "--train-iters", "10", "--data-path", "corpus", "--vocab-size", "50000"],
+    *["--zero-stage", "3", "--lr", "1e-4", "--train-iters", "10", "--data-path", "corpus"],
+    *["--tokenizer-type", "NullTokenizer", "--vocab-size", "50000"],
 ]
 
 
@@ -60,6 +61,7 @@ def test_a_config_of_hugging_face_is_read(capsys, tmp_path):
         (["--model", "nothing"], "is neither a file nor one of gpt-1.3b"),
         (["--model", "llama-8b", "--backend", "cudnn", "--gpu", "A100-80GB"], "use one of torch-flash"),
         (["--gpus", "4", "--", "--num-layers", "2"], "--hidden-size"),
+        (["--gpus", "3", "--", *FLAGS], "--ds-sequence-parallel-size (4)"),
         (["--", *(flag for flag in FLAGS if flag != "--ds-sequence-parallel-fpdt-offloading")], "-fpdt-offloading"),
     ],
 )
@@ -68,6 +70,12 @@ def test_what_cannot_be_planned_is_refused_in_one_line(argv, words, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert words in line
+
+
+def test_the_host_memory_of_this_machine_is_taken_when_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(plan_context, "available_host_bytes", lambda: 7 * 2**30)
+    assert plan_context.main(["--model", "llama-8b", "--gpus", "4", "--gpu", "H100", "--host-memory", "here"]) == 1
+    assert "GiB   of 1.8; " in capsys.readouterr().out
 
 
 def test_nothing_to_plan_is_refused(capsys):
