@@ -138,10 +138,10 @@ def job_of_model(arguments: argparse.Namespace) -> Job:
 
 def job_of_config(config: Config, arguments: argparse.Namespace) -> Job:
     parallel = config.parallel
-    if not (parallel.ds_sequence_parallel_fpdt and parallel.ds_sequence_parallel_fpdt_offloading):
+    if parallel.ds_sequence_parallel_fpdt and not parallel.ds_sequence_parallel_fpdt_offloading:
         raise ConfigError(
-            "only runs with --ds-sequence-parallel-fpdt and --ds-sequence-parallel-fpdt-offloading are planned here; "
-            "add them"
+            "runs with --ds-sequence-parallel-fpdt are planned here with --ds-sequence-parallel-fpdt-offloading only; "
+            "add it"
         )
     vocabulary = arguments.vocab_size or config.tokenizer.vocab_size or DEFAULT_VOCABULARY
     validate(config, arguments.gpus, "cuda")
@@ -158,7 +158,7 @@ def figures_of(plan: Plan) -> dict[str, Any]:
         "attention_backend": plan.backend, "recompute": memory.recompute,
         "checkpoint_interval": memory.checkpoint_interval,
         "gpu_gib": memory.gpu / GIB, "gpu_gib_with_overhead": memory.gpu_with_overhead / GIB,
-        "gpu_states_gib": memory.states / GIB, "gpu_block_gib": memory.block / GIB,
+        "gpu_states_gib": memory.states / GIB, "gpu_above_gib": (memory.gpu - memory.states) / GIB,
         "host_gib": memory.host / GIB, "host_chunks_gib": memory.host_chunks / GIB,
         "step_seconds": speed.step, "forward_seconds": speed.forward, "backward_seconds": speed.backward,
         "head_seconds": speed.head, "optimizer_seconds": speed.optimizer, "waiting_seconds": speed.waiting,
@@ -175,33 +175,45 @@ def lines_of(plan: Plan) -> list[str]:
     host = plan.machines.host_bytes_per_gpu / GIB
     per_node = min(plan.machines.gpus_per_node, plan.job.num_gpus)
     hiding = f["smallest_hiding_chunk"]
+    execution = f"chunk {f['chunk_length']:,}" if plan.job.streamed else f"activations {plan.job.activations}"
     lines = [
-        f"{f['parameters'] / 1e9:.2f}B parameters on {f['gpus']} {gpu.name}, {f['seq_length']:,} tokens, chunk "
-        f"{f['chunk_length']:,}, sequence parallel {f['sequence_parallel_size']}, ZeRO-{f['zero_stage']}, "
+        f"{f['parameters'] / 1e9:.2f}B parameters on {f['gpus']} {gpu.name}, {f['seq_length']:,} tokens, "
+        f"{execution}, sequence parallel {f['sequence_parallel_size']}, ZeRO-{f['zero_stage']}, "
         f"{f['attention_backend']}",
         "",
         f"GPU memory       {f['gpu_gib']:9.1f} GiB   {f['gpu_states_gib']:.1f} of model states, "
-        f"{f['gpu_block_gib']:.1f} above; {f['gpu_gib_with_overhead']:.1f} of {gpu.memory_gib:.1f} with what is not "
+        f"{f['gpu_above_gib']:.1f} above; {f['gpu_gib_with_overhead']:.1f} of {gpu.memory_gib:.1f} with what is not "
         "torch's",
         f"host memory      {f['host_gib']:9.1f} GiB   of {host:.1f}; {f['host_gib'] * per_node:.0f} per machine, "
-        f"{f['host_chunks_gib']:.1f} of chunks per GPU, pinned",
+        f"{f['host_chunks_gib']:.1f} of activations per GPU, pinned",
         f"step             {f['step_seconds']:9.1f} s     forward {f['forward_seconds']:.1f}, backward "
         f"{f['backward_seconds']:.1f}, head {f['head_seconds']:.1f}, optimizer {f['optimizer_seconds']:.1f}; "
         f"{f['waiting_seconds']:.1f} of it waiting for copies and collectives",
         f"speed            {f['tokens_per_second_per_gpu']:9.1f} tokens/s/GPU, MFU {f['mfu']:.1%}",
         f"longest context  {f['longest_context']:9,} tokens",
-        f"smallest chunk that hides the copies: {f'{hiding:,} tokens' if hiding else 'none'}",
     ]
+    if plan.job.streamed:
+        lines.append(f"smallest chunk that hides the copies: {f'{hiding:,} tokens' if hiding else 'none'}")
     if plan.fits:
-        flags = [
-            f"--seq-length {f['seq_length']}", f"--ds-sequence-parallel-size {f['sequence_parallel_size']}",
-            "--ds-sequence-parallel-fpdt", f"--ds-sequence-parallel-fpdt-chunk-size {f['chunk_length']}",
-            "--ds-sequence-parallel-fpdt-offloading", f"--zero-stage {f['zero_stage']}",
-        ]  # fmt: skip
-        flags += ["--cpu-optimizer"] * plan.job.cpu_optimizer
-        return [*lines, "it fits; flags: " + " ".join(flags)]
+        return [*lines, "it fits; flags: " + " ".join(flags_of(plan.job))]
     where = " and ".join(name for name, fits in (("GPU", plan.fits_gpu), ("host", plan.fits_host)) if not fits)
     return [*lines, f"it does not fit the {where}:", *(f"  - {line}" for line in f["advice"])]
+
+
+def flags_of(job: Job) -> list[str]:
+    """Flags of pretrain_gpt.py for how the job is executed."""
+    flags = [
+        f"--seq-length {job.model.seq_length}", f"--ds-sequence-parallel-size {job.sequence_parallel_size}",
+        f"--zero-stage {job.zero_stage}", *["--cpu-optimizer"] * job.cpu_optimizer,
+    ]  # fmt: skip
+    if job.streamed:
+        chunk = f"--ds-sequence-parallel-fpdt-chunk-size {job.chunk_length}"
+        return [*flags, "--ds-sequence-parallel-fpdt", chunk, "--ds-sequence-parallel-fpdt-offloading"]
+    return flags + {
+        "kept": [],
+        "recomputed": ["--deepspeed-activation-checkpointing"],
+        "recomputed from the host": ["--deepspeed-activation-checkpointing", "--checkpoint-in-cpu"],
+    }[job.activations]  # fmt: skip
 
 
 def draw(plan: Plan, path: Path) -> None:

@@ -211,11 +211,6 @@ prepare() {
 
 # What tools/plan_context.py reckons for the flags, on standard error.
 print_plan() {
-  if [[ " $* " != *" --ds-sequence-parallel-fpdt "* ]]; then
-    echo "no plan: only runs with FPDT are planned; with --ds-sequence-parallel-fpdt" \
-      "--ds-sequence-parallel-fpdt-offloading behind the script's name, it would be" >&2
-    return
-  fi
   local gpu=(--gpu "${PLAN_GPU:-$(name_gpu)}")
   if [[ -z ${gpu[1]} ]]; then
     echo "no plan: this is no GPU that the planner knows; set PLAN_GPU, such as PLAN_GPU=H100" >&2

@@ -5,7 +5,7 @@
 #   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=llama/checkpoint \
 #     examples_deepspeed/sequence_parallel/ds_finetune_llama_8B_fpdt_128k.sh
 #
-#   DRY_RUN=1          print the command and stop
+#   DRY_RUN=1          print the command and its plan, and stop
 #   MODEL_SCALE=tiny   the same with a tiny model: on one or two GPUs, or two processes on the CPU in fp32
 #
 # Edit the values below, or set the variable of the same name in capitals: SEQ_LEN=524288 NUM_GPUS=8 ...

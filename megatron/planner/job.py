@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron.config import (
     Config,
@@ -15,15 +16,19 @@ from megatron.config import (
 )
 from megatron.fpdt.memory_model import StreamShape
 
+# Without FPDT: what is there of a block's forward pass when its backward pass begins.
+Activations = Literal["kept", "recomputed", "recomputed from the host"]
+
 HALF = 2  # bytes of a bf16 or fp16 number
 SUM = 4  # bytes of an fp32 number
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run with FPDT and offloading in half precision. The model is resolved; its seq_length is the job's length.
+    """A run in half precision, with FPDT and offloading or without FPDT; the model's seq_length is the job's length.
 
-    `recompute` and `checkpoint_interval` None: what the host memory allows, as a training run chooses.
+    `recompute` and `checkpoint_interval` None: what the host memory allows, as a training run chooses. `activations`
+    counts where it is not streamed; its one chunk is the sequence.
     """
 
     model: ModelConfig
@@ -35,24 +40,30 @@ class Job:
     accumulation_steps: int = 1
     zero_stage: int = 3
     cpu_optimizer: bool = False
+    streamed: bool = True
+    activations: Activations = "kept"
     recompute: Recompute | None = None
     checkpoint_interval: int | None = None
 
     @classmethod
     def of(cls, config: Config, num_gpus: int, padded_vocab_size: int) -> Job:
         """The job that a training run's flags describe, with the default chunk where it is to be chosen."""
-        parallel = config.parallel
+        parallel, deepspeed = config.parallel, config.deepspeed
+        streamed = parallel.ds_sequence_parallel_fpdt
+        chunk = parallel.ds_sequence_parallel_fpdt_chunk_size or ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
+        recomputed: Activations = "recomputed from the host" if deepspeed.checkpoint_in_cpu else "recomputed"
         return cls(
             model=config.model,
             padded_vocab_size=padded_vocab_size,
             num_gpus=num_gpus,
-            chunk_length=parallel.ds_sequence_parallel_fpdt_chunk_size
-            or ParallelConfig.ds_sequence_parallel_fpdt_chunk_size,
+            chunk_length=chunk if streamed else config.model.seq_length,
             sequence_parallel_size=parallel.ds_sequence_parallel_size,
             micro_batch_size=config.training.micro_batch_size,
             accumulation_steps=accumulation_steps(config, num_gpus),
             zero_stage=zero_stage_run(config),
             cpu_optimizer=offloads(config, "offload_optimizer"),
+            streamed=streamed,
+            activations=recomputed if deepspeed.deepspeed_activation_checkpointing else "kept",
             recompute=parallel.ds_sequence_parallel_fpdt_recompute,
             checkpoint_interval=parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
         )
@@ -87,4 +98,5 @@ class Job:
     def at(self, seq_length: int, chunk_length: int | None = None) -> Job:
         """The same job at another length, and with another chunk."""
         model = replace(self.model, seq_length=seq_length, max_position_embeddings=seq_length)
-        return replace(self, model=model, chunk_length=chunk_length or self.chunk_length)
+        chunk_length = chunk_length or (self.chunk_length if self.streamed else seq_length)
+        return replace(self, model=model, chunk_length=chunk_length)

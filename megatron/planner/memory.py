@@ -12,8 +12,8 @@ GPU: what DeepSpeed keeps of the model, and on top the largest moment of a strea
     after, backward             4 X + 2 Q + 4 K + slice + products on their way
     forward                     3 X + 5 Q + 4 K + products of a chunk
 
-With several ranks per sequence a row is started before the one before it is finished. docs/planner.md holds these sums
-against measurements.
+With several ranks per sequence a row is started before the one before it is finished. Without FPDT the sequence is one
+chunk, and what autograd keeps of a block counts. docs/planner.md holds these sums against measurements.
 """
 
 from __future__ import annotations
@@ -70,14 +70,17 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
     states = _states(job)
     budget = int(machines.host_bytes_per_gpu - states.host - HOST_PROCESS)
     recompute, interval = choose_what_is_kept(job.shape, max(budget, 0), job.recompute, job.checkpoint_interval)
-    streamed = max(block_bytes(job.shape, recompute, backend) + _block_parameters(job), _head_bytes(job))
+    if job.streamed:
+        on_gpu, on_host = block_bytes(job.shape, recompute, backend), job.shape.tier_bytes(interval, recompute)
+    else:
+        on_gpu, on_host = activation_bytes(job, backend)
     hidden, _, _ = _chunk_bytes(job.shape)
     return Memory(
         states=states.resting,
         step=states.step + hidden,  # the last chunk of a gradient is let go of by the next step
-        block=states.gradients + streamed,
+        block=states.gradients + max(on_gpu + _block_parameters(job), _head_bytes(job)),
         host_states=states.host,
-        host_chunks=job.shape.tier_bytes(interval, recompute),
+        host_chunks=on_host,
         recompute=recompute,
         checkpoint_interval=interval,
     )
@@ -139,11 +142,7 @@ def _head_bytes(job: Job) -> int:
 def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> int:
     """Largest moment of a streamed block above weights and weight gradients."""
     hidden, queries, keys = _chunk_bytes(shape)
-    grouped = shape.num_heads > shape.num_key_value_heads
-    workspace = 2 * queries
-    if grouped:
-        # Sums of dk and dv in fp32, or dk and dv of every query head in half precision.
-        workspace += 2 * keys if backend.startswith("flash-attn-4") else 2 * queries
+    workspace = _workspace_bytes(shape, backend)
     products, after_slice = _slice_bytes(shape, recompute)
     started = (4 * hidden + 3 * queries + 2 * keys) if shape.layout.sequence_parallel_size > 1 else 0
     moments = (
@@ -153,6 +152,43 @@ def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> int:
         3 * hidden + 5 * queries + 4 * keys + shape.chunk_product_bytes(recompute),
     )
     return max(moments) + started
+
+
+def activation_bytes(job: Job, backend: str) -> tuple[int, int]:
+    """(on the GPU, on the host) at the largest moment of a run without FPDT.
+
+    Autograd keeps of a block its two norms, q, k, v, o, the residual stream, and the inputs of the MLP's layers. The
+    largest moment is in the MLP's backward pass, or in the attention's when the MLP's are gone.
+    """
+    shape, num_layers = job.shape, job.model.num_layers
+    hidden, queries, keys = _chunk_bytes(shape)
+    first, width = _mlp_bytes(shape)
+    exchanged = queries if shape.layout.sequence_parallel_size > 1 else 0  # o with heads scattered, and with tokens
+    kept = 4 * hidden + 2 * queries + keys + exchanged + first + width
+    attention = 2 * queries + keys + _workspace_bytes(shape, backend) - first - width
+    block = kept + hidden + max(first, attention)
+    match job.activations:
+        case "kept":
+            return block + (num_layers - 1) * kept, 0
+        case "recomputed":
+            return block + num_layers * hidden, 0
+        case "recomputed from the host":
+            return block, num_layers * hidden
+
+
+def _mlp_bytes(shape: StreamShape) -> tuple[int, int]:
+    """(outputs of the MLP's first layer, inputs of its second) of one chunk on one rank."""
+    tokens = shape.layout.local_lengths[0] * shape.batch_size
+    return tokens * shape.mlp_outputs * shape.element_size, tokens * shape.mlp_width * shape.element_size
+
+
+def _workspace_bytes(shape: StreamShape, backend: str) -> int:
+    """What the backward pass of the attention kernel allocates for itself."""
+    _, queries, keys = _chunk_bytes(shape)
+    if shape.num_heads == shape.num_key_value_heads:
+        return 2 * queries
+    # Sums of dk and dv in fp32, or dk and dv of every query head in half precision.
+    return 2 * queries + (2 * keys if backend.startswith("flash-attn-4") else 2 * queries)
 
 
 def _chunk_bytes(shape: StreamShape) -> tuple[int, int, int]:

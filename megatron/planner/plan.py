@@ -92,6 +92,9 @@ class Plan:
 
     def _with_chunks(self) -> Iterator[Plan]:
         length = self.job.model.seq_length
+        if not self.job.streamed:
+            yield self
+            return
         for tokens in CHUNKS:
             chunk = tokens * self.job.sequence_parallel_size
             yield self.with_job(replace(self.job, chunk_length=min(chunk, length)))
@@ -103,10 +106,16 @@ class Plan:
         if self.fits:
             return []
         job, lines = self.job, []
-        if not self.fits_gpu:
+        if not job.streamed:
+            lines += self._if_it_fits(
+                replace(job, streamed=True, chunk_length=min(32768 * job.sequence_parallel_size, job.model.seq_length)),
+                "--ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-offloading fits the GPU",
+            )
+        elif not self.fits_gpu:
             smaller = [plan.job.chunk_length for plan in self._with_chunks() if plan.fits_gpu]
             if smaller:
                 lines.append(f"--ds-sequence-parallel-fpdt-chunk-size {smaller[-1]} fits the GPU")
+        if not self.fits_gpu:
             if job.zero_stage < 3:
                 lines += self._if_it_fits(replace(job, zero_stage=3), "--zero-stage 3 fits the GPU")
             if not job.cpu_optimizer:

@@ -4,6 +4,7 @@ block, forward     attention 2 S^2 B H D / p at the kernel's rate, products, tok
 block, backward    attention 5/2 of that, products twice and those run again, kernels, sums over tiles
 link               bytes to the host and back; they run beside the arithmetic, so that the longer of the two counts
 exchange           all-to-all of the chunks, and ZeRO-3's gathering of weights; likewise
+                   (without FPDT nothing runs beside either, and checkpointing runs the whole forward pass again)
 head               3 products with the vocabulary
 optimizer          on the GPU bound by its memory, on the host by the host's
 """
@@ -49,10 +50,14 @@ def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, i
     """Reckon the time of one step."""
     gpu, steps, layers = machines.gpu, job.accumulation_steps, job.model.num_layers
     forward, backward = _block_compute(job, machines, backend, recompute, interval)
-    link = _link_seconds(job, machines, recompute)
     exchange = _exchange_seconds(job, machines)
-    phases = zip((forward, backward), link, exchange, strict=True)
-    waits = [max(0.0, copying - arithmetic, exchanging - arithmetic) for arithmetic, copying, exchanging in phases]
+    if job.streamed:
+        link = _link_seconds(job, machines, recompute)
+        phases = zip((forward, backward), link, exchange, strict=True)
+        waits = [max(0.0, copying - arithmetic, exchanging - arithmetic) for arithmetic, copying, exchanging in phases]
+    else:
+        inputs = job.shape.residual_bytes if job.activations == "recomputed from the host" else 0
+        waits = [exchanging + _link(inputs, 0, machines) for exchanging in exchange]  # nothing runs beside them
     parameters = job.num_parameters / job.num_gpus
     on_gpu = parameters * OPTIMIZER_BYTES / (gpu.memory_gbps * GB * STREAMING)
     sequences = job.global_tokens // job.model.seq_length
@@ -74,8 +79,8 @@ def _block_compute(
     share = job.micro_batch_size / job.sequence_parallel_size
     flops = forward_flops(model, 0, model.seq_length)
     attention, products = (share * part / model.num_layers for part in (flops.attention, flops.token_wise))
-    kept = shape.layout.sequence_parallel_size * shape.layout.tokens_after(shape.slice_length)
-    again = share * flops_of_streaming(model, model.seq_length, interval, recompute, kept) / model.num_layers
+    again = share * _products_run_again(job, interval, recompute) / model.num_layers
+    attention_again = attention if job.activations != "kept" and not job.streamed else 0.0
     rate_forward, rate_backward = (rate * TERA for rate in gpu.attention[backend])
     matmul, streaming = gpu.matmul_tflops * TERA, gpu.memory_gbps * GB * STREAMING
     tokens = shape.layout.local_length * job.micro_batch_size
@@ -87,10 +92,20 @@ def _block_compute(
     return (
         attention / rate_forward + products / matmul + token_wise / 3 + tiles * 5 * queries / streaming,
         2.5 * attention / rate_backward
+        + attention_again / rate_forward
         + (2 * products + again) / matmul
         + token_wise * 2 / 3
         + tiles * 5 * (queries + keys) / streaming,
     )
+
+
+def _products_run_again(job: Job, interval: int, recompute: Recompute) -> int:
+    """FLOPs of the matrix products of all blocks that the backward pass of one sequence runs again."""
+    model, shape = job.model, job.shape
+    if job.streamed:
+        kept = shape.layout.sequence_parallel_size * shape.layout.tokens_after(shape.slice_length)
+        return flops_of_streaming(model, model.seq_length, interval, recompute, kept)
+    return 0 if job.activations == "kept" else forward_flops(model, 0, model.seq_length).token_wise
 
 
 def _head_seconds(job: Job, machines: Machines) -> float:
