@@ -51,6 +51,8 @@ CASES = {
     "8b-128k": f"--seq-length 131072 --chunk 65536 --num-layers 4 {WIDE}",
     "flash2-64k": "--seq-length 65536 --backend torch-flash --zero-stage 0",
     "cpu-adam-128k": "--seq-length 131072 --zero-stage 2 --cpu-optimizer --num-layers 4",
+    "plain-32k": "--seq-length 32768 --plain recomputed",
+    "plain-64k-host": "--seq-length 65536 --plain on-host --zero-stage 1",
     "gqa-512k": "--seq-length 524288 --num-layers 2 --steps 1",
 }
 

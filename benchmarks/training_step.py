@@ -87,6 +87,8 @@ COLUMNS = (
     Column("loss", "loss", ".3f"),
 )
 DEFAULT = Geometry(hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24)
+PLAIN = {"kept": [], "recomputed": ["checkpoint_activations"],
+         "on-host": ["checkpoint_activations", "checkpoint_in_cpu"]}  # fmt: skip
 QUICK = {"num_layers": 4, "seq_length": 131072}
 TINY = {**TINY_GEOMETRY, "num_layers": 2, "vocab_size": 256, "seq_length": 128, "chunk": 48}
 
@@ -100,6 +102,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="[%(default)s]")
     parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and steps on the host")
     parser.add_argument("--on-device", action="store_true", help="without offloading")
+    parser.add_argument("--plain", choices=PLAIN, help="without FPDT, the activations kept, recomputed, or recomputed "
+                        "from inputs on the host; measures no block")  # fmt: skip
     parser.add_argument("--recompute", choices=["all", "mlp", "none"],
                         help="matrix products that are run again [what fits and the link has time for]")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
@@ -120,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.distributed.destroy_process_group()
         return 0
     report = Report(NAME, arguments, COLUMNS)
-    block = measure_block(arguments, report) if num_gpus == 1 and not arguments.step_only else None
+    with_block = num_gpus == 1 and not arguments.step_only and not arguments.plain
+    block = measure_block(arguments, report) if with_block else None
     if block is not None:
         report.add(block)
         if "failed" in block:
@@ -139,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.add(planned | rates(planned, num_gpus, report.matmul))
     report.finish()
     draw(report)
-    if arguments.on_device:
+    if arguments.on_device or arguments.plain:
         return 0
     ratio, later = step["host_allocated_gib"] / step["host_used_gib"], step["host_bytes_after_first_step"]
     print(f"host memory allocated over needed: {ratio:.4f}")
@@ -154,14 +159,18 @@ def training_flags(arguments: argparse.Namespace, num_gpus: int = 1) -> list[str
         "num_layers": arguments.num_layers, **widths, "seq_length": arguments.seq_length,
         "rotary_position_embeddings_theta": 500000, "normalization": "rmsnorm", "lr": 1e-4,
         "attention_backend": arguments.backend, "zero_stage": arguments.zero_stage,
-        "ds_sequence_parallel_fpdt_chunk_size": arguments.chunk, "train_iters": arguments.steps + 1, "eval_iters": 0,
-        "data_path": "random", "tokenizer_type": "NullTokenizer", "vocab_size": arguments.vocab_size,
-        "ds_sequence_parallel_size": num_gpus,
+        "train_iters": arguments.steps + 1, "eval_iters": 0, "data_path": "random",
+        "tokenizer_type": "NullTokenizer", "vocab_size": arguments.vocab_size, "ds_sequence_parallel_size": num_gpus,
     }  # fmt: skip
     switches = ["use_rotary_position_embeddings", "swiglu", "disable_bias_linear",
-                "untie_embeddings_and_output_weights", "ds_sequence_parallel_fpdt"]  # fmt: skip
-    if not arguments.on_device:
-        switches.append("ds_sequence_parallel_fpdt_offloading")
+                "untie_embeddings_and_output_weights"]  # fmt: skip
+    if arguments.plain:
+        switches += PLAIN[arguments.plain]
+    else:
+        values["ds_sequence_parallel_fpdt_chunk_size"] = arguments.chunk
+        switches.append("ds_sequence_parallel_fpdt")
+        if not arguments.on_device:
+            switches.append("ds_sequence_parallel_fpdt_offloading")
     if arguments.device == "cuda":
         switches.append("bf16")
     if arguments.cpu_optimizer:

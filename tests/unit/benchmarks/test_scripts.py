@@ -198,6 +198,16 @@ def test_training_flags_are_those_of_the_program(words):
     assert not config.precision.bf16
 
 
+@pytest.mark.parametrize("activations", training_step.PLAIN)
+def test_steps_without_fpdt_keep_what_is_asked_for(activations):
+    arguments = training_step.parse_arguments(["--plain", activations, "--device", "cpu"])
+    config = parse_args(training_step.training_flags(arguments))
+    validate(config, 1, "cpu")
+    assert not config.parallel.ds_sequence_parallel_fpdt
+    assert config.deepspeed.deepspeed_activation_checkpointing == (activations != "kept")
+    assert config.deepspeed.checkpoint_in_cpu == (activations == "on-host")
+
+
 def test_step_is_compared_with_its_blocks():
     step, block = {"model_flops": 60e12, "seconds": 10.0, "seq_length": 500}, {"model_tflops": 8.0, "seconds": 2.0}
     assert training_step.rates(step, num_gpus=2, matmul=12.0) == {
