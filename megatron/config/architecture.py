@@ -19,6 +19,7 @@ ARCHITECTURE = (
     "layernorm_epsilon",
     "swiglu",
     "disable_bias_linear",
+    "add_qkv_bias",
     "untie_embeddings_and_output_weights",
 )
 ROTARY_ONLY = ("rotary_percent", "rotary_position_embeddings_theta")

@@ -73,6 +73,9 @@ class ModelConfig:
     disable_bias_linear: bool = False
     """No biases in linear layers."""
 
+    add_qkv_bias: bool = False
+    """Biases in the projection to queries, keys and values all the same."""
+
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer a weight of its own in place of the word embedding's."""
 

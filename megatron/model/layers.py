@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
         self.head_size = config.kv_channels
         bias = not config.disable_bias_linear
         rows = (self.num_heads + 2 * self.num_key_value_heads) * self.head_size
-        self.query_key_value = Linear(config.hidden_size, rows, initializer, bias)
+        self.query_key_value = Linear(config.hidden_size, rows, initializer, bias or config.add_qkv_bias)
         self.dense = Linear(self.num_heads * self.head_size, config.hidden_size, initializer, bias, into_residual=True)
         self.rotary = (
             RotaryEmbedding(rotary_size(config), config.rotary_position_embeddings_theta)

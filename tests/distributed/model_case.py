@@ -42,10 +42,11 @@ FAMILIES = {"llama": LLAMA, "gpt": GPT}
 class Case:
     """What to run. `positions` is "learned", or the share of each head that rotates; chunk_length 0 means FPDT off.
 
-    max_positions 0 means as many as the sequence is long.
+    max_positions 0 means as many as the sequence is long. `switches` names what the model has beyond its family.
     """
 
     family: str = "llama"
+    switches: tuple[str, ...] = ()
     positions: str | float = 1.0
     num_heads: int = NUM_HEADS
     num_key_value_heads: int = NUM_HEADS
@@ -77,7 +78,8 @@ class Case:
         recompute += "-in-cpu" if self.checkpoint_in_cpu else ""
         if self.fpdt_recompute != "all":
             recompute += f"-recompute-{self.fpdt_recompute}-slices{self.slice_length}"
-        return f"{self.family}-{positions}-{heads}-batch{self.batch_size}-{execution}{offloading}{recompute}-{ranks}"
+        family = "-".join((self.family, *self.switches))
+        return f"{family}-{positions}-{heads}-batch{self.batch_size}-{execution}{offloading}{recompute}-{ranks}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class RankResult:
 
 def model_config(case: Case) -> ModelConfig:
     """Return the ModelConfig of a case; 16-wide heads, so that 25% of one is two pairs of rotary dimensions."""
-    settings: dict[str, Setting] = dict(FAMILIES[case.family])
+    settings: dict[str, Setting] = FAMILIES[case.family] | dict.fromkeys(case.switches, True)
     if case.positions == "learned":
         settings["use_rotary_position_embeddings"] = False
     else:
@@ -189,6 +191,8 @@ def reference(case: Case) -> Result:
             offloading=False,
             recompute=False,
             checkpoint_in_cpu=False,
+            fpdt_recompute="all",
+            slice_length=SLICE_LENGTH,
             attention_backend="auto",
         )
     )

@@ -8,6 +8,7 @@ The whole grid:
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,17 @@ STREAMED = [
     replace(GPT, chunk_length=20, sequence_parallel_size=4, batch_size=3, offloading=True),
     replace(GPT, chunk_length=24, sequence_parallel_size=4, num_key_value_heads=2),
 ]
+
+ARCHITECTURES = {
+    "biases in the projection to q, k and v alone": replace(LLAMA, switches=("add_qkv_bias",)),
+}
+EXECUTIONS = [
+    {"num_key_value_heads": 8},
+    {"sequence_parallel_size": 2, "batch_size": 3, "recompute": True},
+    *({"chunk_length": 20, "sequence_parallel_size": size, "fpdt_recompute": recompute, "slice_length": 3,
+       "offloading": size == 2, "batch_size": 3 - size}
+      for size in (1, 2) for recompute in ("all", "mlp", "none")),
+]  # fmt: skip
 
 CORNERS = {
     "chunks of one token per rank": replace(LLAMA, sequence_length=24, chunk_length=4, sequence_parallel_size=4),
@@ -105,6 +117,12 @@ def test_plain_execution_is_exact(ranks: RankPool, case: Case) -> None:
 @pytest.mark.parametrize("case", STREAMED, ids=str)
 def test_fpdt_is_exact(ranks: RankPool, case: Case) -> None:
     assert_exact(ranks, case)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_exact(ranks: RankPool, name: str, execution: dict[str, Any]) -> None:
+    assert_exact(ranks, replace(ARCHITECTURES[name], **execution))
 
 
 @pytest.mark.parametrize("name", CORNERS)

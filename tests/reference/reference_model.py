@@ -65,6 +65,8 @@ class Architecture(Protocol):
     @property
     def disable_bias_linear(self) -> bool: ...
     @property
+    def add_qkv_bias(self) -> bool: ...
+    @property
     def untie_embeddings_and_output_weights(self) -> bool: ...
 
 
@@ -105,9 +107,9 @@ def parameter_shapes(config: Architecture, padded_vocab_size: int) -> dict[str, 
         if config.normalization == "layernorm":
             shapes[f"{name}.bias"] = (h,)
 
-    def linear(name: str, rows: int, columns: int) -> None:
+    def linear(name: str, rows: int, columns: int, has_bias: bool = not config.disable_bias_linear) -> None:
         shapes[f"{name}.weight"] = (rows, columns)
-        if not config.disable_bias_linear:
+        if has_bias:
             shapes[f"{name}.bias"] = (rows,)
 
     if not config.use_rotary_position_embeddings:
@@ -115,7 +117,8 @@ def parameter_shapes(config: Architecture, padded_vocab_size: int) -> dict[str, 
         shapes[POSITION_EMBEDDINGS] = (config.max_position_embeddings, h)
     for layer in range(config.num_layers):
         norm(f"layers.{layer}.input_layernorm")
-        linear(f"layers.{layer}.self_attention.query_key_value", qkv, h)
+        has_bias = config.add_qkv_bias or not config.disable_bias_linear
+        linear(f"layers.{layer}.self_attention.query_key_value", qkv, h, has_bias)
         linear(f"layers.{layer}.self_attention.dense", h, attention)
         norm(f"layers.{layer}.post_attention_layernorm")
         linear(f"layers.{layer}.mlp.dense_h_to_4h", ffn * (2 if config.swiglu else 1), h)

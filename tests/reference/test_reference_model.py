@@ -37,6 +37,7 @@ class Shape:
     layernorm_epsilon: float = 1e-5
     swiglu: bool = True
     disable_bias_linear: bool = True
+    add_qkv_bias: bool = False
     untie_embeddings_and_output_weights: bool = True
 
 
@@ -103,12 +104,14 @@ def llama_names(shape: Shape, source: State) -> State:
     groups, size = shape.num_key_value_heads, shape.hidden_size // shape.num_attention_heads
     for layer in range(shape.num_layers):
         theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-        q, k, v = (source[f"{theirs}.self_attn.{x}_proj.weight"].view(groups, -1, size, 32) for x in "qkv")
+        for kind in ["weight", "bias"][: 1 + shape.add_qkv_bias]:
+            parts = (source[f"{theirs}.self_attn.{x}_proj.{kind}"] for x in "qkv")
+            q, k, v = (part.unflatten(0, (groups, -1, size)) for part in parts)
+            target[f"{ours}.self_attention.query_key_value.{kind}"] = torch.cat([q, k, v], dim=1).flatten(0, 2)
         gate, up = (source[f"{theirs}.mlp.{x}_proj.weight"] for x in ("gate", "up"))
         target |= {
             f"{ours}.input_layernorm.weight": source[f"{theirs}.input_layernorm.weight"],
             f"{ours}.post_attention_layernorm.weight": source[f"{theirs}.post_attention_layernorm.weight"],
-            f"{ours}.self_attention.query_key_value.weight": torch.cat([q, k, v], dim=1).reshape(-1, 32),
             f"{ours}.self_attention.dense.weight": source[f"{theirs}.self_attn.o_proj.weight"],
             f"{ours}.mlp.dense_h_to_4h.weight": torch.cat([gate, up]),
             f"{ours}.mlp.dense_4h_to_h.weight": source[f"{theirs}.mlp.down_proj.weight"],
@@ -159,9 +162,10 @@ def neox_names(source: State) -> State:
     return target
 
 
-def test_llama_with_grouped_queries_agrees_with_hugging_face() -> None:
+@pytest.mark.parametrize("family, shape", [("Llama", LLAMA), ("Qwen2", replace(LLAMA, add_qkv_bias=True))])
+def test_llama_and_its_kin_with_grouped_queries_agree_with_hugging_face(family: str, shape: Shape) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
@@ -172,9 +176,9 @@ def test_llama_with_grouped_queries_agrees_with_hugging_face() -> None:
         rms_norm_eps=1e-5,
         attn_implementation="eager",
     )
-    model = transformers.LlamaForCausalLM(config).double()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).double()
     # Hugging Face's RMSNorm, softmax and angles are float32 whatever the model's type: that sets the tolerance.
-    check_against(model, LLAMA, lambda source: llama_names(LLAMA, source), tolerance=2e-6)
+    check_against(model, shape, lambda source: llama_names(shape, source), tolerance=2e-6)
 
 
 def test_gpt_with_learned_positions_agrees_with_hugging_face_to_float64() -> None:

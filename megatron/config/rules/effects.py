@@ -66,6 +66,12 @@ EFFECTS = (
         "add --use-rotary-position-embeddings",
     ),
     Effect(
+        ("add_qkv_bias",),
+        lambda config: config.model.disable_bias_linear,
+        "without --disable-bias-linear, which takes the biases of the other layers away",
+        "add --disable-bias-linear",
+    ),
+    Effect(
         ("checkpoint_in_cpu",),
         lambda config: config.parallel.ds_sequence_parallel_fpdt or _keeps_block_inputs_on_the_host(config),
         "without --deepspeed-activation-checkpointing",
