@@ -17,6 +17,7 @@ ARCHITECTURE = (
     "rotary_position_embeddings_theta",
     "normalization",
     "layernorm_epsilon",
+    "qk_layernorm",
     "swiglu",
     "disable_bias_linear",
     "add_qkv_bias",

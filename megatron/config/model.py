@@ -67,6 +67,9 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-5
     """Added to the variance (or the mean square) under the root."""
 
+    qk_layernorm: bool = False
+    """Normalisation of each query and key over the width of its head, before RoPE; one weight serves all heads."""
+
     swiglu: bool = False
     """SwiGLU in the MLP in place of GELU."""
 

@@ -5,6 +5,7 @@ S tokens, B batch, h hidden size, H query heads, K key/value heads, D head size,
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,16 +47,18 @@ class Embedding(nn.Module):
         return F.embedding(indices, self.weight)
 
 
-def build_norm(config: ModelConfig, initializer: Initializer) -> nn.Module:
-    """LayerNorm or RMSNorm over the hidden size, as the configuration says."""
+def build_norm(config: ModelConfig, initializer: Initializer, size: int | None = None) -> nn.Module:
+    """LayerNorm or RMSNorm, as the configuration says, over `size` or else the hidden size."""
     norm = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.normalization]
-    return norm(config.hidden_size, eps=config.layernorm_epsilon, dtype=initializer.dtype, device=initializer.device)
+    size = size or config.hidden_size
+    return norm(size, eps=config.layernorm_epsilon, dtype=initializer.dtype, device=initializer.device)
 
 
 class SelfAttention(nn.Module):
     """Projections around attention.
 
-    Rows of `query_key_value`: for each key/value head its H/K query heads, the key, the value.
+    Rows of `query_key_value`: for each key/value head its H/K query heads, the key, the value. Where queries and keys
+    are normalised, each kind has one norm for all its heads.
     """
 
     def __init__(self, config: ModelConfig, initializer: Initializer) -> None:
@@ -65,6 +68,9 @@ class SelfAttention(nn.Module):
         bias = not config.disable_bias_linear
         rows = (self.num_heads + 2 * self.num_key_value_heads) * self.head_size
         self.query_key_value = Linear(config.hidden_size, rows, initializer, bias or config.add_qkv_bias)
+        self.q_layernorm, self.k_layernorm = (
+            build_norm(config, initializer, self.head_size) if config.qk_layernorm else None for _ in "qk"
+        )
         self.dense = Linear(self.num_heads * self.head_size, config.hidden_size, initializer, bias, into_residual=True)
         self.rotary = (
             RotaryEmbedding(rotary_size(config), config.rotary_position_embeddings_theta)
@@ -73,9 +79,15 @@ class SelfAttention(nn.Module):
         )
 
     def project(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values; queries and keys turned by their positions."""
+        """q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values.
+
+        Queries and keys are normalised, if the model does that, and turned by their positions.
+        """
         per_group = self.num_heads // self.num_key_value_heads
         qkv = self.query_key_value(x_SBh).unflatten(2, (self.num_key_value_heads, per_group + 2, self.head_size))
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k, v = qkv.split([per_group, 1, 1], 3)
+            qkv = torch.cat([self.q_layernorm(q), self.k_layernorm(k), v], 3)
         cos, sin = (None, None) if self.rotary is None else self.rotary.cos_sin(positions_BS, x_SBh.dtype)
         return split_and_rotate(qkv, cos, sin)
 

@@ -8,6 +8,7 @@ something. The weights come in under the names and layouts of the package's stat
     layers.N.input_layernorm.{weight,bias}    [h]                     no bias under rmsnorm
     layers.N.self_attention.query_key_value.* [groups * (queries per group + 2) * head_dim, h]
                                               rows: group, then its query heads, its key, its value
+    layers.N.self_attention.{q,k}_layernorm.* [head_dim]              under qk_layernorm, over each head before RoPE
     layers.N.self_attention.dense.*           [h, heads * head_dim]
     layers.N.post_attention_layernorm.*       [h]
     layers.N.mlp.dense_h_to_4h.*              [ffn, h], or [2 ffn, h] under swiglu: gate rows, then up rows
@@ -61,6 +62,8 @@ class Architecture(Protocol):
     @property
     def layernorm_epsilon(self) -> float: ...
     @property
+    def qk_layernorm(self) -> bool: ...
+    @property
     def swiglu(self) -> bool: ...
     @property
     def disable_bias_linear(self) -> bool: ...
@@ -102,10 +105,10 @@ def parameter_shapes(config: Architecture, padded_vocab_size: int) -> dict[str, 
     qkv = attention + 2 * group_count(config) * head_size(config)
     shapes: dict[str, tuple[int, ...]] = {WORD_EMBEDDINGS: (padded_vocab_size, h)}
 
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = (h,)
+    def norm(name: str, size: int = h) -> None:
+        shapes[f"{name}.weight"] = (size,)
         if config.normalization == "layernorm":
-            shapes[f"{name}.bias"] = (h,)
+            shapes[f"{name}.bias"] = (size,)
 
     def linear(name: str, rows: int, columns: int, has_bias: bool = not config.disable_bias_linear) -> None:
         shapes[f"{name}.weight"] = (rows, columns)
@@ -119,6 +122,8 @@ def parameter_shapes(config: Architecture, padded_vocab_size: int) -> dict[str, 
         norm(f"layers.{layer}.input_layernorm")
         has_bias = config.add_qkv_bias or not config.disable_bias_linear
         linear(f"layers.{layer}.self_attention.query_key_value", qkv, h, has_bias)
+        for kind in ["q", "k"] if config.qk_layernorm else []:
+            norm(f"layers.{layer}.self_attention.{kind}_layernorm", head_size(config))
         linear(f"layers.{layer}.self_attention.dense", h, attention)
         norm(f"layers.{layer}.post_attention_layernorm")
         linear(f"layers.{layer}.mlp.dense_h_to_4h", ffn * (2 if config.swiglu else 1), h)
@@ -199,6 +204,9 @@ def _attention(config: Architecture, weights: Mapping[str, Tensor], prefix: str,
     q_BGRSD = qkv_BSGXD[..., :queries, :].permute(0, 2, 3, 1, 4)
     k_BG1SD = qkv_BSGXD[..., queries : queries + 1, :].permute(0, 2, 3, 1, 4)
     v_BG1SD = qkv_BSGXD[..., queries + 1 :, :].permute(0, 2, 3, 1, 4)
+    if config.qk_layernorm:
+        q_BGRSD = _norm(config, weights, f"{prefix}.self_attention.q_layernorm", q_BGRSD)
+        k_BG1SD = _norm(config, weights, f"{prefix}.self_attention.k_layernorm", k_BG1SD)
     if config.use_rotary_position_embeddings:
         q_BGRSD, k_BG1SD = _rotate(config, q_BGRSD), _rotate(config, k_BG1SD)
 

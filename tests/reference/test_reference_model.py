@@ -35,6 +35,7 @@ class Shape:
     rotary_position_embeddings_theta: float = 10000.0
     normalization: str = "rmsnorm"
     layernorm_epsilon: float = 1e-5
+    qk_layernorm: bool = False
     swiglu: bool = True
     disable_bias_linear: bool = True
     add_qkv_bias: bool = False
@@ -108,6 +109,9 @@ def llama_names(shape: Shape, source: State) -> State:
             parts = (source[f"{theirs}.self_attn.{x}_proj.{kind}"] for x in "qkv")
             q, k, v = (part.unflatten(0, (groups, -1, size)) for part in parts)
             target[f"{ours}.self_attention.query_key_value.{kind}"] = torch.cat([q, k, v], dim=1).flatten(0, 2)
+        for kind in ["q", "k"] if shape.qk_layernorm else []:
+            norm = source[f"{theirs}.self_attn.{kind}_norm.weight"]
+            target[f"{ours}.self_attention.{kind}_layernorm.weight"] = norm
         gate, up = (source[f"{theirs}.mlp.{x}_proj.weight"] for x in ("gate", "up"))
         target |= {
             f"{ours}.input_layernorm.weight": source[f"{theirs}.input_layernorm.weight"],
@@ -162,7 +166,14 @@ def neox_names(source: State) -> State:
     return target
 
 
-@pytest.mark.parametrize("family, shape", [("Llama", LLAMA), ("Qwen2", replace(LLAMA, add_qkv_bias=True))])
+@pytest.mark.parametrize(
+    "family, shape",
+    [
+        ("Llama", LLAMA),
+        ("Qwen2", replace(LLAMA, add_qkv_bias=True)),
+        ("Qwen3", replace(LLAMA, qk_layernorm=True)),
+    ],
+)
 def test_llama_and_its_kin_with_grouped_queries_agree_with_hugging_face(family: str, shape: Shape) -> None:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{family}Config")(
@@ -174,6 +185,7 @@ def test_llama_and_its_kin_with_grouped_queries_agree_with_hugging_face(family: 
         num_key_value_heads=2,
         max_position_embeddings=64,
         rms_norm_eps=1e-5,
+        head_dim=8,
         attn_implementation="eager",
     )
     model = getattr(transformers, f"{family}ForCausalLM")(config).double()

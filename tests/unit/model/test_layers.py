@@ -79,6 +79,22 @@ def test_rows_of_the_projection_are_by_group_its_queries_its_key_its_value(heads
     assert attention.dense.weight.shape == (config.hidden_size, heads * head_size)
 
 
+@pytest.mark.parametrize("normalization", ["layernorm", "rmsnorm"])
+def test_queries_and_keys_are_normalised_before_they_turn(normalization):
+    """Rotation keeps lengths, and the norm of every head is the same: the value alone keeps its size."""
+    config = small_config(normalization=normalization, qk_layernorm=True, layernorm_epsilon=1e-12)
+    attention = SelfAttention(config, initializer())
+    torch.nn.init.constant_(attention.k_layernorm.weight, 3.0)
+    x, positions = torch.randn(4, 1, config.hidden_size, dtype=torch.float64), torch.tensor([[0, 5, 5, 2_000_000]])
+    q, kv = attention.project(x, positions)
+    k, v = kv.chunk(2, 2)
+    length = config.kv_channels**0.5
+    torch.testing.assert_close(q.norm(dim=-1), torch.full(q.shape[:-1], length, dtype=torch.float64))
+    torch.testing.assert_close(k.norm(dim=-1), torch.full(k.shape[:-1], 3 * length, dtype=torch.float64))
+    plain = SelfAttention(small_config(), initializer())
+    assert torch.equal(v, plain.project(x, positions)[1].chunk(2, 2)[1])
+
+
 def test_queries_and_keys_turn_with_their_positions_and_values_do_not():
     config = small_config()
     attention, x = SelfAttention(config, initializer()), torch.ones(4, 1, config.hidden_size, dtype=torch.float64)

@@ -2,6 +2,7 @@ import torch
 from torch import nn
 
 from megatron.optimizer.param_groups import parameter_groups
+from tests.unit.model.small_model import small_gpt_config, small_model
 
 
 class RMSNorm(nn.Module):
@@ -44,6 +45,13 @@ def test_matrices_decay_and_biases_norms_and_vectors_do_not():
             "block.rms.weight",
         ],
     }
+
+
+def test_the_norms_of_queries_and_keys_do_not_decay():
+    names = names_by_group(small_model(small_gpt_config(qk_layernorm=True)))
+    norms = {f"layers.{n}.self_attention.{kind}_layernorm.{what}" for n in (0, 1) for kind in "qk" for what in
+             ("weight", "bias")}  # fmt: skip
+    assert norms <= set(names["no_decay"])
 
 
 def test_a_tied_parameter_appears_once():
