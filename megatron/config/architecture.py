@@ -19,6 +19,7 @@ ARCHITECTURE = (
     "layernorm_epsilon",
     "qk_layernorm",
     "swiglu",
+    "openai_gelu",
     "disable_bias_linear",
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",

@@ -73,6 +73,9 @@ class ModelConfig:
     swiglu: bool = False
     """SwiGLU in the MLP in place of GELU."""
 
+    openai_gelu: bool = False
+    """GELU's tanh approximation, which GPT-2 and Megatron's fused GELU use, in place of the error function."""
+
     disable_bias_linear: bool = False
     """No biases in linear layers."""
 

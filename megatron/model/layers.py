@@ -98,11 +98,12 @@ def rotary_size(config: ModelConfig) -> int:
 
 
 class MLP(nn.Module):
-    """GELU (tanh approximation) or SwiGLU: down(silu(gate) * up), gate and up stacked in `dense_h_to_4h`."""
+    """GELU, exact or by tanh, or SwiGLU: down(silu(gate) * up), gate and up stacked in `dense_h_to_4h`."""
 
     def __init__(self, config: ModelConfig, initializer: Initializer) -> None:
         super().__init__()
         self.swiglu = config.swiglu
+        self.gelu_approximation = "tanh" if config.openai_gelu else "none"
         width, bias = config.ffn_hidden_size, not config.disable_bias_linear
         self.dense_h_to_4h = Linear(config.hidden_size, width * (2 if self.swiglu else 1), initializer, bias)
         self.dense_4h_to_h = Linear(width, config.hidden_size, initializer, bias, into_residual=True)
@@ -110,5 +111,7 @@ class MLP(nn.Module):
     def forward(self, x_SBh: Tensor, output_needed: bool = True) -> Tensor:
         """[S, B, h]; with output_needed=False, gradients alone are meant (megatron.ops.linear)."""
         hidden_SBf = self.dense_h_to_4h(x_SBh)
-        activated_SBf = swiglu(hidden_SBf) if self.swiglu else F.gelu(hidden_SBf, approximate="tanh")
-        return self.dense_4h_to_h(activated_SBf, output_needed)
+        return self.dense_4h_to_h(self._activate(hidden_SBf), output_needed)
+
+    def _activate(self, hidden_SBf: Tensor) -> Tensor:
+        return swiglu(hidden_SBf) if self.swiglu else F.gelu(hidden_SBf, approximate=self.gelu_approximation)

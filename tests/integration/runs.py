@@ -27,7 +27,7 @@ SIZES = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4
 TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE)]
 TRAINING = ["--global-batch-size", "4", "--lr", "3e-3", "--log-interval", "1", "--eval-iters", "0"]
 
-GPT: list[str] = []
+GPT = ["--openai-gelu"]
 LLAMA = [
     *["--num-key-value-heads", "2", "--use-rotary-position-embeddings", "--normalization", "rmsnorm", "--swiglu"],
     *["--disable-bias-linear", "--untie-embeddings-and-output-weights"],

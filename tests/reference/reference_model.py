@@ -66,6 +66,8 @@ class Architecture(Protocol):
     @property
     def swiglu(self) -> bool: ...
     @property
+    def openai_gelu(self) -> bool: ...
+    @property
     def disable_bias_linear(self) -> bool: ...
     @property
     def add_qkv_bias(self) -> bool: ...
@@ -234,6 +236,8 @@ def _mlp(config: Architecture, weights: Mapping[str, Tensor], prefix: str, x: Te
     if config.swiglu:
         gate, up = inner.chunk(2, dim=-1)
         inner = gate * torch.sigmoid(gate) * up
-    else:
+    elif config.openai_gelu:
         inner = 0.5 * inner * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (inner + 0.044715 * inner**3)))
+    else:
+        inner = 0.5 * inner * (1.0 + torch.erf(inner / math.sqrt(2.0)))
     return _linear(weights, f"{prefix}.mlp.dense_4h_to_h", inner)

@@ -37,6 +37,7 @@ class Shape:
     layernorm_epsilon: float = 1e-5
     qk_layernorm: bool = False
     swiglu: bool = True
+    openai_gelu: bool = False
     disable_bias_linear: bool = True
     add_qkv_bias: bool = False
     untie_embeddings_and_output_weights: bool = True
@@ -48,6 +49,7 @@ GPT = Shape(
     use_rotary_position_embeddings=False,
     normalization="layernorm",
     swiglu=False,
+    openai_gelu=True,
     disable_bias_linear=False,
     untie_embeddings_and_output_weights=False,
 )
@@ -57,6 +59,7 @@ NEOX = replace(
     num_key_value_heads=2,
     use_rotary_position_embeddings=True,
     rotary_percent=0.25,
+    openai_gelu=False,
     untie_embeddings_and_output_weights=True,
 )
 
@@ -221,7 +224,7 @@ def test_partial_rotary_positions_agree_with_hugging_face() -> None:
         num_attention_heads=2,
         max_position_embeddings=64,
         rotary_pct=0.25,
-        hidden_act="gelu_new",
+        hidden_act="gelu",
         use_parallel_residual=False,
         tie_word_embeddings=False,
         attn_implementation="eager",

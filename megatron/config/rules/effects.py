@@ -72,6 +72,12 @@ EFFECTS = (
         "add --disable-bias-linear",
     ),
     Effect(
+        ("openai_gelu",),
+        lambda config: not config.model.swiglu,
+        "with --swiglu, which takes the place of GELU",
+        "remove --swiglu",
+    ),
+    Effect(
         ("checkpoint_in_cpu",),
         lambda config: config.parallel.ds_sequence_parallel_fpdt or _keeps_block_inputs_on_the_host(config),
         "without --deepspeed-activation-checkpointing",

@@ -83,6 +83,7 @@ CASES = [
     ),
     ("--rotary-percent 0.5", 1, "--rotary-percent (0.5) has no effect without --use-rotary-position-embeddings"),
     ("--rotary-position-embeddings-theta 500000", 1, "has no effect without --use-rotary-position-embeddings"),
+    ("--openai-gelu --swiglu", 1, "--openai-gelu has no effect with --swiglu"),
     ("--add-qkv-bias", 1, "--add-qkv-bias has no effect without --disable-bias-linear"),
     ("--checkpoint-in-cpu", 1, "has no effect without --deepspeed-activation-checkpointing"),
     (f"--checkpoint-in-cpu {FPDT}", 1, "with FPDT unless --ds-sequence-parallel-fpdt-offloading"),

@@ -43,17 +43,17 @@ def test_linear_takes_the_weight_of_another_module():
     assert Linear(3, 5, initializer(), False, weight=weight).weight is weight
 
 
-@pytest.mark.parametrize("swiglu", [True, False])
-def test_the_mlp_is_swiglu_or_gelu(swiglu):
-    config = small_config(swiglu=swiglu)
+@pytest.mark.parametrize("swiglu, openai_gelu", [(True, False), (False, False), (False, True)])
+def test_the_mlp_is_swiglu_or_gelu(swiglu, openai_gelu):
+    config = small_config(swiglu=swiglu, openai_gelu=openai_gelu)
     mlp, x = MLP(config, initializer()), torch.randn(4, 1, config.hidden_size, dtype=torch.float64)
     hidden = x @ mlp.dense_h_to_4h.weight.T
     if swiglu:
         width = config.ffn_hidden_size
         hidden = hidden[..., :width] * hidden[..., :width].sigmoid() * hidden[..., width:]
     else:
-        hidden = F.gelu(hidden, approximate="tanh")
-    torch.testing.assert_close(mlp(x), hidden @ mlp.dense_4h_to_h.weight.T)
+        hidden = F.gelu(hidden, approximate="tanh" if openai_gelu else "none")
+    torch.testing.assert_close(mlp(x), hidden @ mlp.dense_4h_to_h.weight.T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("heads, key_value_heads, head_size", [(4, 4, 6), (4, 2, 16), (6, 1, 4), (4, 2, 2)])
