@@ -20,6 +20,7 @@ ARCHITECTURE = (
     "qk_layernorm",
     "swiglu",
     "openai_gelu",
+    "parallel_residual",
     "disable_bias_linear",
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",

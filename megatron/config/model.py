@@ -73,6 +73,9 @@ class ModelConfig:
     swiglu: bool = False
     """SwiGLU in the MLP in place of GELU."""
 
+    parallel_residual: bool = False
+    """Attention and MLP side by side, x + attention(norm x) + mlp(norm x), each with its norm, as in GPT-NeoX."""
+
     openai_gelu: bool = False
     """GELU's tanh approximation, which GPT-2 and Megatron's fused GELU use, in place of the error function."""
 

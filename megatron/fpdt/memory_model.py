@@ -8,7 +8,7 @@ Per rank, for S/p of its own tokens, K' = lcm(K, p) key/value heads after replic
     K, V      2 e S/p B K' D       every block
     products  of the layers that are not recomputed, every block:
                 e S/p B (H + 2K) D  of the projection before attention
-                e S'/p B h          of the projection after it
+                e S'/p B h          of the projection after it, unless the MLP is beside it (a parallel residual)
                 e S'/p B f          of the MLP's first layer, f outputs
               S' leaves out the first slice of each chunk
     dK, dV    8 S/p B K' D         the block in its backward pass
@@ -47,6 +47,7 @@ class StreamShape:
     slice_length: int
     batch_size: int
     element_size: int
+    parallel_residual: bool = False
 
     @classmethod
     def of(
@@ -65,6 +66,7 @@ class StreamShape:
             slice_length=SLICE_LENGTH,
             batch_size=batch_size,
             element_size=element_size,
+            parallel_residual=model.parallel_residual,
         )
 
     @property
@@ -108,7 +110,8 @@ class StreamShape:
         return self._product_bytes(recompute, tokens, max(tokens - self.slice_length, 0))
 
     def _product_bytes(self, recompute: Recompute, tokens: int, tokens_kept_after: int) -> int:
-        after = self.hidden_size + (self.mlp_outputs if recompute == "none" else 0)
+        after = 0 if self.parallel_residual else self.hidden_size
+        after += self.mlp_outputs if recompute == "none" else 0
         return (tokens * self.projection_width + tokens_kept_after * after) * self.batch_size * self.element_size
 
     def tier_bytes(self, interval: int, recompute: Recompute = "all") -> int:

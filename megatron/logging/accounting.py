@@ -12,7 +12,7 @@ Hardware FLOPs add the forward work that the backward pass runs again, so that t
     activation checkpointing    every layer, attention included
     the streamed block          `before`, and `after` up to its last product (with it where there is dropout), without
                                 the products that were kept; and the whole `after` of each block above which an
-                                input is rebuilt
+                                input is rebuilt. With a parallel residual attention's product is a last one too
 
 The head and the loss run once on every path.
 
@@ -86,13 +86,14 @@ def flops_of_streaming(
     first, last = matrix * (2 if model.swiglu else 1), matrix
     dense = 2 * model.hidden_size * query_width
     before = forward_flops(model, 0, seq_length).token_wise // model.num_layers - seq_length * (dense + first + last)
+    inner, outer = (0, dense + last) if model.parallel_residual else (dense, last)
     again = {
-        "all": before + seq_length * (dense + first),
-        "mlp": (seq_length - kept_tokens) * dense + seq_length * first,
-        "none": (seq_length - kept_tokens) * (dense + first),
+        "all": before + seq_length * (inner + first),
+        "mlp": (seq_length - kept_tokens) * inner + seq_length * first,
+        "none": (seq_length - kept_tokens) * (inner + first),
     }[recompute]
     if model.hidden_dropout:
-        again += seq_length * last
+        again += seq_length * outer
     rebuilt_blocks = model.num_layers - -(-model.num_layers // checkpoint_interval)
     return model.num_layers * again + rebuilt_blocks * seq_length * (dense + first + last)
 

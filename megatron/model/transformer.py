@@ -4,6 +4,8 @@
     o     = causal attention(q, k, v)     the only place where tokens meet
     y     = sum of after(x, o)            projection, residual, norm, MLP, residual  token-wise
 
+With a parallel residual the MLP's norm sees x itself, and not what attention has added to it.
+
 The modules know their arithmetic. How it is run, at once or as a stream of chunks, is their `execution`.
 """
 
@@ -77,6 +79,7 @@ class TransformerLayer(nn.Module):
         self.execution = execution
         self.layer_number, self.dropout = layer_number, config.hidden_dropout
         self.attention_dropout = config.attention_dropout
+        self.parallel_residual = config.parallel_residual
         self.softmax_scale = config.kv_channels**-0.5
         self.input_layernorm = build_norm(config, initializer)
         self.self_attention = SelfAttention(config, initializer)
@@ -94,19 +97,23 @@ class TransformerLayer(nn.Module):
     def after(self, x_SBh: Tensor, o_SBHD: Tensor, output_needed: bool = True) -> tuple[Tensor, Tensor]:
         """The two addends [S, B, h] of the block's output: the residual stream after attention, and the MLP's branch.
 
-        With output_needed=False the branch passes gradients on and has no meaning.
+        With output_needed=False they pass gradients on, and their values have no meaning.
         """
-        x_SBh = x_SBh + F.dropout(self.self_attention.dense(o_SBHD.flatten(2)), self.dropout, self.training)
         # A dropout mask depends on how its tensor lies in memory, so that one must be the same whenever it is drawn.
-        branch_SBh = self.mlp(self.post_attention_layernorm(x_SBh), output_needed or self.uses_dropout)
-        return x_SBh, F.dropout(branch_SBh, self.dropout, self.training)
+        output_needed = output_needed or self.uses_dropout
+        attention_SBh = self.self_attention.dense(o_SBHD.flatten(2), output_needed or not self.parallel_residual)
+        y_SBh = x_SBh + F.dropout(attention_SBh, self.dropout, self.training)
+        mlp_input_SBh = x_SBh if self.parallel_residual else y_SBh
+        branch_SBh = self.mlp(self.post_attention_layernorm(mlp_input_SBh), output_needed)
+        return y_SBh, F.dropout(branch_SBh, self.dropout, self.training)
 
     def weights_of_kept_products(self, recompute: Recompute) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Weights of the linear layers in `before` and in `after` that are not to be recomputed."""
         attention, mlp = self.self_attention, self.mlp
-        before = [] if recompute == "all" else [attention.query_key_value.weight]
-        after = {"all": [], "mlp": [attention.dense.weight], "none": [attention.dense.weight, mlp.dense_h_to_4h.weight]}
-        return before, after[recompute]
+        if recompute == "all":
+            return [], []
+        after = [] if self.parallel_residual else [attention.dense.weight]  # beside the MLP no gradient needs it
+        return [attention.query_key_value.weight], after + [mlp.dense_h_to_4h.weight] * (recompute == "none")
 
     def forward(self, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
         return self.execution.block(self, x_SBh, positions_BS)

@@ -52,6 +52,10 @@ STREAMED = [
 ARCHITECTURES = {
     "biases in the projection to q, k and v alone": replace(LLAMA, switches=("add_qkv_bias",)),
     "GELU by tanh": replace(GPT, switches=("openai_gelu",)),
+    "attention and MLP side by side": replace(GPT, switches=("parallel_residual",), positions=0.25),
+    "all of it together": replace(
+        LLAMA, switches=("add_qkv_bias", "qk_layernorm", "parallel_residual"), num_key_value_heads=2
+    ),
     "RMSNorm of queries and keys": replace(LLAMA, switches=("qk_layernorm",), positions=0.25),
     # Without rotary positions attention is blind to a bias of the keys, which then has no gradient to compare.
     "LayerNorm of queries and keys": replace(GPT, switches=("qk_layernorm",), positions=1.0, num_key_value_heads=2),

@@ -68,6 +68,8 @@ class Architecture(Protocol):
     @property
     def openai_gelu(self) -> bool: ...
     @property
+    def parallel_residual(self) -> bool: ...
+    @property
     def disable_bias_linear(self) -> bool: ...
     @property
     def add_qkv_bias(self) -> bool: ...
@@ -174,8 +176,10 @@ def logits(config: Architecture, weights: Mapping[str, Tensor], tokens_BS: Tenso
         x = x + weights[POSITION_EMBEDDINGS][: tokens_BS.shape[1]]
     for layer in range(config.num_layers):
         prefix = f"layers.{layer}"
-        x = x + _attention(config, weights, prefix, _norm(config, weights, f"{prefix}.input_layernorm", x))
-        x = x + _mlp(config, weights, prefix, _norm(config, weights, f"{prefix}.post_attention_layernorm", x))
+        attended = x + _attention(config, weights, prefix, _norm(config, weights, f"{prefix}.input_layernorm", x))
+        seen = x if config.parallel_residual else attended
+        seen = _norm(config, weights, f"{prefix}.post_attention_layernorm", seen)
+        x = attended + _mlp(config, weights, prefix, seen)
     x = _norm(config, weights, "head.final_layernorm", x)
     output_weight = weights[OUTPUT_LAYER if config.untie_embeddings_and_output_weights else WORD_EMBEDDINGS]
     return x @ output_weight.T

@@ -38,6 +38,7 @@ class Shape:
     qk_layernorm: bool = False
     swiglu: bool = True
     openai_gelu: bool = False
+    parallel_residual: bool = False
     disable_bias_linear: bool = True
     add_qkv_bias: bool = False
     untie_embeddings_and_output_weights: bool = True
@@ -214,7 +215,8 @@ def test_gpt_with_learned_positions_agrees_with_hugging_face_to_float64() -> Non
     check_against(model, GPT, lambda source: gpt2_names(GPT, source), tolerance=1e-12)
 
 
-def test_partial_rotary_positions_agree_with_hugging_face() -> None:
+@pytest.mark.parametrize("parallel", [False, True])
+def test_partial_rotary_positions_and_parallel_residuals_agree_with_hugging_face(parallel: bool) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPTNeoXConfig(
         vocab_size=VOCAB,
@@ -225,12 +227,12 @@ def test_partial_rotary_positions_agree_with_hugging_face() -> None:
         max_position_embeddings=64,
         rotary_pct=0.25,
         hidden_act="gelu",
-        use_parallel_residual=False,
+        use_parallel_residual=parallel,
         tie_word_embeddings=False,
         attn_implementation="eager",
     )
     model = transformers.GPTNeoXForCausalLM(config).double()
-    check_against(model, NEOX, neox_names, tolerance=2e-6)
+    check_against(model, replace(NEOX, parallel_residual=parallel), neox_names, tolerance=2e-6)
 
 
 @pytest.mark.parametrize("shape", [LLAMA, GPT, replace(LLAMA, kv_channels=16, num_key_value_heads=1)])

@@ -1,6 +1,7 @@
 """Dropout in the stream: the masks of the forward pass are the masks of the recomputed work of the backward pass."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from tests.unit.model.small_model import (
 )
 
 SEED = 77
-CONFIGS = pytest.mark.parametrize("config_of", [small_config, small_gpt_config], ids=["llama", "gpt"])
+NEOX = partial(small_gpt_config, parallel_residual=True)
+CONFIGS = pytest.mark.parametrize("config_of", [small_config, small_gpt_config, NEOX], ids=["llama", "gpt", "neox"])
 ONE_CHUNK = replace(ON_DEVICE, chunk_size=1000)
 
 

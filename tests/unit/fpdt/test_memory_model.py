@@ -20,14 +20,16 @@ def shape_of(config):
     return StreamShape(
         config.num_layers, config.hidden_size, 2 * config.ffn_hidden_size, config.ffn_hidden_size,
         config.num_attention_heads, config.num_key_value_heads, config.kv_channels, layout, SLICE_LENGTH, BATCH, 8,
+        config.parallel_residual,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 5])
 @pytest.mark.parametrize("interval", [1, 2, 3, 4])
 @RECOMPUTE
-def test_a_step_takes_up_what_the_model_says(num_layers, interval, recompute):
-    config = small_config(LENGTH, num_layers=num_layers)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_step_takes_up_what_the_model_says(num_layers, interval, recompute, parallel):
+    config = small_config(LENGTH, num_layers=num_layers, parallel_residual=parallel)
     model = small_model(config, replace(OFFLOADED, checkpoint_interval=interval, fpdt_recompute=recompute))
     model.execution.stream.slice_length = SLICE_LENGTH
     model(*small_inputs(config, BATCH)).backward()

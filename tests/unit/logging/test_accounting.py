@@ -86,6 +86,14 @@ def test_products_that_are_kept_of_six_tokens_in_ten_are_not_run_again(recompute
     assert flops_of_streaming(model, 10, 1, recompute, kept_tokens=6) == 3 * (again + last)
 
 
+@pytest.mark.parametrize("recompute, again", [("all", 10 * (384 + 512)), ("mlp", 10 * 512), ("none", 4 * 512)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_s_product_beside_the_mlp_is_run_again_for_dropout_alone(recompute, again, dropout):
+    model = replace(GPT_TINY, hidden_dropout=dropout, parallel_residual=True)
+    both = 10 * (128 + 512) if dropout else 0
+    assert flops_of_streaming(model, 10, 1, recompute, kept_tokens=6) == again + both
+
+
 def test_the_stream_leaves_out_a_third_of_swiglu():
     mlp = 2 * 8192 * 3 * 4096 * 14336 * 32
     token_wise = forward_flops(LLAMA_3_8B, 0, 8192).token_wise
