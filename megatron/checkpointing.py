@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.config import Config, architecture_fields, describe_difference, zero_stage_run
+from megatron.config import Config, architecture_fields, describe_difference, with_rope_of, zero_stage_run
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
 from megatron.train_state import TrainState
@@ -69,11 +69,16 @@ class Layout:
 
 def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_size: int) -> None:
     """Raise CheckpointError unless this run can load the checkpoint. Reads no tensor."""
-    saved = Config.from_dict(_read_json(path / "config.json"))
-    difference = describe_difference(architecture_fields(saved.model), architecture_fields(config.model))
+    saved, model = Config.from_dict(_read_json(path / "config.json")).model, config.model
+    with_own_rope = with_rope_of(model, saved)
+    if config.checkpoint.change_rope:
+        saved = with_own_rope
+    difference = describe_difference(architecture_fields(saved), architecture_fields(model))
     if difference:
+        only_rope = architecture_fields(with_own_rope) == architecture_fields(model)
+        change = "add --change-rope to train it on with this one, " if only_rope else ""
         raise CheckpointError(
-            f"the checkpoint {path} is of another model: {difference}; pass the flags it was trained with "
+            f"the checkpoint {path} is of another model: {difference}; {change}pass the flags it was trained with "
             f"(they are in {path / 'config.json'}), or point --load elsewhere."
         )
     written, own = Layout(**_read_json(path / "layout.json")), Layout.of(config, num_ranks, padded_vocab_size)

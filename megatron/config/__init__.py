@@ -1,6 +1,6 @@
 """The configuration: one frozen dataclass per concern, one attribute per flag."""
 
-from megatron.config.architecture import architecture_fields, describe_difference
+from megatron.config.architecture import architecture_fields, describe_difference, with_rope_of
 from megatron.config.batch import accumulation_steps, data_parallel_size, global_batch_size
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.checks import validate
@@ -42,5 +42,6 @@ __all__ = [
     "global_batch_size",
     "offloads",
     "validate",
+    "with_rope_of",
     "zero_stage_run",
 ]

@@ -1,9 +1,10 @@
 """What two models must share for a checkpoint of one to fit the other."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from megatron.config.model import ModelConfig
+from megatron.config.model import ROPE_SCALING_PARAMETERS, ModelConfig
 
 ARCHITECTURE = (
     "num_layers",
@@ -15,6 +16,7 @@ ARCHITECTURE = (
     "use_rotary_position_embeddings",
     "rotary_percent",
     "rotary_position_embeddings_theta",
+    "rope_scaling_type",
     "normalization",
     "layernorm_epsilon",
     "qk_layernorm",
@@ -25,7 +27,7 @@ ARCHITECTURE = (
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",
 )
-ROTARY_ONLY = ("rotary_percent", "rotary_position_embeddings_theta")
+ROTARY_ONLY = ("rotary_percent", "rotary_position_embeddings_theta", "rope_scaling_type")
 LEARNED_POSITIONS_ONLY = ("max_position_embeddings",)
 
 
@@ -37,8 +39,14 @@ def architecture_fields(model: ModelConfig) -> dict[str, Any]:
     """
     rotary = model.use_rotary_position_embeddings
     meaningless = () if rotary else ROTARY_ONLY
-    extra = () if rotary else LEARNED_POSITIONS_ONLY
+    extra = ROPE_SCALING_PARAMETERS[model.rope_scaling_type] if rotary else LEARNED_POSITIONS_ONLY
     return {name: getattr(model, name) for name in (*ARCHITECTURE, *extra) if name not in meaningless}
+
+
+def with_rope_of(other: ModelConfig, model: ModelConfig) -> ModelConfig:
+    """Return `model` with theta and scaling of RoPE as they are in `other`: what may change with the context."""
+    names = ["rotary_position_embeddings_theta", "rope_scaling_type", *ROPE_SCALING_PARAMETERS[other.rope_scaling_type]]
+    return replace(model, **{name: getattr(other, name) for name in names})
 
 
 def describe_difference(checkpoint: Mapping[str, Any], flags: Mapping[str, Any]) -> str:

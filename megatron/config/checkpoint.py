@@ -19,6 +19,9 @@ class CheckpointConfig:
     finetune: bool = False
     """Load the weights alone: no optimizer, no random state, iteration 0."""
 
+    change_rope: bool = False
+    """Load a checkpoint whose RoPE has another theta or scaling, to train it on with the one given."""
+
     no_load_optim: bool = False
     """Do not load the optimizer states."""
 

@@ -17,6 +17,29 @@ AttentionBackend = Literal[
     "flash-attn-4",
 ]
 Normalization = Literal["layernorm", "rmsnorm"]
+RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
+
+# What counts with each.
+ROPE_SCALING_PARAMETERS: dict[RopeScaling, tuple[str, ...]] = {
+    "none": (),
+    "linear": ("rope_scaling_factor",),
+    "dynamic": ("rope_scaling_factor", "rope_scaling_original_max_position_embeddings"),
+    "yarn": (
+        "rope_scaling_factor",
+        "rope_scaling_original_max_position_embeddings",
+        "rope_scaling_beta_fast",
+        "rope_scaling_beta_slow",
+        "rope_scaling_attention_factor",
+        "rope_scaling_mscale",
+        "rope_scaling_mscale_all_dim",
+    ),
+    "llama3": (
+        "rope_scaling_factor",
+        "rope_scaling_original_max_position_embeddings",
+        "rope_scaling_low_freq_factor",
+        "rope_scaling_high_freq_factor",
+    ),
+}
 
 SWIGLU_WIDTH_MULTIPLE = 64
 
@@ -60,6 +83,39 @@ class ModelConfig:
 
     rotary_position_embeddings_theta: float = 10000.0
     """Base of the RoPE angles."""
+
+    rope_scaling_type: RopeScaling = "none"
+    """How RoPE is stretched for a context longer than the one trained at. linear divides every position by the factor
+    (position interpolation); dynamic enlarges theta by what --seq-length exceeds the original context (NTK); yarn and
+    llama3 divide the slow frequencies alone, and yarn scales attention too."""
+
+    rope_scaling_factor: float | None = None
+    """How many times the original context is to be reached; needed by every --rope-scaling-type."""
+
+    rope_scaling_original_max_position_embeddings: int | None = None
+    """Context that the model was trained at before, in tokens; needed by dynamic, yarn and llama3."""
+
+    rope_scaling_low_freq_factor: float = 1.0
+    """llama3: dimensions that turn fewer times than this within the original context are divided by the factor."""
+
+    rope_scaling_high_freq_factor: float = 4.0
+    """llama3: dimensions that turn more often than this within the original context stay as they are."""
+
+    rope_scaling_beta_fast: float = 32.0
+    """yarn: dimensions that turn more often than this within the original context stay as they are."""
+
+    rope_scaling_beta_slow: float = 1.0
+    """yarn: dimensions that turn fewer times than this within the original context are divided by the factor."""
+
+    rope_scaling_attention_factor: float | None = None
+    """yarn: what the rotated queries and keys are each multiplied by. Default: 0.1 ln(factor) + 1."""
+
+    rope_scaling_mscale: float | None = None
+    """yarn: together with --rope-scaling-mscale-all-dim, makes the attention factor (0.1 m ln(factor) + 1) / (0.1 n
+    ln(factor) + 1), m this and n that."""
+
+    rope_scaling_mscale_all_dim: float | None = None
+    """yarn: see --rope-scaling-mscale."""
 
     normalization: Normalization = "layernorm"
     """Normalisation before attention, before the MLP and before the head."""

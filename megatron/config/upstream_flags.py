@@ -46,6 +46,8 @@ OTHER_NAMES = {
     "recompute-activations": "deepspeed-activation-checkpointing",
     "recompute-granularity": "deepspeed-activation-checkpointing",
     "recompute-method": "deepspeed-activation-checkpointing",
+    "rotary-seq-len-interpolation-factor": "rope-scaling-type",
     "rotary-base": "rotary-position-embeddings-theta",
     "sequence-parallel": "ds-sequence-parallel-size",
+    "use-rope-scaling": "rope-scaling-type",
 }

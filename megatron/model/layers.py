@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from megatron.config import ModelConfig
 from megatron.model.initialization import Initializer
+from megatron.model.rotary import build_rotary
 from megatron.ops.linear import linear
-from megatron.ops.rope import RotaryEmbedding, split_and_rotate
+from megatron.ops.rope import split_and_rotate
 from megatron.ops.swiglu import swiglu
 
 
@@ -72,11 +73,7 @@ class SelfAttention(nn.Module):
             build_norm(config, initializer, self.head_size) if config.qk_layernorm else None for _ in "qk"
         )
         self.dense = Linear(self.num_heads * self.head_size, config.hidden_size, initializer, bias, into_residual=True)
-        self.rotary = (
-            RotaryEmbedding(rotary_size(config), config.rotary_position_embeddings_theta)
-            if config.use_rotary_position_embeddings
-            else None
-        )
+        self.rotary = build_rotary(config)
 
     def project(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
         """q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values.
@@ -90,11 +87,6 @@ class SelfAttention(nn.Module):
             qkv = torch.cat([self.q_layernorm(q), self.k_layernorm(k), v], 3)
         cos, sin = (None, None) if self.rotary is None else self.rotary.cos_sin(positions_BS, x_SBh.dtype)
         return split_and_rotate(qkv, cos, sin)
-
-
-def rotary_size(config: ModelConfig) -> int:
-    """Dimensions of each head that rotary embedding turns."""
-    return int(config.kv_channels * config.rotary_percent)
 
 
 class MLP(nn.Module):

@@ -25,12 +25,29 @@ class RotaryEmbedding:
     rotary_size: int
     theta: float
 
+    @property
+    def attention_factor(self) -> float:
+        """What cos and sin are multiplied by."""
+        return 1.0
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Radians per token of each pair, [rotary_size/2], fp64."""
+        return unscaled_frequencies(self.rotary_size, self.theta, device)
+
     def cos_sin(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, each [S, B, 1, rotary_size/2], in fp32 (fp64 for a model in fp64), where the positions are."""
-        exponents = torch.arange(0, self.rotary_size, 2, dtype=torch.float64, device=positions_BS.device)
-        angles = positions_BS.T.to(torch.float64)[..., None, None] * self.theta ** (-exponents / self.rotary_size)
-        dtype = torch.promote_types(dtype, torch.float32)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        angles = positions_BS.T.to(torch.float64)[..., None, None] * self.frequencies(positions_BS.device)
+        dtype, factor = torch.promote_types(dtype, torch.float32), self.attention_factor
+        cos, sin = angles.cos(), angles.sin()
+        if factor != 1:
+            cos, sin = cos * factor, sin * factor
+        return cos.to(dtype), sin.to(dtype)
+
+
+def unscaled_frequencies(rotary_size: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2d / rotary_size) for d below rotary_size / 2, fp64."""
+    exponents = torch.arange(0, rotary_size, 2, dtype=torch.float64, device=device)
+    return theta ** (-exponents / rotary_size)
 
 
 def rotate(x_SBHD: Tensor, cos_SB1d: Tensor, sin_SB1d: Tensor) -> Tensor:

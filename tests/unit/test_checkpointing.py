@@ -166,6 +166,28 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_flags_that_differ(conte
     assert str(path / "config.json") in str(caught.value)
 
 
+ROPE = ["--use-rotary-position-embeddings"]
+SCALED = [*ROPE, "--rotary-position-embeddings-theta", "5e6", "--rope-scaling-type", "linear"]
+SCALED += ["--rope-scaling-factor", "4"]
+
+
+def test_another_rope_is_refused_unless_it_is_to_be_changed(context: Context, tmp_path: Path) -> None:
+    path = save(context, tmp_path, STATE, *ROPE)
+    with pytest.raises(CheckpointError, match=r"theta is 10000.0 .* 5000000.0 .*; add --change-rope to train it on"):
+        check_checkpoint(path, config(*SCALED, "--finetune"), 1, PADDED_VOCAB_SIZE)
+    check_checkpoint(path, config(*SCALED, "--change-rope"), 1, PADDED_VOCAB_SIZE)
+    check_checkpoint(path, config(*ROPE, "--change-rope"), 1, PADDED_VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("change", [[], ["--change-rope"]])
+def test_changing_rope_excuses_no_other_difference(context: Context, tmp_path: Path, change: list[str]) -> None:
+    path = save(context, tmp_path, STATE, *ROPE)
+    with pytest.raises(CheckpointError, match=r"--swiglu is False .*; pass the flags it was trained with"):
+        check_checkpoint(path, config(*SCALED, *change, "--swiglu"), 1, PADDED_VOCAB_SIZE)
+    with pytest.raises(CheckpointError, match=r"--use-rotary-position-embeddings is True"):
+        check_checkpoint(path, config(*change), 1, PADDED_VOCAB_SIZE)
+
+
 @pytest.mark.parametrize(
     ("flags", "num_ranks", "expected"),
     [

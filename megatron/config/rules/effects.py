@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron.config.config import Config
-from megatron.config.rules.common import Rule, Run, flag, given_flags, shown
+from megatron.config.model import ROPE_SCALING_PARAMETERS
+from megatron.config.rules.common import Rule, Run, flag, given_flags, listed, shown
 
 TOKENIZER_FILES = {
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
@@ -60,7 +61,7 @@ EFFECTS = (
         "add --ds-sequence-parallel-fpdt-offloading",
     ),
     Effect(
-        ("rotary_percent", "rotary_position_embeddings_theta"),
+        ("rotary_percent", "rotary_position_embeddings_theta", "rope_scaling_type"),
         lambda config: config.model.use_rotary_position_embeddings,
         "without --use-rotary-position-embeddings",
         "add --use-rotary-position-embeddings",
@@ -113,7 +114,7 @@ EFFECTS = (
     ),
     Effect(("save_interval",), lambda config: config.checkpoint.save is not None, "without --save", "add --save"),
     Effect(
-        ("finetune", "no_load_optim", "no_load_rng"),
+        ("finetune", "change_rope", "no_load_optim", "no_load_rng"),
         lambda config: config.checkpoint.load is not None,
         "without --load",
         "add --load",
@@ -165,4 +166,21 @@ def tokenizer_files_fit_its_type(run: Run) -> str | None:
     )
 
 
-EFFECT_RULES: tuple[Rule, ...] = (*(partial(has_effect, effect) for effect in EFFECTS), tokenizer_files_fit_its_type)
+def rope_scaling_uses_its_parameters(run: Run) -> str | None:
+    kind = run.config.model.rope_scaling_type
+    known = dict.fromkeys(name for names in ROPE_SCALING_PARAMETERS.values() for name in names)
+    idle = given_flags(run.config, [name for name in known if name not in ROPE_SCALING_PARAMETERS[kind]])
+    if not idle:
+        return None
+    kinds = [kind for kind, names in ROPE_SCALING_PARAMETERS.items() if idle[0] in names]
+    return (
+        f"{shown(run.config, idle[0])} has no effect with --rope-scaling-type {kind}; use --rope-scaling-type "
+        f"{listed(kinds)}, or remove {flag(idle[0])}"
+    )
+
+
+EFFECT_RULES: tuple[Rule, ...] = (
+    *(partial(has_effect, effect) for effect in EFFECTS),
+    tokenizer_files_fit_its_type,
+    rope_scaling_uses_its_parameters,
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron.config.rules.common import Rule, Run, divisors, given_flags, listed, nearest_multiples, shown
+from megatron.config.model import ROPE_SCALING_PARAMETERS
+from megatron.config.rules.common import Rule, Run, divisors, flag, given_flags, listed, nearest_multiples, shown
 
 GPU_BACKENDS = ("torch-flash", "cudnn", "flash-2", "flash-attn-2", "flash-attn-3", "flash-attn-4")
 
@@ -58,6 +59,52 @@ def _percent_for(width: int, kv_channels: int) -> str:
         if int(kv_channels * float(text)) == width and float(text) <= 1:
             return text
     return repr(width / kv_channels)
+
+
+def rope_scaling_has_what_it_needs(run: Run) -> str | None:
+    model, kind = run.config.model, run.config.model.rope_scaling_type
+    needed = ("rope_scaling_factor", "rope_scaling_original_max_position_embeddings")
+    missing = [name for name in needed if name in ROPE_SCALING_PARAMETERS[kind] and getattr(model, name) is None]
+    if missing:
+        flags = listed([flag(name) for name in missing], "and")
+        return f"--rope-scaling-type {kind} needs {flags}, which say by how much and from which context; add {flags}"
+    if kind == "dynamic" and int(model.kv_channels * model.rotary_percent) < 4:
+        return (
+            "--rope-scaling-type dynamic needs at least 4 rotated dimensions in each head, and there are 2; raise "
+            "--kv-channels or --rotary-percent, or use another type"
+        )
+    return None
+
+
+def rope_scaling_borders_are_in_order(run: Run) -> str | None:
+    borders = {
+        "yarn": ("rope_scaling_beta_fast", "rope_scaling_beta_slow"),
+        "llama3": ("rope_scaling_high_freq_factor", "rope_scaling_low_freq_factor"),
+    }
+    model = run.config.model
+    fast, slow = borders.get(model.rope_scaling_type, ("", ""))
+    if not fast or getattr(model, fast) > getattr(model, slow):
+        return None
+    return (
+        f"{shown(run.config, fast)} must be above {shown(run.config, slow)}; raise {flag(fast)} or lower {flag(slow)}"
+    )
+
+
+def yarn_has_one_attention_factor(run: Run) -> str | None:
+    model = run.config.model
+    mscales = ("rope_scaling_mscale", "rope_scaling_mscale_all_dim")
+    given = [name for name in mscales if getattr(model, name) is not None]
+    if not given:
+        return None
+    if len(given) == 1:
+        (other,) = set(mscales) - set(given)
+        return f"{shown(run.config, given[0])} has no effect alone; add {flag(other)}, or remove {flag(given[0])}"
+    if model.rope_scaling_attention_factor is not None:
+        return (
+            f"{shown(run.config, 'rope_scaling_attention_factor')} and {flag(given[0])} both say how attention is "
+            "scaled; keep one of them"
+        )
+    return None
 
 
 def sequence_fits_positions(run: Run) -> str | None:
@@ -126,6 +173,9 @@ MODEL_RULES: tuple[Rule, ...] = (
     heads_divide_hidden_size,
     key_value_heads_divide_heads,
     rotary_width_is_even,
+    rope_scaling_has_what_it_needs,
+    rope_scaling_borders_are_in_order,
+    yarn_has_one_attention_factor,
     sequence_fits_positions,
     one_number_format,
     device_computes_in_fp16,

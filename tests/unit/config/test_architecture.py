@@ -1,6 +1,6 @@
 """What two models must share."""
 
-from megatron.config import architecture_fields, describe_difference
+from megatron.config import architecture_fields, describe_difference, with_rope_of
 from tests.unit.config.commands import parsed
 
 
@@ -30,6 +30,30 @@ def test_rotary_settings_matter_only_with_rotary_positions():
     assert "rotary_percent" not in architecture_fields(parsed().model)
     message = difference("--use-rotary-position-embeddings --rotary-percent 0.5", "--use-rotary-position-embeddings")
     assert message == "--rotary-percent is 0.5 in the checkpoint and 1.0 in the flags"
+
+
+def test_the_parameters_of_a_rope_scaling_matter_where_it_uses_them():
+    rope = "--use-rotary-position-embeddings"
+    linear = f"{rope} --rope-scaling-type linear --rope-scaling-factor"
+    assert "rope_scaling_factor" not in architecture_fields(parsed(rope).model)
+    assert difference(f"{linear} 2", f"{linear} 4") == (
+        "--rope-scaling-factor is 2.0 in the checkpoint and 4.0 in the flags"
+    )
+    assert difference(f"{linear} 2", rope) == (
+        "--rope-scaling-type is linear in the checkpoint and none in the flags; "
+        "--rope-scaling-factor is 2.0 in the checkpoint and absent in the flags"
+    )
+
+
+def test_theta_and_scaling_alone_come_from_the_other_model():
+    own = "--use-rotary-position-embeddings --rotary-position-embeddings-theta 5e6 --rope-scaling-type linear"
+    model = parsed(f"{own} --rope-scaling-factor 4 --swiglu").model
+    taken = with_rope_of(model, parsed("--use-rotary-position-embeddings --rotary-percent 0.5").model)
+    assert describe_difference(architecture_fields(taken), architecture_fields(model)) == (
+        "--ffn-hidden-size is 256 in the checkpoint and 128 in the flags; "
+        "--rotary-percent is 0.5 in the checkpoint and 1.0 in the flags; "
+        "--swiglu is False in the checkpoint and True in the flags"
+    )
 
 
 def test_a_value_that_one_side_lacks_is_absent():

@@ -12,6 +12,9 @@ from megatron.config.rules.ranges import RANGES
 from tests.unit.config.commands import DATA, GPT, complaint
 
 ROPE = "--use-rotary-position-embeddings"
+YARN, FACTOR = "--rope-scaling-type yarn", "--rope-scaling-factor"
+FROM_8K = "--rope-scaling-original-max-position-embeddings 8192"
+MSCALES = "--rope-scaling-mscale 1 --rope-scaling-mscale-all-dim 0.8"
 SP, FPDT = "--ds-sequence-parallel-size", "--ds-sequence-parallel-fpdt"
 CHUNK = "--ds-sequence-parallel-fpdt-chunk-size"
 
@@ -36,6 +39,34 @@ CASES = [
         "--attention-dropout 0.1 --attention-backend reference",
         1,
         "must be 0 where --attention-backend (reference) is forced",
+    ),
+    (f"{ROPE} {YARN}", 1, "yarn needs --rope-scaling-factor and --rope-scaling-original-max-position-embeddings,"),
+    (f"{ROPE} --rope-scaling-type linear", 1, "--rope-scaling-type linear needs --rope-scaling-factor,"),
+    (f"{ROPE} {YARN} {FROM_8K} {FACTOR} 0.5", 1, "--rope-scaling-factor (0.5) must be at least 1"),
+    (
+        f"{ROPE} --rope-scaling-type dynamic {FACTOR} 2 {FROM_8K} --kv-channels 2",
+        1,
+        "dynamic needs at least 4 rotated dimensions in each head",
+    ),
+    (
+        f"{ROPE} --rope-scaling-type llama3 {FACTOR} 8 {FROM_8K} --rope-scaling-low-freq-factor 4",
+        1,
+        "--rope-scaling-high-freq-factor (4) must be above --rope-scaling-low-freq-factor (4); raise",
+    ),
+    (
+        f"{ROPE} {YARN} {FACTOR} 8 {FROM_8K} --rope-scaling-beta-slow 33",
+        1,
+        "--rope-scaling-beta-fast (32) must be above --rope-scaling-beta-slow (33); raise",
+    ),
+    (
+        f"{ROPE} {YARN} {FACTOR} 8 {FROM_8K} --rope-scaling-mscale 1",
+        1,
+        "--rope-scaling-mscale (1) has no effect alone; add --rope-scaling-mscale-all-dim, or remove",
+    ),
+    (
+        f"{ROPE} {YARN} {FACTOR} 8 {FROM_8K} {MSCALES} --rope-scaling-attention-factor 1",
+        1,
+        "--rope-scaling-attention-factor (1) and --rope-scaling-mscale both say how attention is scaled",
     ),
     # ranks, chunks, batch
     (
@@ -85,6 +116,23 @@ CASES = [
     ("--rotary-position-embeddings-theta 500000", 1, "has no effect without --use-rotary-position-embeddings"),
     ("--openai-gelu --swiglu", 1, "--openai-gelu has no effect with --swiglu"),
     ("--add-qkv-bias", 1, "--add-qkv-bias has no effect without --disable-bias-linear"),
+    (f"{YARN} {FACTOR} 8 {FROM_8K}", 1, "--rope-scaling-type (yarn) has no effect without --use-rotary-position-emb"),
+    (
+        f"{ROPE} {FACTOR} 8",
+        1,
+        "--rope-scaling-factor (8) has no effect with --rope-scaling-type none; use --rope-scaling-type linear,",
+    ),
+    (
+        f"{ROPE} --rope-scaling-type linear {FACTOR} 8 {FROM_8K}",
+        1,
+        "(8192) has no effect with --rope-scaling-type linear",
+    ),
+    (
+        f"{ROPE} {YARN} {FACTOR} 8 {FROM_8K} --rope-scaling-low-freq-factor 1",
+        1,
+        "with --rope-scaling-type yarn; use --rope-scaling-type llama3, or remove --rope-scaling-low-freq-factor",
+    ),
+    ("--change-rope", 1, "--change-rope has no effect without --load"),
     ("--checkpoint-in-cpu", 1, "has no effect without --deepspeed-activation-checkpointing"),
     (f"--checkpoint-in-cpu {FPDT}", 1, "with FPDT unless --ds-sequence-parallel-fpdt-offloading"),
     ("--loss-scale 128", 1, "--loss-scale (128) has no effect without --fp16; add --fp16, or remove --loss-scale"),
@@ -131,6 +179,11 @@ def test_a_broken_rule_is_told_in_one_line(flags, world_size, message):
 
 
 FINE = [
+    (f"{ROPE} --rope-scaling-type linear {FACTOR} 8", 1),
+    (f"{ROPE} --rope-scaling-type dynamic {FACTOR} 8 {FROM_8K}", 1),
+    (f"{ROPE} --rope-scaling-type llama3 {FACTOR} 8 {FROM_8K} --rope-scaling-high-freq-factor 2", 1),
+    (f"{ROPE} {YARN} {FACTOR} 8 {FROM_8K} {MSCALES} --rope-scaling-beta-fast 16", 1),
+    (f"{ROPE} {YARN} {FACTOR} 8 {FROM_8K} --rope-scaling-attention-factor 1", 1),
     ("", 1),
     (f"{SP} 2 --num-key-value-heads 1", 4),
     (f"{FPDT} {CHUNK} 384 {FPDT}-offloading {SP} 8 --checkpoint-in-cpu --hidden-dropout 0.1", 8),

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron.model.initialization import Initializer
-from megatron.model.layers import MLP, Linear, SelfAttention, build_norm, rotary_size
+from megatron.model.layers import MLP, Linear, SelfAttention, build_norm
+from megatron.model.rotary import rotary_size
 from tests.unit.model.small_model import small_config
 
 

@@ -14,6 +14,7 @@ from tests.unit.model.small_model import (
     ON_DEVICE,
     PLAIN,
     VOCAB,
+    assert_same_gradients,
     loss_and_gradients,
     small_config,
     small_gpt_config,
@@ -99,6 +100,30 @@ def test_head_width_rotary_share_and_epsilon_reach_the_arithmetic(execution, con
     torch.testing.assert_close(loss / mask.sum(), want.loss, rtol=1e-13, atol=0)
     got = {name: gradient / mask.sum().double() for name, gradient in gradients.items()}
     assert_gradients_equal(config, got, want.gradients, 1e-11)
+
+
+@EXECUTIONS
+def test_linear_scaling_of_rope_divides_the_positions(execution):
+    scaled = small_config(rope_scaling_type="linear", rope_scaling_factor=4.0)
+    tokens, labels, mask, positions = small_inputs(scaled)
+    loss, gradients = loss_and_gradients(small_model(scaled, execution), (tokens, labels, mask, 4 * positions))
+    plain_loss, plain = loss_and_gradients(small_model(small_config(), execution), (tokens, labels, mask, positions))
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-13, atol=0)
+    assert_same_gradients(gradients, plain, 1e-11)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "llama3"])
+def test_scaled_rope_is_the_same_in_chunks_and_another_than_without_scaling(kind):
+    config = small_config(
+        rope_scaling_type=kind, rope_scaling_factor=4.0, rope_scaling_original_max_position_embeddings=10
+    )
+    inputs = small_inputs(config)
+    loss, gradients = loss_and_gradients(small_model(config, PLAIN), inputs)
+    streamed_loss, streamed = loss_and_gradients(small_model(config, OFFLOADED), inputs)
+    torch.testing.assert_close(streamed_loss, loss, rtol=1e-13, atol=0)
+    assert_same_gradients(streamed, gradients, 1e-11)
+    without, _ = loss_and_gradients(small_model(small_config(), PLAIN), inputs)
+    assert not torch.allclose(loss, without, rtol=1e-5)
 
 
 @EXECUTIONS
