@@ -1,5 +1,7 @@
 """Every launch script trains, evaluates and saves at the tiny scale, through the deepspeed launcher."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,27 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[
     folder = tmp_path_factory.mktemp("pretrained")
     training = launch("ds_pretrain_llama_8B_fpdt_2m", folder, corpus, OUTPUT="out", LR="3e-3", TRAIN_TOKENS="20000")
     return folder / "out/checkpoints", list(training.validation_losses.values())[-1]
+
+
+def test_a_context_is_extended_in_stages(tmp_path: Path, corpus: Path, pretrained: tuple[Path, float]) -> None:
+    checkpoints, _ = pretrained
+    script = REPOSITORY / "examples_deepspeed/context_extension/extend_llama_8B_to_1m.sh"
+    settings = {
+        "MODEL_SCALE": "tiny", "DATA_PATH": str(corpus), "TOKENIZER_TYPE": "NullTokenizer", "LOAD": str(checkpoints),
+        "VOCAB_SIZE": str(VOCAB_SIZE), "MASTER_PORT": str(free_port()), "OUTPUT": "out", "LR": "3e-3",
+        "SEQ_LEN_128K": "1200", "SEQ_LEN_1M": "2400", "CHUNK_SIZE": "500", "ROPE_SCALING_1M": "yarn",
+    }  # fmt: skip
+    run(str(script), tmp_path, **settings)
+    stages = [tmp_path / "out" / stage / "checkpoints" for stage in ("128k", "1m")]
+    first, second = (json.loads((stage / "global_step4/config.json").read_text())["model"] for stage in stages)
+    assert (first["seq_length"], second["seq_length"]) == (1200, 2400)
+    assert first["rotary_position_embeddings_theta"] == 8_400_000
+    assert (second["rope_scaling_type"], second["rope_scaling_factor"]) == ("yarn", 5)
+    last = read_log((tmp_path / "out/1m/train.log").read_text())
+    assert list(last.losses) == [1, 2, 3, 4]
+    assert last.losses[1] < 0.9 * math.log(VOCAB_SIZE)  # what a model knows that has not forgotten everything
+    run(str(script), tmp_path, **settings)  # both stages are at their end
+    assert [(stage / "latest").read_text() for stage in stages] == ["global_step4"] * 2
 
 
 @pytest.mark.parametrize("name", CONTINUED)

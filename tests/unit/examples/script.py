@@ -33,19 +33,26 @@ def run_script(script: Path, *arguments: str, num_gpus_found: int = 4, bin_folde
     Raises:
         subprocess.CalledProcessError: the script refused; its `stderr` says why.
     """
+    finished = run_program(script, *arguments, num_gpus_found=num_gpus_found, bin_folder=bin_folder, **variables)
+    words = shlex.split(finished.stdout)
+    program = words.index(str(REPOSITORY / "pretrain_gpt.py"))
+    return Command(words[:program], words[program + 1 :], finished.stderr)
+
+
+def run_program(
+    script: Path, *arguments: str, num_gpus_found: int = 4, bin_folder: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Start a script for a dry run. CalledProcessError if it refuses."""
     write_nvidia_smi(bin_folder, num_gpus_found)
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment["PATH"] = f"{bin_folder}:{environment['PATH']}"
-    finished = subprocess.run(
+    return subprocess.run(
         [str(script), *arguments],
         env={**environment, "DRY_RUN": "1", **variables},
         capture_output=True,
         text=True,
         check=True,
     )
-    words = shlex.split(finished.stdout)
-    program = words.index(str(REPOSITORY / "pretrain_gpt.py"))
-    return Command(words[:program], words[program + 1 :], finished.stderr)
 
 
 def write_nvidia_smi(folder: Path, num_gpus: int) -> None:

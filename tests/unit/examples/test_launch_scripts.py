@@ -9,9 +9,10 @@ import pytest
 
 from megatron.arguments import parse_args
 from megatron.config.checks import validate
-from tests.unit.examples.script import PATHS, SCRIPTS, Command, run_script
+from tests.unit.examples.script import EXAMPLES, PATHS, SCRIPTS, Command, run_script
 
 BY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+ON_ALL_GPUS = EXAMPLES / "sequence_parallel/ds_pretrain_llama_8B_fpdt_2m.sh"
 SENTENCE_PIECE = {"TOKENIZER_TYPE": "SentencePieceTokenizer", "TOKENIZER_MODEL": "tokenizer.model"}
 
 
@@ -105,7 +106,7 @@ def test_weights_are_taken_from_elsewhere_until_the_run_has_saved_its_own(tmp_pa
 
 
 def test_the_machines_of_a_hostfile_are_counted(tmp_path: Path) -> None:
-    script = SCRIPTS[0]
+    script = ON_ALL_GPUS
     hosts = tmp_path / "hostfile"
     hosts.write_text("# two machines\nworker-1 slots=8\nworker-2 slots=8 # as well\n\nworker-3 slots=4\n")
 
@@ -124,14 +125,16 @@ def test_the_machines_of_a_hostfile_are_counted(tmp_path: Path) -> None:
 def test_a_hostfile_of_one_machine_needs_no_ssh(tmp_path: Path) -> None:
     hosts = tmp_path / "hostfile"
     hosts.write_text("localhost slots=4\n")
-    assert "--hostfile" not in run_script(SCRIPTS[0], bin_folder=tmp_path, HOSTFILE=str(hosts), **PATHS).launcher
+    assert "--hostfile" not in run_script(ON_ALL_GPUS, bin_folder=tmp_path, HOSTFILE=str(hosts), **PATHS).launcher
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.stem)
 def test_a_dry_run_prints_the_plan_of_its_flags(tmp_path: Path, script: Path) -> None:
     machine = {"PLAN_GPU": "H100", "PLAN_HOST_MEMORY": "1900", "PYTHON": sys.executable}
-    plan = run_script(script, bin_folder=tmp_path, num_gpus_found=8, **PATHS, **machine).plan
-    execution = "chunk 65,536" if "fpdt" in script.stem else "activations recomputed from the host"
+    command = run_script(script, bin_folder=tmp_path, num_gpus_found=8, **PATHS, **machine)
+    plan, execution = command.plan, "activations recomputed from the host"
+    if "fpdt" in script.stem:
+        execution = f"chunk {int(command.value('--ds-sequence-parallel-fpdt-chunk-size')):,}"
     assert f"on 8 H100, {FULL_LENGTHS[script.stem]:,} tokens, {execution}" in plan
     assert "GPU memory" in plan
     assert ("it does not fit the GPU" if "70B" in script.stem else "it fits") in plan
@@ -144,6 +147,8 @@ def test_a_dry_run_on_an_unknown_gpu_says_how_to_get_a_plan(tmp_path: Path) -> N
 
 FULL_LENGTHS = {
     "ds_continue_llama_8B_fpdt_512k": 524_288,
+    "ds_extend_llama_8B_fpdt_128k": 131_072,
+    "ds_extend_llama_8B_fpdt_1m": 1_048_576,
     "ds_finetune_llama_8B_fpdt_128k": 131_072,
     "ds_pretrain_gpt_1.3B_ulysses_32k": 32_768,
     "ds_pretrain_gpt_6.7B_fpdt_256k": 262_144,

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Extend the context of a LLaMA of 8B parameters from 131,072 to 1,048,576 tokens with FPDT. LOAD names the checkpoints
+# of the stage before.
+#
+#   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=runs/llama_8B_extended_128k/checkpoints \
+#     examples_deepspeed/context_extension/ds_extend_llama_8B_fpdt_1m.sh
+#
+#   DRY_RUN=1          print the command and its plan, and stop
+#   MODEL_SCALE=tiny   the same with a tiny model: on one or two GPUs, or two processes on the CPU in fp32
+#
+# Edit the values below, or set the variable of the same name in capitals: SEQ_LEN=1048576 ROPE_SCALING=yarn ...
+set -euo pipefail
+# shellcheck source=examples_deepspeed/context_extension/stage.sh
+. "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
+
+# --- main configuration; stage.sh and sequence_parallel/common.sh have more -------------------------------------------
+seq_len=${SEQ_LEN:-1048576}
+tiny_seq_len=4096
+chunk_size=${CHUNK_SIZE:-65536}
+gpus_per_sequence=8 # at most, unless SEQUENCE_PARALLEL says how many; the others train on further sequences
+stretched_theta=69000000 # theta of RoPE unless ROPE_SCALING or ROTARY_THETA is set
+train_tokens=${TRAIN_TOKENS:-5e8}
+warmup_tokens=${WARMUP_TOKENS:-1e7}
+lr=${LR:-1e-5}
+min_lr=${MIN_LR:-1e-6}
+output=${OUTPUT:-runs/llama_8B_extended_1m} # checkpoints, log, TensorBoard; a run that is started again goes on from here
+
+prepare_stage
+launch "$@"

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Extend the context of a LLaMA of 8B parameters from 8,192 to 1,048,576 tokens, in stages: each begins with the weights
+# of the one before, the first with those of LOAD. Started again, it goes on where it was.
+#
+#   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=llama/checkpoint \
+#     examples_deepspeed/context_extension/extend_llama_8B_to_1m.sh
+#
+#   DRY_RUN=1, MODEL_SCALE=tiny   as for each stage
+#
+# A variable holds for all stages; with a stage's name behind it, for that one: DATA_PATH_1M=data/books LR_128K=1e-5
+set -euo pipefail
+folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+stages=(128k 1m)
+output=${OUTPUT:-runs/llama_8B_extended}
+load=${LOAD:-}
+
+for stage in "${stages[@]}"; do
+  settings=()
+  for variable in $(compgen -e | grep "_${stage^^}\$" || true); do
+    settings+=("${variable%"_${stage^^}"}=${!variable}")
+  done
+  env LOAD="$load" OUTPUT="$output/$stage" "${settings[@]}" "$folder/ds_extend_llama_8B_fpdt_$stage.sh" "$@"
+  load=$output/$stage/checkpoints
+done
