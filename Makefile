@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 SCRIPTS := $(wildcard tools/*.sh examples_deepspeed/*/*.sh .ci/run)
 
-.PHONY: help quickstart venv venv-dev test test-gpu test-slow grid lint format clean
+.PHONY: help quickstart venv venv-dev test test-gpu test-slow kill-test grid lint format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -41,6 +41,9 @@ test-gpu: $(INSTALLED_DEV)  ## Run the tests that need a GPU
 
 test-slow: $(INSTALLED_DEV)  ## Run the tests that take minutes
 	$(PYTEST) -m "slow and not gpu"
+
+kill-test: $(INSTALLED_DEV)  ## Kill 50 runs at random moments and compare what they go on to
+	$(PYTEST) -rP tests/integration/test_kills.py
 
 grid: $(INSTALLED_DEV)  ## Run the whole exactness grid
 	$(PYTEST) -m grid

@@ -34,7 +34,7 @@ def check_inputs(config: Config, world_size: int) -> int:
         for prefix in parse_data_paths(paths)[0] if paths else ():
             check_vocabulary(IndexedDataset(prefix), tokenizer.vocab_size)
     padded_vocab_size = pad_vocab_size(tokenizer.vocab_size, model.make_vocab_size_divisible_by)
-    checkpoint = find_checkpoint(config.checkpoint.load)
+    checkpoint = find_checkpoint(config.checkpoint)
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
     for flag, folder in (("--save", config.checkpoint.save), ("--tensorboard-dir", config.logging.tensorboard_dir)):

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.batch import Batch, BatchProvider
-from megatron.checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
+from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint
 from megatron.config import Config, accumulation_steps, deepspeed_config, global_batch_size
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.samplers import BatchSampler
@@ -82,6 +83,9 @@ def pretrain(
     """Train from the newest checkpoint, or from the start, to the end that the configuration sets."""
     for note in config.notes:
         context.log.info("note: %s", note)
+    checkpoint = choose_checkpoint(config.checkpoint, context)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, config, context.parallel_state.world_size, padded_vocab_size)
     lengths = Lengths.of(config, context.parallel_state.world_size)
     datasets = provide_datasets(lengths.num_samples(config))
     for part, data in zip(("validation", "test"), datasets[1:], strict=True):
@@ -104,7 +108,6 @@ def pretrain(
     stream: Stream = execution.stream
     stream.whole_parameters = engine.whole_parameters
     state = TrainState()
-    checkpoint = find_checkpoint(config.checkpoint.load)
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, engine, context, config)
         context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
@@ -124,7 +127,7 @@ def pretrain(
             reporter,
             progress,
             state,
-            padded_vocab_size,
+            Saver(engine, context, config, padded_vocab_size),
         )
         run.run()
     finally:
@@ -146,9 +149,9 @@ class Training:
         reporter: Reporter,
         progress: StepProgress,
         state: TrainState,
-        padded_vocab_size: int,
+        saver: Saver,
     ) -> None:
-        self._padded_vocab_size = padded_vocab_size
+        self._saver = saver
         self._config, self._context, self._lengths = config, context, lengths
         self._stream = stream
         self._engine, self._reporter, self._progress, self.state = engine, reporter, progress, state
@@ -257,7 +260,7 @@ class Training:
         """Save, where a folder is given and this iteration is not saved already."""
         if self._config.checkpoint.save is None or self._saved_iteration == self.state.iteration:
             return
-        path = save_checkpoint(self._engine, self._context, self._config, self.state, self._padded_vocab_size)
+        path = self._saver.save(Path(self._config.checkpoint.save), self.state)
         self._saved_iteration = self.state.iteration
         self._context.log.info("saved %s", path)
         self._reporter.restart_clock()

@@ -16,6 +16,18 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Iterations between checkpoints. Default: at the end only."""
 
+    keep_last_n_checkpoints: int | None = None
+    """How many checkpoints to keep; older ones are deleted once a new one is complete. Default: all."""
+
+    ckpt_step: int | None = None
+    """Iteration of the checkpoint to load. Default: the newest that is whole."""
+
+    no_verify_checkpoint: bool = False
+    """Compare only the sizes of a checkpoint's files with its manifest before loading it, not their hashes."""
+
+    allow_unverified_checkpoint: bool = False
+    """Load a checkpoint that has no manifest. Loading unpickles it, which can execute code: only if you trust it."""
+
     finetune: bool = False
     """Load the weights alone: no optimizer, no random state, iteration 0."""
 

@@ -22,12 +22,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from megatron.config import OptimizerConfig
 from megatron.engine.adam import build_adam
+from megatron.engine.durable_writer import DurableWriter
 
 _WHOLE = (None, ZeroParamStatus.AVAILABLE)
 
@@ -136,9 +138,29 @@ class Engine:
             for parameter, shard in zip(partitioned, shards, strict=True):
                 parameter.data = shard
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write weights and optimizer states to folder/tag. Collective over all ranks."""
+    def save(self, folder: Path, tag: str) -> list[Path]:
+        """Write weights and optimizer states to folder/tag, which is there. Collective over all ranks.
+
+        Returns what this rank wrote, which is on the disk. Its first error is raised after all ranks are through.
+        """
+        writer = DurableWriter(self._engine.checkpoint_engine.zipfile_serialization)
+        self._engine.checkpoint_engine = writer
+        self._engine._copy_recovery_script = lambda _: writer.attempt(lambda: self._copy_scripts(folder / tag, writer))
         self._engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
+        writer.attempt(lambda: self._add_offloaded_files(folder / tag, writer))
+        return writer.finish()
+
+    def _copy_scripts(self, checkpoint: Path, writer: DurableWriter) -> None:
+        """Put DeepSpeed's scripts that gather the weights where they become visible together with them."""
+        DeepSpeedEngine._copy_recovery_script(self._engine, str(checkpoint))
+        for script in checkpoint.glob("zero_to_*.py"):
+            writer.add(script)
+
+    def _add_offloaded_files(self, checkpoint: Path, writer: DurableWriter) -> None:
+        """Of optimizer states on an NVMe disk DeepSpeed copies this rank's files itself."""
+        for path in (checkpoint / "offloaded_tensors" / f"rank{dist.get_rank():02d}").rglob("*"):
+            if path.is_file():
+                writer.add(path)
 
     def load(self, folder: Path, tag: str, with_optimizer: bool) -> None:
         """Read weights, and optimizer states if asked. Collective over all ranks. ValueError if nothing is found."""

@@ -64,6 +64,10 @@ PASSED_KEYS = frozenset(
         "zero_optimization",
     }
 )
+UNSAFE_CHECKPOINT_KEYS = {
+    "use_node_local_storage": "a checkpoint is complete only in a folder that all machines share",
+    "writer": "a checkpoint appears when every file is on the disk, and DeepSpeed's other writers do not wait for that",
+}
 OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 
 
@@ -169,6 +173,13 @@ def cpu_optimizer_agrees_with_json(run: Run) -> str | None:
     )
 
 
+def checkpoints_are_written_here(run: Run) -> str | None:
+    for key, why in UNSAFE_CHECKPOINT_KEYS.items():
+        if lookup(run.config.deepspeed_json, ("checkpoint", key)):
+            return f'"checkpoint.{key}" in {_file(run)} cannot be honoured: {why}; remove it'
+    return None
+
+
 def _file(run: Run) -> str:
     return run.config.deepspeed.deepspeed_config or "the DeepSpeed JSON"
 
@@ -180,4 +191,5 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     json_leaves_nothing_automatic,
     offload_has_its_zero_stage,
     cpu_optimizer_agrees_with_json,
+    checkpoints_are_written_here,
 )

@@ -112,9 +112,17 @@ EFFECTS = (
     Effect(
         ("lr_warmup_init",), _has_warmup, "without a warm-up", "add --lr-warmup-iters, -samples, -tokens or -fraction"
     ),
-    Effect(("save_interval",), lambda config: config.checkpoint.save is not None, "without --save", "add --save"),
     Effect(
-        ("finetune", "change_rope", "no_load_optim", "no_load_rng"),
+        ("save_interval", "keep_last_n_checkpoints"),
+        lambda config: config.checkpoint.save is not None,
+        "without --save",
+        "add --save",
+    ),
+    Effect(
+        (
+            *("finetune", "change_rope", "no_load_optim", "no_load_rng"),
+            *("ckpt_step", "no_verify_checkpoint", "allow_unverified_checkpoint"),
+        ),
         lambda config: config.checkpoint.load is not None,
         "without --load",
         "add --load",

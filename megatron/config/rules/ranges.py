@@ -102,6 +102,8 @@ RANGES = {
     "exit_interval": COUNT,
     "exit_duration_in_mins": COUNT,
     "save_interval": COUNT,
+    "keep_last_n_checkpoints": COUNT,
+    "ckpt_step": COUNT,
     "vocab_size": COUNT,
     "log_interval": COUNT,
     "heartbeat_seconds": Range(0, low_open=True, example="60"),

@@ -1,0 +1,27 @@
+"""Checkpoints that appear only when they are complete, and are loaded only when they are what was written.
+
+DIR/latest                          name of the newest complete checkpoint, written last
+DIR/global_stepN/manifest.json      size and hash of every other file; nothing is added after it
+DIR/global_stepN/*.pt               weights and optimizer states, DeepSpeed's
+DIR/global_stepN/random_RANK.pt     random state of a rank
+DIR/global_stepN/config.json        the configuration that wrote it
+DIR/global_stepN/layout.json        what DeepSpeed's files depend on besides the architecture
+DIR/global_stepN/train_state.json   counters and the position in the data
+DIR/global_stepN.HEX.tmp            a checkpoint being written; left over where a save was killed
+DIR/global_stepN.HEX.old            a checkpoint being deleted or replaced
+"""
+
+from megatron.checkpointing.choice import choose_checkpoint, find_checkpoint
+from megatron.checkpointing.compatibility import check_checkpoint
+from megatron.checkpointing.errors import CheckpointError
+from megatron.checkpointing.loading import load_checkpoint
+from megatron.checkpointing.saving import Saver
+
+__all__ = [
+    "CheckpointError",
+    "Saver",
+    "check_checkpoint",
+    "choose_checkpoint",
+    "find_checkpoint",
+    "load_checkpoint",
+]

@@ -1,0 +1,61 @@
+"""Whether this run can load a checkpoint: the same model, and partitions that DeepSpeed can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.checkpointing.errors import CheckpointError
+from megatron.checkpointing.files import read_json
+from megatron.config import Config, architecture_fields, describe_difference, with_rope_of, zero_stage_run
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What DeepSpeed's files depend on besides the architecture."""
+
+    num_ranks: int
+    zero_stage: int
+    number_format: str
+    padded_vocab_size: int
+
+    @classmethod
+    def of(cls, config: Config, num_ranks: int, padded_vocab_size: int) -> Layout:
+        """The layout that a run writes and can read."""
+        precision = config.precision
+        number_format = "--bf16" if precision.bf16 else "--fp16" if precision.fp16 else "fp32"
+        return cls(num_ranks, zero_stage_run(config), number_format, padded_vocab_size)
+
+    @property
+    def partitioning(self) -> str:
+        """What optimizer states depend on, and weights too at stage 3."""
+        return f"{self.num_ranks} ranks, --zero-stage {self.zero_stage}, {self.number_format}"
+
+
+def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_size: int) -> None:
+    """Raise CheckpointError unless this run can load the checkpoint. Reads no tensor."""
+    saved, model = Config.from_dict(read_json(path / "config.json")).model, config.model
+    with_own_rope = with_rope_of(model, saved)
+    if config.checkpoint.change_rope:
+        saved = with_own_rope
+    difference = describe_difference(architecture_fields(saved), architecture_fields(model))
+    if difference:
+        only_rope = architecture_fields(with_own_rope) == architecture_fields(model)
+        change = "add --change-rope to train it on with this one, " if only_rope else ""
+        raise CheckpointError(
+            f"the checkpoint {path} is of another model: {difference}; {change}pass the flags it was trained with "
+            f"(they are in {path / 'config.json'}), or point --load elsewhere."
+        )
+    written, own = Layout(**read_json(path / "layout.json")), Layout.of(config, num_ranks, padded_vocab_size)
+    if written.padded_vocab_size != own.padded_vocab_size:
+        raise CheckpointError(
+            f"the checkpoint {path} has {written.padded_vocab_size} rows in its embedding, and the tokenizer and "
+            f"--make-vocab-size-divisible-by ask for {own.padded_vocab_size}; use the tokenizer it was trained with."
+        )
+    weights_alone = config.checkpoint.finetune or config.checkpoint.no_load_optim
+    is_partitioned = not weights_alone or 3 in (written.zero_stage, own.zero_stage)
+    if is_partitioned and written.partitioning != own.partitioning:
+        raise CheckpointError(
+            f"the checkpoint {path} was written with {written.partitioning}, and this run has {own.partitioning}; "
+            "start it as it was written, or below ZeRO stage 3 take the weights alone (--finetune)."
+        )

@@ -1,0 +1,26 @@
+"""Small files: JSON written so that it is on the disk, and read with a clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpointing.errors import CheckpointError
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is on the disk when this returns."""
+    with path.open("w") as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; CheckpointError where there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); point --load at a whole checkpoint.") from error

@@ -1,0 +1,37 @@
+"""The random state of a rank, in a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from megatron.initialize import Context
+
+
+def random_state_path(checkpoint: Path, context: Context) -> Path:
+    """Where a rank's random state is."""
+    return checkpoint / f"random_{context.parallel_state.rank}.pt"
+
+
+def write_random_state(path: Path, context: Context) -> None:
+    """Write the state of this rank's generators; the file is on the disk when this returns."""
+    state = {"cpu": torch.get_rng_state()}
+    if context.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(context.device)
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def restore_random_state(path: Path, context: Context) -> None:
+    """Take the state up. A rank that the saving run did not have keeps the state it was seeded with."""
+    if not path.is_file():
+        context.log.warning("%s is not there: this rank's dropout starts from its seed", path)
+        return
+    state = torch.load(path, weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if context.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], context.device)

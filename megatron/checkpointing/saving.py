@@ -1,0 +1,113 @@
+"""Saving: a checkpoint gets its name when every file of it is on the disk, and `latest` names it after that."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
+from megatron.checkpointing.compatibility import Layout
+from megatron.checkpointing.errors import CheckpointError, first_line
+from megatron.checkpointing.files import write_json
+from megatron.checkpointing.folder import (
+    checkpoint_path,
+    delete_retired,
+    delete_unfinished,
+    keep_newest,
+    retire,
+    unfinished_path,
+    write_latest,
+)
+from megatron.checkpointing.manifest import Manifest, describe_files, size_faults, write_manifest
+from megatron.checkpointing.random_state import random_state_path, write_random_state
+from megatron.config import Config
+from megatron.data.atomic_file import flush_to_disk
+from megatron.engine.engine import Engine
+from megatron.initialize import Context
+from megatron.train_state import TrainState
+
+GIB = 2**30
+
+
+class Saver:
+    """Writes the checkpoints of one run."""
+
+    def __init__(self, engine: Engine, context: Context, config: Config, padded_vocab_size: int) -> None:
+        self._engine, self._context, self._config = engine, context, config
+        self._padded_vocab_size = padded_vocab_size
+        self._size_bytes = 0
+        """Of the checkpoint that this run wrote last."""
+
+    def save(self, folder: Path, state: TrainState) -> Path:
+        """Write a checkpoint and make it the latest. Collective over all ranks.
+
+        CheckpointError on every rank where one of them cannot: what was written is removed, and earlier checkpoints
+        and `latest` are as they were.
+        """
+        path = checkpoint_path(folder, state.iteration)
+        unfinished = on_first_rank(lambda: unfinished_path(path))
+        try:
+            on_first_rank(lambda: self._start(unfinished))
+            manifests = on_all_ranks(lambda: self._write(unfinished, state))
+            manifest = {name: entry for part in manifests for name, entry in part.items()}
+            on_first_rank(lambda: self._publish(unfinished, path, manifest))
+        except CheckpointError as error:
+            on_first_rank(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be saved: {error}; earlier ones are as they were: free the disk or "
+                f"mend the folder, and go on from them with --load {folder}."
+            ) from error
+        self._size_bytes = sum(entry.size_bytes for entry in manifest.values())
+        if self._context.is_first_rank:
+            self._delete_old_ones(folder, state.iteration)
+        return path
+
+    def _start(self, unfinished: Path) -> None:
+        folder = unfinished.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        delete_unfinished(folder)
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < self._size_bytes:
+            raise CheckpointError(
+                f"{folder} has {free_bytes / GIB:.3g} GiB free, and the last checkpoint took "
+                f"{self._size_bytes / GIB:.3g} GiB"
+            )
+        unfinished.mkdir()
+
+    def _write(self, unfinished: Path, state: TrainState) -> Manifest:
+        """Write this rank's files, and describe them when they are on the disk. Collective over all ranks."""
+        written = self._engine.save(unfinished.parent, unfinished.name)
+        random_state = random_state_path(unfinished, self._context)
+        write_random_state(random_state, self._context)
+        written.append(random_state)
+        if self._context.is_first_rank:
+            layout = Layout.of(self._config, self._context.parallel_state.world_size, self._padded_vocab_size)
+            contents = {"config": self._config.to_dict(), "layout": asdict(layout), "train_state": state.to_dict()}
+            for name, content in contents.items():
+                written.append(unfinished / f"{name}.json")
+                write_json(written[-1], content)
+        return describe_files(unfinished, written)
+
+    def _publish(self, unfinished: Path, path: Path, manifest: Manifest) -> None:
+        faults = size_faults(unfinished, manifest)
+        if faults:
+            raise CheckpointError(f"{faults[0]} for rank 0; --save must name a folder that all machines share")
+        write_manifest(unfinished, manifest)
+        for folder in {(unfinished / name).parent for name in manifest} | {unfinished}:
+            flush_to_disk(folder)
+        if path.exists():
+            retire(path)
+        os.rename(unfinished, path)
+        flush_to_disk(path.parent)
+        write_latest(path.parent, path)
+
+    def _delete_old_ones(self, folder: Path, iteration: int) -> None:
+        """Now that the new one is there. A failure costs space and no checkpoint, so it is told and no more."""
+        try:
+            if self._config.checkpoint.keep_last_n_checkpoints is not None:
+                keep_newest(folder, iteration, self._config.checkpoint.keep_last_n_checkpoints)
+            delete_retired(folder)
+        except OSError as error:
+            self._context.log.warning("an old checkpoint in %s cannot be deleted: %s", folder, first_line(error))

@@ -1,0 +1,66 @@
+"""A run without a model: an engine that writes two small files, and the saves and loads of its only rank."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.arguments import parse_args
+from megatron.checkpointing import Saver, choose_checkpoint, load_checkpoint
+from megatron.config import Config
+from megatron.core.parallel_state import ParallelState
+from megatron.initialize import Context
+from megatron.train_state import TrainState
+
+PADDED_VOCAB_SIZE = 128
+MODEL = ["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "8", "--seq-length", "128"]
+STATE = TrainState(iteration=7, consumed_samples=28, consumed_tokens=3584, data_samples=28, seq_length=128)
+CONTEXT = Context(ParallelState(), torch.device("cpu"), torch.float32, logging.getLogger("megatron"), 0)
+
+
+class PretendEngine:
+    """Writes two files and remembers what it was told to load."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.loads: list[tuple[Path, str, bool]] = []
+        self._error = error
+
+    def save(self, folder: Path, tag: str) -> list[Path]:
+        paths = [folder / tag / name for name in ("weights.pt", "moments.pt")]
+        for path in paths:
+            path.write_bytes(bytes(1000))
+            if self._error is not None:
+                raise self._error
+        return paths
+
+    def load(self, folder: Path, tag: str, with_optimizer: bool) -> None:
+        self.loads.append((folder, tag, with_optimizer))
+
+
+def config(*flags: str) -> Config:
+    return parse_args([*MODEL, "--lr", "1e-4", *flags])
+
+
+def saver(folder: Path, *flags: str, error: Exception | None = None) -> Saver:
+    engine: Any = PretendEngine(error)
+    return Saver(engine, CONTEXT, config("--save", str(folder), *flags), PADDED_VOCAB_SIZE)
+
+
+def save(folder: Path, state: TrainState = STATE, *flags: str) -> Path:
+    return saver(folder, *flags).save(folder, state)
+
+
+def load(path: Path, *flags: str) -> tuple[TrainState, PretendEngine]:
+    engine: Any = PretendEngine()
+    return load_checkpoint(path, engine, CONTEXT, config("--load", str(path.parent), *flags)), engine
+
+
+def choose(folder: Path, *flags: str) -> Path | None:
+    return choose_checkpoint(config("--load", str(folder), *flags).checkpoint, CONTEXT)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
