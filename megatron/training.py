@@ -22,7 +22,7 @@ from megatron.data.blended_dataset import SampleDataset
 from megatron.data.samplers import BatchSampler
 from megatron.engine.engine import Engine
 from megatron.fpdt.stream import ProgressReport, Stream
-from megatron.initialize import Context
+from megatron.initialize import GIB, Context
 from megatron.logging.progress import StepProgress, build_progress
 from megatron.logging.writers import build_writer
 from megatron.optimizer.param_groups import parameter_groups
@@ -260,7 +260,9 @@ class Training:
         """Save, where a folder is given and this iteration is not saved already."""
         if self._config.checkpoint.save is None or self._saved_iteration == self.state.iteration:
             return
+        started = time.monotonic()
         path = self._saver.save(Path(self._config.checkpoint.save), self.state)
         self._saved_iteration = self.state.iteration
-        self._context.log.info("saved %s", path)
+        gib, seconds = self._saver.size_bytes / GIB, time.monotonic() - started
+        self._context.log.info("saved %s (%.3g GiB in %.1f s)", path, gib, seconds)
         self._reporter.restart_clock()

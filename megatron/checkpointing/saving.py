@@ -25,10 +25,8 @@ from megatron.checkpointing.random_state import random_state_path, write_random_
 from megatron.config import Config
 from megatron.data.atomic_file import flush_to_disk
 from megatron.engine.engine import Engine
-from megatron.initialize import Context
+from megatron.initialize import GIB, Context
 from megatron.train_state import TrainState
-
-GIB = 2**30
 
 
 class Saver:
@@ -37,8 +35,8 @@ class Saver:
     def __init__(self, engine: Engine, context: Context, config: Config, padded_vocab_size: int) -> None:
         self._engine, self._context, self._config = engine, context, config
         self._padded_vocab_size = padded_vocab_size
-        self._size_bytes = 0
-        """Of the checkpoint that this run wrote last."""
+        self.size_bytes = 0
+        """Size of the checkpoint that was written last; 0 before the first."""
 
     def save(self, folder: Path, state: TrainState) -> Path:
         """Write a checkpoint and make it the latest. Collective over all ranks.
@@ -59,7 +57,7 @@ class Saver:
                 f"the checkpoint {path} cannot be saved: {error}; earlier ones are as they were: free the disk or "
                 f"mend the folder, and go on from them with --load {folder}."
             ) from error
-        self._size_bytes = sum(entry.size_bytes for entry in manifest.values())
+        self.size_bytes = sum(entry.size_bytes for entry in manifest.values())
         if self._context.is_first_rank:
             self._delete_old_ones(folder, state.iteration)
         return path
@@ -69,10 +67,10 @@ class Saver:
         folder.mkdir(parents=True, exist_ok=True)
         delete_unfinished(folder)
         free_bytes = shutil.disk_usage(folder).free
-        if free_bytes < self._size_bytes:
+        if free_bytes < self.size_bytes:
             raise CheckpointError(
                 f"{folder} has {free_bytes / GIB:.3g} GiB free, and the last checkpoint took "
-                f"{self._size_bytes / GIB:.3g} GiB"
+                f"{self.size_bytes / GIB:.3g} GiB"
             )
         unfinished.mkdir()
 

@@ -113,14 +113,16 @@ class Ended:
 class Ranks:
     """Processes of a run that is watched while it goes on. A context manager: what still runs at its end is killed."""
 
-    def __init__(self, flags: Sequence[str], num_ranks: int = 1, world_size: int | None = None) -> None:
+    def __init__(
+        self, flags: Sequence[str], num_ranks: int = 1, world_size: int | None = None, script: Path = SCRIPT
+    ) -> None:
         """Start `num_ranks` processes and tell them that they are the first ones of `world_size` (default: all)."""
         world = {"WORLD_SIZE": str(world_size or num_ranks)}
         meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         settings = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **meeting_point}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, str(SCRIPT), *flags],
+                [sys.executable, str(script), *flags],
                 env={**os.environ, **settings, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 cwd=REPOSITORY,
                 stdin=subprocess.DEVNULL,

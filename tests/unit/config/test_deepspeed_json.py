@@ -198,6 +198,8 @@ def test_a_missing_file_is_refused(tmp_path):
             "--zero-stage 1 --cpu-optimizer",
             'must be "cpu" with --cpu-optimizer; remove one of the two',
         ),
+        ({"checkpoint": {"writer": {"type": "FAST"}}}, "", '"checkpoint.writer" in '),
+        ({"checkpoint": {"use_node_local_storage": True}}, "", "in a folder that all machines share; remove it"),
     ],
 )
 def test_a_file_that_contradicts_the_flags_is_refused(tmp_path, stated, flags, message):
