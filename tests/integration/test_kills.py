@@ -6,6 +6,7 @@ tensor of the last checkpoint, bit for bit. All the cases: `make kill-test`.
 """
 
 import random
+import signal
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,6 @@ SEED = 20
 ITERATIONS = 8
 SAVING = ["--save-interval", "1", "--keep-last-n-checkpoints", "2"]
 SETTINGS = ["--train-iters", str(ITERATIONS), "--hidden-dropout", "0.1", "--lr-decay-style", "cosine", *SAVING]
-FIRST_STEP = "iteration        1/"
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a run reports and leaves that nobody kills, and how long it is from its first step to its last save."""
+    """What a run reports and leaves that nobody kills, and how long its start and a step with its save take."""
 
     losses: dict[int, float]
     checkpoint: Path
-    seconds: float
+    start_seconds: float
+    step_seconds: float
 
 
 @pytest.fixture(scope="session")
@@ -69,13 +70,18 @@ def undisturbed(layout: Layout, corpus: Path, kill_folder: Path) -> Undisturbed:
     folder.mkdir()
     checkpoint = folder / "saved" / f"global_step{ITERATIONS}"
     flags = [*flags_of(layout, corpus, folder), "--tensorboard-dir", str(folder / "events")]
+    moments = [time.monotonic()]
     with ForkedRun(flags, layout.num_ranks, folder / "logs") as run:
-        run.wait_for(FIRST_STEP)
-        started = time.monotonic()
-        run.wait_for(f"saved {checkpoint}")
-        seconds = time.monotonic() - started
+        for text in (step_line(1), f"saved {checkpoint}"):
+            run.wait_for(text)
+            moments.append(time.monotonic())
         run.wait()
-    return Undisturbed(read_events(folder / "events")["train/loss"], checkpoint, seconds)
+    start, steps = moments[1] - moments[0], moments[2] - moments[1]
+    return Undisturbed(read_events(folder / "events")["train/loss"], checkpoint, start, steps / ITERATIONS)
+
+
+def step_line(step: int) -> str:
+    return f"iteration {step:8d}/"
 
 
 @pytest.mark.parametrize(
@@ -94,16 +100,19 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(
     moment = random.Random(SEED + number)
     killed, resumed = ([*flags, "--tensorboard-dir", str(tmp_path / part)] for part in ("killed", "resumed"))
     with ForkedRun(killed, layout.num_ranks, tmp_path / "killed_logs") as run:
-        run.wait_for(FIRST_STEP)
-        time.sleep(moment.uniform(0, expected.seconds))
+        step = moment.randrange(ITERATIONS)  # 0: before the first one; the last one would end the run
+        if step:
+            run.wait_for(step_line(step))
+        time.sleep(moment.uniform(0, expected.step_seconds if step else expected.start_seconds))
         run.kill(first=number % layout.num_ranks, pause_seconds=moment.uniform(0, 0.05))
         exit_codes = run.exit_codes()
     leftovers = [path.name for path in (tmp_path / "saved").glob("*.*") if path.suffix in (".tmp", ".old")]
     with ForkedRun(resumed, layout.num_ranks, tmp_path / "resumed_logs") as run:
         run.wait()
-    before = read_events(tmp_path / "killed")["train/loss"]
-    after = read_events(tmp_path / "resumed").get("train/loss", {})
-    print(f"kill {number}: {exit_codes}, after step {max(before)}, going on at {min(after, default='-')}, {leftovers}")
+    before = read_events(tmp_path / "killed").get("train/loss", {})
+    after = read_events(tmp_path / "resumed")["train/loss"]
+    print(f"kill {number}: {exit_codes}, after step {max(before, default=0)}, going on at {min(after)}, {leftovers}")
+    assert -signal.SIGKILL in exit_codes
     assert before.keys() | after.keys() == expected.losses.keys()
     assert before.items() <= expected.losses.items()
     assert after.items() <= expected.losses.items()
