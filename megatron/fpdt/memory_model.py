@@ -48,6 +48,7 @@ class StreamShape:
     batch_size: int
     element_size: int
     parallel_residual: bool = False
+    qk_layernorm: bool = False
 
     @classmethod
     def of(
@@ -67,6 +68,7 @@ class StreamShape:
             batch_size=batch_size,
             element_size=element_size,
             parallel_residual=model.parallel_residual,
+            qk_layernorm=model.qk_layernorm,
         )
 
     @property

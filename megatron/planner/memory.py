@@ -151,7 +151,9 @@ def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> int:
         4 * hidden + 2 * queries + 4 * keys + after_slice + products,
         3 * hidden + 5 * queries + 4 * keys + shape.chunk_product_bytes(recompute),
     )
-    return max(moments) + started
+    # The norm of queries and keys holds the projection of each row that is under way; else nothing needs it for long.
+    projections = _projection_bytes(shape) * shape.qk_layernorm * (2 if started else 1)
+    return max(moments) + started + projections
 
 
 def activation_bytes(job: Job, backend: str) -> tuple[int, int]:
@@ -200,12 +202,17 @@ def _chunk_bytes(shape: StreamShape) -> tuple[int, int, int]:
     return tokens * shape.hidden_size * size, tokens * shape.num_heads * shape.head_size * size, keys
 
 
+def _projection_bytes(shape: StreamShape) -> int:
+    """Queries, keys and values of one chunk on one rank, as they are projected."""
+    return shape.layout.local_lengths[0] * shape.batch_size * shape.projection_width * shape.element_size
+
+
 def _slice_bytes(shape: StreamShape, recompute: Recompute) -> tuple[int, int]:
     """(products of the next slice on their way, the backward pass of `after` of one slice)."""
     tokens = min(shape.slice_length, shape.layout.local_lengths[0]) * shape.batch_size
     size = shape.element_size
     hidden, first, width = (n * tokens * size for n in (shape.hidden_size, shape.mlp_outputs, shape.mlp_width))
-    projection = shape.layout.local_lengths[0] * shape.batch_size * shape.projection_width * size
+    projection = _projection_bytes(shape)
     on_their_way = {"all": 0, "mlp": max(projection, hidden), "none": max(projection, hidden + first)}[recompute]
     # The first layer's outputs and their gradient, the gradient of the second layer's input, and some hidden states.
     return on_their_way, 2 * first + width + 6 * hidden

@@ -73,6 +73,22 @@ def test_device_bytes_do_not_grow_with_the_depth(ranks: RankPool) -> None:
     assert deep <= GROWTH_ALLOWED * shallow, f"{shallow} bytes with 2 layers, {deep} with 8"
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_norms_of_queries_and_keys_hold_the_projection_of_each_row_under_way(ranks: RankPool, num_ranks: int) -> None:
+    """As the planner reckons. LayerNorm is one operation on CPUs too, where RMSNorm is many that hold more."""
+    chunk = 128
+    case = Case(
+        family="gpt", positions=1.0, chunk_length=chunk, offloading=True, sequence_parallel_size=num_ranks,
+        sequence_length=6 * chunk, num_key_value_heads=2,
+    )  # fmt: skip
+    plain, normalised = (
+        max(ranks.run(peak_bytes_of_a_step, replace(case, switches=switches), num_ranks=num_ranks))
+        for switches in ((), ("qk_layernorm",))
+    )
+    projections = num_ranks * (chunk // num_ranks) * (8 + 2 * 2) * 16 * 8
+    assert 1 <= (normalised - plain) / projections < 1.2
+
+
 @pytest.mark.parametrize("chunk_length", [0, CHUNK], ids=["plain", "fpdt without offloading"])
 def test_the_meter_sees_growth_where_there_is_some(ranks: RankPool, chunk_length: int) -> None:
     short, long = peaks_at_both_lengths(ranks, replace(LLAMA, chunk_length=chunk_length, num_layers=1))

@@ -109,10 +109,18 @@ def _delays(monkeypatch, cycles=2_000_000):
     monkeypatch.undo()
 
 
+ARCHITECTURES = {
+    "llama": {},
+    "qwen": {"add_qkv_bias": True, "qk_layernorm": True},
+    "neox": {"parallel_residual": True, "swiglu": False, "normalization": "layernorm", "disable_bias_linear": False},
+}
+
+
 @pytest.mark.parametrize("recompute", ["mlp", "none"])
 @pytest.mark.parametrize("execution", [ON_DEVICE, OFFLOADED], ids=["on-device", "offloaded"])
-def test_products_that_are_kept_change_no_bit(execution, recompute):
-    config, inputs = _config(1024 + 192), _inputs(1024 + 192, batch=2)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_that_are_kept_change_no_bit(architecture, execution, recompute):
+    config, inputs = _config(1024 + 192, **ARCHITECTURES[architecture]), _inputs(1024 + 192, batch=2)
     loss, grads = _run(_model(config, ON_DEVICE, slice_length=96), inputs)
     model = _model(config, replace(execution, fpdt_recompute=recompute), slice_length=96)
     for _ in range(2):

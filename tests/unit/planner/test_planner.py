@@ -62,6 +62,16 @@ def test_memory_of_a_block_is_within_10_percent_of_what_was_measured(case):
     assert reckoned == pytest.approx(MEASURED[case][2], rel=0.1)
 
 
+@pytest.mark.parametrize("num_ranks, rows", [(1, 1), (4, 2)])
+def test_norms_of_queries_and_keys_hold_the_projection_of_each_row_under_way(num_ranks, rows):
+    model, _ = named_model("llama-8b", 2**18)
+    plain, normalised = (
+        block_bytes(StreamShape.of(replace(model, qk_layernorm=norm), 2**16, num_ranks, 1, 2), "all", FA4)
+        for norm in (False, True)
+    )
+    assert normalised - plain == rows * 2**16 // num_ranks * (32 + 2 * 8) * 128 * 2
+
+
 @CASES
 def test_time_of_a_block_is_within_15_percent_of_what_was_measured(case):
     geometry, length, chunk, recompute, backend = case
