@@ -1,5 +1,7 @@
 """What two models must share."""
 
+import pytest
+
 from megatron.config import architecture_fields, describe_difference, with_rope_of
 from tests.unit.config.commands import parsed
 
@@ -19,6 +21,13 @@ def test_a_difference_names_the_flag_and_both_values():
         "--hidden-size is 128 in the checkpoint and 64 in the flags; "
         "--kv-channels is 16 in the checkpoint and 8 in the flags; "
         "--swiglu is True in the checkpoint and False in the flags"
+    )
+
+
+@pytest.mark.parametrize("switch", ["--qk-layernorm", "--openai-gelu", "--parallel-residual", "--add-qkv-bias"])
+def test_what_a_block_computes_belongs_to_the_architecture(switch):
+    assert difference(f"--disable-bias-linear {switch}", "--disable-bias-linear") == (
+        f"{switch} is True in the checkpoint and False in the flags"
     )
 
 
