@@ -48,6 +48,12 @@ class ForkedRun:
             assert time.monotonic() < deadline, f"rank 0 is late with {text!r}:\n{self.log()}"
             time.sleep(POLL_SECONDS)
 
+    def watch_for(self, text: str, seconds: float) -> None:
+        """Wait so many seconds, or less if rank 0's log comes to hold `text`."""
+        deadline = time.monotonic() + seconds
+        while text not in self.log() and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+
     def wait(self, timeout_seconds: float = 120.0) -> None:
         """Wait until every rank has ended well."""
         for rank in self._ranks:

@@ -100,10 +100,11 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(
     moment = random.Random(SEED + number)
     killed, resumed = ([*flags, "--tensorboard-dir", str(tmp_path / part)] for part in ("killed", "resumed"))
     with ForkedRun(killed, layout.num_ranks, tmp_path / "killed_logs") as run:
-        step = moment.randrange(ITERATIONS)  # 0: before the first one; the last one would end the run
+        step = moment.randrange(ITERATIONS - 2)  # 0: before the first one
         if step:
             run.wait_for(step_line(step))
-        time.sleep(moment.uniform(0, expected.step_seconds if step else expected.start_seconds))
+        # Two steps further the run is still alive, however much slower it was when it was timed.
+        run.watch_for(step_line(step + 2), moment.uniform(0, expected.step_seconds if step else expected.start_seconds))
         run.kill(first=number % layout.num_ranks, pause_seconds=moment.uniform(0, 0.05))
         exit_codes = run.exit_codes()
     leftovers = [path.name for path in (tmp_path / "saved").glob("*.*") if path.suffix in (".tmp", ".old")]
