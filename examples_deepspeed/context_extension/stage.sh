@@ -22,17 +22,15 @@ rope_scaling=${ROPE_SCALING:-none}           # linear, dynamic, yarn or llama3
 rope_scaling_factor=${ROPE_SCALING_FACTOR:-} # default: sequence / original context, rounded up
 
 choose_rope() {
+  if [[ $rope_scaling == none ]]; then
+    rotary_theta=${ROTARY_THETA:-$stretched_theta}
+    rope=()
+    return
+  fi
   local factor=${rope_scaling_factor:-$(((seq_len + original_len - 1) / original_len))}
   rotary_theta=${ROTARY_THETA:-$original_theta}
   rope=(--rope-scaling-type "$rope_scaling" --rope-scaling-factor "$factor")
-  case $rope_scaling in
-    none)
-      rotary_theta=${ROTARY_THETA:-$stretched_theta}
-      rope=()
-      ;;
-    linear) ;;
-    *) rope+=(--rope-scaling-original-max-position-embeddings "$original_len") ;;
-  esac
+  if [[ $rope_scaling != linear ]]; then rope+=(--rope-scaling-original-max-position-embeddings "$original_len"); fi
 }
 
 prepare_stage() {

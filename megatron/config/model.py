@@ -90,7 +90,7 @@ class ModelConfig:
     llama3 divide the slow frequencies alone, and yarn scales attention too."""
 
     rope_scaling_factor: float | None = None
-    """How many times the original context is to be reached; needed by every --rope-scaling-type."""
+    """How many times the original context is to be reached; needed by every --rope-scaling-type but none."""
 
     rope_scaling_original_max_position_embeddings: int | None = None
     """Context that the model was trained at before, in tokens; needed by dynamic, yarn and llama3."""

@@ -173,6 +173,11 @@ def test_a_chunk_may_be_left_to_the_planner(word, tokens):
     assert config.parallel.ds_sequence_parallel_fpdt_chunk_size == tokens
 
 
+def test_a_description_of_several_lines_is_wrapped_anew():
+    texts = [line.strip() for line in build_parser().format_help().splitlines() if not line.lstrip().startswith("-")]
+    assert not [text for text in texts if "   " in text]
+
+
 def test_help_is_the_field_description_with_its_default():
     text = build_parser().format_help()
     assert "Number of transformer blocks. Required." in text
