@@ -34,8 +34,17 @@ from megatron.ops.attention import AttentionUnavailable
 from megatron.preflight import check_inputs
 from megatron.tokenizer import TokenizerError
 from megatron.training import Datasets, pretrain
+from megatron.weights.errors import WeightsError
 
-USER_ERRORS = (ConfigError, DataError, TokenizerError, CheckpointError, HostMemoryError, AttentionUnavailable)
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    TokenizerError,
+    CheckpointError,
+    WeightsError,
+    HostMemoryError,
+    AttentionUnavailable,
+)
 SECONDS_FOR_RANK_0 = 10.0
 
 

@@ -11,6 +11,7 @@ from megatron.checkpointing.folder import checkpoint_path, checkpoints, iteratio
 from megatron.checkpointing.manifest import MANIFEST, Manifest, hash_faults, read_manifest, size_faults
 from megatron.config import CheckpointConfig
 from megatron.initialize import Context
+from megatron.weights.opening import executes_nothing, is_portable
 
 # Names of the files of a checkpoint that are to be hashed.
 Selection = Callable[[Manifest], list[str]]
@@ -44,7 +45,7 @@ def choose_checkpoint(settings: CheckpointConfig, context: Context) -> Path | No
     chosen, passed_over = _first_good(candidates, faults, settings)
     for reason in passed_over:
         context.log.warning("%s; loading the newest older one, %s, in its place", reason, chosen)
-    if chosen is not None and not (chosen / MANIFEST).is_file():
+    if chosen is not None and not (chosen / MANIFEST).is_file() and not executes_nothing(chosen):
         context.log.warning("%s has no %s: it is loaded unverified", chosen, MANIFEST)
     return chosen
 
@@ -54,6 +55,8 @@ def _candidates(settings: CheckpointConfig) -> list[Path]:
     if settings.load is None:
         return []
     folder = Path(settings.load)
+    if is_portable(folder):
+        return [folder]
     if settings.ckpt_step is not None:
         return [checkpoint_path(folder, settings.ckpt_step)]
     latest = read_latest(folder)
@@ -83,6 +86,8 @@ def _faults(path: Path, settings: CheckpointConfig, selection: Selection) -> lis
     """What speaks against loading a checkpoint: sizes of all files, and hashes of those selected."""
     if not path.is_dir():
         return [f"{path.name} is missing"]
+    if executes_nothing(path):
+        return []
     if not (path / MANIFEST).is_file():
         if settings.allow_unverified_checkpoint:
             return []

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
-from megatron.config import Config, architecture_fields, describe_difference, with_rope_of, zero_stage_run
+from megatron.config import Config, describe_mismatch, zero_stage_run
+from megatron.weights.opening import executes_nothing, is_portable
+from megatron.weights.portable import check_portable
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,15 @@ class Layout:
 
 
 def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_size: int) -> None:
-    """Raise CheckpointError unless this run can load the checkpoint. Reads no tensor."""
-    saved, model = Config.from_dict(read_json(path / "config.json")).model, config.model
-    with_own_rope = with_rope_of(model, saved)
-    if config.checkpoint.change_rope:
-        saved = with_own_rope
-    difference = describe_difference(architecture_fields(saved), architecture_fields(model))
-    if difference:
-        only_rope = architecture_fields(with_own_rope) == architecture_fields(model)
-        change = "add --change-rope to train it on with this one, " if only_rope else ""
+    """Raise CheckpointError, or WeightsError for portable weights, unless this run can load them. Reads no tensor."""
+    if is_portable(path):
+        check_portable(path, config.model, padded_vocab_size, config.checkpoint.change_rope)
+        return
+    saved = Config.from_dict(read_json(path / "config.json"))
+    mismatch = describe_mismatch(saved.model, config.model, config.checkpoint.change_rope)
+    if mismatch:
         raise CheckpointError(
-            f"the checkpoint {path} is of another model: {difference}; {change}pass the flags it was trained with "
+            f"the checkpoint {path} is of another model: {mismatch}; pass the flags it was trained with "
             f"(they are in {path / 'config.json'}), or point --load elsewhere."
         )
     written, own = Layout(**read_json(path / "layout.json")), Layout.of(config, num_ranks, padded_vocab_size)
@@ -54,8 +54,13 @@ def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_si
         )
     weights_alone = config.checkpoint.finetune or config.checkpoint.no_load_optim
     is_partitioned = not weights_alone or 3 in (written.zero_stage, own.zero_stage)
-    if is_partitioned and written.partitioning != own.partitioning:
+    if is_partitioned and not loads_any_layout(path, config) and written.partitioning != own.partitioning:
         raise CheckpointError(
             f"the checkpoint {path} was written with {written.partitioning}, and this run has {own.partitioning}; "
-            "start it as it was written, or below ZeRO stage 3 take the weights alone (--finetune)."
+            "add --universal-checkpoint, or start it as it was written."
         )
+
+
+def loads_any_layout(path: Path, config: Config) -> bool:
+    """Whether the checkpoint is read whatever wrote it: it was asked for, or its form depends on no layout."""
+    return config.checkpoint.universal_checkpoint or executes_nothing(path)

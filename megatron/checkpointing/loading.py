@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron.checkpointing.compatibility import loads_any_layout
 from megatron.checkpointing.errors import CheckpointError, first_line
 from megatron.checkpointing.files import read_json
 from megatron.checkpointing.random_state import random_state_path, restore_random_state
@@ -11,6 +12,8 @@ from megatron.config import Config
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
 from megatron.train_state import TrainState
+from megatron.weights.errors import WeightsError
+from megatron.weights.opening import is_portable, open_state
 
 
 def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config) -> TrainState:
@@ -19,14 +22,19 @@ def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config
     DeepSpeed unpickles its files: `choose_checkpoint` must have verified them.
     """
     settings = config.checkpoint
+    weights_alone = settings.finetune or is_portable(path)
+    with_optimizer = not (weights_alone or settings.no_load_optim)
     try:
-        engine.load(path.parent, path.name, with_optimizer=not (settings.finetune or settings.no_load_optim))
-        if settings.finetune:
+        if loads_any_layout(path, config):
+            engine.load_state(open_state(path), with_optimizer)
+        else:
+            engine.load(path.parent, path.name, with_optimizer)
+        if weights_alone:
             return TrainState()
         if not settings.no_load_rng:
             restore_random_state(random_state_path(path, context), context)
         return TrainState(**read_json(path / "train_state.json"))
-    except CheckpointError:
+    except (CheckpointError, WeightsError):
         raise
     except Exception as error:  # a damaged file shows itself in many ways, all of them inside DeepSpeed and torch
         raise CheckpointError(

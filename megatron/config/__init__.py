@@ -1,6 +1,6 @@
 """The configuration: one frozen dataclass per concern, one attribute per flag."""
 
-from megatron.config.architecture import architecture_fields, describe_difference, with_rope_of
+from megatron.config.architecture import architecture_fields, describe_difference, describe_mismatch, with_rope_of
 from megatron.config.batch import accumulation_steps, data_parallel_size, global_batch_size
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.checks import validate
@@ -39,6 +39,7 @@ __all__ = [
     "data_parallel_size",
     "deepspeed_config",
     "describe_difference",
+    "describe_mismatch",
     "global_batch_size",
     "offloads",
     "validate",

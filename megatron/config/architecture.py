@@ -60,5 +60,14 @@ def describe_difference(checkpoint: Mapping[str, Any], flags: Mapping[str, Any])
     )
 
 
+def describe_mismatch(saved: ModelConfig, model: ModelConfig, change_rope: bool) -> str:
+    """Return what keeps a run of `model` from taking weights of `saved`, with a remedy if there is one, or ""."""
+    with_own_rope = with_rope_of(model, saved)
+    own = architecture_fields(model)
+    difference = describe_difference(architecture_fields(with_own_rope if change_rope else saved), own)
+    only_rope = difference and architecture_fields(with_own_rope) == own
+    return difference + ("; add --change-rope to train it on with this one" if only_rope else "")
+
+
 def _shown(values: Mapping[str, Any], name: str) -> str:
     return str(values[name]) if name in values else "absent"

@@ -39,3 +39,7 @@ class CheckpointConfig:
 
     no_load_rng: bool = False
     """Do not load the random state."""
+
+    universal_checkpoint: bool = False
+    """Load a checkpoint whatever ranks, ZeRO stage and number format wrote it: a universal one, or one as it was
+    saved."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron.config import OptimizerConfig
+from megatron.weights.source import MOMENTS
 
 logger = logging.getLogger("megatron")
 
@@ -35,6 +37,22 @@ def build_adam(
         if (apex_adam := _apex_adam()) is not None:
             return apex_adam(groups, adam_w_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=device.type == "cuda" and not on_host, **settings)
+
+
+def set_moments(adam: torch.optim.Optimizer, masters: Iterable[Tensor], step: int) -> None:
+    """Give the master weights moments of zeros, to be filled, and the count of steps taken.
+
+    Each Adam keeps the count in its own way: torch's as a tensor (on the device if its kernel is fused), DeepSpeed's
+    as a number with the weights, and apex's as a number with the group.
+    """
+    is_torch = isinstance(adam, torch.optim.AdamW)
+    on_device = is_torch and adam.param_groups[0]["fused"]
+    for group in adam.param_groups if not is_torch else ():
+        group["step"] = step
+    for master in masters:
+        count = torch.tensor(float(step), device=master.device if on_device else "cpu") if is_torch else step
+        moments = {moment: torch.zeros_like(master.detach()) for moment in MOMENTS}
+        adam.state[master] = {"step": count, **moments}
 
 
 def _builds(builder_name: str) -> bool:

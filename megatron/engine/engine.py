@@ -30,6 +30,9 @@ from torch import Tensor, nn
 from megatron.config import OptimizerConfig
 from megatron.engine.adam import build_adam
 from megatron.engine.durable_writer import DurableWriter
+from megatron.engine.state_loading import load_state
+from megatron.weights.deepspeed_checkpoint import PARAMETER_GROUPS, TIED_NAMES
+from megatron.weights.source import StateSource
 
 _WHOLE = (None, ZeroParamStatus.AVAILABLE)
 
@@ -68,7 +71,10 @@ class Engine:
             model = build_model()
         if self.zero_stage == 3:
             set_z3_leaf_modules(model, list(leaf_modules))
-        optimizer = build_adam(parameter_groups(model), optimizer_config, device, on_host)
+        groups = parameter_groups(model)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._group_names = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+        optimizer = build_adam(groups, optimizer_config, device, on_host)
         if on_host and isinstance(optimizer, torch.optim.AdamW):
             settings["zero_force_ds_cpu_optimizer"] = False
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -146,7 +152,7 @@ class Engine:
         writer = DurableWriter(self._engine.checkpoint_engine.zipfile_serialization)
         self._engine.checkpoint_engine = writer
         self._engine._copy_recovery_script = lambda _: writer.attempt(lambda: self._copy_scripts(folder / tag, writer))
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=self._parameter_names(), save_latest=False)
         writer.attempt(lambda: self._add_offloaded_files(folder / tag, writer))
         return writer.finish()
 
@@ -174,11 +180,29 @@ class Engine:
         if path is None:
             raise ValueError(f"DeepSpeed found no checkpoint {tag} in {folder}")
 
+    def load_state(self, source: StateSource, with_optimizer: bool) -> None:
+        """Read weights, and optimizer states if asked, whatever layout they were saved in.
+
+        Collective over all ranks. WeightsError if they are not of this model, or states are asked for and not there.
+        """
+        load_state(self._engine, self.zero_stage, source, with_optimizer)
+
+    def _parameter_names(self) -> dict[str, Any]:
+        """What DeepSpeed's files do not tell at stage 0: whose the optimizer states are, and which weights are tied."""
+        return {PARAMETER_GROUPS: self._group_names, TIED_NAMES: tied_names(self.module)}
+
     def _before_step(self) -> None:
         """DeepSpeed does not report the gradient norm in fp32 without ZeRO: take it from the averaged gradients."""
         if self._measures_norm and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Other names of tied parameters, each with the name of the owner."""
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: owners[id(parameter)] for name, parameter in every if owners[id(parameter)] != name}
 
 
 def _gathered(parameter: Any) -> Tensor:

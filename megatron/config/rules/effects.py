@@ -120,7 +120,7 @@ EFFECTS = (
     ),
     Effect(
         (
-            *("finetune", "change_rope", "no_load_optim", "no_load_rng"),
+            *("finetune", "change_rope", "no_load_optim", "no_load_rng", "universal_checkpoint"),
             *("ckpt_step", "no_verify_checkpoint", "allow_unverified_checkpoint"),
         ),
         lambda config: config.checkpoint.load is not None,

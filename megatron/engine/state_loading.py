@@ -1,0 +1,180 @@
+"""Weights and Adam's moments into a model under DeepSpeed, from files of any layout, without a collective per tensor.
+
+Each rank reads the elements that it keeps, writes them into its fp32 master weights and moments, and the weights that
+the model computes with are made from the masters once, at the end. DeepSpeed's own loader of universal checkpoints
+(0.19.8) cannot go from ZeRO 1 or 2 to 3 or back, as its converter writes a form for each, and knows no stage 0.
+
+| stage | what a rank keeps of a parameter, in fp32                                          |
+|-------|------------------------------------------------------------------------------------|
+| 0     | all of it; the master is the parameter                                             |
+| 1, 2  | the run of it that falls into the rank's part of the group's flat tensor, or none  |
+| 3     | the rank-th of as many equal parts as there are ranks, the last one padded         |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.engine.adam import set_moments
+from megatron.weights.errors import WeightsError
+from megatron.weights.source import MOMENTS, WEIGHTS, StateSource
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Elements [start, start + count) of a parameter lie in the master tensor `master`, flattened, from `offset`."""
+
+    name: str
+    start: int
+    count: int
+    master: Tensor
+    offset: int
+
+    def write(self, target: Tensor, values: Tensor) -> None:
+        """Write the shard's elements into the master or into a moment of it."""
+        target.detach().view(-1)[self.offset : self.offset + self.count].copy_(values)
+
+
+def check_parameters(model: nn.Module, source: StateSource) -> None:
+    """Raise WeightsError unless `source` has the model's parameters, all and no other, in their shapes.
+
+    Names of tied weights besides the owner's may be there; they are not read.
+    """
+    owned = {name: _shape(parameter) for name, parameter in model.named_parameters()}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())
+    faults = [f"{name} is missing" for name in owned if name not in source.names]
+    faults += [f"{name} is no parameter of the model" for name in source.names if name not in known]
+    faults += [
+        f"{name} is {list(source.shape(name))} where the model has {list(shape)}"
+        for name, shape in owned.items()
+        if name in source.names and source.shape(name) != shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise WeightsError(
+            f"these weights are not of this model: {'; '.join(faults[:3])}{more}; pass the flags and the tokenizer of "
+            "the model that they are of, or point --load elsewhere."
+        )
+
+
+@torch.no_grad()
+def load_state(engine: Any, zero_stage: int, source: StateSource, with_moments: bool) -> None:
+    """Fill DeepSpeed's engine with weights, and with Adam's moments if asked. Collective over all ranks.
+
+    Raises:
+        WeightsError: names or shapes differ, moments are asked for and not there, or DeepSpeed keeps the states
+            in a way that is not known here.
+    """
+    check_parameters(engine.module, source)
+    if with_moments and source.step is None:
+        raise WeightsError("these are weights without optimizer states; add --finetune or --no-load-optim.")
+    _refuse_unknown_optimizer(engine.optimizer, zero_stage)
+    if zero_stage == 3:
+        engine.optimizer.checkpoint_event_prologue()  # no parameter stays gathered with its old values
+    adam = engine.optimizer if zero_stage == 0 else engine.optimizer.optimizer
+    masters = _masters(engine.optimizer, zero_stage)
+    if with_moments:
+        set_moments(adam, masters, source.step or 0)
+    trained = {id(master) for master in masters}
+    for shard in _shards(engine, zero_stage):
+        shard.write(shard.master, source.read(shard.name, WEIGHTS, shard.start, shard.count))
+        for moment in MOMENTS if with_moments and id(shard.master) in trained else ():
+            values = source.read(shard.name, moment, shard.start, shard.count)
+            shard.write(adam.state[shard.master][moment], values)
+    _refresh_model(engine.optimizer, zero_stage)
+    if with_moments:
+        _set_loss_scale(engine.optimizer, source.loss_scale)
+
+
+def _masters(optimizer: Any, zero_stage: int) -> list[Tensor]:
+    """The tensors that Adam steps."""
+    if zero_stage == 0:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return list(
+        optimizer.fp32_partitioned_groups_flat if zero_stage == 3 else optimizer.single_partition_of_fp32_groups
+    )
+
+
+def _shards(engine: Any, zero_stage: int) -> Iterator[_Shard]:
+    """What this rank keeps. Frozen parameters have no master: they are written where they are."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    if zero_stage == 3:
+        yield from _partitioned_one_by_one(engine.optimizer, names)
+    elif zero_stage:
+        yield from _partitioned_as_groups(engine.optimizer, names)
+    for parameter in engine.module.parameters():
+        if zero_stage == 0 or not parameter.requires_grad:
+            name = names[id(parameter)]
+            if zero_stage == 3:
+                yield _own_part(name, parameter, parameter.ds_tensor, 0)
+            else:
+                yield _Shard(name, 0, parameter.numel(), parameter, 0)
+
+
+def _partitioned_as_groups(optimizer: Any, names: Mapping[int, str]) -> Iterator[_Shard]:
+    for group, master in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        for parameter in group:
+            fragment = parameter._hp_mapping
+            if fragment is not None:
+                place, count = fragment.hp_fragment_address.start, fragment.lp_fragment_address.numel
+                yield _Shard(names[id(parameter)], fragment.lp_fragment_address.start, count, master, place)
+
+
+def _partitioned_one_by_one(optimizer: Any, names: Mapping[int, str]) -> Iterator[_Shard]:
+    for group, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        offset = 0
+        for parameter in group:
+            yield _own_part(names[id(parameter)], parameter, master, offset)
+            offset += _part_length(parameter)
+
+
+def _own_part(name: str, parameter: Any, master: Tensor, offset: int) -> _Shard:
+    """This rank's part of a parameter that ZeRO-3 has partitioned; the last parts may be short or empty."""
+    start = min(dist.get_rank(parameter.ds_process_group) * _part_length(parameter), parameter.ds_numel)
+    count = min(_part_length(parameter), parameter.ds_numel - start)
+    return _Shard(name, start, count, master, offset)
+
+
+def _part_length(parameter: Any) -> int:
+    return -(-int(parameter.ds_numel) // dist.get_world_size(parameter.ds_process_group))
+
+
+def _refresh_model(optimizer: Any, zero_stage: int) -> None:
+    """Make the weights that the model computes with from the fp32 masters. Collective over all ranks."""
+    if zero_stage in (1, 2):
+        optimizer.update_lp_params()
+    elif zero_stage == 3:
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()  # small parameters are kept gathered
+
+
+def _set_loss_scale(optimizer: Any, state: Mapping[str, float]) -> None:
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if scaler is not None and getattr(scaler, "dynamic", False):
+        for name, value in state.items():
+            setattr(scaler, name, value)
+
+
+def _refuse_unknown_optimizer(optimizer: Any, zero_stage: int) -> None:
+    if getattr(optimizer, "swap_optimizer", False):
+        raise WeightsError(
+            "weights cannot be loaded into optimizer states on NVMe; use "
+            '"offload_optimizer": {"device": "cpu"} in the DeepSpeed JSON.'
+        )
+    needed = {0: "state", 1: "update_lp_params", 2: "update_lp_params", 3: "fp32_partitioned_groups_flat"}
+    if not hasattr(optimizer, needed[zero_stage]) or (zero_stage in (1, 2) and not hasattr(optimizer, "bit16_groups")):
+        raise WeightsError(
+            f"weights cannot be loaded into DeepSpeed's {type(optimizer).__name__}; leave settings of the DeepSpeed "
+            "JSON that choose it (data_types) out."
+        )
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

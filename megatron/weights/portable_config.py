@@ -1,0 +1,87 @@
+"""The config.json beside portable weights, which are safetensors under our parameters' names.
+
+    {"model": {fields of ModelConfig}, "vocab_size": ids, "padded_vocab_size": rows,
+     "hugging_face": the config.json of the Hugging Face model that they came from, or null}
+
+The config.json of a training run has "model" too, and serves as well where the rest is not needed or given otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from megatron.config import ModelConfig, architecture_fields
+from megatron.weights.errors import WeightsError
+
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class PortableConfig:
+    """What config.json says of portable weights."""
+
+    model: ModelConfig
+    vocab_size: int
+    """Ids of the tokenizer that have a row of their own."""
+
+    padded_vocab_size: int
+    """Rows of the embedding."""
+
+    hugging_face: Mapping[str, Any] | None = field(default=None, hash=False)
+    """The config.json that the weights came with."""
+
+    def write(self, folder: Path) -> None:
+        """Write config.json."""
+        content = {
+            "model": {**architecture_fields(self.model), "max_position_embeddings": self.model.max_position_embeddings},
+            "vocab_size": self.vocab_size,
+            "padded_vocab_size": self.padded_vocab_size,
+            "hugging_face": self.hugging_face,
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path, num_rows: int) -> PortableConfig:
+        """Read config.json beside weights whose embedding has `num_rows`; without vocab_size, all rows are ids.
+
+        WeightsError if it does not describe a model of ours.
+        """
+        path = folder / CONFIG_FILE
+        content = read_json(path)
+        if not isinstance(content.get("model"), dict):
+            raise WeightsError(
+                f"{path} has no section 'model', so it is not that of a model of this program; convert a Hugging Face "
+                "folder with tools/hf2megads_weight_converter.py to-megatron."
+            )
+        try:
+            model = model_of(content["model"])
+        except (KeyError, TypeError) as error:
+            raise WeightsError(f"{path} is incomplete ({error}); convert the weights again.") from error
+        return cls(model, content.get("vocab_size") or num_rows, num_rows, content.get("hugging_face"))
+
+
+def model_of(architecture: Mapping[str, Any]) -> ModelConfig:
+    """The model of the fields of an architecture, its training sequence as long as its positions.
+
+    WeightsError for a field that ModelConfig does not have: it would be another model without it.
+    """
+    unknown = set(architecture) - {member.name for member in fields(ModelConfig)}
+    if unknown:
+        raise WeightsError(f"the architecture has {', '.join(sorted(unknown))}, unknown here; use a newer version.")
+    kinds = get_type_hints(ModelConfig)
+    for name, value in architecture.items():
+        if kinds[name] is int and (type(value) is not int or value < 0):
+            raise WeightsError(f"{name} is {value!r}, which must be a whole number; use the model's own config.json.")
+    return ModelConfig(**{"seq_length": architecture["max_position_embeddings"], **architecture}).resolved()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; WeightsError if there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); name a folder that has it.") from error

@@ -1,0 +1,313 @@
+"""Folders of safetensors as Hugging Face lays them out, read and written one tensor at a time.
+
+    model.safetensors                          all tensors, or
+    model-00001-of-00003.safetensors ...       shards, and
+    model.safetensors.index.json               {"weight_map": {tensor name: shard}}
+
+A file is the length of its header (8 bytes, little endian), a header in JSON that spaces may follow, and the tensors'
+bytes without gaps. Written here rather than through the safetensors package, which maps whole files and takes whole
+shards: so a model of any size passes through with one tensor in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megatron.data.atomic_file import flush_to_disk, temporary_path
+from megatron.weights.errors import WeightsError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100 * 10**6  # the format's own bound
+_RESERVED_HEADER_BYTES = 256 * 1024 - _LENGTH_BYTES
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """Where a tensor lies: bytes [start, end) of a file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SafetensorsFolder:
+    """The tensors of a folder, or of one .safetensors file. Headers are read at once, a tensor when it is asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """WeightsError if there is no such folder, a shard is missing or cut off, or the index does not fit."""
+        self.path = Path(path)
+        self._tensors = _find_tensors(self.path)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted."""
+        return tuple(sorted(self._tensors))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes of a tensor, without reading it."""
+        return self._find(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, without reading it."""
+        return self._find(name).dtype
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor into CPU memory of its own, in the dtype that it is stored in."""
+        stored = self._find(name)
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        with stored.file.open("rb") as file:
+            file.seek(stored.start)
+            num_read = file.readinto(_bytes_of(tensor))
+        if num_read != stored.end - stored.start:
+            raise WeightsError(_cut_off(stored.file, stored.start + num_read, stored.end))
+        return tensor
+
+    def _find(self, name: str) -> _StoredTensor:
+        if name not in self._tensors:
+            raise WeightsError(
+                f"{self.path} has no tensor {name!r} (it has {len(self._tensors)}); use weights that are whole."
+            )
+        return self._tensors[name]
+
+
+class SafetensorsWriter:
+    """Writes tensors as they come, into shards of at most `max_shard_bytes` unless one tensor alone is larger.
+
+    The folder appears, whole, when `close` is called or the `with` block ends without an error. Until then everything
+    lies in `staging`, where files that belong beside the tensors may be put.
+    """
+
+    def __init__(self, folder: str | Path, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> None:
+        """WeightsError if something is there already."""
+        self.folder = Path(folder)
+        if max_shard_bytes < 1:
+            raise WeightsError(f"the size of a shard ({max_shard_bytes}) must be 1 byte or more; use for example 5e9.")
+        if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+            raise WeightsError(f"{self.folder} exists and is not an empty folder; name a new one, or remove it.")
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.staging = temporary_path(self.folder)
+        self.staging.mkdir()
+        self._max_shard_bytes = max_shard_bytes
+        self._shards: list[list[str]] = []
+        self._names: set[str] = set()
+        self._shard: _ShardWriter | None = None
+        self._total_bytes = 0
+
+    @property
+    def num_shards(self) -> int:
+        """Shards begun so far."""
+        return len(self._shards)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, from any device and of any strides; it is free again on return."""
+        if name in self._names:
+            raise WeightsError(f"the tensor {name!r} is written twice to {self.folder}.")
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise WeightsError(f"the tensor {name!r} is {tensor.dtype}, which safetensors cannot hold.")
+        tensor = tensor.detach().to("cpu").contiguous()
+        shard = self._shard
+        if shard is None or not shard.has_room(name, tensor, self._max_shard_bytes):
+            shard = self._begin_shard()
+        shard.add(name, tensor)
+        self._names.add(name)
+        self._shards[-1].append(name)
+        self._total_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Give the shards their names, write the index and let the folder appear."""
+        if self._shard is None:
+            self._begin_shard()
+        self._finish_shard()
+        names = _shard_names(len(self._shards))
+        for number, name in enumerate(names):
+            _temporary_shard(self.staging, number).rename(self.staging / name)
+        if len(names) > 1:
+            weight_map = {tensor: names[number] for number, shard in enumerate(self._shards) for tensor in shard}
+            self._write_index(weight_map)
+        for file in self.staging.iterdir():
+            flush_to_disk(file)
+        flush_to_disk(self.staging)
+        self.staging.rename(self.folder)
+        flush_to_disk(self.folder.parent)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        if self._shard is not None:
+            self._shard.file.close()
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error_type is None:
+                self.close()
+        finally:
+            self.discard()
+
+    def _begin_shard(self) -> _ShardWriter:
+        self._finish_shard()
+        self._shard = _ShardWriter(_temporary_shard(self.staging, len(self._shards)))
+        self._shards.append([])
+        return self._shard
+
+    def _finish_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.finish()
+            self._shard = None
+
+    def _write_index(self, weight_map: Mapping[str, str]) -> None:
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+class _ShardWriter:
+    """One file: room for the header first, the tensors behind it, the header when all are known."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = path.open("wb")
+        self.file.seek(_LENGTH_BYTES + _RESERVED_HEADER_BYTES)
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._header_bytes = len(json.dumps(self._header))
+        self._num_bytes = 0
+
+    def has_room(self, name: str, tensor: Tensor, max_bytes: int) -> bool:
+        """Whether a tensor fits: its bytes, its line of the header, and its alignment."""
+        if self._num_bytes == 0:
+            return True
+        is_aligned = self._num_bytes % tensor.element_size() == 0
+        fits_header = self._header_bytes + len(self._line(name, tensor)) <= _RESERVED_HEADER_BYTES
+        return is_aligned and fits_header and self._num_bytes + tensor.nbytes <= max_bytes
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._header[name] = self._entry(tensor)
+        self._header_bytes += len(self._line(name, tensor))
+        self.file.write(_bytes_of(tensor))
+        self._num_bytes += tensor.nbytes
+
+    def finish(self) -> None:
+        header = json.dumps(self._header).encode().ljust(_RESERVED_HEADER_BYTES)
+        self.file.seek(0)
+        self.file.write(_RESERVED_HEADER_BYTES.to_bytes(_LENGTH_BYTES, "little") + header)
+        self.file.close()
+
+    def _entry(self, tensor: Tensor) -> dict[str, Any]:
+        offsets = [self._num_bytes, self._num_bytes + tensor.nbytes]
+        return {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+    def _line(self, name: str, tensor: Tensor) -> str:
+        return ", " + json.dumps({name: self._entry(tensor)})
+
+
+def _find_tensors(path: Path) -> dict[str, _StoredTensor]:
+    if path.is_file():
+        return _read_header(path)
+    if (path / INDEX_FILE).is_file():
+        return _read_shards(path)
+    if (path / SINGLE_FILE).is_file():
+        return _read_header(path / SINGLE_FILE)
+    what = f"holds neither {SINGLE_FILE} nor {INDEX_FILE}" if path.is_dir() else "is not there"
+    raise WeightsError(f"{path} {what}; name a folder of safetensors, which transformers' save_pretrained writes.")
+
+
+def _read_shards(folder: Path) -> dict[str, _StoredTensor]:
+    """Read the headers of all the shards that the index names."""
+    index = folder / INDEX_FILE
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{index} is not an index of shards ({error!r}); copy it again.") from error
+    shards = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise WeightsError(f"{index} names the shard {name}, which is not there; copy it into {folder}.")
+        shards[name] = _read_header(folder / name)
+    for tensor, shard in weight_map.items():
+        if tensor not in shards[shard]:
+            raise WeightsError(f"{index} names the tensor {tensor!r} in {shard}, which lacks it; copy both again.")
+    return {tensor: shards[shard][tensor] for tensor, shard in weight_map.items()}
+
+
+def _read_header(path: Path) -> dict[str, _StoredTensor]:
+    """Return where each tensor of a file lies; WeightsError if the file is cut off or not of this format."""
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if not 2 <= length <= _MAX_HEADER_BYTES:
+            raise WeightsError(f"{path} is not a safetensors file (a header of {length} bytes); copy it again.")
+        text = file.read(length)
+    data = _LENGTH_BYTES + length
+    if num_bytes < data:
+        raise WeightsError(_cut_off(path, num_bytes, data))
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {name: _stored_tensor(path, data, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is not a safetensors file that can be read ({error!r}); copy it again.") from error
+    needed = max((tensor.end for tensor in tensors.values()), default=data)
+    if num_bytes < needed:
+        raise WeightsError(_cut_off(path, num_bytes, needed))
+    return tensors
+
+
+def _stored_tensor(path: Path, data: int, entry: Mapping[str, Any]) -> _StoredTensor:
+    start, end = entry["data_offsets"]
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    num_bytes = dtype.itemsize * torch.Size(shape).numel()
+    if end - start != num_bytes or start < 0:
+        raise ValueError(f"bytes {start} to {end} for a tensor of {num_bytes}")
+    return _StoredTensor(path, dtype, shape, data + start, data + end)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _cut_off(path: Path, num_bytes: int, needed: int) -> str:
+    return f"{path} is cut off: it has {num_bytes} bytes and its header asks for {needed}; copy it again."
+
+
+def _temporary_shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number + 1}.tmp"
+
+
+def _shard_names(count: int) -> list[str]:
+    """Hugging Face's names of `count` shards."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

@@ -1,0 +1,83 @@
+"""Where a model's parameters and Adam's moments come from, whatever the files that hold them.
+
+A part of a parameter's training state is one of PARTS: the fp32 master weights, and Adam's two moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.weights.safetensors_folder import SafetensorsFolder
+
+WEIGHTS = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PARTS = (WEIGHTS, *MOMENTS)
+
+
+class WeightSource(Protocol):
+    """Tensors by name, read one at a time."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Every parameter once: a tied one under the name of the module that owns it."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes of a parameter, without reading it."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype that `get` returns, without reading."""
+
+    def get(self, name: str) -> Tensor:
+        """The whole parameter, on the CPU."""
+
+
+class StateSource(WeightSource, Protocol):
+    """Weights and, where `step` is a number, Adam's moments; any run of elements can be read alone."""
+
+    @property
+    def step(self) -> int | None:
+        """Steps that Adam has taken; None where there are weights alone."""
+
+    @property
+    def loss_scale(self) -> Mapping[str, float]:
+        """State of the dynamic fp16 loss scale by DeepSpeed's names; empty where there is none."""
+
+    def parts(self, name: str) -> Sequence[str]:
+        """Which of PARTS there are of a parameter: the weights alone of a frozen one."""
+
+    def read(self, name: str, part: str, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) of a flattened parameter's weights or moment, [count], on the CPU."""
+
+
+class WeightsAlone:
+    """A folder of safetensors as a StateSource without moments."""
+
+    step: int | None = None
+
+    def __init__(self, folder: SafetensorsFolder) -> None:
+        self._folder = folder
+        self.loss_scale: Mapping[str, float] = {}
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._folder.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._folder.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._folder.dtype(name)
+
+    def get(self, name: str) -> Tensor:
+        return self._folder.get(name)
+
+    def parts(self, name: str) -> Sequence[str]:
+        return (WEIGHTS,)
+
+    def read(self, name: str, part: str, start: int, count: int) -> Tensor:
+        assert part == WEIGHTS, "a source without a step has no moments"
+        return self._folder.get(name).flatten()[start : start + count]

@@ -1,0 +1,77 @@
+"""Files of torch.save, mapped into memory instead of read, and without running the code that a pickle may hold.
+
+DeepSpeed's files hold three classes of its own besides tensors and plain values. They are read as the stand-ins below:
+so neither DeepSpeed nor the version that wrote a file is needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.weights.errors import WeightsError
+
+
+class FragmentAddress:
+    """Where a parameter's part lies in a rank's flat tensor: elements [start, start + numel)."""
+
+    start: int
+    numel: int
+
+
+class LossScaler:
+    """The state of a loss scaler: numbers and switches."""
+
+
+class ZeroStage(int):
+    """A ZeRO stage."""
+
+
+_CLASSES = {
+    "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": LossScaler,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": LossScaler,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": ZeroStage,
+}
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class MappedFiles:
+    """Contents of torch.save's files. A file stays mapped until `max_bytes` have been read in all, then all are let go.
+
+    Pages of a mapped file count as memory of the process once they are touched, so a mapping that lives as long as a
+    conversion grows to the size of the checkpoint.
+    """
+
+    def __init__(self, max_bytes: int = 2**26) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._contents: dict[Path, Any] = {}
+
+    def content(self, path: Path, num_bytes: int) -> Any:
+        """What a file holds, of which `num_bytes` are about to be read. Nothing of it may be kept: copy."""
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._max_bytes:
+            self._contents.clear()
+            self._num_bytes = num_bytes
+        if path not in self._contents:
+            self._contents[path] = read_torch_file(path)
+        return self._contents[path]
+
+
+def read_torch_file(path: Path) -> Any:
+    """Map a file of torch.save; WeightsError if it is damaged or holds classes that are not known here."""
+    try:
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _CLASSES.items()]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a damaged file shows itself in many ways, all of them inside torch
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise WeightsError(f"{path} cannot be read ({lines[0]}); copy it again, or name another checkpoint.") from error
+
+
+def loss_scale_state(scaler: object) -> dict[str, float]:
+    """The numbers of a dynamic loss scaler; empty for a fixed one, which its flag describes."""
+    state = vars(scaler) if isinstance(scaler, LossScaler) else {}
+    return {name: state[name] for name in _LOSS_SCALE if name in state} if state.get("dynamic") else {}

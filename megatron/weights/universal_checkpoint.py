@@ -1,0 +1,129 @@
+"""Checkpoints that do not depend on ranks or ZeRO stage, in the form of DeepSpeed's universal checkpoints.
+
+    zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt    one whole parameter and its moments, {"param": tensor}
+    zero/NAME/step.pt                               steps that Adam has taken
+    zero/optimizer_state.pt                         the same, and the state of the fp16 loss scale
+
+DeepSpeed's own converter is read too. From ZeRO-3 it writes bare flat tensors, no step.pt, and the shapes in a copy of
+the model's file.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from megatron.data.atomic_file import flush_to_disk, temporary_path
+from megatron.weights.errors import WeightsError
+from megatron.weights.source import PARTS, WEIGHTS, StateSource
+from megatron.weights.torch_files import loss_scale_state, read_torch_file
+
+_FOLDER = "zero"
+_COMMON = "optimizer_state.pt"
+
+
+def is_universal_checkpoint(path: Path) -> bool:
+    """Whether a folder holds a universal checkpoint."""
+    return (path / _FOLDER / _COMMON).is_file()
+
+
+class UniversalCheckpoint:
+    """A StateSource over one universal checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        """WeightsError if there is none at `path`."""
+        if not is_universal_checkpoint(path):
+            raise WeightsError(f"{path} holds no universal checkpoint ({_FOLDER}/{_COMMON}); name one.")
+        self.path = path
+        common = read_torch_file(path / _FOLDER / _COMMON)
+        self.names = tuple(sorted(file.parent.name for file in (path / _FOLDER).glob(f"*/{WEIGHTS}.pt")))
+        self._shapes = _saved_shapes(path)
+        self.step: int | None = self._step(common)
+        scaler = common.get("loss_scaler")
+        self.loss_scale: Mapping[str, float] = dict(scaler) if isinstance(scaler, dict) else loss_scale_state(scaler)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes of a parameter."""
+        return self._shapes.get(name) or tuple(self._tensor(name, WEIGHTS).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a parameter: fp32."""
+        return self._tensor(name, WEIGHTS).dtype
+
+    def get(self, name: str) -> Tensor:
+        """The whole master weights of a parameter, on the CPU."""
+        return self._tensor(name, WEIGHTS).clone().view(self.shape(name))
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """What there is of a parameter: the weights, and the moments unless it was frozen."""
+        return tuple(part for part in PARTS if (self.path / _FOLDER / name / f"{part}.pt").is_file())
+
+    def read(self, name: str, part: str, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) of the flattened weights ("fp32") or of a moment, on the CPU, [count]."""
+        return self._tensor(name, part).reshape(-1)[start : start + count].clone()
+
+    def _tensor(self, name: str, part: str) -> Tensor:
+        """A tensor that is mapped, not read."""
+        file = self.path / _FOLDER / name / f"{part}.pt"
+        if not file.is_file():
+            raise WeightsError(f"{file} is not there; copy the whole of {self.path}.")
+        content = read_torch_file(file)
+        tensor: Tensor = content["param"] if isinstance(content, dict) else content
+        return tensor.detach()
+
+    def _step(self, common: Mapping[str, Any]) -> int:
+        if "step" in common:
+            return int(common["step"])
+        if "optimizer_state_dict" in common:
+            return int(common["optimizer_state_dict"]["state"][0]["step"])
+        return int(read_torch_file(self.path / _FOLDER / self.names[0] / "step.pt"))
+
+
+def write_universal_checkpoint(
+    source: StateSource, path: Path, companions: Sequence[Path] = (), report: Callable[[str], None] = lambda name: None
+) -> None:
+    """Write weights and moments to a new folder `path`, one tensor at a time; it appears when it is whole.
+
+    `companions` are files to copy beside them, and `report` is called with each name before its tensors are read.
+    WeightsError if something is there already, or if the source has no moments.
+    """
+    if source.step is None:
+        raise WeightsError("weights alone do not make a universal checkpoint; start from a checkpoint of training.")
+    if path.exists():
+        raise WeightsError(f"{path} exists; name a new folder, or remove it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = temporary_path(path)
+    try:
+        for name in source.names:
+            report(name)
+            _write_parameter(source, name, staging / _FOLDER / name)
+        common = {"step": source.step, "loss_scaler": dict(source.loss_scale)}
+        torch.save(common, staging / _FOLDER / _COMMON)
+        for file in companions:
+            shutil.copyfile(file, staging / file.name)
+        flush_to_disk(staging / _FOLDER)
+        staging.rename(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_parameter(source: StateSource, name: str, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    shape = source.shape(name)
+    for part in source.parts(name):
+        tensor = source.read(name, part, 0, Size(shape).numel()).view(shape)
+        torch.save({"param": tensor, "cat_dim": 0}, folder / f"{part}.pt")
+        flush_to_disk(folder / f"{part}.pt")
+    torch.save(source.step, folder / "step.pt")
+
+
+def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name out of the copy of ZeRO-3's model file, where DeepSpeed's converter left one."""
+    file = path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    groups = read_torch_file(file)["param_shapes"] if file.is_file() else ()
+    return {name: tuple(shape) for group in groups for name, shape in group.items()}

@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Write a checkpoint in a form that any number of ranks, ZeRO stage and number format can go on from.
+
+    tools/make_universal_checkpoint.py runs/llama/checkpoints runs/llama/universal
+    pretrain_gpt.py ... --load runs/llama/universal --universal-checkpoint
+
+Weights, Adam's moments and counters, each parameter whole: DeepSpeed's universal form. --universal-checkpoint takes
+the checkpoint itself too, where every machine can read it; the universal form is for one that goes elsewhere. No GPU
+and no process group is needed, and little more memory than the largest tensor takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from megatron.data.atomic_file import atomic_path
+from megatron.weights.errors import WeightsError
+from megatron.weights.opening import newest_checkpoint, open_state
+from megatron.weights.universal_checkpoint import write_universal_checkpoint
+
+COMPANIONS = ("config.json", "layout.json", "train_state.json", "random_*.pt")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="folder of --save, or global_stepN in it")
+    parser.add_argument("output", type=Path, help="folder to write to; the checkpoint keeps its name in it")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        path = newest_checkpoint(arguments.checkpoint)
+        source = open_state(path)
+        companions = [file for pattern in COMPANIONS for file in sorted(path.glob(pattern))]
+        target = arguments.output / path.name
+        with tqdm(total=len(source.names), unit="tensor", disable=None) as bar:
+            write_universal_checkpoint(source, target, companions, report=lambda _: bar.update())
+        with atomic_path(arguments.output / "latest") as latest:
+            latest.write_text(target.name)
+    except (WeightsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{target}: {len(source.names)} tensors with their moments at step {source.step}; go on with")
+    print(f"  --load {arguments.output} --universal-checkpoint")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
