@@ -14,7 +14,6 @@ import importlib.metadata
 import itertools
 import json
 import platform
-import resource
 import shlex
 import statistics
 import subprocess
@@ -186,8 +185,9 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def peak_process_bytes() -> int:
-    """Most host memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most host memory that this process has held; getrusage would count its parent's from before it began."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def gib(num_bytes: int | None) -> float | None:
