@@ -11,6 +11,8 @@ from megatron.data.indexed_dataset import IndexedDataset
 from tests.distributed.launcher import REPOSITORY, TrainingRun, free_port, read_log
 from tests.integration.readme import Command, commands, commands_of, local_links, mapped_paths
 from tests.integration.shell import run
+from tests.unit.tools.tool import run_tool
+from tests.unit.weights.small_families import save
 
 MADE_BY_MAKE = [".venv/bin/activate"]
 PROGRAMS = ("make", ".", "export", "tools/", "examples_deepspeed/", "pretrain_gpt.py")
@@ -30,11 +32,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(REPOSITORY / name)
     inputs = " ".join(str(path) for path in SOURCES)
     run(f"python - {inputs} > corpus.jsonl <<< '{TO_JSON}'", folder)
+    save("llama-tied", folder / "models/Llama-3.2-1B")
+    run_tool("hf2megads_weight_converter", "to-megatron", folder / "models/Llama-3.2-1B", folder / LLAMA_CHECKPOINTS)
     for command in commands_of("tools/"):
         run(command.text, folder)
     return folder
 
 
+LLAMA_CHECKPOINTS = "runs/llama/checkpoints"
 TO_JSON = 'import json, sys; [print(json.dumps({"text": open(name).read()})) for name in sys.argv[1:]]'
 
 

@@ -1,0 +1,153 @@
+"""What a family of Hugging Face models is: the meaning of its config.json and the names of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.config import ModelConfig
+from megatron.weights.errors import WeightsError
+from megatron.weights.rearrangement import GroupedHeads, Rearrangement, Same, Stacked, Transposed, TransposedHeads
+
+HuggingFaceConfig = Mapping[str, Any]
+Arrange = Callable[[ModelConfig], Rearrangement]
+
+
+def same(model: ModelConfig) -> Rearrangement:
+    """One tensor, as it is."""
+    return Same()
+
+
+def transposed(model: ModelConfig) -> Rearrangement:
+    """One weight that is stored [in, out]."""
+    return Transposed()
+
+
+def gate_and_up(model: ModelConfig) -> Rearrangement:
+    """The two halves of SwiGLU's first layer."""
+    return Stacked(2)
+
+
+def grouped_heads(model: ModelConfig) -> GroupedHeads:
+    """Queries, keys and values of their own."""
+    per_group = model.num_attention_heads // model.num_key_value_heads
+    return GroupedHeads(model.num_key_value_heads, per_group, model.kv_channels)
+
+
+def transposed_heads(model: ModelConfig) -> Rearrangement:
+    """GPT-2's queries, keys and values in one."""
+    return TransposedHeads(grouped_heads(model))
+
+
+@dataclass(frozen=True)
+class Module:
+    """Their modules that one of ours is made of; `*` stands for the number of the layer, from 0 on both sides."""
+
+    names: tuple[str, ...]
+    arrange: Arrange = same
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Values of a key of config.json that are supported, the first of them what an absent key means."""
+
+    key: str
+    values: tuple[Any, ...]
+
+    def check(self, config: HuggingFaceConfig) -> None:
+        """WeightsError unless the key has one of the values."""
+        value = config.get(self.key, self.values[0])
+        if not any(value == allowed and type(value) is type(allowed) for allowed in self.values):
+            supported = " or ".join(repr(value) for value in self.values)
+            raise WeightsError(f"config.json has {self.key} {value!r}, and {supported} is supported.")
+
+
+@dataclass(frozen=True)
+class NeededOfLayers:
+    """A key that lists one value per layer, all of which must be the same."""
+
+    key: str
+    value: str
+
+    def check(self, config: HuggingFaceConfig) -> None:
+        """WeightsError unless every layer has the value; an absent key means that it has."""
+        other = sorted(set(config.get(self.key) or ()) - {self.value})
+        if other:
+            raise WeightsError(f"config.json has {self.key} with {', '.join(other)}, and {self.value!r} is supported.")
+
+
+_FULL_ATTENTION = NeededOfLayers("layer_types", "full_attention")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of config.json.
+
+    `to_fields` makes fields of ModelConfig from a config.json, and `to_config` the reverse; `managed` are the keys
+    whose meaning is in those fields, so that they are never carried over from another config.json.
+    """
+
+    model_type: str
+    architecture: str
+    modules: Mapping[str, Module]
+    to_fields: Callable[[HuggingFaceConfig], dict[str, Any]]
+    to_config: Callable[[ModelConfig], dict[str, Any]]
+    needed: tuple[Needed, ...] = ()
+    managed: frozenset[str] = frozenset()
+    prefixes: tuple[str, ...] = ("",)
+    """What may stand before a tensor's name; the first is written."""
+    buffers: tuple[str, ...] = ()
+    """Ends of the names of tensors that are computed, which older files hold and nobody needs."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of config.json with one value for all models of the family."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers takes an absent key of config.json for, where `to_fields` does not know it."""
+
+    def model_fields(self, config: HuggingFaceConfig) -> dict[str, Any]:
+        """Fields of ModelConfig, of a config.json; WeightsError for what is not supported."""
+        if config.get("quantization_config"):
+            raise WeightsError("config.json has a quantization_config, and unquantized weights are supported.")
+        config = {**self.defaults, **config}
+        for needed in self.needed:
+            needed.check(config)
+        _FULL_ATTENTION.check(config)
+        try:
+            fields = self.to_fields(config)
+            is_grouped = fields["num_attention_heads"] % fields["num_key_value_heads"] == 0
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            if isinstance(error, WeightsError):
+                raise
+            raise WeightsError(
+                f"config.json has a value of the wrong kind ({error}); use the model's own config.json."
+            ) from error
+        if not is_grouped:
+            raise WeightsError(
+                f"config.json has num_key_value_heads {fields['num_key_value_heads']}, which must divide "
+                f"num_attention_heads {fields['num_attention_heads']}; use the model's own config.json."
+            )
+        return fields
+
+    def names(self, ours: str) -> tuple[tuple[str, ...], Arrange]:
+        """Their tensors that our parameter is made of, and how. WeightsError if the family has no such parameter."""
+        module, _, leaf = ours.rpartition(".")
+        number = ""
+        if module.startswith("layers."):
+            _, number, rest = module.split(".", 2)
+            module = f"layers.*.{rest}"
+        if module not in self.modules:
+            raise WeightsError(f"{self.model_type} has nothing for our parameter {ours}.")
+        theirs = self.modules[module]
+        return tuple(f"{name.replace('*', number)}.{leaf}" for name in theirs.names), theirs.arrange
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor is computed, and so nobody's weight."""
+        return name.endswith(self.buffers) if self.buffers else False
+
+
+def required(config: HuggingFaceConfig, key: str) -> Any:
+    """The value of a key; WeightsError if it is absent or null."""
+    value = config.get(key)
+    if value is None:
+        raise WeightsError(f"config.json has no {key}, which its model_type needs; use the model's own config.json.")
+    return value

@@ -1,0 +1,22 @@
+"""Names and shapes of a model's parameters, taken from the model itself, without memory for any of them."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from megatron.config import ModelConfig
+from megatron.model.initialization import Initializer
+from megatron.model.transformer import GPTModel, ModelExecution
+
+# Modules whose rows are tokens, and which the padding of the vocabulary therefore lengthens.
+TOKEN_ROWS = ("embedding.word_embeddings.weight", "head.output_layer.weight")
+
+
+def parameter_shapes(model: ModelConfig, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by its name, in the model's order; a tied output layer is not one of its own."""
+    initializer = Initializer(torch.Generator(), torch.float32, torch.device("meta"), 0.0, 0.0)
+    never_executed = cast(ModelExecution, None)
+    built = GPTModel(model, padded_vocab_size, initializer, never_executed)
+    return {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}

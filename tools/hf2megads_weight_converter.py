@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Convert weights between Hugging Face and this program.
+
+    tools/hf2megads_weight_converter.py to-megatron HF_FOLDER OUT
+    tools/hf2megads_weight_converter.py to-hf WEIGHTS OUT
+
+to-megatron turns a Hugging Face folder (config.json and safetensors) into portable weights, which --load takes, and
+prints the flags of pretrain_gpt.py that describe the model; it takes a checkpoint of upstream's Megatron-DeepSpeed as
+well. to-hf turns portable weights, or a training checkpoint, into a folder that AutoModelForCausalLM.from_pretrained
+takes. One parameter is in memory at a time, and OUT appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.weights.errors import WeightsError
+from megatron.weights.families import FAMILIES
+from megatron.weights.hugging_face import (
+    FORMATS,
+    Settings,
+    from_hugging_face,
+    from_our_names,
+    num_rows,
+    to_hugging_face,
+    training_flags,
+)
+from megatron.weights.megatron_deepspeed import MegatronDeepSpeedCheckpoint, is_megatron_deepspeed
+from megatron.weights.opening import newest_checkpoint, open_state
+from megatron.weights.portable_config import PortableConfig, read_json
+from megatron.weights.safetensors_folder import DEFAULT_MAX_SHARD_BYTES
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    directions = parser.add_subparsers(dest="direction", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("source", type=Path, help="folder to read")
+    common.add_argument("out", type=Path, help="folder to write, a new one")
+    common.add_argument("--max-shard-size", type=float, default=DEFAULT_MAX_SHARD_BYTES, help="bytes [%(default)g]")
+    common.add_argument("--dtype", choices=FORMATS, help="number format to write [as it is stored]")
+    to_megatron = directions.add_parser("to-megatron", parents=[common], help="Hugging Face to portable weights")
+    to_megatron.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=1, metavar="N",
+        help="pad the vocabulary to a multiple of this with the mean of its rows [%(default)s: no padding]",
+    )  # fmt: skip
+    to_hf = directions.add_parser("to-hf", parents=[common], help="our weights to Hugging Face")
+    to_hf.add_argument("--model-type", choices=FAMILIES, help="[the one they came from, or the first that fits]")
+    to_hf.add_argument(
+        "--like", type=Path, metavar="HF_FOLDER",
+        help="the Hugging Face model that the training began with: its tokenizer, token ids and vocabulary are taken",
+    )  # fmt: skip
+    to_hf.add_argument("--vocab-size", type=int, help="rows to keep [those before the padding, where it is known]")
+    arguments = parser.parse_args(argv)
+    for flag in ("max_shard_size", "make_vocab_size_divisible_by", "vocab_size"):
+        value = getattr(arguments, flag, None)
+        if value is not None and value < 1:
+            parser.error(f"--{flag.replace('_', '-')} ({value:g}) must be 1 or more.")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    settings = Settings(int(arguments.max_shard_size), FORMATS.get(arguments.dtype), report=print)
+    try:
+        if arguments.direction == "to-megatron":
+            to_megatron(arguments, settings)
+        else:
+            to_hf(arguments, settings)
+    except (WeightsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def to_megatron(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Write portable weights and print the flags that go with them."""
+    if is_megatron_deepspeed(arguments.source):
+        checkpoint = MegatronDeepSpeedCheckpoint(arguments.source)
+        portable = checkpoint.config()
+        from_our_names(checkpoint, portable, arguments.out, settings)
+    else:
+        portable = from_hugging_face(arguments.source, arguments.out, settings, arguments.make_vocab_size_divisible_by)
+    print(f"{arguments.out} is written; flags of pretrain_gpt.py:")
+    print(f"--load {shlex.quote(str(arguments.out))} {' '.join(training_flags(portable))}")
+
+
+def to_hf(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Write a Hugging Face folder."""
+    weights = open_state(arguments.source)
+    portable = PortableConfig.read(newest_checkpoint(arguments.source), num_rows(weights))
+    beside = [arguments.source]
+    if arguments.like is not None:
+        like = read_json(arguments.like / "config.json")
+        portable = replace(portable, hugging_face=like, vocab_size=like.get("vocab_size", portable.vocab_size))
+        beside.insert(0, arguments.like)
+    if arguments.vocab_size is not None:
+        portable = replace(portable, vocab_size=arguments.vocab_size)
+    family = to_hugging_face(weights, portable, arguments.out, settings, beside, arguments.model_type)
+    print(f"{arguments.out} is written, a {family.architecture}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
