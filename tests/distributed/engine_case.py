@@ -33,9 +33,12 @@ class Layout:
     num_ranks: int
     zero_stage: int
     bf16: bool = False
+    step_group: int | None = None
+    """Elements of a rank after which ZeRO-3 steps the next by themselves. By default it is a billion."""
 
     def __str__(self) -> str:
-        return f"{self.num_ranks}ranks-zero{self.zero_stage}-{'bf16' if self.bf16 else 'fp32'}"
+        groups = f"-by{self.step_group}" if self.step_group else ""
+        return f"{self.num_ranks}ranks-zero{self.zero_stage}-{'bf16' if self.bf16 else 'fp32'}{groups}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def build(layout: Layout, seed: int, **zero: Any) -> Engine:
     """Return an engine over every rank of this process's world."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     dtype = torch.bfloat16 if layout.bf16 else torch.float32
+    if layout.step_group is not None:
+        zero["sub_group_size"] = layout.step_group
     settings = {
         "train_batch_size": layout.num_ranks,
         "train_micro_batch_size_per_gpu": 1,

@@ -29,6 +29,8 @@ SAVED = [
     for bf16 in (False, True)
     if stage or not bf16
 ]
+# As a billion parameters and more of a rank are kept.
+SAVED += [Layout(1, 3, step_group=50), Layout(2, 3, step_group=20)]
 # Every stage into every stage, every number of ranks into every other, both formats.
 CHANGES = [
     (Layout(1, 0), Layout(2, 3)),
@@ -49,6 +51,9 @@ CHANGES = [
     (Layout(3, 2, bf16=True), Layout(2, 3, bf16=True)),
     (Layout(2, 1, bf16=True), Layout(2, 3)),
     (Layout(2, 1), Layout(1, 1, bf16=True)),
+    (Layout(2, 3, step_group=20), Layout(3, 3)),
+    (Layout(1, 3, step_group=50), Layout(2, 3, step_group=20)),
+    (Layout(2, 2), Layout(1, 3, step_group=50)),
 ]
 
 
