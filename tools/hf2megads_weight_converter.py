@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from megatron.weights.errors import WeightsError
 from megatron.weights.families import FAMILIES
 from megatron.weights.hugging_face import (

@@ -14,6 +14,8 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from megatron.data.atomic_file import atomic_path
 from megatron.data.text_files import read_source
 

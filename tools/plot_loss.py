@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from megatron.logging.log_line import IterationRecord, LogRecord, ValidationRecord, parse_log
 
 
