@@ -6,6 +6,7 @@ so neither DeepSpeed nor the version that wrote a file is needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,22 @@ class ZeroStage(int):
     """A ZeRO stage."""
 
 
-_CLASSES = {
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _member(enumeration: type, name: str) -> ZeroStage:
+    """Stands for `getattr`, by which some versions of Python pickle the members of an enumeration, and for no more."""
+    if enumeration is not ZeroStage or name not in _STAGES:
+        raise WeightsError(f"the attribute {name!r} of {enumeration!r} is nothing that a checkpoint needs")
+    return ZeroStage(_STAGES[name])
+
+
+_STAND_INS: dict[str, Callable[..., Any]] = {
     "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": LossScaler,
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": LossScaler,
     "deepspeed.runtime.zero.config.ZeroStageEnum": ZeroStage,
+    "builtins.getattr": _member,
 }
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -64,7 +76,7 @@ class MappedFiles:
 def read_torch_file(path: Path) -> Any:
     """Map a file of torch.save; WeightsError if it is damaged or holds classes that are not known here."""
     try:
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _CLASSES.items()]):
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _STAND_INS.items()]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged file shows itself in many ways, all of them inside torch
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from megatron.weights.errors import WeightsError
-from megatron.weights.torch_files import MappedFiles, loss_scale_state, read_torch_file
+from megatron.weights.torch_files import MappedFiles, ZeroStage, loss_scale_state, read_torch_file
 
 
 def save(path: Path, content: object) -> Path:
@@ -23,6 +23,24 @@ def test_deepspeed_s_classes_are_read_as_stand_ins(tmp_path: Path) -> None:
     read = read_torch_file(save(tmp_path / "a.pt", content))
     assert (read["place"].start, read["place"].numel, int(read["stage"])) == (2, 5, 3)
     assert type(read["place"]).__module__ == "megatron.weights.torch_files"
+
+
+class ByAttribute:
+    """As Python 3.11.2 pickles a member of an enumeration."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.reduced = getattr, (owner, name)
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return self.reduced
+
+
+def test_a_stage_is_read_however_python_pickles_it(tmp_path: Path) -> None:
+    read = read_torch_file(save(tmp_path / "a.pt", {"stage": ByAttribute(ZeroStageEnum, "gradients")}))
+    assert (type(read["stage"]), int(read["stage"])) == (ZeroStage, 2)
+    for other in (ByAttribute(ZeroStageEnum, "__subclasses__"), ByAttribute(torch.Tensor, "numpy")):
+        with pytest.raises(WeightsError, match=r"a\.pt cannot be read"):
+            read_torch_file(save(tmp_path / "a.pt", other))
 
 
 def test_the_state_of_a_dynamic_loss_scale_is_carried(tmp_path: Path) -> None:
