@@ -2,7 +2,7 @@
 # Extend the context of a LLaMA of 8B parameters from 8,192 to 131,072 tokens with FPDT. LOAD names the folder of its
 # checkpoint, such as weights converted from Hugging Face.
 #
-#   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=llama/checkpoint \
+#   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=weights/llama \
 #     examples_deepspeed/context_extension/ds_extend_llama_8B_fpdt_128k.sh
 #
 #   DRY_RUN=1          print the command and its plan, and stop

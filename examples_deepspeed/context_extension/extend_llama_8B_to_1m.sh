@@ -2,7 +2,7 @@
 # Extend the context of a LLaMA of 8B parameters from 8,192 to 1,048,576 tokens, in stages: each begins with the weights
 # of the one before, the first with those of LOAD. Started again, it goes on where it was.
 #
-#   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=llama/checkpoint \
+#   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=weights/llama \
 #     examples_deepspeed/context_extension/extend_llama_8B_to_1m.sh
 #
 #   DRY_RUN=1, MODEL_SCALE=tiny   as for each stage

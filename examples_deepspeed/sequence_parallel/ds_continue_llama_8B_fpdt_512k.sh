@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Go on pretraining a LLaMA of 8B parameters at 524,288 tokens of context with FPDT. LOAD names the folder of its
-# checkpoint, of which the weights are taken.
+# Go on pretraining a LLaMA of 8B parameters at 524,288 tokens of context with FPDT. LOAD names weights that
+# tools/hf2megads_weight_converter.py made of Hugging Face's, or the checkpoints of another run.
 #
-#   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=llama/checkpoint \
+#   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=weights/llama \
 #     examples_deepspeed/sequence_parallel/ds_continue_llama_8B_fpdt_512k.sh
 #
 #   DRY_RUN=1          print the command and its plan, and stop
