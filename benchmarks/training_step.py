@@ -58,15 +58,14 @@ from megatron.arguments import parse_args
 from megatron.batch import slice_batch
 from megatron.config import Config, deepspeed_config, validate
 from megatron.core.sequence_layout import SequenceLayout
-from megatron.execution import choose_execution
+from megatron.execution import choose_execution, plan_of
 from megatron.fpdt.stream import Stream
 from megatron.initialize import initialize, world_from_environment
 from megatron.logging.accounting import model_flops
 from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.optimizer.param_groups import parameter_groups
-from megatron.planner.hardware import GPUS, Machines, gpu_like
-from megatron.planner.job import Job
+from megatron.planner.hardware import GPUS, gpu_like
 from megatron.planner.plan import Plan
 from megatron.tokenizer import pad_vocab_size
 
@@ -139,8 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step |= rates(step, num_gpus, report.matmul)
     report.add(step | (against_block(step, block, arguments.num_layers) if block else {}))
     if not arguments.on_device:
-        plan = plan_of(config, arguments, step, num_gpus, report.device)
-        planned = planned_row(plan)
+        planned = planned_row(plan_of_step(config, arguments, step, num_gpus, report.device))
         report.add(planned | rates(planned, num_gpus, report.matmul))
     report.finish()
     draw(report)
@@ -241,20 +239,16 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
     }  # fmt: skip
 
 
-def plan_of(config: Config, arguments: argparse.Namespace, step: Row, num_gpus: int, device: torch.device) -> Plan:
+def plan_of_step(config: Config, arguments: argparse.Namespace, step: Row, num_gpus: int, device: torch.device) -> Plan:
     """The planner's view of the step that was measured; on a CPU the times are those of some GPU."""
     vocabulary = pad_vocab_size(arguments.vocab_size, config.model.make_vocab_size_divisible_by)
-    job = replace(
-        Job.of(config, num_gpus, vocabulary),
-        recompute=step["recompute_run"],
-        checkpoint_interval=step["checkpoint_interval"],
-    )
-    on_gpu = device.type == "cuda"
-    properties = torch.cuda.get_device_properties(device) if on_gpu else None
-    gpu = gpu_like(properties.name, properties.total_memory) if properties else GPUS["H200"]
-    backend = step["attention_backend"] if on_gpu else "flash-attn-4"
-    machines = Machines(gpu, num_gpus, num_gpus, host_memory_gib=0.0)  # what is kept is not chosen by it
-    return Plan(job, machines, backend)
+    gpu, backend = GPUS["H200"], "flash-attn-4"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu, backend = gpu_like(properties.name, properties.total_memory), step["attention_backend"]
+    plan = plan_of(config, num_gpus, gpu, 0, vocabulary, backend)  # no host memory: it chooses nothing here
+    kept = {"recompute": step["recompute_run"], "checkpoint_interval": step["checkpoint_interval"]}
+    return plan.with_job(replace(plan.job, **kept))
 
 
 def planned_row(plan: Plan) -> Row:

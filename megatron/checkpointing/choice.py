@@ -7,11 +7,11 @@ from pathlib import Path
 
 from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
 from megatron.checkpointing.errors import CheckpointError
-from megatron.checkpointing.folder import checkpoint_path, checkpoints, iteration_of, read_latest
+from megatron.checkpointing.folder import checkpoint_path, checkpoints, iteration_of
 from megatron.checkpointing.manifest import MANIFEST, Manifest, hash_faults, read_manifest, size_faults
 from megatron.config import CheckpointConfig
 from megatron.initialize import Context
-from megatron.weights.opening import executes_nothing, is_portable
+from megatron.weights.opening import executes_nothing, is_portable, read_latest
 
 # Names of the files of a checkpoint that are to be hashed.
 Selection = Callable[[Manifest], list[str]]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpointing.errors import CheckpointError
+from megatron.data.atomic_file import flush_to_disk
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file that is on the disk when this returns."""
-    with path.open("w") as file:
-        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    flush_to_disk(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

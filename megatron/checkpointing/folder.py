@@ -10,8 +10,8 @@ from uuid import uuid4
 
 from megatron.checkpointing.manifest import MANIFEST
 from megatron.data.atomic_file import atomic_path, flush_to_disk, temporary_path
+from megatron.weights.opening import LATEST
 
-_LATEST = "latest"
 _CHECKPOINT = re.compile(r"global_step(\d+)(\.[0-9a-f]{32}\.old)?")
 _UNFINISHED = re.compile(r"(global_step\d+|latest)\.[0-9a-f]{32}\.tmp")
 _RETIRED = re.compile(r"global_step\d+\.[0-9a-f]{32}\.old")
@@ -27,18 +27,9 @@ def unfinished_path(path: Path) -> Path:
     return temporary_path(path)
 
 
-def read_latest(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names, whether it is there or not; None without `latest`."""
-    try:
-        name = (folder / _LATEST).read_text(errors="replace").strip()
-    except FileNotFoundError:
-        return None
-    return folder / name if name else None
-
-
 def write_latest(folder: Path, path: Path) -> None:
     """Let `latest` name a checkpoint: it names the old one or the new one, whatever happens."""
-    with atomic_path(folder / _LATEST) as temporary:
+    with atomic_path(folder / LATEST) as temporary:
         temporary.write_text(path.name)
 
 

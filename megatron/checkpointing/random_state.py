@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
+from megatron.data.atomic_file import flush_to_disk
 from megatron.initialize import Context
 
 
@@ -22,8 +22,7 @@ def write_random_state(path: Path, context: Context) -> None:
         state["cuda"] = torch.cuda.get_rng_state(context.device)
     with path.open("wb") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    flush_to_disk(path)
 
 
 def restore_random_state(path: Path, context: Context) -> None:

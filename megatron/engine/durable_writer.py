@@ -37,7 +37,7 @@ class DurableWriter(TorchCheckpointEngine):
                 self._error = error
 
     def add(self, path: Path) -> None:
-        """Take in a file that was written by other means."""
+        """Take in a file that was written, once it is on the disk."""
         with path.open("rb") as file:
             os.fsync(file.fileno())
         self._written.append(path)
@@ -51,6 +51,4 @@ class DurableWriter(TorchCheckpointEngine):
     def _write(self, state_dict: Any, path: Path) -> None:
         with path.open("wb") as file:
             torch.save(state_dict, file, _use_new_zipfile_serialization=self.zipfile_serialization)
-            file.flush()
-            os.fsync(file.fileno())
-        self._written.append(path)
+        self.add(path)

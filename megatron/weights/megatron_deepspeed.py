@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron.weights.errors import WeightsError
+from megatron.weights.opening import newest_checkpoint
 from megatron.weights.portable_config import PortableConfig, model_of
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -65,7 +66,7 @@ class MegatronDeepSpeedCheckpoint:
 
     def __init__(self, path: Path) -> None:
         """WeightsError if there is no such checkpoint, or its model is not supported."""
-        self.path = newest(path)
+        self.path = newest_checkpoint(path)
         files = _layer_files(self.path)
         if not (self.path / _MODEL_FILE).is_file():
             raise WeightsError(f"{self.path} has no {_MODEL_FILE}, which holds the architecture; copy it there.")
@@ -109,14 +110,8 @@ class MegatronDeepSpeedCheckpoint:
 
 def is_megatron_deepspeed(path: Path) -> bool:
     """Whether a folder looks like a checkpoint of Megatron-DeepSpeed, or of this program, or holds one."""
-    path = newest(path)
+    path = newest_checkpoint(path)
     return path.is_dir() and ((path / _MODEL_FILE).is_file() or any(path.glob("layer_*-model_*-model_states.pt")))
-
-
-def newest(path: Path) -> Path:
-    """The checkpoint that `path`/latest names; `path` itself where there is no such file."""
-    pointer = path / "latest"
-    return path / pointer.read_text().strip() if pointer.is_file() else path
 
 
 def _fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:

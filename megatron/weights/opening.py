@@ -10,15 +10,22 @@ from megatron.weights.safetensors_folder import INDEX_FILE, SINGLE_FILE, Safeten
 from megatron.weights.source import StateSource, WeightsAlone
 from megatron.weights.universal_checkpoint import UniversalCheckpoint, is_universal_checkpoint
 
-_LATEST = "latest"
+LATEST = "latest"
 KINDS = ("DeepSpeed checkpoint", "universal checkpoint", "safetensors")
+
+
+def read_latest(folder: Path) -> Path | None:
+    """The checkpoint that `folder`/latest names, whether it is there or not; None without `latest`."""
+    try:
+        name = (folder / LATEST).read_text(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return folder / name if name else None
 
 
 def newest_checkpoint(path: str | Path) -> Path:
     """The checkpoint that `path`/latest names; `path` itself where there is no such file."""
-    path = Path(path)
-    pointer = path / _LATEST
-    return path / pointer.read_text().strip() if pointer.is_file() else path
+    return read_latest(Path(path)) or Path(path)
 
 
 def is_portable(path: Path) -> bool:
