@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.distributed.launcher import REPOSITORY, launch, run_training
+from tests.gpu.training_flags import KEPT, OFFLOADED, ON_HOST, STREAMED, training_words
 from tests.integration.corpus import write_corpus
-from tests.integration.runs import LLAMA, TOKENIZER
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,11 +18,6 @@ pytestmark = [
 ]
 
 ITERATIONS = 8
-MODEL = ["--num-layers", "2", "--hidden-size", "256", "--num-attention-heads", "4", "--seq-length", "512", *LLAMA]
-TRAINING = ["--global-batch-size", "4", "--lr", "1e-3", "--eval-iters", "0", "--log-interval", "1"]
-STREAMED = ["--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-chunk-size", "160"]
-OFFLOADED = [*STREAMED, "--ds-sequence-parallel-fpdt-offloading"]
-KEPT = [*OFFLOADED, "--ds-sequence-parallel-fpdt-recompute", "none"]
 RECOMPUTED = ["--deepspeed-activation-checkpointing", "--checkpoint-in-cpu"]
 
 # bf16 keeps 8 bits: a loss near 4 is known to about 1e-3, and the paths of training part slowly.
@@ -34,13 +29,8 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "counting")
 
 
-def _words(corpus, *flags):
-    return [*MODEL, *TOKENIZER, *TRAINING, "--data-path", str(corpus), "--split", "90,6,4",
-            "--train-iters", str(ITERATIONS), *flags]  # fmt: skip
-
-
 def _losses(corpus, *flags, num_ranks=1, script=REPOSITORY / "pretrain_gpt.py"):
-    run = run_training(_words(corpus, *flags), num_ranks, script=script)
+    run = run_training(training_words(corpus, ITERATIONS, *flags), num_ranks, script=script)
     assert len(run.losses) == len(run.grad_norms) == ITERATIONS
     return run.losses
 
@@ -67,10 +57,8 @@ def test_fp32_stream_on_the_gpu_equals_the_plain_model(corpus, exact):
 
 
 def test_optimizer_and_parameter_offload_through_the_deepspeed_json(corpus, exact, tmp_path):
-    settings = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True},
-                                      "offload_param": {"device": "cpu", "pin_memory": True}}}  # fmt: skip
     path = tmp_path / "deepspeed.json"
-    path.write_text(json.dumps(settings))
+    path.write_text(json.dumps({"zero_optimization": ON_HOST}))
     losses = _losses(corpus, "--bf16", "--deepspeed-config", str(path), *OFFLOADED)
     assert all(abs(losses[i] - exact[i]) < TOLERANCE["--bf16"] for i in exact)
 
@@ -89,6 +77,6 @@ def test_the_planner_chooses_the_chunk(corpus, exact):
 
 def test_a_model_that_the_gpu_cannot_hold_is_refused_before_it_is_built(corpus):
     large = ["--num-layers", "400", "--hidden-size", "16384", "--num-attention-heads", "128"]
-    run = launch(REPOSITORY / "pretrain_gpt.py", [*_words(corpus, "--bf16", *OFFLOADED), *large], 1)
+    run = launch(REPOSITORY / "pretrain_gpt.py", training_words(corpus, ITERATIONS, "--bf16", *OFFLOADED, *large), 1)
     assert run.exit_codes == [2]
     assert "GiB of GPU memory per rank" in run.outputs[0]
