@@ -33,8 +33,8 @@ MATRICES = 4  # of a block
 OUTSIDE_TORCH = 1.5 * GIB  # CUDA's context, NCCL's buffers, kernels
 FRAGMENTATION = 1.05
 ACCURACY = 0.1  # how far `gpu` may be off what is measured (docs/planner.md)
-HOST_PROCESS = 2.5 * GIB  # Python, torch and DeepSpeed of one rank
-LOGITS = 3 * HALF * TILE_LOGITS  # a tile of the loss, its gradient and what lies between
+HOST_PROCESS, PLAIN_PROCESS = 2.5 * GIB, 4.0 * GIB  # Python, torch and DeepSpeed of one rank, and without FPDT
+LOGITS = 2 * HALF * TILE_LOGITS  # a tile of the output layer and its gradient
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Memory:
     block: int  # what the largest moment of the streamed model takes above them, gradients included
     host_states: int
     host_chunks: int
+    host_process: int
     recompute: Recompute
     checkpoint_interval: int
 
@@ -62,13 +63,14 @@ class Memory:
     @property
     def host(self) -> int:
         """Host memory of the rank, its process included."""
-        return int(self.host_states + self.host_chunks + HOST_PROCESS)
+        return self.host_states + self.host_chunks + self.host_process
 
 
 def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
     """Reckon a job's memory; what is left open is chosen as a training run chooses."""
     states = _states(job)
-    budget = int(machines.host_bytes_per_gpu - states.host - HOST_PROCESS)
+    process = int(HOST_PROCESS if job.streamed else PLAIN_PROCESS)
+    budget = int(machines.host_bytes_per_gpu - states.host - process)
     recompute, interval = choose_what_is_kept(job.shape, max(budget, 0), job.recompute, job.checkpoint_interval)
     if job.streamed:
         on_gpu, on_host = block_bytes(job.shape, recompute, backend), job.shape.tier_bytes(interval, recompute)
@@ -81,6 +83,7 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
         block=states.gradients + max(on_gpu + _block_parameters(job), _head_bytes(job)),
         host_states=states.host,
         host_chunks=on_host,
+        host_process=process,
         recompute=recompute,
         checkpoint_interval=interval,
     )
@@ -104,13 +107,23 @@ def _states(job: Job) -> _States:
     bucket = HALF * min(REDUCE_BUCKET, parameters)
     weights = shard if job.zero_stage == 3 else whole
     if job.cpu_optimizer:
-        on_host = optimizer + (HALF + SUM) * parameters // ranks
-        return _States(weights + bucket, 0 if job.zero_stage >= 2 else whole, 0, on_host)
+        largest = HALF * job.embedding_parameters  # which passes through a buffer on either side
+        buffers = bucket if job.zero_stage == 3 else largest
+        gradients = (0 if job.zero_stage >= 2 else whole) + (0 if job.zero_stage == 3 else bucket)
+        # Weights, gradients and weights in half precision are pinned, Adam's moments are not.
+        pinned = [SUM * parameters // ranks] * 2 + [shard, largest]
+        on_host = 2 * SUM * parameters // ranks + sum(map(_pinned_bytes, pinned))
+        return _States(weights + buffers, gradients, 0, on_host)
     if job.zero_stage == 3:
         return _States(weights + optimizer + shard + bucket, 0, (HALF + SUM) * _step_group(job), 0)
     gradients = shard if job.zero_stage == 2 else whole
     # The gradients, once more as one flat tensor, and that in fp32.
     return _States(weights + optimizer, gradients + bucket, gradients + shard + 2 * shard, 0)
+
+
+def _pinned_bytes(num_bytes: int) -> int:
+    """What torch allocates for a pinned tensor: the next power of two."""
+    return 1 << (num_bytes - 1).bit_length()
 
 
 def _step_group(job: Job) -> int:
@@ -175,7 +188,7 @@ def activation_bytes(job: Job, backend: str) -> tuple[int, int]:
         case "recomputed":
             return block + num_layers * hidden, 0
         case "recomputed from the host":
-            return block, num_layers * hidden
+            return block, num_layers * _pinned_bytes(hidden)
 
 
 def _mlp_bytes(shape: StreamShape) -> tuple[int, int]:
