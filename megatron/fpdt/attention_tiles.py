@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.fpdt.plan import Tile
 from megatron.fpdt.store import ChunkStore, Prefetch
-from megatron.ops.attention import AttentionBackend
+from megatron.ops.attention import AttentionBackend, backward_regions, forward_regions
 from megatron.ops.gradient_sum import accumulation_dtype
 from megatron.ops.merge import add_, add_key_value_gradients_, merge_
 
@@ -31,19 +31,29 @@ def attend(
     `kv_CBKD` is the row's own, `kv_ahead` brings those of the other tiles.
     """
     diagonal, *others = row
+    _start(kv_ahead, diagonal)
     o, lse = _forward_tile(attention, scale, diagonal, q_CBHD, kv_CBKD)
     if others:
         o = o.to(accumulation_dtype(q_CBHD.dtype))
     for tile in others:
-        merge_(o, lse, *_forward_tile(attention, scale, tile, q_CBHD, *next(kv_ahead)))
+        (kv,) = next(kv_ahead)
+        _start(kv_ahead, tile)
+        merge_(o, lse, *_forward_tile(attention, scale, tile, q_CBHD, kv))
+        del kv
     return o.to(q_CBHD.dtype), lse
+
+
+def _start(kv_ahead: Prefetch, tile: Tile) -> None:
+    """Send for the keys and values of the next tile while `tile` runs."""
+    if tile.next_is_stored:
+        kv_ahead.start()
 
 
 def _forward_tile(
     attention: AttentionBackend, scale: float, tile: Tile, q: Tensor, kv: Tensor
 ) -> tuple[Tensor, Tensor]:
     k, v = kv.chunk(2, 2)
-    return attention.forward(q, k, v, tile.is_diagonal, scale)
+    return forward_regions(attention, q, k, v, tile.is_diagonal, scale, tile.regions)
 
 
 def backward_tile_inputs(tile: Tile, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequence[Tensor]) -> list[Tensor]:
@@ -69,7 +79,7 @@ def attend_backward(
     """
     diagonal, *others = row
     dtype = queries[0].dtype
-    tile_ahead.start()
+    (tile_ahead if others else row_ahead).start()
     dq, dkv_row = _backward_tile(attention, scale, diagonal, queries, None, *_taken(own))
     dkv_row = dkv_row.to(dtype)
     dkv_before = None
@@ -104,7 +114,7 @@ def _backward_tile(
     """(dq, dkv) of one tile, added to the sums where there are any."""
     q, o, do, lse = queries
     k, v = kv.chunk(2, 2)
-    dq, dk, dv = attention.backward(do, q, k, v, o, lse, tile.is_diagonal, scale)
+    dq, dk, dv = backward_regions(attention, do, q, k, v, o, lse, tile.is_diagonal, scale, tile.regions)
     sum_dtype = accumulation_dtype(q.dtype)
     if dq_sum is None:
         dq_sum = dq.to(sum_dtype)

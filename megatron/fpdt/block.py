@@ -41,6 +41,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron.config import Recompute
 from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange, repeat_key_value_heads
+from megatron.core.documents import Documents
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.attention_tiles import attend, attend_backward, backward_tile_inputs
 from megatron.fpdt.block_inputs import BlockInputs
@@ -71,13 +72,16 @@ class CausalBlock(StreamedModule, Protocol):
         ...
 
 
-def stream_block(stream: Stream, block: CausalBlock, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
+def stream_block(
+    stream: Stream, block: CausalBlock, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None = None
+) -> Tensor:
     """Run one block. x [S/p, B, h] and the result rest on the stream's tier and hold this rank's tokens.
 
+    A token attends to its own document where `documents` says which there are in the sequences of all S tokens.
     Collective over the sequence-parallel group: every rank calls it for the same block; its backward pass too.
     """
     parameters = [p for p in block.parameters() if p.requires_grad]
-    return _StreamedBlock.apply(x_SBh, positions_BS, stream, block, torch.is_grad_enabled(), *parameters)
+    return _StreamedBlock.apply(x_SBh, positions_BS, documents, stream, block, torch.is_grad_enabled(), *parameters)
 
 
 @dataclass
@@ -100,13 +104,21 @@ class _Kept:
 class _StreamedBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, positions: Tensor, stream: Stream, block: CausalBlock, keep: bool, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        positions: Tensor,
+        documents: Documents | None,
+        stream: Stream,
+        block: CausalBlock,
+        keep: bool,
+        *parameters: Tensor,
     ) -> Tensor:
-        y, kept = _forward(stream, block, x, positions, keep)
+        plan = ChunkPlan(stream.layout(x).chunk_lengths, documents)
+        y, kept = _forward(stream, block, plan, x, positions, keep)
         if keep:
             # An input that is kept is kept by autograd too, which notices if it is written to.
             ctx.save_for_backward(positions, *[x] * (kept.position == 0))
-            ctx.stream, ctx.block, ctx.kept, ctx.parameters = stream, block, kept, parameters
+            ctx.stream, ctx.block, ctx.plan, ctx.kept, ctx.parameters = stream, block, plan, kept, parameters
         return y
 
     @staticmethod
@@ -116,11 +128,13 @@ class _StreamedBlock(torch.autograd.Function):
             raise RuntimeError(BACKWARD_RUNS_ONCE)
         positions, *_ = ctx.saved_tensors
         dy, parameters = grads[0].contiguous(), ctx.parameters
-        dx, dparameters = _backward(ctx.stream, ctx.block, positions, dy, kept, parameters)
-        return dx, None, None, None, None, *dparameters
+        dx, dparameters = _backward(ctx.stream, ctx.block, ctx.plan, positions, dy, kept, parameters)
+        return dx, None, None, None, None, None, *dparameters
 
 
-def _forward(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor, keep: bool) -> tuple[Tensor, _Kept]:
+def _forward(
+    stream: Stream, block: CausalBlock, plan: ChunkPlan, x: Tensor, positions: Tensor, keep: bool
+) -> tuple[Tensor, _Kept]:
     store, layout = stream.store, stream.layout(x)
     y = store.empty(x.shape, x.dtype)
     xs, ys = (t.split(layout.local_lengths) for t in (x, y))
@@ -128,9 +142,10 @@ def _forward(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor, k
     random_states = RandomStates(store.device, enabled=block.uses_dropout and keep)
     before, after = block.weights_of_kept_products(stream.recompute if keep else "all")
     kept = _Kept(store.is_on_device(x), random_states, Products(store, before), Products(store, after))
-    rows = ChunkPlan(layout.num_chunks).forward_rows()
+    rows = plan.forward_rows()
     x_ahead = store.prefetch([t[row[0].query] for t in (xs, chunk_positions)] for row in rows)
-    kv_ahead = store.prefetch([kept.kv_CBKD[tile.key]] for row in rows for tile in row if not tile.is_diagonal)
+    tiles = (tile for row in rows for tile in row if not tile.is_diagonal)
+    kv_ahead = store.prefetch(([kept.kv_CBKD[tile.key]] for tile in tiles), ahead=False)
     started = stream.started_ahead(_start_forward_row(stream, block, row[0].query, x_ahead, kept) for row in rows)
     for row in rows:
         i = row[0].query
@@ -192,7 +207,6 @@ def _finish_forward_row(
     if i == 0:
         _allocate(kept, stream, layout, q, kv, keep)
     store.put(kept.kv_CBKD[i], kv)
-    kv_ahead.start()
     o_heads, lse = attend(stream.attention, block.softmax_scale, row, q, kv, kv_ahead)
     store.let_go()  # what the row before has left, gone by now
     (o,) = stream.heads_to_tokens([o_heads])
@@ -222,6 +236,7 @@ def _allocate(kept: _Kept, stream: Stream, layout: SequenceLayout, q_CBHD: Tenso
 def _backward(
     stream: Stream,
     block: CausalBlock,
+    plan: ChunkPlan,
     positions: Tensor,
     dy: Tensor,
     kept: _Kept,
@@ -236,7 +251,7 @@ def _backward(
     kv_shape = (layout.sequence_length, *kept.kv_CBKD[0].shape[1:])
     dkv = store.empty(kv_shape, accumulation_dtype(x.dtype)).split(layout.chunk_lengths)
     gradients = GradientSums(parameters)
-    rows = ChunkPlan(layout.num_chunks).backward_rows()
+    rows = plan.backward_rows()
     chunks = [row[0].query for row in rows]
     per_row = (xs, chunk_positions, kept.o_cBHD, kept.lse_BHC, dys)
     row_inputs = ([t[i] for t in per_row] for i in chunks)

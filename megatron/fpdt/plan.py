@@ -11,40 +11,77 @@ Every backward tile but the first of its column adds to gradients of the tile ab
 next diagonal stay on the device, as the row's last tile is the one above it; so a row begins with a tile that loads
 nothing. The others are stored, at least two tiles before they are loaded, so that loads may always run one tile ahead
 of the arithmetic.
+
+Where documents share the sequence, row i begins with the chunk in which the document of its first token begins, and
+tiles hold what documents leave of them (megatron.core.documents). As a document is contiguous, a column's tiles are
+those of consecutive rows, from the diagonal on, so all of the above holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from megatron.core.documents import WHOLE_TILE, Documents, Region
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Query chunk `query` against key/value chunk `key`.
+    """Query chunk `query` against key/value chunk `key`, or the `regions` of it that documents leave.
 
-    `first_of_column` (backward): there is no gradient of `key` yet.
+    `first_of_column`: in the backward pass there is no gradient of `key` yet. `next_is_stored`: in the forward pass the
+    keys of the next tile off the diagonal are on the tier, though that may be a tile of another row.
     """
 
     query: int
     key: int
     first_of_column: bool = False
+    next_is_stored: bool = True
+    regions: tuple[Region, ...] = WHOLE_TILE
 
     @property
     def is_diagonal(self) -> bool:
         return self.query == self.key
 
 
-@dataclass(frozen=True)
 class ChunkPlan:
-    """Tiles of a causal sequence of `num_chunks` chunks."""
+    """Tiles of a causal sequence in chunks of these lengths, in which `documents` see themselves alone."""
 
-    num_chunks: int
+    def __init__(self, chunk_lengths: Sequence[int], documents: Documents | None = None) -> None:
+        self._chunks = list(pairwise(accumulate(chunk_lengths, initial=0)))
+        self._documents = documents
+        self._first_keys = [self._first_key_chunk(i) for i in range(len(self._chunks))]
 
     def forward_rows(self) -> list[list[Tile]]:
         """Rows in order of execution, each with its tiles in order of execution."""
-        return [[Tile(i, i), *(Tile(i, j) for j in range(i))] for i in range(self.num_chunks)]
+        return [self._row(i) for i in range(len(self._chunks))]
 
     def backward_rows(self) -> list[list[Tile]]:
         """Rows in order of execution, each with its tiles in order of execution."""
-        last = self.num_chunks - 1
-        return [[Tile(i, j, first_of_column=i == last) for j in (i, *range(i))] for i in range(last, -1, -1)]
+        return [self._row(i) for i in reversed(range(len(self._chunks)))]
+
+    def _row(self, i: int) -> list[Tile]:
+        first_keys, others = self._first_keys, range(self._first_keys[i], i)
+        first_below = first_keys[i + 1] if i + 1 < len(first_keys) else i + 1
+        first_after = next((first_keys[row] for row in range(i + 1, len(first_keys)) if first_keys[row] < row), i)
+        last = i - 1 if others else i
+        return [
+            Tile(
+                i,
+                j,
+                first_of_column=j < first_below,
+                next_is_stored=j != last or first_after <= i,
+                regions=self._regions(i, j),
+            )
+            for j in (i, *others)
+        ]
+
+    def _first_key_chunk(self, i: int) -> int:
+        if self._documents is None:
+            return 0
+        first = self._documents.first_key(self._chunks[i][0])
+        return next(j for j, (_, end) in enumerate(self._chunks) if first < end)
+
+    def _regions(self, i: int, j: int) -> tuple[Region, ...]:
+        return WHOLE_TILE if self._documents is None else self._documents.regions(self._chunks[i], self._chunks[j])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.config import ModelConfig, Recompute
+from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.block import stream_block
 from megatron.fpdt.loss import stream_loss
@@ -53,8 +54,10 @@ class StreamedExecution:
     def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
         return stream_embedding(self.stream, module, tokens_BS, positions_BS, anchor)
 
-    def block(self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
-        return stream_block(self.stream, module, x_SBh, positions_BS)
+    def block(
+        self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None
+    ) -> Tensor:
+        return stream_block(self.stream, module, x_SBh, positions_BS, documents)
 
     def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
         return stream_loss(self.stream, module, x_SBh, labels_BS, mask_BS)

@@ -18,10 +18,11 @@ from megatron.core.collectives import (
     differentiable_tokens_to_heads,
     repeat_key_value_heads,
 )
+from megatron.core.documents import WHOLE_TILE, Documents, Region
 from megatron.fpdt.loss import stream_loss
 from megatron.fpdt.stream import Stream
 from megatron.fpdt.tokenwise import stream_embedding
-from megatron.ops.attention import AttentionBackend
+from megatron.ops.attention import AttentionBackend, backward_regions, forward_regions
 
 if TYPE_CHECKING:
     from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
@@ -40,19 +41,25 @@ class PlainExecution:
     def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
         return stream_embedding(self.stream, module, tokens_BS, positions_BS, anchor)
 
-    def block(self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
+    def block(
+        self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None
+    ) -> Tensor:
         positions_BS = self.stream.on_device(positions_BS)
+        sequence = (0, x_SBh.shape[0] * self.stream.parallel_state.sequence_parallel_size)
+        regions = WHOLE_TILE if documents is None else documents.regions(sequence, sequence)
         if not (self._recompute and torch.is_grad_enabled()):
-            return self._run(module, x_SBh, positions_BS)
+            return self._run(module, x_SBh, positions_BS, regions)
         if not self._checkpoint_in_cpu:
-            return checkpoint(self._run, module, x_SBh, positions_BS, use_reentrant=False)
+            return checkpoint(self._run, module, x_SBh, positions_BS, regions, use_reentrant=False)
         with torch.autograd.graph.save_on_cpu(pin_memory=x_SBh.is_cuda):
-            return checkpoint(self._run, module, x_SBh, positions_BS, use_reentrant=False)
+            return checkpoint(self._run, module, x_SBh, positions_BS, regions, use_reentrant=False)
 
     def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
         return stream_loss(self.stream, module, x_SBh, labels_BS, mask_BS)
 
-    def _run(self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
+    def _run(
+        self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, regions: tuple[Region, ...]
+    ) -> Tensor:
         self.stream.report("forward", module.layer_number, 0, 1)
         group = self.stream.parallel_state.sequence_parallel_group
         size = self.stream.parallel_state.sequence_parallel_size
@@ -61,30 +68,45 @@ class PlainExecution:
         k, v = kv.chunk(2, 2)
         dropout = module.attention_dropout if module.training else 0.0
         o = (
-            _attention_with_dropout(q, k, v, dropout, module.softmax_scale)
+            _attention_with_dropout(q, k, v, dropout, module.softmax_scale, regions)
             if dropout
-            else _CausalAttention.apply(q, k, v, self.stream.attention, module.softmax_scale)
+            else _CausalAttention.apply(q, k, v, self.stream.attention, module.softmax_scale, regions)
         )
         (o,) = differentiable_heads_to_tokens([o], group)
         residual, branch = module.after(x_SBh, o)
         return residual + branch
 
 
-def _attention_with_dropout(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, dropout: float, scale: float) -> Tensor:
-    q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBHD, k_SBKD, v_SBKD))  # [S, B, H, D] -> [B, H, S, D]
-    o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)
-    return o.permute(2, 0, 1, 3)
+def _attention_with_dropout(
+    q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, dropout: float, scale: float, regions: tuple[Region, ...]
+) -> Tensor:
+    o_SBHD = torch.zeros_like(q_SBHD)
+    for region in regions:
+        inputs = q_SBHD[region.in_queries], k_SBKD[region.in_keys], v_SBKD[region.in_keys]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in inputs)  # [S, B, H, D] -> [B, H, S, D]
+        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)
+        o_SBHD[region.in_queries] = o.permute(2, 0, 1, 3)
+    return o_SBHD
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend, scale: float) -> Tensor:
-        o, lse = backend.forward(q, k, v, causal=True, scale=scale)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backend: AttentionBackend,
+        scale: float,
+        regions: tuple[Region, ...],
+    ) -> Tensor:
+        o, lse = forward_regions(backend, q, k, v, True, scale, regions)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.backend, ctx.scale = backend, scale
+        ctx.backend, ctx.scale, ctx.regions = backend, scale, regions
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
-        return *ctx.backend.backward(grads[0], q, k, v, o, lse, causal=True, scale=ctx.scale), None, None
+        grads = backward_regions(ctx.backend, grads[0], q, k, v, o, lse, True, ctx.scale, ctx.regions)
+        return *grads, None, None, None

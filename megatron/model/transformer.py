@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig, Recompute
+from megatron.core.documents import Documents
 from megatron.model.initialization import Initializer
 from megatron.model.layers import MLP, Embedding, Linear, SelfAttention, build_norm
 
@@ -29,7 +30,9 @@ class ModelExecution(Protocol):
         """The residual stream [S/p, B, h]."""
         ...
 
-    def block(self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
+    def block(
+        self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None
+    ) -> Tensor:
         """The residual stream after one block."""
         ...
 
@@ -115,8 +118,8 @@ class TransformerLayer(nn.Module):
         after = [] if self.parallel_residual else [attention.dense.weight]  # beside the MLP no gradient needs it
         return [attention.query_key_value.weight], after + [mlp.dense_h_to_4h.weight] * (recompute == "none")
 
-    def forward(self, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
-        return self.execution.block(self, x_SBh, positions_BS)
+    def forward(self, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None = None) -> Tensor:
+        return self.execution.block(self, x_SBh, positions_BS, documents)
 
 
 class LanguageModelHead(nn.Module):
@@ -154,14 +157,22 @@ class GPTModel(nn.Module):
         tied_weight = None if config.untie_embeddings_and_output_weights else self.embedding.word_embeddings.weight
         self.head = LanguageModelHead(config, padded_vocab_size, initializer, execution, tied_weight)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor, positions_BS: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        mask_BS: Tensor,
+        positions_BS: Tensor,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Sum of this rank's masked token losses, a scalar in fp32 (fp64 for fp64).
 
         Tokens, labels and positions int64 [B, S/p] and mask [B, S/p] are this rank's, in its SequenceLayout's order.
+        `documents` are those of the whole sequences; without, each sequence is one.
         """
         # ZeRO-3 learns from the gradient of a module's input that its backward pass is over; tokens have none.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
         x = self.embedding(tokens_BS, positions_BS, anchor)
         for layer in self.layers:
-            x = layer(x, positions_BS)
+            x = layer(x, positions_BS, documents)
         return self.head(x, labels_BS, mask_BS)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig, Recompute
+from megatron.core.documents import Documents, Span
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.stream import SLICE_LENGTH
@@ -43,6 +44,7 @@ class Case:
     """What to run. `positions` is "learned", or the share of each head that rotates; chunk_length 0 means FPDT off.
 
     max_positions 0 means as many as the sequence is long. `switches` names what the model has beyond its family.
+    `documents` are the spans of those in each sequence of a rank's batch; without, each sequence is one.
     """
 
     family: str = "llama"
@@ -63,6 +65,7 @@ class Case:
     checkpoint_in_cpu: bool = False
     fpdt_recompute: Recompute = "all"
     slice_length: int = SLICE_LENGTH
+    documents: tuple[tuple[Span, ...], ...] = ()
 
     @property
     def num_ranks(self) -> int:
@@ -79,7 +82,10 @@ class Case:
         if self.fpdt_recompute != "all":
             recompute += f"-recompute-{self.fpdt_recompute}-slices{self.slice_length}"
         family = "-".join((self.family, *self.switches))
-        return f"{family}-{positions}-{heads}-batch{self.batch_size}-{execution}{offloading}{recompute}-{ranks}"
+        documents = "".join(f"-{'+'.join(f'{a}:{b}' for a, b in spans)}" for spans in self.documents)
+        return (
+            f"{family}-{positions}-{heads}-batch{self.batch_size}-{execution}{offloading}{recompute}-{ranks}{documents}"
+        )
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,18 @@ def global_batch(case: Case) -> Batch:
     tokens, labels = torch.randint(0, VOCAB_SIZE, (2, *shape), generator=generator)
     mask = (torch.rand(shape, generator=generator) < 0.7).double()
     mask[0, case.sequence_length // 3 : case.sequence_length // 2] = 0.0
+    if case.documents:
+        mask *= torch.stack([_inside(spans, case.sequence_length) for spans in case.documents]).repeat(
+            case.data_parallel_size, 1
+        )
     return Batch(tokens, labels, mask)
+
+
+def _inside(spans: tuple[Span, ...], sequence_length: int) -> Tensor:
+    inside = torch.zeros(sequence_length)
+    for start, end in spans:
+        inside[start:end] = 1.0
+    return inside
 
 
 def local_inputs(case: Case, data_parallel_rank: int, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -153,7 +170,11 @@ def local_inputs(case: Case, data_parallel_rank: int, positions: Tensor) -> tupl
     batch = global_batch(case)
     rows = slice(data_parallel_rank * case.batch_size, (data_parallel_rank + 1) * case.batch_size)
     tokens, labels, mask = (x[rows][:, positions].contiguous() for x in (batch.tokens, batch.labels, batch.loss_mask))
-    return tokens, labels, mask, positions.expand(case.batch_size, -1).contiguous()
+    restarting = torch.arange(case.sequence_length).repeat(case.batch_size, 1)
+    for row, spans in enumerate(case.documents):
+        for start, end in spans:
+            restarting[row, start:end] = torch.arange(end - start)
+    return tokens, labels, mask, restarting[:, positions].contiguous()
 
 
 def run_rank(case: Case) -> RankResult:
@@ -163,7 +184,7 @@ def run_rank(case: Case) -> RankResult:
     positions = layout.owned_positions(parallel_state.sequence_parallel_rank)
     inputs = local_inputs(case, parallel_state.data_parallel_rank, positions)
     originals = [x.clone() for x in inputs]
-    loss_sum = model(*inputs)
+    loss_sum = model(*inputs, Documents(case.documents) if case.documents else None)
     loss_sum.backward()
     assert all(torch.equal(x, original) for x, original in zip(inputs, originals, strict=True)), "input written to"
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -174,8 +195,22 @@ def run_rank(case: Case) -> RankResult:
 
 @lru_cache(maxsize=64)
 def reference_result(case: Case) -> Result:
-    config = model_config(case)
-    return loss_and_gradients(config, random_state(config, PADDED_VOCAB_SIZE, seed=3), global_batch(case))
+    config, batch = model_config(case), global_batch(case)
+    state = random_state(config, PADDED_VOCAB_SIZE, seed=3)
+    if not case.documents:
+        return loss_and_gradients(config, state, batch)
+    loss, gradients = torch.zeros((), dtype=torch.float64), {}
+    for row, spans in enumerate(case.documents * (case.batch_size // len(case.documents))):
+        for start, end in spans:
+            alone = Batch(*(x[row : row + 1, start:end] for x in (batch.tokens, batch.labels, batch.loss_mask)))
+            share = alone.loss_mask.sum() / batch.loss_mask.sum()
+            if share:
+                result = loss_and_gradients(config, state, alone)
+                loss += share * result.loss
+                gradients = {
+                    name: gradients.get(name, 0.0) + share * gradient for name, gradient in result.gradients.items()
+                }
+    return Result(loss, gradients)
 
 
 def reference(case: Case) -> Result:

@@ -91,6 +91,33 @@ CORNERS = {
     ),
 }
 
+# Of 48 tokens in chunks of 16, or of 20, 20 and 8. Each is what the sequences of a batch hold.
+DOCUMENTS = {
+    "one": [(0, 48)],
+    "at the edges of chunks": [(0, 16), (16, 32), (32, 48)],
+    "before and after the edges": [(0, 15), (15, 33), (33, 48)],
+    "one across three chunks between short ones": [(0, 7), (7, 41), (41, 48)],
+    "two that end in a chunk where another begins": [(0, 18), (18, 19), (19, 48)],
+    "many within chunks": [(0, 3), (3, 4), (4, 9), (9, 16), (16, 21), (21, 40), (40, 44), (44, 48)],
+    "of one token": [*((i, i + 1) for i in range(37)), (37, 48)],
+    "padding behind": [(0, 10), (10, 25)],
+    "padding between": [(0, 14), (17, 19), (20, 30), (41, 47)],
+    "padding before": [(22, 48)],
+}
+DOCUMENT_EXECUTIONS = [
+    replace(LLAMA, num_key_value_heads=2),
+    replace(GPT, sequence_parallel_size=2, recompute=True),
+    replace(LLAMA, chunk_length=16, num_key_value_heads=2, offloading=True),
+    replace(GPT, chunk_length=20, fpdt_recompute="none", slice_length=3, offloading=True),
+    replace(LLAMA, chunk_length=20, sequence_parallel_size=2, num_key_value_heads=1, offloading=True),
+    replace(LLAMA, chunk_length=16, sequence_parallel_size=4, num_key_value_heads=2, positions=0.25),
+]
+SEQUENCES_OF_DOCUMENTS = [
+    ("one", "of one token", "padding behind"),
+    ("at the edges of chunks", "one across three chunks between short ones", "padding between"),
+    ("before and after the edges", "padding before", "many within chunks"),
+]
+
 DATA_PARALLEL = [
     replace(LLAMA, data_parallel_size=2, sequence_parallel_size=2),
     replace(LLAMA, data_parallel_size=2, sequence_parallel_size=2, chunk_length=20, batch_size=3, offloading=True),
@@ -131,6 +158,13 @@ def test_fpdt_is_exact(ranks: RankPool, case: Case) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_exact(ranks: RankPool, name: str, execution: dict[str, Any]) -> None:
     assert_exact(ranks, replace(ARCHITECTURES[name], **execution))
+
+
+@pytest.mark.parametrize("execution", DOCUMENT_EXECUTIONS, ids=str)
+@pytest.mark.parametrize("names", [*((name,) for name in DOCUMENTS), *SEQUENCES_OF_DOCUMENTS], ids=" and ".join)
+def test_documents_see_themselves_alone(ranks: RankPool, execution: Case, names: tuple[str, ...]) -> None:
+    documents = tuple(tuple(DOCUMENTS[name]) for name in names)
+    assert_exact(ranks, replace(execution, documents=documents, batch_size=len(names)))
 
 
 @pytest.mark.parametrize("name", CORNERS)

@@ -1,8 +1,10 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
+from megatron.core.documents import Documents
 from megatron.fpdt.plan import ChunkPlan
 from megatron.fpdt.store import ChunkStore
 
@@ -19,21 +21,21 @@ def tiles_of(rows):
 
 @pytest.mark.parametrize("num_chunks", COUNTS)
 def test_every_tile_of_the_lower_triangle_is_run_once_in_both_directions(num_chunks):
-    plan = ChunkPlan(num_chunks)
+    plan = ChunkPlan([4] * num_chunks)
     for rows in (plan.forward_rows(), plan.backward_rows()):
         assert tiles_of(rows) == Counter(lower_triangle(num_chunks))
 
 
 @pytest.mark.parametrize("num_chunks", COUNTS)
 def test_each_row_is_one_query_chunk_and_rows_ascend_forward_and_descend_backward(num_chunks):
-    plan = ChunkPlan(num_chunks)
+    plan = ChunkPlan([4] * num_chunks)
     for rows, order in ((plan.forward_rows(), range(num_chunks)), (plan.backward_rows(), range(num_chunks)[::-1])):
         assert [{tile.query for tile in row} for row in rows] == [{i} for i in order]
 
 
 @pytest.mark.parametrize("num_chunks", COUNTS)
 def test_the_diagonal_is_first_in_a_row(num_chunks):
-    plan = ChunkPlan(num_chunks)
+    plan = ChunkPlan([4] * num_chunks)
     for rows in (plan.forward_rows(), plan.backward_rows()):
         for row in rows:
             assert row[0].is_diagonal
@@ -43,7 +45,7 @@ def test_the_diagonal_is_first_in_a_row(num_chunks):
 @pytest.mark.parametrize("num_chunks", COUNTS)
 def test_exactly_the_first_backward_tile_of_each_column_is_marked_so(num_chunks):
     seen = set()
-    for row in ChunkPlan(num_chunks).backward_rows():
+    for row in ChunkPlan([4] * num_chunks).backward_rows():
         for tile in row:
             assert tile.first_of_column == (tile.key not in seen)
             seen.add(tile.key)
@@ -61,7 +63,7 @@ def host_chunks(store, num_chunks):
 def test_forward_prefetch_loads_no_key_before_it_is_stored(num_chunks):
     store = ChunkStore(torch.device("cpu"), offloading=True)
     kv = host_chunks(store, num_chunks)
-    rows = ChunkPlan(num_chunks).forward_rows()
+    rows = ChunkPlan([4] * num_chunks).forward_rows()
     ahead = store.prefetch([kv[tile.key]] for row in rows for tile in row if not tile.is_diagonal)
     for row in rows:
         store.put(kv[row[0].query], torch.tensor([float(row[0].query)], dtype=torch.float64))
@@ -76,7 +78,7 @@ def test_backward_prefetch_loads_the_gradient_that_the_tile_before_in_the_column
     """The stored value counts the tiles that have been added; a load that runs too early would see fewer, or NaN."""
     store = ChunkStore(torch.device("cpu"), offloading=True)
     dkv = host_chunks(store, num_chunks)
-    rows = ChunkPlan(num_chunks).backward_rows()
+    rows = ChunkPlan([4] * num_chunks).backward_rows()
     others = (tile for row in rows for tile in row if not tile.is_diagonal)
     ahead = store.prefetch([dkv[tile.key]] * (not tile.first_of_column) for tile in others)
     added, stays = Counter(), {}
@@ -98,7 +100,7 @@ def test_backward_prefetch_loads_the_gradient_that_the_tile_before_in_the_column
 @pytest.mark.parametrize("num_chunks", COUNTS)
 def test_what_a_tile_loads_was_stored_at_least_two_tiles_before_so_that_loads_may_run_one_ahead(num_chunks):
     last = {}
-    tiles = [(tile, tile is row[-1]) for row in ChunkPlan(num_chunks).backward_rows() for tile in row]
+    tiles = [(tile, tile is row[-1]) for row in ChunkPlan([4] * num_chunks).backward_rows() for tile in row]
     for index, (tile, stays) in enumerate(tiles):
         if not tile.is_diagonal:
             assert index - last.get(tile.key, -2) >= 2
@@ -108,5 +110,82 @@ def test_what_a_tile_loads_was_stored_at_least_two_tiles_before_so_that_loads_ma
 
 @pytest.mark.parametrize("num_chunks", COUNTS)
 def test_the_last_tile_of_a_backward_row_is_above_the_diagonal_that_comes_next(num_chunks):
-    rows = ChunkPlan(num_chunks).backward_rows()
+    rows = ChunkPlan([4] * num_chunks).backward_rows()
     assert [row[-1].key for row in rows[:-1]] == [row[0].key for row in rows[1:]]
+
+
+LENGTHS = [8, 8, 8, 8, 5]
+
+
+def random_documents(seed):
+    """Two sequences of documents of all lengths, some with padding between them."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(2):
+        cuts = [0, *sorted(random.choice(range(1, sum(LENGTHS)), random.integers(0, 9), replace=False)), sum(LENGTHS)]
+        spans = [(int(a), int(b)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        rows.append(tuple(span for span in spans if random.random() < 0.8))
+    return Documents(tuple(rows))
+
+
+def seen(documents, row):
+    """[S, S]: whether a query sees a key."""
+    mask = np.zeros((sum(LENGTHS),) * 2, dtype=int)
+    for start, end in documents.spans[row]:
+        mask[start:end, start:end] = np.tri(end - start, dtype=int)
+    return mask
+
+
+DOCUMENTS = pytest.mark.parametrize(
+    "documents", [random_documents(seed) for seed in range(40)], ids=lambda d: str(d.spans)
+)
+
+
+@DOCUMENTS
+def test_regions_of_all_tiles_are_what_documents_see_and_none_is_empty(documents):
+    starts = np.cumsum([0, *LENGTHS])
+    for rows in (ChunkPlan(LENGTHS, documents).forward_rows(), ChunkPlan(LENGTHS, documents).backward_rows()):
+        masks = np.zeros((2, sum(LENGTHS), sum(LENGTHS)), dtype=int)
+        for tile in (tile for row in rows for tile in row):
+            view = masks[:, starts[tile.query] : starts[tile.query + 1], starts[tile.key] : starts[tile.key + 1]]
+            assert tile.is_diagonal or tile.regions
+            for region in tile.regions:
+                rectangle = view.transpose(1, 2, 0)[region.in_queries[0], region.in_keys[0], region.in_queries[1]]
+                assert rectangle.size
+                square = np.tri(*rectangle.shape[:2], dtype=int) if tile.is_diagonal else 1
+                rectangle += square[..., None] if tile.is_diagonal else square
+        assert [masks[row].tolist() for row in (0, 1)] == [seen(documents, row).tolist() for row in (0, 1)]
+
+
+@DOCUMENTS
+def test_documents_leave_the_columns_of_consecutive_rows(documents):
+    rows = ChunkPlan(LENGTHS, documents).backward_rows()
+    begun = set()
+    for tile in (tile for row in rows for tile in row):
+        assert tile.first_of_column == (tile.key not in begun)
+        begun.add(tile.key)
+    for below, above in zip(rows[:-1], rows[1:], strict=True):
+        if len(below) > 1:
+            assert below[-1].key == above[0].key
+        else:
+            assert all(tile.first_of_column for tile in above)
+
+
+@DOCUMENTS
+def test_a_forward_tile_says_whether_the_keys_of_the_next_are_stored(documents):
+    tiles = [tile for row in ChunkPlan(LENGTHS, documents).forward_rows() for tile in row]
+    for place, tile in enumerate(tiles):
+        following = next((other for other in tiles[place + 1 :] if not other.is_diagonal), None)
+        assert tile.next_is_stored == (following is None or following.key <= tile.query)
+
+
+def test_one_document_is_what_no_documents_are():
+    whole = Documents.from_starts([[0], [0]], sum(LENGTHS))
+    assert ChunkPlan(LENGTHS, whole).forward_rows() == ChunkPlan(LENGTHS).forward_rows()
+    assert ChunkPlan(LENGTHS, whole).backward_rows() == ChunkPlan(LENGTHS).backward_rows()
+
+
+def test_documents_of_a_chunk_each_leave_the_diagonal_alone():
+    documents = Documents.from_starts([[0, 8, 16, 24, 32]], sum(LENGTHS))
+    assert [len(row) for row in ChunkPlan(LENGTHS, documents).forward_rows()] == [1] * len(LENGTHS)
+    assert documents.squared_lengths == 4 * 64 + 25

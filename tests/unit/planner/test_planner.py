@@ -37,7 +37,7 @@ MEASURED = {
     (MULTI_HEAD, 262144, 32768, "none", CUDNN): (1.036, 2.857, 7.77),
     (LLAMA_3B, 262144, 32768, "mlp", FA4): (0.763, 1.994, 3.78),
 }
-# Whole optimizer steps. block, layers, tokens, chunk (None: without FPDT), recompute, kernel, ZeRO stage, and what else:
+# Whole optimizer steps. block, layers, tokens, chunk (None: without FPDT), recompute, kernel, ZeRO stage, what else:
 # seconds, and GiB of the GPU's peak, of the chunks on the host where they were counted, and of the process there.
 MULTI_HEAD_3B = Geometry(hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24, num_key_value_heads=24)
 MEASURED_STEPS = {

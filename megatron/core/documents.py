@@ -1,0 +1,105 @@
+"""Documents that share a sequence and do not attend to each other, and what that leaves of an attention tile.
+
+A token sees its own document, from its beginning to the token itself. Of a tile below the diagonal (queries of one
+chunk, keys of an earlier one) at most one document per sequence has tokens on both sides, and as a document is
+contiguous it has all from its beginning to the end of the keys, and all from the first query to its end:
+
+    keys of the tile       . . . [s . . . . .|              s where the document begins, e where it ends
+    queries of the tile                      |. . . . e] . .
+
+so what is left of the tile is a rectangle without a mask. On the diagonal each document leaves a causal square.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+Span = tuple[int, int]  # first position, one past the last
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of a tile: spans of its sequences, queries and keys, from the beginning of the tile. None: all."""
+
+    sequences: Span | None = None
+    queries: Span | None = None
+    keys: Span | None = None
+
+    @property
+    def in_queries(self) -> tuple[slice, slice]:
+        """Where it lies in the tile's queries [S, B, ..]."""
+        return _slice(self.queries), _slice(self.sequences)
+
+    @property
+    def in_keys(self) -> tuple[slice, slice]:
+        """Where it lies in the tile's keys and values [S, B, ..]."""
+        return _slice(self.keys), _slice(self.sequences)
+
+    @property
+    def in_lse(self) -> tuple[slice, slice, slice]:
+        """Where it lies in the log-sum-exps [B, H, S] of the tile's queries."""
+        return _slice(self.sequences), slice(None), _slice(self.queries)
+
+
+WHOLE_TILE = (Region(),)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Spans of the documents in each sequence of a micro-batch, ascending. What is in none of them is padding.
+
+    Padding sees nothing and nothing sees it: its attention output is zero.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+
+    @classmethod
+    def from_starts(cls, starts: Sequence[Sequence[int]], sequence_length: int) -> Documents:
+        """Documents that begin at `starts` of each sequence, the first at 0, each ending where the next begins."""
+        rows = ((*map(int, row), sequence_length) for row in starts)
+        return cls(tuple(tuple(pairwise(row)) for row in rows))
+
+    @property
+    def squared_lengths(self) -> int:
+        """Sum of the squares of the documents' lengths, to which the work of causal attention is proportional."""
+        return sum((end - start) ** 2 for row in self.spans for start, end in row)
+
+    def first_key(self, query: int) -> int:
+        """The earliest position that a token at `query`, of any of the sequences, sees."""
+        seen = (span for row in self.spans for span in _overlapping(row, (query, query + 1)))
+        return min((start for start, _ in seen), default=query)
+
+    def regions(self, queries: Span, keys: Span) -> tuple[Region, ...]:
+        """What is left of a tile: the causal squares of one on the diagonal, the rectangles of one below it."""
+        across = queries if queries == keys else (queries[0], queries[0] + 1)
+        found = [
+            (row, _shared(span, queries), _shared(span, keys))
+            for row, spans in enumerate(self.spans)
+            for span in _overlapping(spans, across)
+            if span[0] < keys[1]
+        ]
+        if len(found) == len(self.spans) and all((q, k) == (queries, keys) for _, q, k in found):
+            return WHOLE_TILE
+        return tuple(Region((row, row + 1), _shifted(q, queries[0]), _shifted(k, keys[0])) for row, q, k in found)
+
+
+def _overlapping(spans: Sequence[Span], positions: Span) -> Sequence[Span]:
+    """The spans that have a position in common with another."""
+    first = bisect_right(spans, positions[0], key=lambda span: span[1])
+    last = bisect_right(spans, positions[1] - 1, key=lambda span: span[0])
+    return spans[first:last]
+
+
+def _shared(span: Span, other: Span) -> Span:
+    return max(span[0], other[0]), min(span[1], other[1])
+
+
+def _shifted(span: Span, origin: int) -> Span:
+    return span[0] - origin, span[1] - origin
+
+
+def _slice(span: Span | None) -> slice:
+    return slice(None) if span is None else slice(*span)
