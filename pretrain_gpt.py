@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron.arguments import parse_args
-from megatron.batch import Batch, Samples, slice_batch
+from megatron.batch import Batch, EndOfDocument, Tokens, slice_batch
 from megatron.checkpointing import CheckpointError
 from megatron.config import Config, ConfigError, validate
 from megatron.core.sequence_layout import SequenceLayout
@@ -31,7 +31,7 @@ from megatron.initialize import Context, device_type, initialize, world_from_env
 from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.ops.attention import AttentionUnavailable
-from megatron.preflight import check_inputs
+from megatron.preflight import Vocabulary, check_inputs
 from megatron.tokenizer import TokenizerError
 from megatron.training import Datasets, pretrain
 from megatron.weights.errors import WeightsError
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = parse_args(argv)
         validate(config, world_size, device_type())
-        padded_vocab_size = check_inputs(config, world_size)
-        train(config, initialize(config), padded_vocab_size)
+        vocabulary = check_inputs(config, world_size)
+        train(config, initialize(config), vocabulary)
     except USER_ERRORS as error:
         return report(error, rank)
     finally:
@@ -72,9 +72,13 @@ def report(error: Exception, rank: int) -> int:
     return 2
 
 
-def train(config: Config, context: Context, padded_vocab_size: int) -> None:
+def train(config: Config, context: Context, vocabulary: Vocabulary) -> None:
     """Provide the model, the batches and the datasets, and train."""
+    data, padded_vocab_size = config.data, vocabulary.padded_size
     parallel_state, execution = context.parallel_state, choose_execution(config, context, padded_vocab_size)
+    end_of_document = EndOfDocument(
+        vocabulary.end_of_document, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss
+    )
     seq_length = config.model.seq_length
     chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
     layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
@@ -91,8 +95,15 @@ def train(config: Config, context: Context, padded_vocab_size: int) -> None:
             report,
         )
 
-    def provide_batch(samples: Samples) -> Batch:
-        return slice_batch(samples, layout, parallel_state.sequence_parallel_rank, pin=context.device.type == "cuda")
+    def provide_batch(samples: Sequence[Tokens]) -> Batch:
+        return slice_batch(
+            [end_of_document.sample(tokens) for tokens in samples],
+            layout,
+            parallel_state.sequence_parallel_rank,
+            pin=context.device.type == "cuda",
+            restart_positions=data.reset_position_ids,
+            separate_documents=data.reset_attention_mask,
+        )
 
     def provide_datasets(num_samples: tuple[int, int, int]) -> Datasets:
         return datasets(config, num_samples, padded_vocab_size)

@@ -55,7 +55,7 @@ from benchmarks.common import (
     wall_seconds,
 )
 from megatron.arguments import parse_args
-from megatron.batch import slice_batch
+from megatron.batch import Sample, slice_batch
 from megatron.config import Config, deepspeed_config, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.execution import choose_execution, plan_of
@@ -216,7 +216,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
     num_tokens = torch.tensor(float(model.seq_length), device=device)
 
     def step() -> None:
-        samples = [random.integers(0, arguments.vocab_size, model.seq_length + 1)]
+        samples = [Sample(random.integers(0, arguments.vocab_size, model.seq_length + 1))]
         batch = slice_batch(samples, layout, parallel_state.sequence_parallel_rank, pin=device.type == "cuda")
         losses.append(engine.train_step([batch.inputs()], num_tokens, config.optimizer.lr))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +19,19 @@ from megatron.ops.attention import choose_backend
 from megatron.tokenizer import build_tokenizer, pad_vocab_size
 
 
-def check_inputs(config: Config, world_size: int) -> int:
-    """Return the rows of the embedding: the vocabulary, padded. Writes nothing.
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the model and the batches know of the tokenizer."""
+
+    padded_size: int
+    """Rows of the embedding."""
+
+    end_of_document: int
+    """The id that ends a document."""
+
+
+def check_inputs(config: Config, world_size: int) -> Vocabulary:
+    """Look at all of it, and return what the tokenizer says. Writes nothing.
 
     Raises ConfigError, TokenizerError, DataError, CheckpointError or AttentionUnavailable.
     """
@@ -42,7 +54,7 @@ def check_inputs(config: Config, world_size: int) -> int:
             check_writable(flag, Path(folder))
     if config.logging.wandb_project:
         require_wandb(config.logging.wandb_project)
-    return padded_vocab_size
+    return Vocabulary(padded_vocab_size, tokenizer.eod)
 
 
 def check_writable(flag: str, folder: Path) -> None:

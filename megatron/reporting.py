@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import psutil
@@ -15,7 +16,6 @@ from megatron.initialize import Context
 from megatron.logging.accounting import (
     flops_of_checkpointing,
     flops_of_streaming,
-    hardware_flops,
     model_flops,
     throughput,
 )
@@ -39,23 +39,23 @@ class Reporter:
     ) -> None:
         self._config, self._context, self._writer = config, context, writer
         self._train_iterations = train_iterations
-        length = config.model.seq_length
-        self._model_flops = model_flops(config.model, padded_vocab_size, length)
-        run_again = _flops_run_again(config, stream)
-        self._hardware_flops = hardware_flops(config.model, padded_vocab_size, length, run_again)
+        self._padded_vocab_size, self._stream = padded_vocab_size, stream
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
         self._losses: list[Tensor] = []
+        self._attention_shares: list[float] = []
         self._started = time.monotonic()
 
     def restart_clock(self) -> None:
         """Leave out of the next line's times what happened since the last one (evaluation, saving)."""
         self._started = time.monotonic()
         self._losses.clear()
+        self._attention_shares.clear()
 
-    def add(self, loss: Tensor) -> None:
-        """Count one iteration's mean token loss, a scalar on the device."""
+    def add(self, loss: Tensor, attention_share: float) -> None:
+        """Count one iteration's mean token loss, a scalar on the device, and the attention left by documents."""
         self._losses.append(loss)
+        self._attention_shares.append(attention_share)
 
     def line(
         self,
@@ -70,13 +70,16 @@ class Reporter:
         finite = losses[losses.isfinite()]
         state.nan_iterations += len(losses) - len(finite)
         seconds = (time.monotonic() - self._started) / len(losses)
+        model = self._config.model
+        attention_share = statistics.mean(self._attention_shares)
+        useful = model_flops(model, self._padded_vocab_size, model.seq_length, attention_share)
         speed = throughput(
-            tokens=global_batch_size * self._config.model.seq_length,
-            seq_length=self._config.model.seq_length,
+            tokens=global_batch_size * model.seq_length,
+            seq_length=model.seq_length,
             seconds=seconds,
             num_gpus=self._context.parallel_state.world_size,
-            model_flops_per_sequence=self._model_flops,
-            hardware_flops_per_sequence=self._hardware_flops,
+            model_flops_per_sequence=useful,
+            hardware_flops_per_sequence=useful + _flops_run_again(self._config, self._stream, attention_share),
             peak_tflops=self._peak_tflops,
         )
         record = IterationRecord(
@@ -118,7 +121,7 @@ class Reporter:
         return torch.cuda.max_memory_allocated(self._context.device) / 2**30
 
 
-def _flops_run_again(config: Config, stream: Stream) -> int:
+def _flops_run_again(config: Config, stream: Stream, attention_share: float) -> int:
     model, parallel = config.model, config.parallel
     if parallel.ds_sequence_parallel_fpdt:
         size = parallel.ds_sequence_parallel_size
@@ -126,5 +129,5 @@ def _flops_run_again(config: Config, stream: Stream) -> int:
         kept_tokens = size * layout.tokens_after(stream.slice_length)
         return flops_of_streaming(model, model.seq_length, stream.checkpoint_interval, stream.recompute, kept_tokens)
     if config.deepspeed.deepspeed_activation_checkpointing:
-        return flops_of_checkpointing(model, model.seq_length)
+        return flops_of_checkpointing(model, model.seq_length, attention_share)
     return 0

@@ -196,13 +196,13 @@ class Training:
         """One optimizer step; returns whether all ranks are to exit after it."""
         state, engine = self.state, self._engine
         batches = self._batches(self._train_data, state.data_samples)
-        num_tokens, command = self._agree(batches)
+        num_tokens, attention_share, command = self._agree(batches)
         rate = self._learning_rate()
         self._progress.start_step(state.iteration + 1, self._num_units())
         loss = engine.train_step([batch.inputs() for batch in batches], num_tokens, rate)
         self._progress.finish_step()
         dist.all_reduce(loss)
-        self._reporter.add(loss / num_tokens)
+        self._reporter.add(loss / num_tokens, attention_share)
         state.advance(self._lengths.global_batch_size, self._config.model.seq_length)
         state.skipped_iterations += engine.step_was_skipped
         if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
@@ -219,16 +219,19 @@ class Training:
         assert data is not None, "a part that is read was asked for"
         return [self._provide_batch([data[i] for i in samples]) for samples in self._sampler.step(first_sample)]
 
-    def _agree(self, batches: Sequence[Batch]) -> tuple[Tensor, int]:
-        """(unmasked tokens of the step over all ranks, whether any rank wants to exit). Collective over all ranks."""
+    def _agree(self, batches: Sequence[Batch]) -> tuple[Tensor, float, int]:
+        """(unmasked tokens of the step over all ranks, the share of attention that documents leave, whether any rank
+        wants to exit). Collective over all ranks."""
         limit = self._config.training.exit_duration_in_mins
         out_of_time = limit is not None and time.monotonic() - self._started >= limit * 60
         # Every rank of a sequence counts the whole of it.
-        tokens = sum(batch.num_tokens for batch in batches) / self._context.parallel_state.sequence_parallel_size
-        wishes = torch.tensor([tokens, self._stop.received or out_of_time], dtype=torch.float64)
+        size = self._context.parallel_state.sequence_parallel_size
+        tokens, squares = (sum(counts) / size for counts in zip(*map(_counts, batches), strict=True))
+        wishes = torch.tensor([tokens, squares, self._stop.received or out_of_time], dtype=torch.float64)
         wishes = wishes.to(self._context.device)
         dist.all_reduce(wishes)
-        return wishes[0].float(), _EXIT if wishes[1].item() > 0 else _CONTINUE
+        whole = self._lengths.global_batch_size * self._config.model.seq_length**2
+        return wishes[0].float(), wishes[1].item() / whole, _EXIT if wishes[2].item() > 0 else _CONTINUE
 
     def _forward_units(self) -> int:
         """Calls of the progress report in the forward passes over one batch."""
@@ -266,3 +269,7 @@ class Training:
         gib, seconds = self._saver.size_bytes / GIB, time.monotonic() - started
         self._context.log.info("saved %s (%.3g GiB in %.1f s)", path, gib, seconds)
         self._reporter.restart_clock()
+
+
+def _counts(batch: Batch) -> tuple[int, int]:
+    return batch.num_tokens, batch.squared_lengths

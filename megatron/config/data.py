@@ -24,3 +24,12 @@ class DataConfig:
 
     data_cache_path: str | None = None
     """Folder for sample indices."""
+
+    reset_position_ids: bool = False
+    """Positions begin at 0 after each end of document."""
+
+    reset_attention_mask: bool = False
+    """Tokens attend to their own document alone; what lies between documents is not computed."""
+
+    eod_mask_loss: bool = False
+    """The token after an end of document does not count in the loss."""

@@ -87,7 +87,7 @@ class Engine:
         """The model itself."""
         return self._engine.module
 
-    def train_step(self, batches: Sequence[Sequence[Tensor]], num_tokens: Tensor, learning_rate: float) -> Tensor:
+    def train_step(self, batches: Sequence[Sequence[Any]], num_tokens: Tensor, learning_rate: float) -> Tensor:
         """Forward, backward and step over this rank's micro-batches; the sum of its token losses, on the device.
 
         Collective over all ranks. `num_tokens` counts the unmasked tokens of the whole step over all ranks.
@@ -107,7 +107,7 @@ class Engine:
         return total
 
     @torch.no_grad()
-    def evaluate(self, batch: Sequence[Tensor]) -> Tensor:
+    def evaluate(self, batch: Sequence[Any]) -> Tensor:
         """Sum of this rank's token losses. Collective over all ranks."""
         self._engine.eval()
         return self._engine(*batch).float()

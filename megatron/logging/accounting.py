@@ -7,6 +7,8 @@ matrix product once forward and twice backward, and causal attention once, as th
     causal attention of one layer, forward             2 S^2 heads head_dim    (Q K^T and P V, 2 S^2 each, halved)
     backward                                           2 x forward
 
+Where documents share a sequence, S^2 is the sum of the squares of their lengths: `attention_share` of the whole.
+
 Hardware FLOPs add the forward work that the backward pass runs again, so that the two are never confused:
 
     activation checkpointing    every layer, attention included
@@ -48,29 +50,26 @@ class ThroughputReport:
     hfu: float | None
 
 
-def forward_flops(model: ModelConfig, padded_vocab_size: int, seq_length: int) -> ForwardFlops:
+def forward_flops(
+    model: ModelConfig, padded_vocab_size: int, seq_length: int, attention_share: float = 1.0
+) -> ForwardFlops:
     """Return the FLOPs of the forward pass of one sequence of `seq_length` tokens."""
     query_width = model.num_attention_heads * model.kv_channels
     return ForwardFlops(
         token_wise=2 * seq_length * model.num_layers * model.block_weights,
-        attention=2 * seq_length**2 * query_width * model.num_layers,
+        attention=round(2 * seq_length**2 * attention_share) * query_width * model.num_layers,
         head=2 * seq_length * model.hidden_size * padded_vocab_size,
     )
 
 
-def model_flops(model: ModelConfig, padded_vocab_size: int, seq_length: int) -> int:
+def model_flops(model: ModelConfig, padded_vocab_size: int, seq_length: int, attention_share: float = 1.0) -> int:
     """Return the FLOPs that training on one sequence needs: forward and backward, nothing twice."""
-    return 3 * forward_flops(model, padded_vocab_size, seq_length).total
+    return 3 * forward_flops(model, padded_vocab_size, seq_length, attention_share).total
 
 
-def hardware_flops(model: ModelConfig, padded_vocab_size: int, seq_length: int, run_again: int) -> int:
-    """Return the FLOPs that training on one sequence runs, those that are `run_again` included."""
-    return model_flops(model, padded_vocab_size, seq_length) + run_again
-
-
-def flops_of_checkpointing(model: ModelConfig, seq_length: int) -> int:
+def flops_of_checkpointing(model: ModelConfig, seq_length: int, attention_share: float = 1.0) -> int:
     """Return what activation checkpointing runs again for one sequence."""
-    forward = forward_flops(model, 0, seq_length)
+    forward = forward_flops(model, 0, seq_length, attention_share)
     return forward.token_wise + forward.attention
 
 

@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.batch import slice_batch
+from megatron.batch import EndOfDocument, Sample, slice_batch
 from megatron.core.sequence_layout import SequenceLayout
 
 LENGTH = 16
-SAMPLES = [np.arange(LENGTH + 1, dtype=np.int64) + first for first in (100, 500, 900)]
+TOKENS = [np.arange(LENGTH + 1, dtype=np.int64) + first for first in (100, 500, 900)]
+SAMPLES = [Sample(tokens) for tokens in TOKENS]
 
 
 def test_labels_are_the_tokens_that_follow() -> None:
     batch = slice_batch(SAMPLES, SequenceLayout(LENGTH, LENGTH), 0, pin=False)
-    assert batch.tokens.tolist() == [sample[:-1].tolist() for sample in SAMPLES]
-    assert batch.labels.tolist() == [sample[1:].tolist() for sample in SAMPLES]
+    assert batch.tokens.tolist() == [sample[:-1].tolist() for sample in TOKENS]
+    assert batch.labels.tolist() == [sample[1:].tolist() for sample in TOKENS]
     assert batch.positions.tolist() == [list(range(LENGTH))] * len(SAMPLES)
 
 
@@ -27,8 +28,8 @@ def test_the_slices_of_all_ranks_make_up_the_batch(chunk: int, size: int) -> Non
     )
     order = positions[0].argsort()
     assert positions[:, order].tolist() == [list(range(LENGTH))] * len(SAMPLES)
-    assert tokens[:, order].tolist() == [sample[:-1].tolist() for sample in SAMPLES]
-    assert labels[:, order].tolist() == [sample[1:].tolist() for sample in SAMPLES]
+    assert tokens[:, order].tolist() == [sample[:-1].tolist() for sample in TOKENS]
+    assert labels[:, order].tolist() == [sample[1:].tolist() for sample in TOKENS]
 
 
 def test_a_rank_counts_the_tokens_of_the_whole_sequences() -> None:
@@ -40,7 +41,7 @@ def test_a_rank_counts_the_tokens_of_the_whole_sequences() -> None:
 
 def test_the_inputs_come_in_the_order_that_the_model_takes() -> None:
     batch = slice_batch(SAMPLES, SequenceLayout(LENGTH, 8, 2), 1, pin=False)
-    tokens, labels, loss_mask, positions = batch.inputs()
+    tokens, labels, loss_mask, positions, documents = batch.inputs()
     assert (tokens.dtype, labels.dtype, loss_mask.dtype, positions.dtype) == (
         torch.int64,
         torch.int64,
@@ -51,3 +52,66 @@ def test_the_inputs_come_in_the_order_that_the_model_takes() -> None:
     assert labels is batch.labels
     assert loss_mask is batch.loss_mask
     assert positions is batch.positions
+    assert documents is None
+
+
+END = 0
+# Documents of 3, 1 and 6 tokens, and 6 of one that goes on; the last label is an end.
+MARKED = np.array([5, 6, END, END, 7, 8, 9, 1, 2, END, 3, 4, 5, 6, 7, 8, END])
+SPANS = ((0, 3), (3, 4), (4, 10), (10, 16))
+
+
+def test_a_document_ends_with_its_end_and_a_last_label_ends_none() -> None:
+    sample = EndOfDocument(END, reset_attention_mask=True).sample(MARKED)
+    assert sample.documents == SPANS
+    assert sample.loss_mask is None
+
+
+def test_an_end_as_the_last_input_begins_no_empty_document() -> None:
+    sample = EndOfDocument(END, reset_position_ids=True).sample(np.array([1, END, 2, END, 3]))
+    assert sample.documents == ((0, 2), (2, 4))
+
+
+def test_without_flags_an_end_is_a_token_like_any_other() -> None:
+    assert EndOfDocument(END).sample(MARKED) == Sample(MARKED)
+
+
+def test_what_follows_an_end_does_not_count() -> None:
+    sample = EndOfDocument(END, eod_mask_loss=True).sample(MARKED)
+    assert sample.loss_mask is not None
+    assert np.flatnonzero(~sample.loss_mask).tolist() == [2, 3, 9]
+    assert slice_batch([sample, Sample(MARKED)], SequenceLayout(LENGTH, 8, 2), 1, pin=False).num_tokens == 13 + 16
+
+
+@pytest.mark.parametrize("chunk, size", [(16, 1), (8, 2), (12, 4)])
+def test_positions_begin_anew_and_masks_follow_the_tokens_on_every_rank(chunk: int, size: int) -> None:
+    layout = SequenceLayout(LENGTH, chunk, size)
+    sample = EndOfDocument(END, reset_position_ids=True, eod_mask_loss=True).sample(MARKED)
+    for rank in range(size):
+        batch, owned = slice_batch([sample], layout, rank, pin=False), layout.owned_positions(rank)
+        expected = torch.cat([torch.arange(end - start) for start, end in SPANS])
+        assert torch.equal(batch.positions[0], expected[owned])
+        assert torch.equal(batch.loss_mask[0], (torch.from_numpy(MARKED)[owned] != END).float())
+
+
+def test_documents_and_positions_can_be_asked_for_apart() -> None:
+    sample, layout = EndOfDocument(END, reset_attention_mask=True).sample(MARKED), SequenceLayout(LENGTH, 8)
+    batch = slice_batch([sample, Sample(MARKED)], layout, 0, pin=False, restart_positions=False)
+    assert batch.positions.tolist() == [list(range(LENGTH))] * 2
+    assert batch.documents is not None
+    assert batch.documents.spans == (SPANS, ((0, LENGTH),))
+    assert batch.squared_lengths == 9 + 1 + 36 + 36 + LENGTH**2
+    batch = slice_batch([sample], layout, 0, pin=False, separate_documents=False)
+    assert batch.documents is None
+    assert batch.squared_lengths == LENGTH**2
+
+
+def test_one_document_that_fills_every_sequence_needs_no_separation() -> None:
+    sample = EndOfDocument(END, reset_attention_mask=True).sample(TOKENS[0])
+    assert slice_batch([sample], SequenceLayout(LENGTH, 8), 0, pin=False).documents is None
+
+
+def test_padding_before_the_first_document_has_positions_like_any_other() -> None:
+    sample = Sample(MARKED, documents=((4, 10), (12, 16)))
+    batch = slice_batch([sample], SequenceLayout(LENGTH, 8), 0, pin=False)
+    assert batch.positions.tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]]

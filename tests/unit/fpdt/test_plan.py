@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def random_documents(seed):
     rows = []
     for _ in range(2):
         cuts = [0, *sorted(random.choice(range(1, sum(LENGTHS)), random.integers(0, 9), replace=False)), sum(LENGTHS)]
-        spans = [(int(a), int(b)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        spans = [(int(a), int(b)) for a, b in pairwise(cuts)]
         rows.append(tuple(span for span in spans if random.random() < 0.8))
     return Documents(tuple(rows))
 
@@ -164,7 +165,7 @@ def test_documents_leave_the_columns_of_consecutive_rows(documents):
     for tile in (tile for row in rows for tile in row):
         assert tile.first_of_column == (tile.key not in begun)
         begun.add(tile.key)
-    for below, above in zip(rows[:-1], rows[1:], strict=True):
+    for below, above in pairwise(rows):
         if len(below) > 1:
             assert below[-1].key == above[0].key
         else:

@@ -7,7 +7,6 @@ from megatron.logging.accounting import (
     flops_of_checkpointing,
     flops_of_streaming,
     forward_flops,
-    hardware_flops,
     model_flops,
     throughput,
 )
@@ -63,7 +62,12 @@ def test_attention_is_counted_once_and_causally_at_a_million_tokens():
 
 def test_checkpointing_runs_every_layer_again():
     assert flops_of_checkpointing(GPT_TINY, 10) == 10 * (384 + 128 + 1024) + 1600
-    assert hardware_flops(GPT_TINY, 16, 10, run_again=7) == model_flops(GPT_TINY, 16, 10) + 7
+    assert flops_of_checkpointing(GPT_TINY, 10, attention_share=0.5) == 10 * (384 + 128 + 1024) + 800
+
+
+def test_documents_leave_their_share_of_attention_and_all_of_the_rest():
+    whole, half = (model_flops(GPT_TINY, 16, 10, share) for share in (1.0, 0.5))
+    assert whole - half == 3 * 800
 
 
 @pytest.mark.parametrize(
