@@ -46,6 +46,7 @@ from benchmarks.common import (
 )
 from benchmarks.kernel_times import seconds_by_kind, seconds_by_name, trace
 from megatron.config import ModelConfig, Recompute
+from megatron.core.documents import Documents
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept
@@ -138,7 +139,7 @@ class ModelBlock(GraphContestant):
     """The block of this repository, executed as `execution` says; several stand one on the other, as in a model."""
 
     def __init__(self, geometry: Geometry, length: int, execution: Execution, backend: str,
-                 device: torch.device, num_blocks: int = 1) -> None:  # fmt: skip
+                 device: torch.device, num_blocks: int = 1, documents: Documents | None = None) -> None:  # fmt: skip
         config, dtype = geometry.model_config(length, backend, num_blocks), compute_dtype(device)
         model = build_model(config, SMALL_VOCABULARY, ParallelState(), execution, dtype, device)
         self._store: ChunkStore = model.execution.store  # type: ignore[attr-defined]
@@ -155,7 +156,7 @@ class ModelBlock(GraphContestant):
 
         def run(x: Tensor) -> Tensor:
             for block in blocks:
-                x = block(x, positions)
+                x = block(x, positions, documents)
             return x
 
         super().__init__(run, list(blocks.parameters()), make_x, dy)
@@ -164,7 +165,8 @@ class ModelBlock(GraphContestant):
         # The block whose backward pass runs last sums its gradients beside those of the others, which are done.
         summed = sum(p.numel() * (4 if execution.fpdt else p.element_size()) for p in blocks[0].parameters())
         self.gradient_bytes = summed + sum(p.nbytes for block in blocks[1:] for p in block.parameters())
-        self.model_flops = model_flops(config, NO_VOCABULARY, length)
+        attention_share = documents.squared_lengths / length**2 if documents else 1.0
+        self.model_flops = model_flops(config, NO_VOCABULARY, length, attention_share)
 
     def host_bytes(self) -> tuple[int, int] | None:
         pool = self._store.pool

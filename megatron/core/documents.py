@@ -12,6 +12,7 @@ so what is left of the tile is a rectangle without a mask. On the diagonal each 
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,29 +20,31 @@ from itertools import pairwise
 
 Span = tuple[int, int]  # first position, one past the last
 
+EVERYTHING: Span = (0, sys.maxsize)
+
 
 @dataclass(frozen=True)
 class Region:
-    """A rectangle of a tile: spans of its sequences, queries and keys, from the beginning of the tile. None: all."""
+    """A rectangle of a tile: spans of its sequences, queries and keys, counted from the beginning of the tile."""
 
-    sequences: Span | None = None
-    queries: Span | None = None
-    keys: Span | None = None
+    sequences: Span = EVERYTHING
+    queries: Span = EVERYTHING
+    keys: Span = EVERYTHING
 
     @property
     def in_queries(self) -> tuple[slice, slice]:
         """Where it lies in the tile's queries [S, B, ..]."""
-        return _slice(self.queries), _slice(self.sequences)
+        return slice(*self.queries), slice(*self.sequences)
 
     @property
     def in_keys(self) -> tuple[slice, slice]:
         """Where it lies in the tile's keys and values [S, B, ..]."""
-        return _slice(self.keys), _slice(self.sequences)
+        return slice(*self.keys), slice(*self.sequences)
 
     @property
     def in_lse(self) -> tuple[slice, slice, slice]:
         """Where it lies in the log-sum-exps [B, H, S] of the tile's queries."""
-        return _slice(self.sequences), slice(None), _slice(self.queries)
+        return slice(*self.sequences), slice(None), slice(*self.queries)
 
 
 WHOLE_TILE = (Region(),)
@@ -99,7 +102,3 @@ def _shared(span: Span, other: Span) -> Span:
 
 def _shifted(span: Span, origin: int) -> Span:
     return span[0] - origin, span[1] - origin
-
-
-def _slice(span: Span | None) -> slice:
-    return slice(None) if span is None else slice(*span)

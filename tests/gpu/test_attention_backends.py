@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron.ops.attention import BACKENDS, AttentionUnavailable
+from megatron.core.documents import Documents
+from megatron.ops.attention import BACKENDS, AttentionUnavailable, backward_regions, forward_regions
 from megatron.ops.attention.reference import ReferenceAttention
 from tests.unit.ops.attention.test_cpu_backends import draw, errors, tiled, truth
 
@@ -66,6 +67,30 @@ def test_tiles_err_no_more_than_the_same_precision_reference(backend, dtype, sha
         (q, do), (k, v) = side_by_side(q, do), side_by_side(k, v)
         assert not any(t.is_contiguous() for t in (q, k, v, do))
     assert_errs_like(tiled(backend, q, k, v, do, scale, lengths), same_precision, exact)
+
+
+DOCUMENTS = {
+    "many": ((0, 130), (130, 131), (131, 200), (200, 257), (257, 512)),
+    "gaps": ((0, 17), (17, 18), (18, 19), (19, 65), (100, 228), (300, 500)),
+    "two": ((0, 300), (300, 512)),
+}
+
+
+@pytest.mark.parametrize("names", [("many",), ("gaps",), ("two",), ("many", "two", "gaps")], ids=" and ".join)
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
+def test_documents_of_a_tile_err_no_more_than_the_same_precision_reference(backend, names):
+    skip_unless_served(backend, torch.bfloat16, 128)
+    regions = Documents(tuple(DOCUMENTS[name] for name in names)).regions((0, 512), (0, 512))
+    tensors = [t.cuda() for t in draw((len(names), [512], 8, 2, 128), torch.bfloat16)]
+
+    def results(by, dtype):
+        q, k, v, do = (t.to(dtype) for t in tensors)
+        k, v = side_by_side(k, v)
+        o, lse = forward_regions(by, q, k, v, True, 0.1, regions)
+        return o, lse, *backward_regions(by, do, q, k, v, o, lse, True, 0.1, regions)
+
+    exact, same_precision = (results(ReferenceAttention(), dtype) for dtype in (torch.float64, torch.bfloat16))
+    assert_errs_like(results(backend, torch.bfloat16), same_precision, exact)
 
 
 @pytest.mark.parametrize("causal", [True, False])

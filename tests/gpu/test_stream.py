@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron.config import ModelConfig
+from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import store as store_module
 from megatron.model.builder import Execution, build_model
@@ -85,6 +86,43 @@ def test_bf16_stream_errs_like_the_bf16_plain_model(backend):
             error, allowed = ((g[name] - exact[name]).norm() / exact[name].norm() for g in (grads, plain))
             assert error <= 1.5 * allowed + 1e-3, f"{name}: {error} against {allowed}"
             assert gradient.dtype == torch.bfloat16
+
+
+DOCUMENTS = Documents(
+    (
+        ((0, 70), (70, 71), (71, 90), (90, 256), (256, 700), (700, 1216)),
+        ((0, 1000), (1030, 1031), (1031, 1040), (1040, 1041), (1041, 1100), (1100, 1216)),
+    )
+)
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "torch-flash", "auto"])
+def test_bf16_documents_err_like_the_bf16_plain_model(backend):
+    config, inputs = _config(1024 + 192, attention_backend=backend), (*_inputs(1024 + 192, batch=2), DOCUMENTS)
+    weights = _model(config, OFFLOADED).state_dict()
+    exact_config = _config(1024 + 192, attention_backend="reference")
+    _, exact = _run(_model(exact_config, Execution(), torch.float64, weights), inputs)
+    _, plain = _run(_model(exact_config, Execution(), weights=weights), inputs)
+    on_device, offloaded = (
+        _run(_model(config, execution, weights=weights), inputs)[1] for execution in (ON_DEVICE, OFFLOADED)
+    )
+    assert differing(on_device, offloaded) == []
+    for name, gradient in offloaded.items():
+        error, allowed = ((g - exact[name]).norm() / exact[name].norm() for g in (gradient, plain[name]))
+        assert error <= 1.5 * allowed + 1e-3, f"{name}: {error} against {allowed}"
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "torch-flash", "auto"])
+def test_documents_do_not_make_the_host_wait(backend):
+    config, inputs = _config(1024 + 192, attention_backend=backend), (*_inputs(1024 + 192, batch=2), DOCUMENTS)
+    model = _model(config, OFFLOADED, slice_length=96)
+    _run(model, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _run(model, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextlib.contextmanager

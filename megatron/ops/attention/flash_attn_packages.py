@@ -51,13 +51,17 @@ _UNUSED: dict[str, Any] = {
 
 @dataclass(frozen=True, eq=False)
 class Package:
-    """Where a pair of kernels is found; `forward_options` are arguments that every supported version has."""
+    """Where a pair of kernels is found.
+
+    `forward_options` are arguments that every supported version has, `both_options` names of such in both directions.
+    """
 
     install: str
     modules: tuple[str, ...]
     forward: str = "_flash_attn_forward"
     backward: str = "_flash_attn_backward"
     forward_options: Mapping[str, Any] = field(default_factory=dict)
+    both_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ FLASH_ATTN_4 = Package(
     "_flash_attn_fwd",
     "_flash_attn_bwd",
     forward_options={"return_lse": True},
+    both_options=("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
 )
 
 
@@ -93,11 +98,10 @@ def load(package: Package) -> Kernels | str:
         return module
     try:
         forward, backward = getattr(module, package.forward), getattr(module, package.backward)
+        shared, both = ("q", "k", "v", "softmax_scale", "causal"), package.both_options
         return Kernels(
-            _callable_by_our_names(forward, ("q", "k", "v", "softmax_scale", "causal", *package.forward_options)),
-            _callable_by_our_names(
-                backward, ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv", "softmax_scale", "causal")
-            ),
+            _callable_by_our_names(forward, (*shared, *package.forward_options, *both)),
+            _callable_by_our_names(backward, (*shared, "dout", "out", "lse", "dq", "dk", "dv", *both)),
             lse_position=5 if {"window_size", "return_softmax"} <= _parameters(forward).keys() else 1,
         )
     except (AttributeError, TypeError) as error:
@@ -245,6 +249,36 @@ class FlashAttention4(PackagedAttention):
             newest_major=12,
             head_multiple=32,  # 80 failed beside fp64 on an H200 (4.0.0b36); 64, 96 and 128 did not
         )
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        kernels, options = self._kernels(), {**self.package.forward_options, **_packing(boundaries, longest)}
+        results = kernels.forward(q=q, k=k, v=v, softmax_scale=scale, causal=True, **options)
+        return results[0], results[kernels.lse_position]
+
+    def backward_packed(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        boundaries: Tensor,
+        longest: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+        self._kernels().backward(
+            dout=do, q=q, k=k, v=v, out=o, lse=lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale, causal=True,
+            **_packing(boundaries, longest),
+        )  # fmt: skip
+        return dq, dk, dv
+
+
+def _packing(boundaries: Tensor, longest: int) -> dict[str, Any]:
+    return {"cu_seqlens_q": boundaries, "cu_seqlens_k": boundaries, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
 
 def _flash_attn_version() -> tuple[int, ...]:

@@ -14,7 +14,7 @@ exp(S - lse) are then the true ones of the whole row, and the gradients of the t
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,4 +41,34 @@ class AttentionBackend(Protocol):
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of one tile, given the o and lse of the tile's whole row."""
+        ...
+
+
+@runtime_checkable
+class PacksDocuments(Protocol):
+    """What a backend has besides, if one call of its kernels serves many documents that lie one after the other.
+
+    q, o, do [T, H, D], k, v [T, K, D] and lse [H, T] hold them all; `boundaries` int32 [documents + 1], on the device,
+    says where each begins and the last one ends, and `longest` how long the longest is. All are causal.
+    """
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """(o, lse) of all documents."""
+        ...
+
+    def backward_packed(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        boundaries: Tensor,
+        longest: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of all documents, given the o and lse of all their keys."""
         ...

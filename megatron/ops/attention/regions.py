@@ -1,19 +1,25 @@
-"""Attention of the regions that documents leave of a tile: a call of the kernel for each, and nothing for the rest.
+"""Attention of the regions that documents leave of a tile, and nothing for the rest.
 
-Shapes and dtypes are those of the protocol. The regions of a tile have no query and no key in common, so results and
-gradients are written side by side. A query that sees no key of the tile has the output 0 and, off the diagonal, the
-log-sum-exp of nothing, which is -inf; on the diagonal, where others are merged into it, 0.
+A call of the kernel for each region; where many documents lie one after the other on the diagonal and the backend can,
+one for all of them. Shapes and dtypes are those of the protocol. The regions of a tile have no query and no key in
+common, so results and gradients are written side by side. A query that sees no key of the tile has the output 0 and,
+off the diagonal, the log-sum-exp of nothing, which is -inf; on the diagonal, where others are merged into it, 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron.core.documents import WHOLE_TILE, Region
-from megatron.ops.attention.protocol import AttentionBackend
+from megatron.ops.attention.protocol import AttentionBackend, PacksDocuments
+
+# Fewer are as quick one by one.
+PACKED_FROM = 4
+
+Run = list[Region]
 
 
 def forward_regions(
@@ -32,9 +38,15 @@ def forward_regions(
     S, B, H, _ = q.shape
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     lse = torch.full((B, H, S), 0.0 if causal else -torch.inf, dtype=sum_dtype, device=q.device)
-    for region in regions:
-        queries, keys = region.in_queries, region.in_keys
-        o[queries], lse[region.in_lse] = backend.forward(q[queries], k[keys], v[keys], causal, scale)
+    for run in _runs(backend, causal, regions):
+        whole = _whole(run)
+        own_q, own_k, own_v = q[whole.in_queries], k[whole.in_keys], v[whole.in_keys]
+        if isinstance(backend, PacksDocuments) and len(run) > 1:
+            packed = own_q.squeeze(1), own_k.squeeze(1), own_v.squeeze(1)
+            part, part_lse = backend.forward_packed(*packed, *_boundaries(run, q.device), scale)
+            o[whole.in_queries], lse[whole.in_lse] = part.unsqueeze(1), part_lse.unsqueeze(0)
+        else:
+            o[whole.in_queries], lse[whole.in_lse] = backend.forward(own_q, own_k, own_v, causal, scale)
     return o, lse
 
 
@@ -54,9 +66,69 @@ def backward_regions(
     if regions == WHOLE_TILE:
         return backend.backward(do, q, k, v, o, lse, causal, scale)
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    for region in regions:
-        queries, keys, rows = region.in_queries, region.in_keys, region.in_lse
-        dq[queries], dk[keys], dv[keys] = backend.backward(
-            do[queries], q[queries], k[keys], v[keys], o[queries], lse[rows].contiguous(), causal, scale
-        )
+    for run in _runs(backend, causal, regions):
+        whole = _whole(run)
+        queries, keys = whole.in_queries, whole.in_keys
+        inputs = do[queries], q[queries], k[keys], v[keys], o[queries], lse[whole.in_lse].contiguous()
+        if isinstance(backend, PacksDocuments) and len(run) > 1:
+            grads = _backward_packed(backend, *inputs, *_boundaries(run, q.device), scale)
+        else:
+            grads = backend.backward(*inputs, causal, scale)
+        dq[queries], dk[keys], dv[keys] = grads
     return dq, dk, dv
+
+
+def _backward_packed(
+    backend: PacksDocuments,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    boundaries: Tensor,
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of documents in one sequence, in the shapes of the protocol."""
+    do, q, k, v, o = (t.squeeze(1) for t in (do, q, k, v, o))
+    grads = backend.backward_packed(do, q, k, v, o, lse.squeeze(0), boundaries, longest, scale)
+    dq, dk, dv = (t.unsqueeze(1) for t in grads)
+    return dq, dk, dv
+
+
+def _runs(backend: AttentionBackend, causal: bool, regions: Sequence[Region]) -> Iterator[Run]:
+    """The regions, those together that one call serves."""
+    for run in _adjacent(regions):
+        if causal and len(run) >= PACKED_FROM and isinstance(backend, PacksDocuments):
+            yield run
+        else:
+            yield from ([region] for region in run)
+
+
+def _adjacent(regions: Sequence[Region]) -> list[Run]:
+    """The regions, those together that lie one after the other in the same sequence."""
+    runs: list[Run] = []
+    for region in regions:
+        last = runs[-1][-1] if runs else None
+        if last and (last.sequences, last.queries[1]) == (region.sequences, region.queries[0]):
+            runs[-1].append(region)
+        else:
+            runs.append([region])
+    return runs
+
+
+def _whole(run: Run) -> Region:
+    """The region from the first to the last."""
+    first, last = run[0], run[-1]
+    return Region(first.sequences, (first.queries[0], last.queries[1]), (first.keys[0], last.keys[1]))
+
+
+def _boundaries(run: Run, device: torch.device) -> tuple[Tensor, int]:
+    """Where the documents begin and end, from the first on, int32 on the device; and the length of the longest."""
+    origin = run[0].queries[0]
+    boundaries = torch.tensor([0, *(region.queries[1] - origin for region in run)], dtype=torch.int32)
+    if device.type == "cuda":
+        boundaries = boundaries.pin_memory()
+    longest = max(region.queries[1] - region.queries[0] for region in run)
+    return boundaries.to(device, non_blocking=True), longest

@@ -62,6 +62,32 @@ class TorchFlashAttention:
         )
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out = aten._flash_attention_forward(
+            q, k, v, boundaries, boundaries, longest, longest, 0.0, True, False, scale=scale
+        )
+        return out[0], out[1]
+
+    def backward_packed(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        boundaries: Tensor,
+        longest: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        unused = torch.empty(2, dtype=torch.uint64, device=q.device)
+        grads = aten._flash_attention_backward(
+            do, q, k, v, o, lse, boundaries, boundaries, longest, longest, 0.0, True, unused, unused, scale=scale
+        )
+        return grads[0], grads[1], grads[2]
+
 
 class CudnnAttention:
     """cuDNN's fused attention through torch: bf16 and fp16 on Hopper and later; grouped key/value heads by itself."""

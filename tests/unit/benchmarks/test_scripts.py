@@ -8,14 +8,15 @@ import sys
 import pytest
 import torch
 
-from benchmarks import attention_tiles, memory_over_length, planner, streamed_block, training_step
+from benchmarks import attention_tiles, documents, memory_over_length, planner, streamed_block, training_step
 from benchmarks.common import REPOSITORY, Geometry, Report, geometry_of
 from megatron.arguments import parse_args
 from megatron.config import validate
 from tests.distributed.launcher import launch
 
 SCRIPTS = {
-    script.NAME: script for script in (attention_tiles, memory_over_length, planner, streamed_block, training_step)
+    script.NAME: script
+    for script in (attention_tiles, documents, memory_over_length, planner, streamed_block, training_step)
 }
 
 
@@ -277,3 +278,22 @@ def test_a_planned_case_runs_in_a_process_of_its_own(tmp_path):
     assert code == 1  # in fp32 on a CPU, which is not what is planned
     assert row["host_used_gib"] > 0
     assert (tmp_path / "out-tiny.json").exists()
+
+
+# documents
+
+
+@pytest.mark.parametrize("how", ["equal", "random"])
+def test_documents_fill_the_sequence(how):
+    spans = documents.cut(1000, 7, how).spans[0]
+    assert len(spans) == 7
+    assert [spans[0][0], *(end for _, end in spans)] == [*(start for start, _ in spans), 1000]
+    assert all(start < end for start, end in spans)
+
+
+def test_documents_end_to_end(tmp_path):
+    code, (one, several) = run(documents, tmp_path, "--cut", "random")
+    assert code == 0
+    assert (one["documents"], one["attention_share"], one["faster"]) == (1, 1.0, 1.0)
+    assert several["documents"] == 4
+    assert several["attention_share"] < 1

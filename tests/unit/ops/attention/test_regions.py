@@ -1,0 +1,103 @@
+"""Attention of what documents leave of a tile, with and without a kernel that takes many documents at once."""
+
+import pytest
+import torch
+
+from megatron.core.documents import Documents
+from megatron.ops.attention import backward_regions, forward_regions
+from megatron.ops.attention.reference import ReferenceAttention
+
+SCALE = 0.3
+TOKENS, HEADS, GROUPS, SIZE = 24, 4, 2, 8
+SPANS = {
+    "many": ((0, 5), (5, 6), (6, 13), (13, 15), (15, 24)),
+    "gaps": ((0, 2), (2, 3), (3, 4), (4, 8), (10, 11), (12, 15), (15, 17), (17, 18), (18, 20)),
+    "two": ((0, 11), (11, 24)),
+    "none": (),
+}
+
+
+class Packing(ReferenceAttention):
+    """The reference, with a kernel for packed documents that is a loop over them."""
+
+    def __init__(self):
+        self.calls = []
+
+    def forward_packed(self, q, k, v, boundaries, longest, scale):
+        self._check(boundaries, longest, len(q))
+        parts = [
+            self.forward(*(t[a:b].unsqueeze(1) for t in (q, k, v)), True, scale)
+            for a, b in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True)
+        ]
+        return torch.cat([o for o, _ in parts]).squeeze(1), torch.cat([lse for _, lse in parts], 2).squeeze(0)
+
+    def backward_packed(self, do, q, k, v, o, lse, boundaries, longest, scale):
+        self._check(boundaries, longest, len(q))
+        parts = [
+            self.backward(*(t[a:b].unsqueeze(1) for t in (do, q, k, v, o)), lse[None, :, a:b], True, scale)
+            for a, b in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True)
+        ]
+        return tuple(torch.cat(grads).squeeze(1) for grads in zip(*parts, strict=True))
+
+    def _check(self, boundaries, longest, num_tokens):
+        lengths = boundaries.diff()
+        assert boundaries.dtype == torch.int32
+        assert (boundaries[0], boundaries[-1], lengths.max()) == (0, num_tokens, longest)
+        self.calls.append(len(lengths))
+
+
+def inputs(batch):
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(TOKENS, batch, heads, SIZE) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def by_mask(documents, q, k, v):
+    """o from scores in which everything else is masked; what sees nothing is 0."""
+    k, v = (t.repeat_interleave(HEADS // GROUPS, 2) for t in (k, v))
+    scores = torch.einsum("qbhd,kbhd->bhqk", q, k) * SCALE
+    mask = torch.zeros(len(documents.spans), 1, TOKENS, TOKENS, dtype=torch.bool)
+    for row, spans in enumerate(documents.spans):
+        for start, end in spans:
+            mask[row, :, start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bhqk,kbhd->qbhd", weights, v)
+
+
+@pytest.mark.parametrize("backend", [ReferenceAttention(), Packing()], ids=["one by one", "packed"])
+@pytest.mark.parametrize("names", [*((name,) for name in SPANS), ("many", "gaps", "none")], ids=" and ".join)
+def test_documents_of_a_tile_on_the_diagonal_are_masked_attention(backend, names):
+    documents = Documents(tuple(SPANS[name] for name in names))
+    regions = documents.regions((0, TOKENS), (0, TOKENS))
+    q, k, v, do = inputs(len(names))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    expected = by_mask(documents, *leaves)
+    gradients = torch.autograd.grad(expected, leaves, do)
+    with torch.no_grad():
+        o, lse = forward_regions(backend, q, k, v, True, SCALE, regions)
+        found = backward_regions(backend, do, q, k, v, o, lse, True, SCALE, regions)
+    assert lse.isfinite().all()
+    torch.testing.assert_close(o, expected.detach())
+    for gradient, want in zip(found, gradients, strict=True):
+        torch.testing.assert_close(gradient, want)
+
+
+def test_only_runs_of_many_documents_are_packed():
+    for name, calls in {"many": [5], "gaps": [4, 4], "two": []}.items():
+        backend, (q, k, v, _) = Packing(), inputs(1)
+        regions = Documents((SPANS[name],)).regions((0, TOKENS), (0, TOKENS))
+        forward_regions(backend, q, k, v, True, SCALE, regions)
+        assert backend.calls == calls
+
+
+def test_a_tile_below_the_diagonal_is_a_rectangle_and_nothing_elsewhere():
+    documents = Documents((((0, 4), (4, 30), (30, 48)),))
+    (region,) = regions = documents.regions((24, 48), (0, 24))
+    assert (region.queries, region.keys) == ((0, 6), (4, 24))
+    q, k, v, _ = inputs(1)
+    o, lse = forward_regions(ReferenceAttention(), q, k, v, False, SCALE, regions)
+    want, want_lse = ReferenceAttention().forward(q[:6], k[4:], v[4:], False, SCALE)
+    assert torch.equal(o[:6], want)
+    assert torch.equal(lse[:, :, :6], want_lse)
+    assert not o[6:].any()
+    assert (lse[:, :, 6:] == -torch.inf).all()
