@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -99,7 +100,7 @@ def cut(seq_length: int, number: int, how: str) -> Documents:
 
 def run(documents: Documents, backend: str, arguments: argparse.Namespace, report: Report) -> Row:
     """Time and memory of one block."""
-    execution = OFFLOADED.execution(arguments.chunk, "mlp")
+    execution = replace(OFFLOADED.execution(arguments.chunk, "mlp"), documents=True)
     build = partial(ModelBlock, geometry_of(arguments), arguments.seq_length, execution, backend, report.device,
                     documents=documents)  # fmt: skip
     traced = report.device.type == "cuda"

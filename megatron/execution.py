@@ -55,6 +55,7 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
         fpdt_recompute=recompute or "all",
         recompute=deepspeed.deepspeed_activation_checkpointing,
         checkpoint_in_cpu=deepspeed.checkpoint_in_cpu,
+        documents=config.data.reset_attention_mask,
     )
 
 
@@ -66,7 +67,9 @@ def _plan(config: Config, context: Context, padded_vocab_size: int, host_memory:
     if context.device.type != "cuda" or not streamed or not in_half or offloads(config, "offload_param"):
         return None
     gpu = gpu_like(torch.cuda.get_device_name(context.device), context.device_memory_bytes)
-    kernel = choose_backend(model.attention_backend, context.device, context.dtype, model.kv_channels)
+    kernel = choose_backend(
+        model.attention_backend, context.device, context.dtype, model.kv_channels, config.data.reset_attention_mask
+    )
     return plan_of(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size, kernel.name)
 
 

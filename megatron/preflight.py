@@ -36,7 +36,8 @@ def check_inputs(config: Config, world_size: int) -> Vocabulary:
     Raises ConfigError, TokenizerError, DataError, CheckpointError or AttentionUnavailable.
     """
     model = config.model
-    choose_backend(model.attention_backend, torch.device(device_type()), number_format(config), model.kv_channels)
+    device, dtype = torch.device(device_type()), number_format(config)
+    choose_backend(model.attention_backend, device, dtype, model.kv_channels, config.data.reset_attention_mask)
     flags = config.tokenizer
     tokenizer = build_tokenizer(
         flags.tokenizer_type, flags.vocab_file, flags.merge_file, flags.tokenizer_model, flags.vocab_size

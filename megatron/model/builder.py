@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 class Execution:
     """How a model is to be executed; its parameters and results do not depend on it.
 
-    The memory is what FPDT's chunks may take up with offloading: on the device first, then on the host. The last two
-    are activation checkpointing without FPDT.
+    The memory is what FPDT's chunks may take up with offloading: on the device first, then on the host. `recompute`
+    and `checkpoint_in_cpu` are activation checkpointing without FPDT. `documents` says that batches may hold some that
+    do not see each other.
     """
 
     fpdt: bool = False
@@ -42,6 +43,7 @@ class Execution:
     fpdt_recompute: Recompute = "all"
     recompute: bool = False
     checkpoint_in_cpu: bool = False
+    documents: bool = False
 
 
 class StreamedExecution:
@@ -74,7 +76,7 @@ def build_execution(
     """Choose the attention backend and the way of executing. AttentionUnavailable if the backend cannot serve."""
     if execution.fpdt and config.attention_dropout:
         raise ValueError(f"--attention-dropout ({config.attention_dropout}) cannot be replayed by FPDT; use 0")
-    attention = choose_backend(config.attention_backend, device, dtype, config.kv_channels)
+    attention = choose_backend(config.attention_backend, device, dtype, config.kv_channels, execution.documents)
     offloading = execution.fpdt and execution.offloading
     store = ChunkStore(device, offloading, execution.device_memory_bytes, execution.host_memory_bytes)
     chunk_length = execution.chunk_size if execution.fpdt else config.seq_length

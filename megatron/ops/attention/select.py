@@ -27,20 +27,32 @@ FAMILIES = {
 }
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> AttentionBackend:
+# On an H200 cuDNN 9.19 ended the process in its backward on documents of few tokens.
+NOT_FOR_DOCUMENTS = {"cudnn": "its backward crashes on short documents, which --reset-attention-mask separates"}
+
+
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_size: int, documents: bool = False
+) -> AttentionBackend:
     """Return the backend called `name`, or the fastest of a family ("auto", "flash-2") that can serve.
 
-    Raises AttentionUnavailable for an unknown name and for a backend that cannot serve such tensors.
+    With `documents` it must serve tiles of any length. Raises AttentionUnavailable for an unknown name and for a
+    backend that cannot serve such tensors.
     """
+
+    def refusal_of(backend: AttentionBackend) -> str | None:
+        reason = NOT_FOR_DOCUMENTS.get(backend.name) if documents else None
+        return reason or backend.refusal(device, dtype, head_size)
+
     names = FAMILIES.get(name, (name,))
     refusals: dict[str, str] = {}
     for backend in (backend for backend in BACKENDS if backend.name in names):
-        refusal = backend.refusal(device, dtype, head_size)
+        refusal = refusal_of(backend)
         if refusal is None:
             return backend
         refusals[backend.name] = refusal
     reasons = [f"{member}: {refusal}" for member, refusal in refusals.items()]
     reason = refusals.get(name) or "; ".join(reasons) or "there is no such backend"
-    usable = [backend.name for backend in BACKENDS if backend.refusal(device, dtype, head_size) is None]
+    usable = [backend.name for backend in BACKENDS if refusal_of(backend) is None]
     alternatives = ", ".join(["auto", *usable])
     raise AttentionUnavailable(f"--attention-backend {name}: {reason}; use one of {alternatives}.")

@@ -124,3 +124,21 @@ def test_a_refusal_on_a_gpu_says_why(capability, name, device_capability, dtype,
         choose_backend(name, CUDA, dtype, head_size)
     assert str(error.value).startswith(f"--attention-backend {name}: {reason}; use one of auto, ")
     assert str(error.value).endswith("reference.")
+
+
+def test_documents_are_not_left_to_a_kernel_that_crashes_on_short_ones(monkeypatch):
+    monkeypatch.setattr("megatron.ops.attention.select.BACKENDS", (Always("cudnn"), Always("torch-flash")))
+    assert choose_backend("auto", CPU, torch.bfloat16, 64).name == "cudnn"
+    assert choose_backend("auto", CPU, torch.bfloat16, 64, documents=True).name == "torch-flash"
+    with pytest.raises(AttentionUnavailable, match=r"cudnn: its backward crashes .* use one of auto, torch-flash\."):
+        choose_backend("cudnn", CPU, torch.bfloat16, 64, documents=True)
+
+
+class Always:
+    """A backend that serves everything."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def refusal(self, device, dtype, head_size):
+        return None
