@@ -9,6 +9,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+# A function is compiled anew for each number format, gradient mode and layout. Beyond the limit, which is 8 else, torch
+# runs what is new as written, whose roundings differ: the same call would not give the same bits in every process.
+RECOMPILE_LIMIT = 64
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -21,7 +25,10 @@ def fused(function: Function) -> Function:
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
-        return torch.compile(function) if importlib.util.find_spec("triton") else function
+        if not importlib.util.find_spec("triton"):
+            return function
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        return torch.compile(function)
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:

@@ -17,6 +17,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 VOCAB = 512
 
 
+@pytest.fixture(autouse=True)
+def _no_function_falls_back_to_being_run_as_written(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+
+
 def _config(length, **changes):
     values = {
         "num_layers": 2, "hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads":
