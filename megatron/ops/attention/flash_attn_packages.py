@@ -269,6 +269,7 @@ class FlashAttention4(PackagedAttention):
         longest: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        do, q, k, v, o = (t.contiguous() for t in (do, q, k, v, o))  # with large strides it is said to err silently
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         self._kernels().backward(
             dout=do, q=q, k=k, v=v, out=o, lse=lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale, causal=True,

@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Write docs/arguments.md: every flag of pretrain_gpt.py, as the code has it.
+
+python tools/document_arguments.py            write it
+python tools/document_arguments.py --check    exit code 1 if it is not what the code says
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.arguments import build_parser
+from megatron.config.upstream_flags import OTHER_NAMES
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "arguments.md"
+HEAD = """# Arguments
+
+Every flag of `pretrain_gpt.py`, written from the code by `python tools/document_arguments.py`; `--help` prints the
+same. Underscores and dashes are the same. A switch has no value. What a flag leaves open is said with it.
+"""
+OTHER = """
+## Flags of Megatron that have another name here
+
+Giving one is an error that names the flag to use.
+
+| Megatron's | here |
+|---|---|
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    arguments = parser.parse_args(argv)
+    text = page()
+    if not arguments.check:
+        PAGE.write_text(text)
+    elif not PAGE.is_file() or PAGE.read_text() != text:
+        print(f"{PAGE} is not what the code says; run python tools/document_arguments.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+def page() -> str:
+    """The whole page."""
+    names = "".join(f"| `--{theirs}` | `--{ours}` |\n" for theirs, ours in sorted(OTHER_NAMES.items()))
+    return HEAD + "".join(sections()) + OTHER + names
+
+
+def sections() -> Iterator[str]:
+    """A heading and a table for each group of flags."""
+    for group in build_parser()._action_groups:
+        flags = [action for action in group._group_actions if action.dest != "help"]
+        if flags:
+            yield f"\n## {group.title}\n\n| flag | value | |\n|---|---|---|\n"
+            yield from map(row, flags)
+
+
+def row(action: argparse.Action) -> str:
+    value = f"`{cell(str(action.metavar))}`" if action.nargs != 0 and action.metavar else ""
+    return f"| `{action.option_strings[0]}` | {value} | {cell((action.help or '').replace('%%', '%'))} |\n"
+
+
+def cell(text: str) -> str:
+    """Text that stands in one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
