@@ -50,7 +50,7 @@ class Region:
 WHOLE_TILE = (Region(),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Documents:
     """Spans of the documents in each sequence of a micro-batch, ascending. What is in none of them is padding.
 

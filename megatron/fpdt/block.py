@@ -45,7 +45,7 @@ from megatron.core.documents import Documents
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.attention_tiles import attend, attend_backward, backward_tile_inputs
 from megatron.fpdt.block_inputs import BlockInputs
-from megatron.fpdt.plan import ChunkPlan, Tile
+from megatron.fpdt.plan import ChunkPlan, Tile, chunk_plan
 from megatron.fpdt.products import Products
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.store import Prefetch
@@ -113,7 +113,7 @@ class _StreamedBlock(torch.autograd.Function):
         keep: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        plan = ChunkPlan(stream.layout(x).chunk_lengths, documents)
+        plan = chunk_plan(tuple(stream.layout(x).chunk_lengths), documents)
         y, kept = _forward(stream, block, plan, x, positions, keep)
         if keep:
             # An input that is kept is kept by autograd too, which notices if it is written to.

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from megatron.core.documents import WHOLE_TILE, Documents, Region
@@ -52,14 +53,15 @@ class ChunkPlan:
         self._chunks = list(pairwise(accumulate(chunk_lengths, initial=0)))
         self._documents = documents
         self._first_keys = [self._first_key_chunk(i) for i in range(len(self._chunks))]
+        self._rows = [self._row(i) for i in range(len(self._chunks))]
 
     def forward_rows(self) -> list[list[Tile]]:
         """Rows in order of execution, each with its tiles in order of execution."""
-        return [self._row(i) for i in range(len(self._chunks))]
+        return self._rows
 
     def backward_rows(self) -> list[list[Tile]]:
         """Rows in order of execution, each with its tiles in order of execution."""
-        return [self._row(i) for i in reversed(range(len(self._chunks)))]
+        return self._rows[::-1]
 
     def _row(self, i: int) -> list[Tile]:
         first_keys, others = self._first_keys, range(self._first_keys[i], i)
@@ -85,3 +87,9 @@ class ChunkPlan:
 
     def _regions(self, i: int, j: int) -> tuple[Region, ...]:
         return WHOLE_TILE if self._documents is None else self._documents.regions(self._chunks[i], self._chunks[j])
+
+
+@lru_cache(maxsize=2)
+def chunk_plan(chunk_lengths: tuple[int, ...], documents: Documents | None = None) -> ChunkPlan:
+    """The plan, which all blocks share that run on the same documents."""
+    return ChunkPlan(chunk_lengths, documents)
