@@ -12,7 +12,7 @@ from megatron.checkpointing import check_checkpoint, find_checkpoint
 from megatron.config import Config, ConfigError
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.splits import parse_data_paths
-from megatron.data.vocabulary import check_vocabulary
+from megatron.data.vocabulary import check_document_ends, check_vocabulary
 from megatron.initialize import device_type, number_format
 from megatron.logging.writers import require_wandb
 from megatron.ops.attention import choose_backend
@@ -45,7 +45,10 @@ def check_inputs(config: Config, world_size: int) -> Vocabulary:
     data = config.data
     for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
         for prefix in parse_data_paths(paths)[0] if paths else ():
-            check_vocabulary(IndexedDataset(prefix), tokenizer.vocab_size)
+            indexed = IndexedDataset(prefix)
+            check_vocabulary(indexed, tokenizer.vocab_size)
+            if data.separates_documents:
+                check_document_ends(indexed, tokenizer.eod)
     padded_vocab_size = pad_vocab_size(tokenizer.vocab_size, model.make_vocab_size_divisible_by)
     checkpoint = find_checkpoint(config.checkpoint)
     if checkpoint is not None:

@@ -33,3 +33,8 @@ class DataConfig:
 
     eod_mask_loss: bool = False
     """The token after an end of document does not count in the loss."""
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether an end of document means anything."""
+        return self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss

@@ -42,6 +42,18 @@ def check_vocabulary(indexed: IndexedDataset, vocab_size: int, max_tokens: int =
     return num_read
 
 
+def check_document_ends(indexed: IndexedDataset, end_of_document: int, num_documents: int = 64) -> None:
+    """Raise DataError unless one of the first documents ends with the id that is to separate documents."""
+    ends = indexed.document_starts[1 : num_documents + 1]
+    last_tokens = [int(indexed.get_tokens(end - 1, end)[0]) for end in ends.tolist() if end]
+    if last_tokens and end_of_document not in last_tokens:
+        raise DataError(
+            f"the documents of {indexed.prefix} do not end with the tokenizer's end-of-document id "
+            f"({end_of_document}), so --reset-attention-mask, --reset-position-ids and --eod-mask-loss would do "
+            "nothing; make the data with tools/preprocess_data.py --append-eod, or remove these flags."
+        )
+
+
 def _blocks(num_tokens: int, max_tokens: int) -> list[tuple[int, int]]:
     if num_tokens <= max_tokens:
         starts = list(range(0, num_tokens, BLOCK_TOKENS))

@@ -3,7 +3,7 @@ import pytest
 
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron.data.vocabulary import check_vocabulary
+from megatron.data.vocabulary import check_document_ends, check_vocabulary
 from tests.unit.data.conftest import MakeDataset
 
 
@@ -42,3 +42,19 @@ def test_of_a_large_dataset_the_start_the_end_and_what_lies_between_is_read(
     assert check_vocabulary(indexed, 1000, max_tokens=50) == 50
     with pytest.raises(DataError, match=r"token id 99[0-9] in document 0"):
         check_vocabulary(indexed, 990, max_tokens=50)
+
+
+def test_documents_without_ends_are_told_of(tmp_path: pytest.TempPathFactory) -> None:
+    with IndexedDatasetWriter(f"{tmp_path}/data", np.int32) as writer:
+        for document in ([1, 2], [3], [4, 5, 9], [9, 1]):
+            writer.add_document(document)
+    indexed = IndexedDataset(f"{tmp_path}/data")
+    check_document_ends(indexed, 9)
+    with pytest.raises(DataError, match=r"do not end with .* id \(7\).* --append-eod"):
+        check_document_ends(indexed, 7)
+    with pytest.raises(DataError, match="--append-eod"):
+        check_document_ends(indexed, 9, num_documents=2)
+
+
+def test_an_empty_dataset_has_no_ends_to_miss(make_dataset: MakeDataset) -> None:
+    check_document_ends(IndexedDataset(make_dataset([])), 9)
