@@ -97,6 +97,13 @@ def least_over_ranks(host_bytes: int, device_bytes: int, device: torch.device) -
     return host, smallest, -largest
 
 
+def connect_store(timeout_seconds: float) -> dist.Store:
+    """A connection of its own to the key-value store that the ranks met at, for a thread of its own."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=timeout_seconds)
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+
 def _complete_environment() -> None:
     """What torch and DeepSpeed read, for a process that no launcher started."""
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -22,13 +23,14 @@ from megatron.data.blended_dataset import SampleDataset
 from megatron.data.samplers import BatchSampler
 from megatron.engine.engine import Engine
 from megatron.fpdt.stream import ProgressReport, Stream
-from megatron.initialize import GIB, Context
+from megatron.initialize import GIB, Context, connect_store
 from megatron.logging.progress import StepProgress, build_progress
 from megatron.logging.writers import build_writer
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.reporting import Reporter
 from megatron.train_state import TrainState
+from megatron.watchdog import EXIT_CODE, Watchdog, WatchedProgress
 
 ModelProvider = Callable[[ProgressReport], nn.Module]
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
@@ -91,8 +93,12 @@ def pretrain(
     for part, data in zip(("validation", "test"), datasets[1:], strict=True):
         if data is None and config.training.eval_iters:
             context.log.warning("there are no %s data: --split or --data-path leaves none, so none are evaluated", part)
-    progress = build_progress(
-        config.logging.progress, context.parallel_state.rank, sys.stdout, config.logging.heartbeat_seconds
+    watchdog = _build_watchdog(config, context)
+    progress = WatchedProgress(
+        build_progress(
+            config.logging.progress, context.parallel_state.rank, sys.stdout, config.logging.heartbeat_seconds
+        ),
+        watchdog,
     )
     engine = Engine(
         lambda: provide_model(lambda phase, layer, chunk, _: progress.advance(phase, layer, chunk)),
@@ -128,10 +134,31 @@ def pretrain(
             progress,
             state,
             Saver(engine, context, config, padded_vocab_size),
+            watchdog,
         )
+        watchdog.start()
         run.run()
+    except Exception:
+        context.log.error("rank %d stopped in %s", context.parallel_state.rank, watchdog.place)
+        raise
     finally:
+        watchdog.close()
         writer.close()
+
+
+def _build_watchdog(config: Config, context: Context) -> Watchdog:
+    """One that ends this process, so that the launcher ends the others."""
+    rank, world_size = context.parallel_state.rank, context.parallel_state.world_size
+
+    def give_up(verdict: str) -> None:
+        sys.stderr.write(f"error on rank {rank}: {verdict}\n")
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)
+
+    # Before the collectives that wait as long give up in their own words.
+    limit = 0.9 * 60 * config.parallel.distributed_timeout_minutes
+    store = connect_store(limit) if world_size > 1 else dist.HashStore()
+    return Watchdog(store, rank, world_size, limit, give_up)
 
 
 class Training:
@@ -150,8 +177,9 @@ class Training:
         progress: StepProgress,
         state: TrainState,
         saver: Saver,
+        watchdog: Watchdog,
     ) -> None:
-        self._saver = saver
+        self._saver, self._watchdog = saver, watchdog
         self._config, self._context, self._lengths = config, context, lengths
         self._stream = stream
         self._engine, self._reporter, self._progress, self.state = engine, reporter, progress, state
@@ -264,7 +292,8 @@ class Training:
         if self._config.checkpoint.save is None or self._saved_iteration == self.state.iteration:
             return
         started = time.monotonic()
-        path = self._saver.save(Path(self._config.checkpoint.save), self.state)
+        with self._watchdog.resting(f"saving iteration {self.state.iteration}"):
+            path = self._saver.save(Path(self._config.checkpoint.save), self.state)
         self._saved_iteration = self.state.iteration
         gib, seconds = self._saver.size_bytes / GIB, time.monotonic() - started
         self._context.log.info("saved %s (%.3g GiB in %.1f s)", path, gib, seconds)

@@ -57,7 +57,7 @@ class ParallelConfig:
     """Accepted for Megatron-DeepSpeed's scripts; always the case."""
 
     distributed_timeout_minutes: int = 30
-    """How long a collective may wait for other ranks."""
+    """How long a rank may make no progress, or a collective wait for it, before all end and it is named."""
 
     local_rank: int | None = None
     """Set by the launcher."""

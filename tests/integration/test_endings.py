@@ -2,10 +2,13 @@
 
 import json
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from megatron.watchdog import EXIT_CODE, LONGEST_INTERVAL_SECONDS
 from tests.distributed.launcher import REPOSITORY
 from tests.integration.runs import OFFLOADED, SEQ_LENGTH, Ranks, base_flags, ranks, train
 
@@ -79,3 +82,32 @@ def test_the_log_shows_evaluations_heartbeats_and_every_figure(corpus: Path, tmp
         assert re.search(rf"\| {column}: +\d", line), column
     assert re.search(r"\| host memory \(GiB\): +\d", line)
     assert "peak GPU memory (GiB): n/a" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_stands_still_is_named_and_the_others_end(corpus: Path, tmp_path: Path, stopped: int) -> None:
+    saved = tmp_path / "saved"
+    flags = [*OFFLOADED, *ranks(2, 3), "--save", str(saved), "--save-interval", "1", *ENDLESS]
+    with Ranks([*base_flags(corpus), *flags, "--distributed-timeout-minutes", "1"], num_ranks=2) as run:
+        run.wait_for("iteration        2/")
+        time.sleep(3 * LONGEST_INTERVAL_SECONDS)  # for each to have told where it is
+        run.processes[stopped].send_signal(signal.SIGSTOP)
+        other = run.processes[1 - stopped]
+        _, error = other.communicate(timeout=200)
+    assert other.returncode == EXIT_CODE, error
+    place = r"(iteration \d+(, (forward|backward) layer \d chunk \d)?|the end of iteration \d+|saving iteration \d+)"
+    # The store is on rank 0.
+    named = [r"rank 0, or the launcher that started it,", rf"rank 1 \(last in {place}\)"][stopped]
+    said = rf"error on rank {1 - stopped}: {named} no longer answers.*; this rank was in {place}"
+    assert re.search(said, error, re.DOTALL), error
+    assert saved_state(saved)["iteration"] >= 1
+
+
+def test_a_rank_that_fails_says_where_it_was(corpus: Path, tmp_path: Path) -> None:
+    with Ranks([*base_flags(corpus), *OFFLOADED, *ranks(2, 3), *ENDLESS], num_ranks=2) as run:
+        run.wait_for("iteration        2/")
+        run.processes[1].kill()
+        stdout, stderr = run.processes[0].communicate(timeout=100)
+    assert run.processes[0].returncode not in (0, None)
+    assert re.search(r"rank 0 stopped in (iteration \d+|the end of iteration)", stdout), stderr

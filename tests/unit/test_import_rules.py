@@ -37,7 +37,8 @@ TOP_FILES: dict[str, set[str]] = {
     "execution": ALL_LAYERS | {"initialize"},
     "preflight": ALL_LAYERS | {"initialize", "checkpointing"},
     "reporting": ALL_LAYERS | {"initialize"},
-    "training": ALL_LAYERS | {"initialize", "checkpointing", "reporting"},
+    "watchdog": {"logging"},
+    "training": ALL_LAYERS | {"initialize", "checkpointing", "reporting", "watchdog"},
 }
 RULES = LAYERS | TOP_FILES
 
