@@ -1,35 +1,44 @@
-"""Turn text into tokens: JSON lines or text files in, Megatron's PREFIX_KEY_document.bin and .idx out.
+"""Turn text into tokens: JSON lines, Parquet or text files in, Megatron's PREFIX_KEY_document.bin and .idx out.
 
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --append-eod --workers 8 \\
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt
 
-The output appears only when all of it is written.
+The output appears only when all of it is written. Until then it grows in PREFIX.preprocessing, and a run that was
+interrupted goes on from there when the same command is given again.
 """
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from megatron.data.encoding import EncoderPlan, encode_documents
+from megatron.data.encoding import EncodedBatch, EncoderPlan, encode_batches
 from megatron.data.errors import DataError
-from megatron.data.indexed_dataset import IndexedDatasetWriter
-from megatron.data.text_files import INPUT_FORMATS, find_inputs, read_documents
+from megatron.data.text_files import INPUT_FORMATS, InputPosition, find_inputs, read_batches
+from megatron.data.workspace import Mark, Note, PartialDataset, Workspace
 from megatron.tokenizer import TOKENIZER_TYPES, TokenizerError
+
+BAD_RECORDS_SHOWN = 5
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("input")
-    source.add_argument("--input", nargs="+", required=True, help="files, folders or quoted patterns; .gz is unpacked")
-    source.add_argument("--input-format", choices=INPUT_FORMATS, default="jsonl", help="text: each file is a document")
-    source.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts; one dataset for each")
+    source.add_argument("--input", nargs="+", required=True,
+                        help="files, folders or quoted patterns; .gz and .zst are unpacked")  # fmt: skip
+    source.add_argument("--input-format", choices=INPUT_FORMATS, default="auto",
+                        help="text: each file is a document; auto: .parquet is Parquet, the rest jsonl")  # fmt: skip
+    source.add_argument("--json-keys", nargs="+", default=["text"],
+                        help="keys, or columns, of the texts; one dataset for each")  # fmt: skip
+    source.add_argument("--skip-bad-lines", action="store_true",
+                        help="leave out and count lines, rows and text files that cannot be read")  # fmt: skip
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=True)
     tokenizer.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
@@ -41,11 +50,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument("--output-prefix", required=True, help="the files are PREFIX_KEY_document.bin and .idx")
     output.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     output.add_argument("--log-interval", type=int, default=1000, help="documents between two progress reports")
+    output.add_argument("--save-seconds", type=float, default=30.0,
+                        help="seconds between notes from which a run can go on [%(default)s]")  # fmt: skip
+    output.add_argument("--restart", action="store_true", help="begin anew where an interrupted run would go on")
     arguments = parser.parse_args(argv)
     for flag in ("workers", "log_interval"):
         if getattr(arguments, flag) < 1:
             name = flag.replace("_", "-")
             parser.error(f"--{name} ({getattr(arguments, flag)}) must be 1 or more; use for example --{name} 1.")
+    if len(set(arguments.json_keys)) < len(arguments.json_keys):
+        parser.error(f"--json-keys ({' '.join(arguments.json_keys)}) names a key twice; name each once.")
     return arguments
 
 
@@ -56,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, TokenizerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last note", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -69,53 +86,124 @@ def preprocess(arguments: argparse.Namespace) -> None:
         tokenizer_model=arguments.tokenizer_model,
         vocab_size=arguments.vocab_size,
         append_eod=arguments.append_eod,
+        skip_bad_records=arguments.skip_bad_lines,
     )
     dtype = plan.build().dtype
-    keys = arguments.json_keys if arguments.input_format == "jsonl" else ["text"]
-    Path(arguments.output_prefix).parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(arguments.log_interval))
-        writers = [
-            stack.enter_context(IndexedDatasetWriter(f"{arguments.output_prefix}_{key}_document", dtype))
-            for key in keys
+    keys = arguments.json_keys if arguments.input_format != "text" else ["text"]
+    folder = Path(f"{arguments.output_prefix}.preprocessing")
+    with Workspace(folder, settings_of(arguments), paths, arguments.restart) as workspace:
+        run = Run(workspace, plan, paths, keys, arguments)
+        if not (workspace.note and workspace.note.is_finished):
+            run.write(dtype)
+        prefixes = {key: f"{arguments.output_prefix}_{key}_document" for key in keys}
+        mark = run.mark
+        workspace.publish(prefixes)
+    for prefix, (num_documents, num_tokens) in zip(prefixes.values(), mark.written, strict=True):
+        print(f"{prefix}: {num_documents} documents, {num_tokens} tokens, {dtype.name}")
+    if mark.bad_records:
+        print(f"{mark.bad_records} bad lines were left out")
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the output depends on besides the input files, by the name of the flag."""
+    names = ("input_format", "json_keys", "tokenizer_type", "vocab_size", "append_eod")
+    settings = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
+    for name in ("vocab_file", "merge_file", "tokenizer_model"):
+        value = getattr(arguments, name)
+        settings[f"content of --{name.replace('_', '-')}"] = content_hash(Path(value)) if value else None
+    return settings
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of the files of a tokenizer in a folder."""
+    files = [path] if path.is_file() else [path / "tokenizer.json", path / "tokenizer_config.json"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
+
+
+class Run:
+    """One run over the input, from where the one before it was interrupted."""
+
+    def __init__(
+        self, workspace: Workspace, plan: EncoderPlan, paths: Sequence[Path], keys: Sequence[str],
+        arguments: argparse.Namespace,
+    ) -> None:  # fmt: skip
+        self._workspace, self._plan, self._paths, self._keys = workspace, plan, paths, keys
+        self._arguments = arguments
+        nothing = Mark(InputPosition(), tuple((0, 0) for _ in keys))
+        note = workspace.note or Note(nothing, nothing)
+        self.mark, self._start_of_file = note.mark, note.start_of_file
+        if self.mark.bad_records and not plan.skip_bad_records:
+            raise DataError(
+                f"the interrupted run left out {self.mark.bad_records} bad lines; give --skip-bad-lines to go on, or "
+                "--restart to begin anew."
+            )
+
+    def write(self, dtype: Any) -> None:
+        """Read and tokenize the rest of the input. Raises DataError, also if there is no text at all."""
+        position = self.mark.position
+        if position != InputPosition():
+            print(f"going on after file {position.file} and {position.record} records of the next", file=sys.stderr)
+        datasets = [
+            self._workspace.open_dataset(key, dtype, written)
+            for key, written in zip(self._keys, self.mark.written, strict=True)
         ]
-        documents = read_documents(paths, arguments.input_format, keys)
-        for texts, num_bytes in encode_documents(documents, plan, arguments.workers):
-            for writer, tokens in zip(writers, texts, strict=True):
-                if len(tokens):
-                    writer.add_document(tokens)
-            progress.advance(num_bytes)
-        refuse_empty(writers)
-    for writer in writers:
-        print(f"{writer.prefix}: {writer.num_documents} documents, {writer.num_tokens} tokens, {dtype.name}")
+        batches = read_batches(self._paths, self._arguments.input_format, self._keys, position)
+        last_saved = time.monotonic()
+        with Progress(self._arguments.log_interval) as progress:
+            for batch in encode_batches(batches, self._plan, self._arguments.workers):
+                self._take(batch, datasets)
+                progress.advance(batch)
+                if time.monotonic() - last_saved >= self._arguments.save_seconds:
+                    self._workspace.save(Note(self.mark, self._start_of_file), datasets)
+                    last_saved = time.monotonic()
+        refuse_empty(self._keys, datasets)
+        for dataset in datasets:
+            dataset.flush()
+            dataset.finish()
+        self._workspace.save(Note(self.mark, self._start_of_file, is_finished=True), [])
+
+    def _take(self, batch: EncodedBatch, datasets: Sequence[PartialDataset]) -> None:
+        for dataset, tokens, sizes in zip(datasets, batch.tokens, batch.sizes, strict=True):
+            dataset.add_documents(tokens, sizes)
+        for number, message in enumerate(batch.bad_records, start=self.mark.bad_records):
+            if number < BAD_RECORDS_SHOWN:
+                print(f"left out: {message}", file=sys.stderr)
+        num_bad = self.mark.bad_records + len(batch.bad_records)
+        finished_file = batch.end.file > self.mark.position.file
+        if finished_file:
+            self._workspace.check_unchanged(batch.end.file - 1)
+        self.mark = Mark(batch.end, tuple(dataset.written for dataset in datasets), num_bad)
+        if finished_file:
+            self._start_of_file = self.mark
 
 
-def refuse_empty(writers: Sequence[IndexedDatasetWriter]) -> None:
-    for writer in writers:
-        if writer.num_tokens == 0:
-            raise DataError(f"the input has no text for {writer.prefix}; nothing is written; give input that has some.")
+def refuse_empty(keys: Sequence[str], datasets: Sequence[PartialDataset]) -> None:
+    for key, dataset in zip(keys, datasets, strict=True):
+        if dataset.num_tokens == 0:
+            raise DataError(f"the input has no text for {key}; nothing is written; give input that has some.")
 
 
 class Progress:
-    """A bar where the output is a terminal, a line per `interval` documents where it is not."""
+    """A bar where the output is a terminal, a line per `interval` documents or a few more where it is not."""
 
     def __init__(self, interval: int) -> None:
         self._interval = interval
         self._started = time.perf_counter()
-        self._num_documents = 0
-        self._num_bytes = 0
+        self._num_documents = self._num_bytes = self._num_tokens = 0
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(unit=" documents", disable=not self._is_terminal)
 
-    def advance(self, num_bytes: int) -> None:
-        """Count one more document."""
-        self._num_documents += 1
-        self._num_bytes += num_bytes
-        self._bar.update()
-        if self._num_documents % self._interval:
+    def advance(self, batch: EncodedBatch) -> None:
+        """Count the documents of a batch."""
+        reports = self._num_documents // self._interval
+        self._num_documents += batch.num_documents
+        self._num_bytes += batch.num_bytes
+        self._num_tokens += sum(len(tokens) for tokens in batch.tokens)
+        self._bar.update(batch.num_documents)
+        if self._num_documents // self._interval == reports:
             return
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        rate = f"{self._num_bytes / 2**20 / seconds:.2f} MiB/s"
+        rate = f"{self._num_tokens / seconds:,.0f} tokens/s, {self._num_bytes / 2**20 / seconds:.2f} MiB/s"
         if self._is_terminal:
             self._bar.set_postfix_str(rate)
         else:

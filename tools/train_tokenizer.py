@@ -27,8 +27,10 @@ SMALLEST_VOCABULARY = 257
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted patterns; .gz is unpacked")
-    parser.add_argument("--input-format", choices=INPUT_FORMATS, default="jsonl", help="text: each file is a document")
+    parser.add_argument("--input", nargs="+", required=True,
+                        help="files, folders or quoted patterns; .gz and .zst are unpacked")  # fmt: skip
+    parser.add_argument("--input-format", choices=INPUT_FORMATS, default="auto",
+                        help="text: each file is a document; auto: .parquet is Parquet, the rest jsonl")  # fmt: skip
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts to learn from")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, <|endoftext|> included")
     parser.add_argument("--min-frequency", type=int, default=2, help="how often a pair must occur to be merged")

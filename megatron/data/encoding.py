@@ -1,54 +1,102 @@
 """Texts to tokens in other processes, in the order of the input."""
 
+import os
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import smallest_dtype
-from megatron.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.text_files import InputPosition, RecordBatch
+from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
 
-DOCUMENTS_PER_BATCH = 32
 BATCHES_PER_WORKER = 4
 
-EncodedDocument = tuple[list[npt.NDArray[Any]], int]
-"""The tokens of each text of a document, and the bytes the document took in the input."""
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """The tokens of a batch of records, and the place in the input behind them.
+
+    tokens: one array per key, the texts of all records on end; sizes: int32, tokens per text, for each key as many as
+    there are documents. num_bytes: what they took in the input. bad_records: a message for each record left out.
+    """
+
+    tokens: list[npt.NDArray[Any]]
+    sizes: list[npt.NDArray[np.int32]]
+    num_bytes: int
+    bad_records: list[str]
+    end: InputPosition
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.sizes[0])
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Texts to arrays of tokens in the dtype of the dataset; `append_eod` ends every text that has any tokens."""
+    """Texts to arrays of tokens in the dtype of the dataset; `append_eod` ends every text that has any tokens.
+
+    A record that is not what its file's format says is an error, or is left out and counted with `skip_bad_records`.
+    """
 
     tokenizer: Tokenizer
     append_eod: bool
+    skip_bad_records: bool
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The type in which tokens are stored."""
         return smallest_dtype(self.tokenizer.vocab_size)
 
-    def encode(self, document: tuple[list[str], int]) -> EncodedDocument:
-        """Encode the texts of one document of `read_documents`."""
-        texts, num_bytes = document
-        return [self._tokens(text) for text in texts], num_bytes
+    def encode(self, batch: RecordBatch) -> EncodedBatch:
+        """Encode the records of a batch. Raises DataError and TokenizerError, naming the record."""
+        num_keys = 1 if batch.input_format == "text" else len(batch.keys)
+        ids: list[list[int]] = [[] for _ in range(num_keys)]
+        sizes: list[list[int]] = [[] for _ in range(num_keys)]
+        num_bytes, bad_records = 0, []
+        for index in range(len(batch.records)):
+            num_bytes += batch.num_bytes(index)
+            try:
+                texts = batch.texts(index)
+            except DataError as error:
+                if not self.skip_bad_records:
+                    raise
+                bad_records.append(str(error))
+                continue
+            for key, text in enumerate(texts or ()):
+                tokens = self._tokens(text, batch, index)
+                ids[key] += tokens
+                sizes[key].append(len(tokens))
+        return EncodedBatch(
+            [np.array(each, dtype=self.dtype) for each in ids],
+            [np.array(each, dtype=np.int32) for each in sizes],
+            num_bytes,
+            bad_records,
+            batch.end,
+        )
 
-    def _tokens(self, text: str) -> npt.NDArray[Any]:
-        ids = self.tokenizer.tokenize(text)
+    def _tokens(self, text: str, batch: RecordBatch, index: int) -> list[int]:
+        try:
+            ids = self.tokenizer.tokenize(text)
+        except TokenizerError as error:
+            raise TokenizerError(f"{batch.where(index)}: {error}") from error
         if ids and self.append_eod:
             ids.append(self.tokenizer.eod)
-        return np.array(ids, dtype=self.dtype)
+        return ids
 
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """What an encoder is made from, cheap to send to another process; fields as in `build_tokenizer`."""
+    """What an encoder is made from, cheap to send to another process; fields as in `build_tokenizer` and `Encoder`."""
 
     tokenizer_type: str
     vocab_file: str | None
@@ -56,42 +104,57 @@ class EncoderPlan:
     tokenizer_model: str | None
     vocab_size: int | None
     append_eod: bool
+    skip_bad_records: bool = False
 
     def build(self) -> Encoder:
         """Make the encoder; TokenizerError if its files are not right."""
         tokenizer = build_tokenizer(
             self.tokenizer_type, self.vocab_file, self.merge_file, self.tokenizer_model, self.vocab_size
         )
-        return Encoder(tokenizer, self.append_eod)
+        return Encoder(tokenizer, self.append_eod, self.skip_bad_records)
 
 
-def encode_documents(
-    documents: Iterable[tuple[list[str], int]], plan: EncoderPlan, num_workers: int
-) -> Iterator[EncodedDocument]:
-    """Encode documents in `num_workers` processes, this one if it is 1; the order of the input is kept.
+def encode_batches(batches: Iterable[RecordBatch], plan: EncoderPlan, num_workers: int) -> Iterator[EncodedBatch]:
+    """Encode records in `num_workers` processes, this one if it is 1; the order of the input is kept.
 
     Only a few batches per worker are read ahead, however large the input. Raises DataError and TokenizerError of the
-    input and the tokenizer.
+    input and the tokenizer, and DataError if a worker dies.
     """
     if num_workers == 1:
-        yield from map(_encoder_of_this_process(plan).encode, documents)
+        yield from map(_encoder_of_this_process(plan).encode, batches)
         return
-    source = iter(documents)
-    batches = iter(lambda: list(islice(source, DOCUMENTS_PER_BATCH)), [])
     # A fork would copy the locks of the tokenizer library's threads.
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        pending: deque[Future[list[EncodedDocument]]] = deque()
-        for batch in batches:
-            pending.append(pool.submit(_encode_batch, plan, batch))
-            if len(pending) > BATCHES_PER_WORKER * num_workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
+    with ProcessPoolExecutor(num_workers, get_context("spawn"), _end_with_parent) as pool:
+        pending: deque[Future[EncodedBatch]] = deque()
+        try:
+            for batch in batches:
+                pending.append(pool.submit(_encode_batch, plan, batch))
+                if len(pending) > BATCHES_PER_WORKER * num_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that tokenizes was ended from outside, most likely for lack of memory; use fewer --workers."
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _encode_batch(plan: EncoderPlan, batch: Sequence[tuple[list[str], int]]) -> list[EncodedDocument]:
-    encoder = _encoder_of_this_process(plan)
-    return [encoder.encode(document) for document in batch]
+def _encode_batch(plan: EncoderPlan, batch: RecordBatch) -> EncodedBatch:
+    return _encoder_of_this_process(plan).encode(batch)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that feeds it is killed; it would wait for work for ever."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @cache

@@ -16,6 +16,7 @@ from megatron.data.index_file import code_of_dtype, read_index, write_index
 
 UINT16_VOCAB_LIMIT = 65500
 MAX_SEQUENCE_TOKENS = 2**31 - 1
+TOKENS_PER_COPY = 1 << 22
 
 
 def index_path(prefix: str | Path) -> Path:
@@ -150,6 +151,22 @@ class IndexedDatasetWriter:
         """Append a document of one sequence."""
         self.add_sequence(tokens)
         self.end_document()
+
+    def add_dataset(self, other: IndexedDataset) -> None:
+        """Append all documents of another dataset, a block in memory at a time; DataError if its dtype is another."""
+        if other.dtype != self.dtype:
+            raise DataError(
+                f"{other.prefix} holds {other.dtype.name} and {self.prefix} is to hold {self.dtype.name}; datasets of "
+                "one type can be merged; make them with the same tokenizer."
+            )
+        if self._document_indices[-1] != len(self._sizes):
+            self.end_document()
+        for start in range(0, other.num_tokens, TOKENS_PER_COPY):
+            self._file.write(other.get_tokens(start, start + TOKENS_PER_COPY).data)
+        num_sequences = len(self._sizes)
+        self._sizes.frombytes(np.asarray(other.sizes, dtype=np.int32).tobytes())
+        self._document_indices.frombytes((other.document_indices[1:] + num_sequences).astype(np.int64).tobytes())
+        self.num_tokens += other.num_tokens
 
     def commit(self) -> None:
         """Finish both files and give them their names. An open document is closed."""

@@ -47,8 +47,11 @@ def test_a_folder_of_text_files_becomes_a_dataset(tmp_path: Path) -> None:
     assert tokens_of(tmp_path / "data_text_document") == [[1], [2]]
 
 
-def test_progress_is_reported_every_so_many_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_reported_every_so_many_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_lines(tmp_path / "a.jsonl", *[{"text": "1"}] * 5)
+    monkeypatch.setattr("megatron.data.text_files.RECORDS_PER_BATCH", 1)
     arguments = ("--log-interval", 2, "--output-prefix", tmp_path / "data")
     assert run_tool("preprocess_data", "--input", source, *NUMBERS, *arguments) == 0
     output = capsys.readouterr()

@@ -1,0 +1,65 @@
+"""Rows of Parquet files, one row group in memory at a time."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.data.errors import DataError
+from megatron.data.packed_files import require, unreadable
+
+ROWS_PER_READ = 1024
+
+
+def read_rows(path: Path, columns: Sequence[str], skip: int = 0) -> Iterator[tuple[bytes | None, ...]]:
+    """Yield for each row after the first `skip` the bytes of its texts, one per column, None where there is none.
+
+    Raises DataError if the file is not whole or has no such columns of text.
+    """
+    arrow: Any = require("pyarrow", f"{path}, a Parquet file,")
+    parquet: Any = require("pyarrow.parquet", f"{path}, a Parquet file,")
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow, columns, arrow)
+            yield from _rows(path, file, columns, skip, arrow)
+    except (arrow.ArrowException, OSError, MemoryError) as error:
+        raise unreadable(path, " ".join(str(error).split())) from error
+
+
+def _rows(path: Path, file: Any, columns: Sequence[str], skip: int, arrow: Any) -> Iterator[tuple[bytes | None, ...]]:
+    for group in range(file.num_row_groups):
+        num_rows = file.metadata.row_group(group).num_rows
+        if skip >= num_rows:
+            skip -= num_rows
+            continue
+        num_read = 0
+        for table in file.iter_batches(ROWS_PER_READ, row_groups=[group], columns=list(columns)):
+            cells = [_bytes_of(table.column(name), arrow) for name in columns]
+            rows = list(zip(*cells, strict=True))
+            yield from rows[max(skip - num_read, 0) :]
+            num_read += len(rows)
+        if num_read != num_rows:
+            raise unreadable(path, f"row group {group} has {num_read} rows and says {num_rows}")
+        skip = 0
+
+
+def _bytes_of(column: Any, arrow: Any) -> list[bytes | None]:
+    """Cells as they are stored; whether they are UTF-8 is for the one to say who decodes them."""
+    if arrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    cells: list[bytes | None] = column.cast(arrow.large_binary()).to_pylist()
+    return cells
+
+
+def _check_columns(path: Path, schema: Any, columns: Sequence[str], arrow: Any) -> None:
+    for name in columns:
+        if schema.names.count(name) != 1:
+            found = ", ".join(schema.names) or "none"
+            raise DataError(f"{path}: no column {name!r}; columns found: {found}; name one by --json-keys.")
+        kind = schema.field(name).type
+        value = kind.value_type if arrow.types.is_dictionary(kind) else kind
+        if not (arrow.types.is_string(value) or arrow.types.is_large_string(value) or _is_view(value, arrow)):
+            raise DataError(f"{path}: column {name!r} is of type {kind}, not text; name another by --json-keys.")
+
+
+def _is_view(kind: Any, arrow: Any) -> bool:
+    return hasattr(arrow.types, "is_string_view") and bool(arrow.types.is_string_view(kind))
