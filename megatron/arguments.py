@@ -62,14 +62,19 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
     )
     for section in config_sections().values():
-        group = parser.add_argument_group((section.__doc__ or "").splitlines()[0].rstrip("."))
-        descriptions, annotations = field_descriptions(section), typing.get_type_hints(section)
-        for member in fields(section):
-            _add_flag(group, member, annotations[member.name], descriptions[member.name])
+        add_flags(parser, section)
     group = parser.add_argument_group("Accepted for Megatron's scripts, without effect")
     for flag in UPSTREAM_FLAGS:
         _add_upstream_flag(group, flag)
     return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, section: type) -> None:
+    """Add a group with a flag per field of a dataclass; one that is not given gets the parser's `argument_default`."""
+    group = parser.add_argument_group((section.__doc__ or "").splitlines()[0].rstrip("."))
+    descriptions, annotations = field_descriptions(section), typing.get_type_hints(section)
+    for member in fields(section):
+        _add_flag(group, member, annotations[member.name], descriptions[member.name])
 
 
 def field_descriptions(section: type) -> dict[str, str]:

@@ -19,11 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from megatron.arguments import add_flags
+from megatron.config.tokenizer import TokenizerConfig
 from megatron.data.encoding import EncodedBatch, EncoderPlan, encode_batches
 from megatron.data.errors import DataError
 from megatron.data.text_files import INPUT_FORMATS, InputPosition, find_inputs, read_batches
 from megatron.data.workspace import Mark, Note, PartialDataset, Workspace
-from megatron.tokenizer import TOKENIZER_TYPES, TokenizerError
+from megatron.tokenizer import TokenizerError
 
 BAD_RECORDS_SHOWN = 5
 
@@ -39,13 +41,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="keys, or columns, of the texts; one dataset for each")  # fmt: skip
     source.add_argument("--skip-bad-lines", action="store_true",
                         help="leave out and count lines, rows and text files that cannot be read")  # fmt: skip
-    tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=True)
-    tokenizer.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
-    tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    tokenizer.add_argument("--tokenizer-model", help="model file of SentencePieceTokenizer or HFTokenizer")
-    tokenizer.add_argument("--vocab-size", type=int, help="number of ids of NullTokenizer")
-    tokenizer.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document id")
+    source.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document id")
+    add_flags(parser, TokenizerConfig)
+    parser.set_defaults(tokenizer_type=TokenizerConfig().tokenizer_type)
     output = parser.add_argument_group("output")
     output.add_argument("--output-prefix", required=True, help="the files are PREFIX_KEY_document.bin and .idx")
     output.add_argument("--workers", type=int, default=1, help="processes that tokenize")

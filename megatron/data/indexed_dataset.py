@@ -152,13 +152,17 @@ class IndexedDatasetWriter:
         self.add_sequence(tokens)
         self.end_document()
 
-    def add_dataset(self, other: IndexedDataset) -> None:
-        """Append all documents of another dataset, a block in memory at a time; DataError if its dtype is another."""
+    def require_same_dtype(self, other: IndexedDataset) -> None:
+        """Raise DataError unless `other` holds tokens of this writer's dtype."""
         if other.dtype != self.dtype:
             raise DataError(
-                f"{other.prefix} holds {other.dtype.name} and {self.prefix} is to hold {self.dtype.name}; datasets of "
-                "one type can be merged; make them with the same tokenizer."
+                f"{other.prefix} holds {other.dtype.name} and {self.prefix} is to hold {self.dtype.name}; only "
+                "datasets of one type can be joined; make them with the same tokenizer."
             )
+
+    def add_dataset(self, other: IndexedDataset) -> None:
+        """Append all documents of another dataset, a block in memory at a time; DataError if its dtype is another."""
+        self.require_same_dtype(other)
         if self._document_indices[-1] != len(self._sizes):
             self.end_document()
         for start in range(0, other.num_tokens, TOKENS_PER_COPY):
