@@ -17,11 +17,12 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+MEGATRON_CORE_PYTHON ?= .venv-megatron-core/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 SCRIPTS := $(wildcard tools/*.sh examples_deepspeed/*/*.sh .ci/run)
 
-.PHONY: help quickstart venv venv-dev test test-gpu test-slow kill-test grid lint format clean
+.PHONY: help quickstart venv venv-dev test test-gpu test-slow test-megatron-core kill-test grid lint format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -41,6 +42,9 @@ test-gpu: $(INSTALLED_DEV)  ## Run the tests that need a GPU
 
 test-slow: $(INSTALLED_DEV)  ## Run the tests that take minutes
 	$(PYTEST) -m "slow and not gpu"
+
+test-megatron-core: $(MEGATRON_CORE_PYTHON)  ## Exchange datasets with PyPI's megatron-core
+	MEGATRON_CORE_PYTHON="$(abspath $(MEGATRON_CORE_PYTHON))" $(PYTEST) -m slow tests/integration/test_megatron_core.py
 
 kill-test: $(INSTALLED_DEV)  ## Kill 50 runs at random moments and compare what they go on to
 	$(PYTEST) -rP tests/integration/test_kills.py
@@ -81,3 +85,10 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard megatron/data/*.cpp) | $(BIN)/p
 $(INSTALLED_DEV): $(INSTALLED)
 	$(PIP) --quiet --editable '.[dev]'
 	touch $@
+
+# megatron-core is called megatron too, so it has an environment of its own. torch and numpy come from the other one.
+.venv-megatron-core/bin/python: | $(INSTALLED_DEV)
+	$(BIN)/python -m venv $(@D)/..
+	$@ -m pip install --disable-pip-version-check --quiet --no-deps megatron-core
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_the_other_environment.pth"
