@@ -21,7 +21,8 @@ def read_rows(path: Path, columns: Sequence[str], skip: int = 0) -> Iterator[tup
         with parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow, columns, arrow)
             yield from _rows(path, file, columns, skip, arrow)
-    except (arrow.ArrowException, OSError, MemoryError) as error:
+    # UnicodeDecodeError: the name of a column, even of one that is not asked for.
+    except (arrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         raise unreadable(path, " ".join(str(error).split())) from error
 
 

@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron.tokenizer.errors import TokenizerError
-from megatron.tokenizer.text import valid_unicode
+from megatron.tokenizer.text import encode_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -38,7 +38,7 @@ class GPT2BPETokenizer:
         self.eod = vocab[END_OF_DOCUMENT]
 
     def tokenize(self, text: str) -> list[int]:
-        return self._tokenizer.encode(valid_unicode(text)).ids
+        return encode_text(self._tokenizer, text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from megatron.tokenizer.errors import TokenizerError
-from megatron.tokenizer.text import valid_unicode
+from megatron.tokenizer.text import encode_text
 
 END_OF_DOCUMENT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
@@ -38,7 +38,7 @@ class HFTokenizer:
         self.eod = self._find_eod(path)
 
     def tokenize(self, text: str) -> list[int]:
-        return self._tokenizer.encode(valid_unicode(text), add_special_tokens=False).ids
+        return encode_text(self._tokenizer, text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

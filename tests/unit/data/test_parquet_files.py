@@ -58,3 +58,10 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
         list(read_rows(path, ["text"]))
+
+
+def test_a_file_whose_columns_have_unreadable_names_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"text": ["a"], "other": ["b"]})
+    path.write_bytes(path.read_bytes().replace(b"other", b"oth\xff\xff"))
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
+        list(read_rows(path, ["text"]))
