@@ -1,7 +1,11 @@
 from dataclasses import replace
+from multiprocessing import Queue, get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from megatron.data.sample_order import OrderPlan, SampleOrder, build_order, cached_order, num_epochs_for
@@ -85,3 +89,35 @@ def test_anything_that_changes_the_order_changes_the_name_of_its_cache(change: d
 def test_sizes_outside_the_documents_do_not_change_the_name() -> None:
     sizes = np.array([400, 9, 2, 7, 5], dtype=np.int64)
     assert replace(PLAN, document_sizes=sizes).fingerprint() == PLAN.fingerprint()
+
+
+def order_of_a_job(cache_dir: str, barrier: Barrier, results: Queue) -> None:
+    barrier.wait()
+    order = cached_order(PLAN, Path(cache_dir))
+    results.put((order.document_index.tolist(), order.shuffle_index.tolist()))
+
+
+def test_jobs_that_start_at_once_share_one_whole_cache(tmp_path: Path) -> None:
+    context = get_context("spawn")
+    barrier, results = context.Barrier(4), context.Queue()
+    jobs = [context.Process(target=order_of_a_job, args=(str(tmp_path / "cache"), barrier, results)) for _ in range(4)]
+    for job in jobs:
+        job.start()
+    orders = [results.get(timeout=60) for _ in jobs]
+    for job in jobs:
+        job.join()
+    expected = build_order(PLAN)
+    assert orders == [(expected.document_index.tolist(), expected.shuffle_index.tolist())] * 4
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
+    assert_equal(cached_order(PLAN, tmp_path / "cache", no_build), expected)
+
+
+def test_a_job_that_fails_while_it_writes_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_of_it(file: BinaryIO, array: npt.NDArray[np.int64]) -> None:
+        file.write(array.tobytes()[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", half_of_it)
+    with pytest.raises(OSError, match="No space left"):
+        cached_order(PLAN, tmp_path)
+    assert list(tmp_path.iterdir()) == []
