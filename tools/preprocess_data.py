@@ -12,6 +12,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron.data.workspace import Mark, Note, PartialDataset, Workspace
 from megatron.tokenizer import TokenizerError
 
 BAD_RECORDS_SHOWN = 5
+HOW_TO_GO_ON = "the same command goes on from the last note, or begins anew if there is none yet"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,9 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         preprocess(arguments)
     except (DataError, TokenizerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, OSError):
+            print(HOW_TO_GO_ON, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last note", file=sys.stderr)
+        print(f"interrupted; {HOW_TO_GO_ON}", file=sys.stderr)
         return 130
     return 0
 
@@ -147,17 +151,20 @@ class Run:
         ]
         batches = read_batches(self._paths, self._arguments.input_format, self._keys, position)
         last_saved = time.monotonic()
-        with Progress(self._arguments.log_interval) as progress:
+        with ExitStack() as stack:
+            for dataset in datasets:
+                stack.callback(dataset.close)
+            progress = stack.enter_context(Progress(self._arguments.log_interval))
             for batch in encode_batches(batches, self._plan, self._arguments.workers):
                 self._take(batch, datasets)
                 progress.advance(batch)
                 if time.monotonic() - last_saved >= self._arguments.save_seconds:
                     self._workspace.save(Note(self.mark, self._start_of_file), datasets)
                     last_saved = time.monotonic()
-        refuse_empty(self._keys, datasets)
-        for dataset in datasets:
-            dataset.flush()
-            dataset.finish()
+            refuse_empty(self._keys, datasets)
+            for dataset in datasets:
+                dataset.flush()
+                dataset.finish()
         self._workspace.save(Note(self.mark, self._start_of_file, is_finished=True), [])
 
     def _take(self, batch: EncodedBatch, datasets: Sequence[PartialDataset]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.data.errors import DataError
-from megatron.data.indexed_dataset import smallest_dtype
+from megatron.data.indexed_dataset import MAX_SEQUENCE_TOKENS, smallest_dtype
 from megatron.data.text_files import InputPosition, RecordBatch
 from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
 
@@ -91,6 +91,10 @@ class Encoder:
             raise TokenizerError(f"{batch.where(index)}: {error}") from error
         if ids and self.append_eod:
             ids.append(self.tokenizer.eod)
+        if len(ids) > MAX_SEQUENCE_TOKENS:
+            raise DataError(
+                f"{batch.where(index)}: a document of {len(ids)} tokens; at most {MAX_SEQUENCE_TOKENS} fit; cut it."
+            )
         return ids
 
 

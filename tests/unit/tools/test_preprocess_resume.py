@@ -177,6 +177,26 @@ def test_an_input_that_changes_while_it_is_read_is_refused(
     assert outputs(corpus) == {}
 
 
+def test_a_full_disk_keeps_what_was_written(
+    corpus: Path, tool: ModuleType, uninterrupted: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flush, flushes = workspace.PartialDataset.flush, iter(range(100))
+
+    def flush_until_full(dataset: workspace.PartialDataset) -> None:
+        if next(flushes) == 6:
+            raise OSError(28, "No space left on device")
+        flush(dataset)
+
+    monkeypatch.setattr(workspace.PartialDataset, "flush", flush_until_full)
+    assert tool.main(words(corpus)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert outputs(corpus) == {}
+    assert tool.main(words(corpus)) == 0
+    assert "going on after file 0 and 6 records" in capsys.readouterr().err
+    assert outputs(corpus) == uninterrupted
+
+
 def test_two_runs_do_not_write_the_same_output(
     corpus: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
