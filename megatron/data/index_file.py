@@ -119,6 +119,11 @@ def _read_header(path: Path) -> tuple[int, int]:
             f"{PREPROCESS_AGAIN}."
         )
     expected = HEADER.size + 12 * num_sequences + 8 * num_indices
+    if num_sequences and num_bytes == expected + num_sequences:
+        raise DataError(
+            f"{path} is of multimodal data, with a mode for each sequence; only text can be read; give a dataset made "
+            "by tools/preprocess_data.py."
+        )
     if num_bytes != expected:
         raise DataError(
             f"{path} is truncated or corrupt: {num_bytes} bytes, but its {num_sequences} sequences and "

@@ -116,6 +116,14 @@ def test_a_file_of_another_length_is_refused(make_dataset: MakeDataset, ending: 
         IndexedDataset(prefix)
 
 
+def test_a_multimodal_index_is_refused_as_such(make_dataset: MakeDataset) -> None:
+    prefix = make_dataset([3, 4])
+    path = Path(f"{prefix}.idx")
+    path.write_bytes(path.read_bytes() + b"\0\1")
+    with pytest.raises(DataError, match=r"data\.idx is of multimodal data"):
+        IndexedDataset(prefix)
+
+
 def test_every_truncation_of_the_index_is_refused(make_dataset: MakeDataset) -> None:
     prefix = make_dataset([3, 4])
     path = Path(f"{prefix}.idx")

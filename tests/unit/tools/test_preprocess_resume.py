@@ -160,6 +160,18 @@ def test_a_repaired_file_is_read_anew_and_those_before_it_are_not(
     assert outputs(corpus) == uninterrupted
 
 
+def test_what_was_written_behind_the_note_is_dropped(
+    corpus: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(tool, monkeypatch, NUM_FILES * 4 - 1)
+    assert tool.main(words(corpus)) == 130
+    (corpus / "2.jsonl").write_text('{"a": "1", "b": "2"}\n')
+    assert tool.main(words(corpus)) == 0
+    gone_on = outputs(corpus)
+    assert tool.main(words(corpus)) == 0
+    assert gone_on == outputs(corpus)
+
+
 def test_an_input_that_changes_while_it_is_read_is_refused(
     corpus: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
