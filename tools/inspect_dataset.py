@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from megatron.data.atomic_file import atomic_path
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.vocabulary import check_vocabulary
-from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
+from megatron.tokenizer import Tokenizer, TokenizerError
+from megatron.tokenizer import tokenizer_of as build_from
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 HISTOGRAM_BINS = 60
@@ -76,11 +78,9 @@ def report(arguments: argparse.Namespace) -> str:
 
 def tokenizer_of(arguments: argparse.Namespace) -> Tokenizer | None:
     """The tokenizer that the flags describe; None if only --vocab-size is given, or nothing."""
-    files = (arguments.vocab_file, arguments.merge_file, arguments.tokenizer_model)
-    if arguments.tokenizer_type is None and not any(files):
-        return None
-    kind = arguments.tokenizer_type or TokenizerConfig().tokenizer_type
-    return build_tokenizer(kind, *files, arguments.vocab_size)
+    given = {field.name: getattr(arguments, field.name) for field in fields(TokenizerConfig)}
+    flags = TokenizerConfig(**{name: value for name, value in given.items() if value is not None})
+    return None if flags == TokenizerConfig(vocab_size=flags.vocab_size) else build_from(flags)
 
 
 def describe(dataset: IndexedDataset) -> dict[str, Any]:

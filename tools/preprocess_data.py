@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron.data.workspace import Mark, Note, PartialDataset, Workspace
 from megatron.tokenizer import TokenizerError
 
 BAD_RECORDS_SHOWN = 5
+TOKENIZER_FLAGS = [field.name for field in fields(TokenizerConfig)]
 HOW_TO_GO_ON = "the same command goes on from the last note, or begins anew if there is none yet"
 
 
@@ -82,11 +84,7 @@ def preprocess(arguments: argparse.Namespace) -> None:
     """Write the datasets that the arguments describe, one per key."""
     paths = find_inputs(arguments.input, arguments.input_format)
     plan = EncoderPlan(
-        tokenizer_type=arguments.tokenizer_type,
-        vocab_file=arguments.vocab_file,
-        merge_file=arguments.merge_file,
-        tokenizer_model=arguments.tokenizer_model,
-        vocab_size=arguments.vocab_size,
+        TokenizerConfig(**{name: getattr(arguments, name) for name in TOKENIZER_FLAGS}),
         append_eod=arguments.append_eod,
         skip_bad_records=arguments.skip_bad_lines,
     )
@@ -108,7 +106,7 @@ def preprocess(arguments: argparse.Namespace) -> None:
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the output depends on besides the input files, by the name of the flag."""
-    names = ("input_format", "json_keys", "tokenizer_type", "vocab_size", "append_eod")
+    names = ("input_format", "json_keys", "tokenizer_type", "tiktoken_pattern", "vocab_size", "append_eod")
     settings = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
     for name in ("vocab_file", "merge_file", "tokenizer_model"):
         value = getattr(arguments, name)

@@ -1,11 +1,16 @@
-"""Train a byte-level BPE on text and write it in GPT-2's format, vocab.json and merges.txt.
+"""Train a tokenizer on text: a byte-level BPE in GPT-2's format, vocab.json and merges.txt, or a SentencePiece model.
 
     python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output-dir tokenizer
+    python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output-dir tokenizer \\
+        --tokenizer-type SentencePieceTokenizer
 
-The vocabulary holds the 256 bytes, the merges, and <|endoftext|> as its last id.
+GPT-2's vocabulary holds the 256 bytes, the merges, and <|endoftext|> as its last id. The SentencePiece model,
+tokenizer.model, is a BPE that leaves text as it is, falls back to bytes for rare characters, and ends documents with
+</s>. SentencePiece holds the text in memory while it learns: give it a part of a large corpus.
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,16 +18,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sentencepiece
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from megatron.data.atomic_file import atomic_path
 from megatron.data.errors import DataError
 from megatron.data.text_files import INPUT_FORMATS, find_inputs, read_documents
+from megatron.tokenizer import TokenizerError
 from megatron.tokenizer.gpt2_bpe import END_OF_DOCUMENT
 from megatron.tokenizer.text import valid_unicode
 
-SMALLEST_VOCABULARY = 257
+SMALLEST_VOCABULARY = {"GPT2BPETokenizer": 257, "SentencePieceTokenizer": 258}
+END_OF_DOCUMENT_OF = {"GPT2BPETokenizer": END_OF_DOCUMENT, "SentencePieceTokenizer": "<unk> and </s>"}
+LONGEST_SENTENCE = 2**14  # characters; SentencePiece leaves out sentences above a number of bytes
+LARGEST_CHARACTER = 4  # bytes
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,15 +42,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input-format", choices=INPUT_FORMATS, default="auto",
                         help="text: each file is a document; auto: .parquet is Parquet, the rest jsonl")  # fmt: skip
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts to learn from")
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, <|endoftext|> included")
-    parser.add_argument("--min-frequency", type=int, default=2, help="how often a pair must occur to be merged")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for vocab.json and merges.txt")
+    parser.add_argument("--tokenizer-type", choices=SMALLEST_VOCABULARY, default="GPT2BPETokenizer",
+                        help="that reads the result [%(default)s]")  # fmt: skip
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help="number of ids, that of the end of a document too"
+    )
+    parser.add_argument("--min-frequency", type=int, help="how often a pair must occur to be merged in GPT-2's BPE [2]")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the tokenizer's files")
     arguments = parser.parse_args(argv)
-    if arguments.vocab_size < SMALLEST_VOCABULARY:
+    kind = arguments.tokenizer_type
+    if arguments.vocab_size < SMALLEST_VOCABULARY[kind]:
         parser.error(
-            f"--vocab-size ({arguments.vocab_size}) must be {SMALLEST_VOCABULARY} or more, the 256 bytes and "
-            f"{END_OF_DOCUMENT}; use for example 8192."
+            f"--vocab-size ({arguments.vocab_size}) must be {SMALLEST_VOCABULARY[kind]} or more, the 256 bytes and "
+            f"{END_OF_DOCUMENT_OF[kind]}; use for example 8192."
         )
+    if arguments.min_frequency is not None and kind != "GPT2BPETokenizer":
+        parser.error(f"--min-frequency ({arguments.min_frequency}) has no effect with {kind}; remove it.")
     return arguments
 
 
@@ -49,13 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         paths = find_inputs(arguments.input, arguments.input_format)
         texts = read_texts(paths, arguments.input_format, arguments.json_keys)
-        vocab, merges = train(texts, arguments.vocab_size, arguments.min_frequency)
-        write(vocab, merges, arguments.output_dir)
-    except (DataError, OSError) as error:
+        if arguments.tokenizer_type == "GPT2BPETokenizer":
+            vocab, merges = train(texts, arguments.vocab_size, arguments.min_frequency or 2)
+            write(vocab, merges, arguments.output_dir)
+            size, what = len(vocab), f"{len(merges)} merges"
+        else:
+            model = train_sentencepiece(texts, arguments.vocab_size)
+            write_model(model, arguments.output_dir)
+            size, what = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size(), "SentencePiece"
+    except (DataError, TokenizerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{arguments.output_dir}: {len(vocab)} ids, {len(merges)} merges")
-    if len(vocab) < arguments.vocab_size:
+    print(f"{arguments.output_dir}: {size} ids, {what}")
+    if size < arguments.vocab_size:
         print(f"note: the text has no pairs left to merge for --vocab-size {arguments.vocab_size}", file=sys.stderr)
     return 0
 
@@ -80,6 +103,50 @@ def train(texts: Iterator[str], vocab_size: int, min_frequency: int) -> tuple[di
     vocab = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
     vocab[END_OF_DOCUMENT] = len(vocab)
     return vocab, [(left, right) for left, right in model["merges"]]
+
+
+def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
+    """Learn a BPE that loses nothing but the mark for a space; TokenizerError if the text has too little for it."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(sentence for text in texts for sentence in sentences(text)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=LARGEST_CHARACTER * LONGEST_SENTENCE,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[-1].strip(" .")
+        raise TokenizerError(
+            f"SentencePiece cannot learn a --vocab-size ({vocab_size}) from the input: {reason}; give more text, or a "
+            "larger --vocab-size where the characters of the text need it."
+        ) from error
+    return model.getvalue()
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The lines of a text, and parts of those that are too long."""
+    for line in text.splitlines(keepends=True):
+        for start in range(0, len(line), LONGEST_SENTENCE):
+            yield line[start : start + LONGEST_SENTENCE]
+
+
+def write_model(model: bytes, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "tokenizer.model") as path:
+        path.write_bytes(model)
 
 
 def write(vocab: dict[str, int], merges: Sequence[tuple[str, str]], folder: Path) -> None:

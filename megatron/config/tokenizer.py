@@ -4,8 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 TokenizerType = Literal[
-    "GPT2BPETokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "HFTokenizer", "NullTokenizer"
+    "GPT2BPETokenizer",
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "HFTokenizer",
+    "HuggingFaceTokenizer",
+    "TikTokenizer",
+    "NullTokenizer",
 ]
+TiktokenPattern = Literal["llama3", "gpt4", "gpt4o"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +29,10 @@ class TokenizerConfig:
     """merges.txt of GPT2BPETokenizer."""
 
     tokenizer_model: str | None = None
-    """Model file of SentencePieceTokenizer; tokenizer.json, or the folder that holds it, of HFTokenizer."""
+    """Model file of SentencePieceTokenizer or TikTokenizer; tokenizer.json, or its folder, of HFTokenizer."""
+
+    tiktoken_pattern: TiktokenPattern | None = None
+    """Models whose splitting of text and special tokens TikTokenizer takes [those that published such a file]."""
 
     vocab_size: int | None = None
     """Number of token ids of NullTokenizer, end-of-document not counted."""

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron.config.tokenizer import TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import MAX_SEQUENCE_TOKENS, smallest_dtype
 from megatron.data.text_files import InputPosition, RecordBatch
-from megatron.tokenizer import Tokenizer, TokenizerError, build_tokenizer
+from megatron.tokenizer import Tokenizer, TokenizerError, tokenizer_of
 
 BATCHES_PER_WORKER = 4
 
@@ -100,22 +101,15 @@ class Encoder:
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """What an encoder is made from, cheap to send to another process; fields as in `build_tokenizer` and `Encoder`."""
+    """What an encoder is made from, cheap to send to another process; the rest as in `Encoder`."""
 
-    tokenizer_type: str
-    vocab_file: str | None
-    merge_file: str | None
-    tokenizer_model: str | None
-    vocab_size: int | None
+    tokenizer: TokenizerConfig
     append_eod: bool
     skip_bad_records: bool = False
 
     def build(self) -> Encoder:
         """Make the encoder; TokenizerError if its files are not right."""
-        tokenizer = build_tokenizer(
-            self.tokenizer_type, self.vocab_file, self.merge_file, self.tokenizer_model, self.vocab_size
-        )
-        return Encoder(tokenizer, self.append_eod, self.skip_bad_records)
+        return Encoder(tokenizer_of(self.tokenizer), self.append_eod, self.skip_bad_records)
 
 
 def encode_batches(batches: Iterable[RecordBatch], plan: EncoderPlan, num_workers: int) -> Iterator[EncodedBatch]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -15,7 +16,7 @@ END_OF_DOCUMENT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "
 class HFTokenizer:
     """A tokenizer.json, or a folder that holds one; the eos_token of tokenizer_config.json beside it ends a document.
 
-    Special tokens that a text spells out are read as special tokens, as Hugging Face does.
+    Special tokens that the text of a document spells out are ordinary text, other than in transformers.
     """
 
     def __init__(self, model: Path) -> None:
@@ -34,14 +35,25 @@ class HFTokenizer:
         # Settings for batches of short texts, which would cut documents off or fill them up.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # what it means: as the text that they are
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eod = self._find_eod(path)
 
     def tokenize(self, text: str) -> list[int]:
         return encode_text(self._tokenizer, text)
 
+    def tokenize_markup(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens mean themselves: what a chat template writes."""
+        return encode_text(self._markup, text)
+
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def _markup(self) -> tokenizers.Tokenizer:
+        markup = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        markup.encode_special_tokens = False
+        return markup
 
     def _find_eod(self, path: Path) -> int:
         configured = _configured_eos(path.with_name("tokenizer_config.json"))
@@ -49,11 +61,20 @@ class HFTokenizer:
         for candidate in candidates:
             eod = self._tokenizer.token_to_id(candidate)
             if eod is not None:
+                self._refuse_if_text_spells(candidate, eod, path)
                 return eod
         raise TokenizerError(
             f"--tokenizer-model ({path}) has no end-of-document token; looked for {', '.join(candidates)}; name an "
             "eos_token of the vocabulary in tokenizer_config.json beside it."
         )
+
+    def _refuse_if_text_spells(self, token: str, eod: int, path: Path) -> None:
+        """A vocabulary of whole words may hold the token as a word, which no setting keeps out of a text."""
+        if eod in self.tokenize(token):
+            raise TokenizerError(
+                f"--tokenizer-model ({path}) reads the text {token!r} as the end of a document, so that a document "
+                "could spell it; mark it as special in the file's added_tokens, or give a tokenizer with a BPE model."
+            )
 
 
 def _configured_eos(path: Path) -> str | None:

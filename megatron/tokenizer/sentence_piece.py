@@ -12,7 +12,10 @@ END_OF_DOCUMENT_PIECES = ("<eod>", "<EOD>", "<|endoftext|>")
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file; its end-of-sentence piece ends a document."""
+    """A SentencePiece model file; its end-of-sentence piece ends a document.
+
+    What the model's normalisation drops from a text is lost; control pieces that a text spells out are ordinary text.
+    """
 
     def __init__(self, model_file: Path) -> None:
         try:
@@ -36,9 +39,11 @@ class SentencePieceTokenizer:
         candidates = [self._processor.eos_id()]
         candidates += [self._processor.piece_to_id(piece) for piece in END_OF_DOCUMENT_PIECES]
         for candidate in candidates:
-            if candidate >= 0 and not self._processor.is_unknown(candidate):
+            # A piece of another kind, such as a user-defined symbol, is found in the text of a document.
+            if candidate >= 0 and self._processor.is_control(candidate):
                 return int(candidate)
         raise TokenizerError(
             f"--tokenizer-model ({model_file}) has no end-of-sentence piece and none of "
-            f"{', '.join(END_OF_DOCUMENT_PIECES)}; give a model that was trained with one."
+            f"{', '.join(END_OF_DOCUMENT_PIECES)} that is a control piece, which no text can spell; give a model that "
+            "was trained with one."
         )

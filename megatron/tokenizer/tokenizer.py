@@ -2,21 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
+from megatron.config.tokenizer import TiktokenPattern, TokenizerConfig, TokenizerType
 from megatron.tokenizer.errors import TokenizerError
 from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer
 from megatron.tokenizer.hugging_face import HFTokenizer
 from megatron.tokenizer.null import NullTokenizer
 from megatron.tokenizer.sentence_piece import SentencePieceTokenizer
+from megatron.tokenizer.tiktoken_file import TikTokenizer
 
-TOKENIZER_TYPES = (
-    "GPT2BPETokenizer",
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "HFTokenizer",
-    "NullTokenizer",
-)
+TOKENIZER_TYPES: tuple[str, ...] = get_args(TokenizerType)
 
 
 class Tokenizer(Protocol):
@@ -41,6 +37,7 @@ def build_tokenizer(
     merge_file: str | None = None,
     tokenizer_model: str | None = None,
     vocab_size: int | None = None,
+    tiktoken_pattern: TiktokenPattern | None = None,
 ) -> Tokenizer:
     """The tokenizer that the flags of the same names describe; TokenizerError if they are not enough or not right."""
     if tokenizer_type not in TOKENIZER_TYPES:
@@ -51,13 +48,21 @@ def build_tokenizer(
             _existing(tokenizer_type, "--vocab-file", vocab_file, Path.is_file),
             _existing(tokenizer_type, "--merge-file", merge_file, Path.is_file),
         )
-    if tokenizer_type == "HFTokenizer":
+    if tokenizer_type in ("HFTokenizer", "HuggingFaceTokenizer"):
         return HFTokenizer(_existing(tokenizer_type, "--tokenizer-model", tokenizer_model, Path.exists))
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None or vocab_size < 1:
             raise TokenizerError(f"NullTokenizer needs --vocab-size (got {vocab_size}) of 1 or more; add it.")
         return NullTokenizer(vocab_size)
-    return SentencePieceTokenizer(_existing(tokenizer_type, "--tokenizer-model", tokenizer_model, Path.is_file))
+    model_file = _existing(tokenizer_type, "--tokenizer-model", tokenizer_model, Path.is_file)
+    if tokenizer_type == "TikTokenizer":
+        return TikTokenizer(model_file, tiktoken_pattern)
+    return SentencePieceTokenizer(model_file)
+
+
+def tokenizer_of(flags: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that a group of flags describes; TokenizerError if they are not enough or not right."""
+    return build_tokenizer(**vars(flags))
 
 
 def pad_vocab_size(vocab_size: int, make_divisible_by: int) -> int:

@@ -15,9 +15,11 @@ TOKENIZER_FILES = {
     "SentencePieceTokenizer": ("tokenizer_model",),
     "GPTSentencePieceTokenizer": ("tokenizer_model",),
     "HFTokenizer": ("tokenizer_model",),
+    "HuggingFaceTokenizer": ("tokenizer_model",),
+    "TikTokenizer": ("tokenizer_model", "tiktoken_pattern"),
     "NullTokenizer": ("vocab_size",),
 }
-TOKENIZER_SETTINGS = ("vocab_file", "merge_file", "tokenizer_model", "vocab_size")
+TOKENIZER_SETTINGS = ("vocab_file", "merge_file", "tokenizer_model", "tiktoken_pattern", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,12 @@ EFFECTS = (
         lambda config: not config.data.train_data_path,
         "with --train-data-path, which is used whole",
         "give --data-path in place of --train-data-path",
+    ),
+    Effect(
+        ("chat_template",),
+        lambda config: config.tokenizer.tokenizer_type == "HFTokenizer",
+        "with a --tokenizer-type other than HFTokenizer, which reads no special tokens in a text",
+        "use --tokenizer-type HFTokenizer",
     ),
     Effect(
         ("wandb_exp_name", "wandb_save_dir"),

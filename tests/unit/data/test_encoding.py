@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from megatron.config.tokenizer import TokenizerConfig
 from megatron.data.encoding import EncodedBatch, EncoderPlan, encode_batches
 from megatron.data.errors import DataError
 from megatron.data.text_files import InputPosition, RecordBatch
 from megatron.tokenizer import TokenizerError
 
-PLAN = EncoderPlan("NullTokenizer", None, None, None, 70_000, append_eod=True)
+PLAN = EncoderPlan(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=70_000), append_eod=True)
 
 
 def batch_of(*texts: str, first: int = 0) -> RecordBatch:

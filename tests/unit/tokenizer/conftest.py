@@ -1,6 +1,7 @@
 """Small tokenizers on disk, trained when asked for."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,43 @@ HARD_TEXTS = [
     " " * 10_000 + "\n" * 10_000,
     "🤖" * 5_000,
     "<|endoftext|> spelt out",
+    "</s><s><unk><pad><|end_of_text|><|begin_of_text|><|im_end|><eod>",
+    "mixed \r\n line \n\r ends \r\r\n",
+    "שלום \u202bright\u202c to left \u200f مرحبا 123",
+    "z" + "\u0300\u0301\u0302" * 1_000,
+    "one very long line of words, " * 10_000,
+    " " * 100_000 + "!",
     "#version: 0.2\nĠ Ċ ▁",
 ]
+
+FRAGMENTS = [
+    *("\0", "\r\n", "\n", "\r", "\t", " ", "   ", "\u00a0", "\u3000", "\u0085", "\u2028", "\u200d", "\ufe0f", "\ufeff"),
+    *("a", "A", "the", "They'LL", "0", "12345", "_", "==", "</s>", "<|endoftext|>", "e\u0301", "\u0301", "ß", "ǅ", "ﬁ"),
+    *(
+        "漢字",
+        "カ\u3099",
+        "한",
+        "\u1112\u1161",
+        "ไทย",
+        "שָׁ",
+        "لا",
+        "\u202e",
+        "👩\u200d👩\u200d👧",
+        "🇩🇪",
+        "\U0010ffff",
+        "Ġ",
+        "▁",
+    ),
+]
+
+
+def random_texts(seed: int, number: int = 300) -> list[str]:
+    """Return texts of 1 to 40 pieces each, most of them awkward, some repeated."""
+    source = random.Random(seed)
+    return [
+        "".join(source.choice(FRAGMENTS) * source.choice((1, 1, 1, 2, 7)) for _ in range(source.randint(1, 40)))
+        for _ in range(number)
+    ]
 
 
 @pytest.fixture

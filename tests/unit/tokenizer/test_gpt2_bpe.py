@@ -2,10 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from megatron.tokenizer import TokenizerError, build_tokenizer
 from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer
-from tests.unit.tokenizer.conftest import HARD_TEXTS
+from tests.unit.tokenizer.conftest import HARD_TEXTS, random_texts
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS, ids=range(len(HARD_TEXTS)))
@@ -14,6 +15,21 @@ def test_any_text_comes_back_unchanged(bpe_files: tuple[Path, Path], text: str) 
     ids = tokenizer.tokenize(text)
     assert tokenizer.detokenize(ids) == text
     assert tokenizer.eod not in ids
+
+
+def test_random_texts_come_back_unchanged(bpe_files: tuple[Path, Path]) -> None:
+    tokenizer = GPT2BPETokenizer(*bpe_files)
+    for text in random_texts(seed=1):
+        ids = tokenizer.tokenize(text)
+        assert tokenizer.detokenize(ids) == text
+        assert tokenizer.eod not in ids
+
+
+def test_ids_are_those_of_the_librarys_own_byte_level_bpe(bpe_files: tuple[Path, Path]) -> None:
+    library = tokenizers.ByteLevelBPETokenizer(*map(str, bpe_files))
+    tokenizer = GPT2BPETokenizer(*bpe_files)
+    for text in [*HARD_TEXTS, *random_texts(seed=2)]:
+        assert tokenizer.tokenize(text) == library.encode(text).ids
 
 
 def test_merges_are_applied(bpe_files: tuple[Path, Path]) -> None:

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from megatron.tokenizer import TokenizerError
@@ -15,3 +17,9 @@ def test_ids_are_read_from_text_and_written_as_text() -> None:
 def test_what_is_no_id_of_the_vocabulary_is_refused(word: str) -> None:
     with pytest.raises(TokenizerError, match="it takes ids 0 to 100 separated by spaces"):
         NullTokenizer(100).tokenize(f"1 {word}")
+
+
+def test_ids_written_as_text_come_back_unchanged() -> None:
+    tokenizer, source = NullTokenizer(50_000), random.Random(1)
+    ids = [source.randrange(tokenizer.vocab_size) for _ in range(100_000)]
+    assert tokenizer.tokenize(tokenizer.detokenize(ids)) == ids

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron.data.indexed_dataset import IndexedDataset
 from megatron.tokenizer import build_tokenizer
-from tests.unit.tokenizer.conftest import HARD_TEXTS
+from tests.unit.tokenizer.conftest import HARD_TEXTS, random_texts
 from tests.unit.tools.tool import run_tool
 
 
@@ -28,10 +29,70 @@ def test_the_files_serve_as_a_gpt2_tokenizer_and_lose_no_text(tmp_path: Path, co
         assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
 
 
-def test_the_same_text_gives_the_same_tokenizer(tmp_path: Path, corpus: Path) -> None:
+SENTENCEPIECE = ("--tokenizer-type", "SentencePieceTokenizer")
+
+
+def test_a_sentencepiece_model_loses_no_text_but_the_mark_for_a_space(tmp_path: Path, corpus: Path) -> None:
+    with corpus.open("a") as file:
+        file.write(json.dumps({"text": "long " * 10_000 + "\n"}) + "\n")  # longer than the library takes at once
+    arguments = ("--input", corpus, "--vocab-size", 310, "--output-dir", tmp_path / "tokenizer", *SENTENCEPIECE)
+    assert run_tool("train_tokenizer", *arguments) == 0
+    model_file = tmp_path / "tokenizer" / "tokenizer.model"
+    tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model=str(model_file))
+    assert (tokenizer.vocab_size, tokenizer.eod) == (310, 1)
+    assert len(tokenizer.tokenize("the cat long long")) == 4
+    for text in [*HARD_TEXTS, *random_texts(seed=9)]:
+        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text.replace("▁", " ")
+
+
+@pytest.mark.parametrize("kind", ["GPT2BPETokenizer", "SentencePieceTokenizer"])
+@pytest.mark.parametrize("input_format", ["jsonl", "text"])
+def test_preprocess_data_takes_what_was_trained(tmp_path: Path, corpus: Path, kind: str, input_format: str) -> None:
+    source = ("--input", corpus, "--input-format", input_format)
+    arguments = ("--vocab-size", 300, "--output-dir", tmp_path / "tokenizer", "--tokenizer-type", kind)
+    assert run_tool("train_tokenizer", *source, *arguments) == 0
+    files = {"vocab.json": "--vocab-file", "merges.txt": "--merge-file", "tokenizer.model": "--tokenizer-model"}
+    flags = [word for path in (tmp_path / "tokenizer").iterdir() for word in (files[path.name], path)]
+    output = ("--output-prefix", tmp_path / "data", "--append-eod", "--tokenizer-type", kind)
+    assert run_tool("preprocess_data", *source, *output, *flags) == 0
+    dataset = IndexedDataset(tmp_path / "data_text_document")
+    tokenizer = build_tokenizer(
+        kind, **{flag[2:].replace("-", "_"): str(path) for flag, path in zip(flags[::2], flags[1::2], strict=True)}
+    )
+    text = corpus.read_text() if input_format == "text" else "the cat sat on the mat\n"
+    first = dataset.get_document(0).tolist()
+    assert first[-1] == tokenizer.eod
+    assert tokenizer.detokenize(first[:-1]) == text
+
+
+def test_settings_of_the_other_kind_and_text_that_is_not_enough_are_refused(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--input", corpus, "--output-dir", tmp_path / "tokenizer", *SENTENCEPIECE)
+    with pytest.raises(SystemExit):
+        run_tool("train_tokenizer", *arguments, "--vocab-size", 300, "--min-frequency", 3)
+    assert "--min-frequency (3) has no effect with SentencePieceTokenizer" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_tool("train_tokenizer", *arguments, "--vocab-size", 257)
+    assert "--vocab-size (257) must be 258 or more, the 256 bytes and <unk> and </s>" in capsys.readouterr().err
+    assert run_tool("train_tokenizer", *arguments, "--vocab-size", 260) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: SentencePiece cannot learn a --vocab-size (260) from the input: ")
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "tokenizer").exists()
+
+
+@pytest.mark.parametrize(
+    "kind, names",
+    [("GPT2BPETokenizer", ("vocab.json", "merges.txt")), ("SentencePieceTokenizer", ("tokenizer.model",))],
+)
+def test_the_same_text_gives_the_same_tokenizer(
+    tmp_path: Path, corpus: Path, kind: str, names: tuple[str, ...]
+) -> None:
     for name in ("one", "two"):
-        assert run_tool("train_tokenizer", "--input", corpus, "--vocab-size", 300, "--output-dir", tmp_path / name) == 0
-    for name in ("vocab.json", "merges.txt"):
+        arguments = ("--vocab-size", 300, "--output-dir", tmp_path / name, "--tokenizer-type", kind)
+        assert run_tool("train_tokenizer", "--input", corpus, *arguments) == 0
+    for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
