@@ -310,7 +310,11 @@ class Report:
         self.rows: list[Row] = []
         self._output, self._table = arguments.output, Table(columns)
         self._output.parent.mkdir(parents=True, exist_ok=True)
-        what = "8192^3 bf16 matrix product" if self.device.type == "cuda" else "times mean nothing; matrix product"
+        what = (
+            "8192^3 bf16 matrix product"
+            if self.device.type == "cuda"
+            else "times of GPU work mean nothing; matrix product"
+        )
         print(f"{self.header['device']}, torch {self.header['torch']}, commit {self.header['commit']}")
         sustained = self.header["matmul_tflops_sustained"]
         print(f"{what} {self.matmul:.3g} TFLOP/s, {sustained:.3g} when {SUSTAINED_PRODUCTS} run in a row\n")

@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from megatron.batch import Batch, BatchProvider
 from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint
 from megatron.config import Config, accumulation_steps, deepspeed_config, global_batch_size
 from megatron.data.blended_dataset import SampleDataset
+from megatron.data.prefetch import Prefetcher
 from megatron.data.samplers import BatchSampler
 from megatron.engine.engine import Engine
 from megatron.fpdt.stream import ProgressReport, Stream
@@ -201,12 +203,22 @@ class Training:
 
     def run(self) -> None:
         """Train to the end or to a reason to stop; then evaluate on the test part and save."""
+        steps = self._lengths.iterations - self.state.iteration
+        with self._read(self._train_data, self.state.data_samples, steps) as batches:
+            if self._train(batches) == _EXIT:
+                return
+        self._save()
+        if self._config.training.eval_iters:
+            self._evaluate(self._test_data, "test")
+
+    def _train(self, batches: Iterator[Batch]) -> int:
+        """Take the steps that are left; returns whether a reason to exit came before the last."""
         config = self._config
         if self.state.iteration >= self._lengths.iterations:
             self._context.log.info("nothing to train: iteration %d is the last", self.state.iteration)
         self._reporter.restart_clock()
         while self.state.iteration < self._lengths.iterations:
-            must_exit = self._step() == _EXIT
+            must_exit = self._step(batches) == _EXIT
             iteration = self.state.iteration
             if config.training.eval_iters and iteration % config.training.eval_interval == 0:
                 self._evaluate(self._valid_data, "validation")
@@ -215,15 +227,13 @@ class Training:
             if must_exit or (config.training.exit_interval and iteration % config.training.exit_interval == 0):
                 self._save()
                 self._context.log.info("exiting at iteration %d", iteration)
-                return
-        self._save()
-        if config.training.eval_iters:
-            self._evaluate(self._test_data, "test")
+                return _EXIT
+        return _CONTINUE
 
-    def _step(self) -> int:
+    def _step(self, stream: Iterator[Batch]) -> int:
         """One optimizer step; returns whether all ranks are to exit after it."""
         state, engine = self.state, self._engine
-        batches = self._batches(self._train_data, state.data_samples)
+        batches = list(islice(stream, self._lengths.num_microbatches))
         num_tokens, attention_share, command = self._agree(batches)
         rate = self._learning_rate()
         self._progress.start_step(state.iteration + 1, self._num_units())
@@ -243,9 +253,18 @@ class Training:
         tokens = samples * self._config.model.seq_length
         return self._schedule.at(state.iteration + 1, state.consumed_samples + samples, state.consumed_tokens + tokens)
 
-    def _batches(self, data: SampleDataset | None, first_sample: int) -> list[Batch]:
-        assert data is not None, "a part that is read was asked for"
-        return [self._provide_batch([data[i] for i in samples]) for samples in self._sampler.step(first_sample)]
+    def _read(self, data: SampleDataset | None, first_sample: int, num_steps: int) -> Prefetcher[Batch]:
+        """This rank's micro-batches of so many steps, in order, made ahead of their use."""
+        last_sample = first_sample + num_steps * self._lengths.global_batch_size
+        samples = self._sampler.microbatches(first_sample, last_sample)
+        return Prefetcher(self._make_batches(data, samples), self._config.data.prefetch_microbatches)
+
+    def _make_batches(self, data: SampleDataset | None, samples: Iterator[list[int]]) -> Iterator[Batch]:
+        if self._context.device.type == "cuda":
+            torch.cuda.set_device(self._context.device)  # a new thread pins memory through GPU 0 otherwise
+        for indices in samples:
+            assert data is not None, "a part that is read was asked for"
+            yield self._provide_batch([data[i] for i in indices])
 
     def _agree(self, batches: Sequence[Batch]) -> tuple[Tensor, float, int]:
         """(unmasked tokens of the step over all ranks, the share of attention that documents leave, whether any rank
@@ -278,8 +297,8 @@ class Training:
         num_steps = self._config.training.eval_iters
         self._progress.start_step(self.state.iteration, num_steps * self._forward_units())
         totals = torch.zeros(2, dtype=torch.float64, device=self._context.device)
-        for step in range(num_steps):
-            for batch in self._batches(data, step * self._lengths.global_batch_size):
+        with self._read(data, 0, num_steps) as batches:
+            for batch in batches:
                 totals[0] += self._engine.evaluate(batch.inputs())
                 totals[1] += batch.num_tokens / self._context.parallel_state.sequence_parallel_size
         self._progress.finish_step()

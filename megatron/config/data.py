@@ -8,7 +8,8 @@ class DataConfig:
     """Data."""
 
     data_path: tuple[str, ...] = ()
-    """One dataset prefix (PREFIX.bin and PREFIX.idx), or pairs of weight and prefix to blend."""
+    """One dataset prefix (PREFIX.bin and PREFIX.idx), or pairs of weight and prefix to blend. For
+    finetune_llama.py: one or more files of conversations, a JSON object per line."""
 
     split: str = "969, 30, 1"
     """Shares of the documents for training, validation and test."""
@@ -23,7 +24,10 @@ class DataConfig:
     """Dataset for the test alone."""
 
     data_cache_path: str | None = None
-    """Folder for sample indices."""
+    """Folder for sample indices, and for the tokens of conversations. Default: a folder beside the data."""
+
+    prefetch_microbatches: int = 2
+    """Micro-batches that a thread makes ahead of the step; with 0 each is made when it is needed."""
 
     reset_position_ids: bool = False
     """Positions begin at 0 after each end of document."""

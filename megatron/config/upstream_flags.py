@@ -28,7 +28,7 @@ UPSTREAM_FLAGS = (
     UpstreamFlag("distributed-backend", "NCCL on GPUs, gloo on CPUs", ("nccl", "gloo")),
     UpstreamFlag("DDP-impl", "DeepSpeed reduces the gradients", ("local", "torch")),
     UpstreamFlag("data-impl", "datasets are memory-mapped", ("mmap", "infer")),
-    UpstreamFlag("num-workers", "samples are read from the memory map as they are needed", ANY),
+    UpstreamFlag("num-workers", "one thread reads ahead, as far as --prefetch-microbatches says", ANY),
     UpstreamFlag("optimizer", "the optimizer is Adam", ("adam",)),
     UpstreamFlag("tensorboard-queue-size", "TensorBoard's writer uses its default", ANY),
     UpstreamFlag("log-timers-to-tensorboard", "TensorBoard gets what the log line has"),

@@ -39,10 +39,7 @@ class BatchSampler:
         return [self.microbatch(consumed_samples, m) for m in range(self.num_microbatches)]
 
     def microbatches(self, consumed_samples: int, num_samples: int) -> Iterator[list[int]]:
-        """This rank's microbatches, step after step, until fewer than a global batch of `num_samples` are left.
-
-        Serves as the `batch_sampler` of a torch DataLoader.
-        """
+        """This rank's microbatches, step after step, until fewer than a global batch of `num_samples` are left."""
         for consumed in range(consumed_samples, num_samples - self.global_batch_size + 1, self.global_batch_size):
             for indices in self.step(consumed):
                 yield list(indices)

@@ -58,6 +58,7 @@ RANGES = {
     "rope_scaling_mscale_all_dim": POSITIVE,
     "layernorm_epsilon": Range(0, low_open=True, example="1e-5"),
     "make_vocab_size_divisible_by": COUNT,
+    "prefetch_microbatches": COUNT_OR_NONE,
     "attention_dropout": PROBABILITY,
     "hidden_dropout": PROBABILITY,
     "init_method_std": Range(0, low_open=True, example="0.02"),

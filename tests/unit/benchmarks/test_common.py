@@ -27,7 +27,7 @@ from megatron.fpdt.host_pool import HostMemoryError
 
 CPU = torch.device("cpu")
 COLUMNS = (Column("name", "name"), Column("rate", "x matmul", ".3f"), Column("spread", "spread", ".1%"))
-SCRIPTS = ["attention_tiles", "memory_over_length", "streamed_block", "training_step"]
+SCRIPTS = ["attention_tiles", "data_loader", "memory_over_length", "streamed_block", "training_step"]
 
 
 def report_to(path, **others):

@@ -5,10 +5,19 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention_tiles, documents, memory_over_length, planner, streamed_block, training_step
+from benchmarks import (
+    attention_tiles,
+    data_loader,
+    documents,
+    memory_over_length,
+    planner,
+    streamed_block,
+    training_step,
+)
 from benchmarks.common import REPOSITORY, Geometry, Report, geometry_of
 from megatron.arguments import parse_args
 from megatron.config import validate
@@ -16,7 +25,7 @@ from tests.distributed.launcher import launch
 
 SCRIPTS = {
     script.NAME: script
-    for script in (attention_tiles, documents, memory_over_length, planner, streamed_block, training_step)
+    for script in (attention_tiles, data_loader, documents, memory_over_length, planner, streamed_block, training_step)
 }
 
 
@@ -183,6 +192,49 @@ def test_growth_compares_the_longest_with_the_shortest(tmp_path):
     assert growth["text"] == "full block, chunk 32K: 4 times the tokens (64 to 256) take 1.100 times the GPU memory"
     memory_over_length.draw(report_of(memory_over_length, tmp_path, rows))
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+# data_loader
+
+
+def test_the_loader_runs_with_and_without_blending(tmp_path):
+    code, rows = run(data_loader, tmp_path, "--lengths", "256", "512", "--tokens", "4096", "--repeats", "2")
+    assert code == 0
+    assert [(row["sources"], row["tokens"], row["microbatches"]) for row in rows] == [
+        (1, 256, 16), (1, 512, 8), (4, 256, 16), (4, 512, 8),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["tokens_per_second"] > 0
+        assert row["sample_mib"] >= 8 * (row["tokens"] + 1) / 2**20
+
+
+def test_reading_a_sample_takes_no_more_than_its_bytes(tmp_path):
+    length = 2**20
+    paths = data_loader.write_datasets(tmp_path, sources=2, num_tokens=4 * length, vocab_size=128256)
+    data, _, _ = data_loader.build_datasets(paths, "1", (4, 0, 0), length, 1, vocab_size=128256)
+    assert len(data[0]) == length + 1
+    assert data_loader.peak_bytes(lambda: data[1]) == pytest.approx(8 * (length + 1), rel=0.02)
+
+
+def test_peak_bytes_counts_arrays_and_tensors_and_what_was_given_back():
+    def work():
+        torch.zeros(2**20, dtype=torch.uint8)
+        tensor = torch.zeros(2**19, dtype=torch.uint8)
+        return np.zeros(2**18, dtype=np.uint8), tensor
+
+    assert data_loader.peak_bytes(work) == pytest.approx(2**20 + 2**18, rel=0.05)
+
+
+@pytest.mark.parametrize("words, tokens", [([], 2**25), (["--quick"], 2**23), (["--tokens", "5000000"], 5_000_000)])
+def test_the_loader_is_measured_on_a_cpu(words, tokens):
+    arguments = data_loader.parse_arguments(words)
+    assert (arguments.device, arguments.tokens) == ("cpu", tokens)
+
+
+def test_fewer_tokens_than_two_samples_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        data_loader.parse_arguments(["--tokens", "100"])
+    assert "--tokens (100) must be at least twice the longest of --lengths" in capsys.readouterr().err
 
 
 # training_step

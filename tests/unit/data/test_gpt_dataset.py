@@ -33,6 +33,14 @@ def test_every_token_is_a_label_once_per_epoch(make_dataset: MakeDataset) -> Non
     assert len(np.unique(labels)) == 99  # 100 tokens, the first of which nothing comes before
 
 
+def test_a_second_epoch_reads_every_token_again_in_another_order(make_dataset: MakeDataset) -> None:
+    dataset = open_part(make_dataset(SIZES), 199, seq_length=1)
+    labels = [int(dataset[k][1]) for k in range(199)]
+    first, second = labels[:99], labels[99:]
+    assert sorted(second) == list(range(100))
+    assert first != second[:99]
+
+
 def test_samples_are_shuffled_and_another_seed_gives_another_order(make_dataset: MakeDataset) -> None:
     prefix = make_dataset(SIZES)
     orders = [
@@ -117,6 +125,29 @@ def test_a_blend_draws_from_each_dataset_by_weight(make_dataset: MakeDataset) ->
     assert len(blend) == 400
     from_large = sum(int(blend[k][0] >= 1000) for k in range(400))
     assert abs(from_large - 300) <= 1
+
+
+def test_a_blend_takes_the_samples_of_each_dataset_in_its_own_order(make_dataset: MakeDataset) -> None:
+    prefixes = [make_dataset(SIZES, f"source{k}", first=1000 * k) for k in range(3)]
+    blend, _, _ = build_datasets(["2", prefixes[0], "1", prefixes[1], "5", prefixes[2]], "1", (80, 0, 0), 7, 1)
+    assert blend is not None
+    drawn: dict[int, list[list[int]]] = {0: [], 1: [], 2: []}
+    for k in range(80):
+        drawn[int(blend[k][0]) // 1000].append(blend[k].tolist())
+    assert {source: len(samples) for source, samples in drawn.items()} == {0: 20, 1: 10, 2: 50}
+    for source, samples in drawn.items():
+        alone = open_part(prefixes[source], len(samples))
+        assert samples == [alone[k].tolist() for k in range(len(samples))]
+
+
+def test_a_blend_is_the_same_every_time_and_a_longer_one_begins_with_it(make_dataset: MakeDataset) -> None:
+    paths = ["0.3", make_dataset(SIZES, "one"), "0.7", make_dataset(SIZES, "two", first=1000)]
+    first, again, longer = (build_datasets(paths, "1", (n, 0, 0), 7, 1)[0] for n in (30, 30, 200))
+    assert first is not None
+    assert again is not None
+    assert longer is not None
+    for k in range(30):
+        assert first[k].tolist() == again[k].tolist() == longer[k].tolist()
 
 
 def test_a_dataset_too_light_to_be_drawn_is_not_needed(make_dataset: MakeDataset) -> None:

@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""How many tokens per second does a rank get from its data, and how many bytes does that take?
+
+    python benchmarks/data_loader.py
+    python benchmarks/data_loader.py --lengths 2097152 --sequence-parallel-size 8
+
+Makes datasets of random tokens in documents of very different lengths, and takes micro-batches of one sample from them
+as a training does: through the memory map, the check against the vocabulary, the rank's slices, and the thread that
+works ahead. "sources" is how many datasets are blended. What was just written is in the page cache, so that this is the
+rate of the program and not of a disk. The goal is a million tokens per second and rank; a step takes far fewer.
+
+"sample" is the most memory that reading one sample takes, and "batch" that of making the micro-batch from it, with the
+sample; "x bytes" is the latter over the 8 bytes of each token of the sample. What is mapped does not count. With
+--device cuda the batches are pinned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from benchmarks.common import Column, Report, Row, build_parser, parse, run_script, spread, thousands, token_axis
+from megatron.batch import Batch, Sample, slice_batch
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.data.blended_dataset import SampleDataset
+from megatron.data.gpt_dataset import build_datasets
+from megatron.data.indexed_dataset import IndexedDatasetWriter, smallest_dtype
+from megatron.data.prefetch import Prefetcher
+
+NAME = "data_loader"
+GOAL = 1e6  # tokens per second and rank
+MIB = 2**20
+MEAN_DOCUMENT = 4096
+COLUMNS = (
+    Column("length", "tokens"),
+    Column("sources", "sources"),
+    Column("microbatches", "micro-batches"),
+    Column("tokens_per_second", "tokens/s/rank", ".3g"),
+    Column("times_goal", "x goal", ".0f"),
+    Column("spread", "spread", ".1%"),
+    Column("sample_mib", "sample MiB", ".2f"),
+    Column("batch_mib", "batch MiB", ".2f"),
+    Column("times_bytes", "x bytes", ".2f"),
+)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser(NAME, str(__doc__))
+    parser.set_defaults(device="cpu")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 131072, 2097152],
+                        help="tokens of a sample [8192 131072 2097152]")  # fmt: skip
+    parser.add_argument("--sources", type=int, nargs="+", default=[1, 4], help="datasets that are blended [1 4]")
+    parser.add_argument("--tokens", type=int, default=2**25, help="of all datasets together, and of a repeat [32M]")
+    parser.add_argument("--repeats", type=int, default=5, help="[%(default)s]")
+    parser.add_argument("--vocab-size", type=int, default=128256, help="[%(default)s]")
+    parser.add_argument("--sequence-parallel-size", type=int, default=1, help="[%(default)s]")
+    parser.add_argument("--prefetch-microbatches", type=int, default=2, help="[%(default)s]")
+    quick = {"tokens": 2**23, "repeats": 2}
+    on_cpu = quick if "--quick" in (sys.argv if argv is None else argv) else {}  # a CPU is what is measured here
+    arguments = parse(parser, argv, quick, tiny=on_cpu)
+    if arguments.tokens < 2 * max(arguments.lengths):
+        parser.error(f"--tokens ({arguments.tokens}) must be at least twice the longest of --lengths; raise it")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    report = Report(NAME, arguments, COLUMNS)
+    with tempfile.TemporaryDirectory() as folder:
+        for sources in arguments.sources:
+            paths = write_datasets(Path(folder), sources, arguments.tokens, arguments.vocab_size)
+            for length in arguments.lengths:
+                row = {"length": thousands(length), "tokens": length, "sources": sources}
+                report.add(row | measure(paths, length, arguments))
+    report.finish()
+    draw(report)
+    return 0
+
+
+def write_datasets(folder: Path, sources: int, num_tokens: int, vocab_size: int) -> list[str]:
+    """Weights and prefixes of `sources` datasets of `num_tokens` random tokens together; one has no weight."""
+    random = np.random.default_rng(sources)
+    paths = []
+    for source in range(sources):
+        prefix = folder / f"{sources}-{source}"
+        left = num_tokens // sources
+        with IndexedDatasetWriter(prefix, smallest_dtype(vocab_size)) as writer:
+            while left:
+                size = min(left, 1 + int(random.lognormal(np.log(MEAN_DOCUMENT) - 2, 2)))  # of mean MEAN_DOCUMENT
+                writer.add_document(random.integers(vocab_size, size=size))
+                left -= size
+        paths += [str(source + 1), str(prefix)]
+    return paths if sources > 1 else paths[1:]
+
+
+def measure(paths: Sequence[str], length: int, arguments: argparse.Namespace) -> Row:
+    """One row: the rate of the whole loader, and the memory of one micro-batch."""
+    per_repeat = arguments.tokens // length
+    data, _, _ = build_datasets(paths, "1", (per_repeat, 0, 0), length, 1, vocab_size=arguments.vocab_size)
+    assert data is not None
+    layout = SequenceLayout(length, length, arguments.sequence_parallel_size)
+
+    def make(index: int) -> Batch:
+        return slice_batch([Sample(data[index])], layout, 0, pin=arguments.device == "cuda")
+
+    def take_all() -> float:
+        started = time.perf_counter()
+        with Prefetcher(map(make, range(per_repeat)), arguments.prefetch_microbatches) as batches:
+            for _ in batches:
+                pass
+        return time.perf_counter() - started
+
+    seconds = [take_all() for _ in range(arguments.repeats + 1)][1:]  # the first one warms up
+    rate = per_repeat * length / statistics.median(seconds)
+    return {
+        "microbatches": per_repeat,
+        "tokens_per_second": rate,
+        "times_goal": rate / GOAL,
+        "spread": spread(seconds),
+        **memory(data, make, length),
+    }
+
+
+def memory(data: SampleDataset, make: Callable[[int], Batch], length: int) -> Row:
+    """Peak bytes of one sample and of one micro-batch."""
+    sample, batch = (peak_bytes(work) for work in (lambda: data[0], lambda: make(0)))
+    return {
+        "sample_mib": sample / MIB,
+        "batch_mib": batch / MIB,
+        "times_bytes": batch / (8 * (length + 1)),
+    }
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Most bytes of numpy's arrays plus most of torch's tensors on the host, while `work` runs."""
+    tracemalloc.start()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        work()
+        _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return most - before + max(accumulate(_allocations(profiler), initial=0))
+
+
+def _allocations(profiler: torch.profiler.profile) -> Iterator[int]:
+    """Bytes that torch took and, below 0, gave back, in the order of time."""
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            yield event.nbytes()
+
+
+def draw(report: Report) -> None:
+    """Tokens per second over the length, beside the goal."""
+    with report.picture(1) as (panel,):
+        for sources in sorted({row["sources"] for row in report.rows}):
+            rows = [row for row in report.rows if row["sources"] == sources]
+            label = f"{sources} datasets" if sources > 1 else "one dataset"
+            panel.plot([row["tokens"] for row in rows], [row["tokens_per_second"] for row in rows], "o-", label=label)
+        panel.axhline(GOAL, color="black", linestyle=":", label="goal")
+        token_axis(panel, "tokens of a sample")
+        panel.set_yscale("log")
+        panel.set_title("tokens/s/rank")
+        panel.legend()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
