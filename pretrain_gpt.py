@@ -1,115 +1,50 @@
 #!/usr/bin/env python3
-"""Pretrain GPT or LLaMA: read the arguments, say how model, batches and datasets are made, and train.
+"""Pretrain GPT or LLaMA on indexed datasets: say what is looked at and where samples come from, and train.
 
 deepspeed --num_gpus 4 pretrain_gpt.py --help
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-import torch.distributed as dist
-from torch import nn
-
-from megatron.arguments import parse_args
-from megatron.batch import Batch, EndOfDocument, Tokens, slice_batch
-from megatron.checkpointing import CheckpointError
-from megatron.config import Config, ConfigError, validate
-from megatron.core.sequence_layout import SequenceLayout
+from megatron.batch import EndOfDocument
+from megatron.config import Config, ConfigError
 from megatron.data.blended_dataset import SampleDataset
-from megatron.data.errors import DataError
 from megatron.data.gpt_dataset import build_dataset, build_datasets
-from megatron.execution import choose_execution
-from megatron.fpdt.host_pool import HostMemoryError
-from megatron.fpdt.stream import ProgressReport
-from megatron.initialize import Context, device_type, initialize, world_from_environment
-from megatron.model.builder import build_model
-from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
-from megatron.ops.attention import AttentionUnavailable
-from megatron.preflight import Vocabulary, check_inputs
-from megatron.tokenizer import TokenizerError
-from megatron.training import Datasets, pretrain
-from megatron.weights.errors import WeightsError
+from megatron.preflight import Vocabulary, check_indexed_data
+from megatron.program import SampleSource, leave, run
+from megatron.tokenizer import Tokenizer
+from megatron.training import Datasets
 
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    TokenizerError,
-    CheckpointError,
-    WeightsError,
-    HostMemoryError,
-    AttentionUnavailable,
-)
-SECONDS_FOR_RANK_0 = 10.0
+FINETUNING_FLAGS = ("chat_template", "long_samples")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run; returns the exit code. What the user can mend is one line on rank 0, before anything is allocated."""
-    rank, world_size = world_from_environment()
-    try:
-        config = parse_args(argv)
-        validate(config, world_size, device_type())
-        vocabulary = check_inputs(config, world_size)
-        train(config, initialize(config), vocabulary)
-    except USER_ERRORS as error:
-        return report(error, rank)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    return run(argv, check_data, provide_source)
 
 
-def report(error: Exception, rank: int) -> int:
-    """Write the error once: other ranks leave time for rank 0 to write it and for the launcher to end them."""
-    if rank:
-        time.sleep(SECONDS_FOR_RANK_0)
-    sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error on rank {rank}: {error}\n")
-    return 2
+def check_data(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise DataError for unusable datasets, and ConfigError for flags that are about conversations."""
+    for name in FINETUNING_FLAGS:
+        if name in config.given:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} has no effect in pretrain_gpt.py; use finetune_llama.py, or remove {flag}")
+    check_indexed_data(config, tokenizer)
 
 
-def train(config: Config, context: Context, vocabulary: Vocabulary) -> None:
-    """Provide the model, the batches and the datasets, and train."""
-    data, padded_vocab_size = config.data, vocabulary.padded_size
-    parallel_state, execution = context.parallel_state, choose_execution(config, context, padded_vocab_size)
+def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
+    """Consecutive tokens of the datasets, in which the flags say what an end of document does."""
+    data = config.data
     end_of_document = EndOfDocument(
         vocabulary.end_of_document, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss
     )
-    seq_length = config.model.seq_length
-    chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
-    layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
-
-    def provide_model(report: ProgressReport) -> nn.Module:
-        return build_model(
-            config.model,
-            padded_vocab_size,
-            parallel_state,
-            execution,
-            context.dtype,
-            context.device,
-            config.training.seed,
-            report,
-        )
-
-    def provide_batch(samples: Sequence[Tokens]) -> Batch:
-        return slice_batch(
-            [end_of_document.sample(tokens) for tokens in samples],
-            layout,
-            parallel_state.sequence_parallel_rank,
-            pin=context.device.type == "cuda",
-            restart_positions=data.reset_position_ids,
-            separate_documents=data.reset_attention_mask,
-        )
-
-    def provide_datasets(num_samples: tuple[int, int, int]) -> Datasets:
-        return datasets(config, num_samples, padded_vocab_size)
-
-    leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
-    pretrain(config, context, padded_vocab_size, leaf_modules, provide_model, provide_batch, provide_datasets)
+    return SampleSource(
+        lambda num_samples: datasets(config, num_samples, vocabulary.padded_size), end_of_document.sample
+    )
 
 
 def datasets(config: Config, num_samples: tuple[int, int, int], vocab_size: int) -> Datasets:
@@ -126,17 +61,6 @@ def datasets(config: Config, num_samples: tuple[int, int, int], vocab_size: int)
     paths = (data.train_data_path, data.valid_data_path, data.test_data_path)
     train_data, valid_data, test_data = (part(*each) for each in zip(paths, names, num_samples, strict=True))
     return train_data, valid_data, test_data
-
-
-def leave(code: int) -> NoReturn:
-    """End the process without tearing the interpreter down.
-
-    A communication thread may still be letting go of a tensor, which takes an interpreter that is whole: without one
-    it aborts, and a run that is over and saved would end with an error.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

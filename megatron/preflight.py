@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from megatron.data.vocabulary import check_document_ends, check_vocabulary
 from megatron.initialize import device_type, number_format
 from megatron.logging.writers import require_wandb
 from megatron.ops.attention import choose_backend
-from megatron.tokenizer import build_tokenizer, pad_vocab_size
+from megatron.tokenizer import Tokenizer, pad_vocab_size, tokenizer_of
+
+DataCheck = Callable[[Config, Tokenizer], None]
 
 
 @dataclass(frozen=True)
@@ -30,25 +33,16 @@ class Vocabulary:
     """The id that ends a document."""
 
 
-def check_inputs(config: Config, world_size: int) -> Vocabulary:
-    """Look at all of it, and return what the tokenizer says. Writes nothing.
+def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Vocabulary:
+    """Look at all of it, at the data by `check_data`, and return what the tokenizer says. Writes nothing.
 
     Raises ConfigError, TokenizerError, DataError, CheckpointError or AttentionUnavailable.
     """
     model = config.model
     device, dtype = torch.device(device_type()), number_format(config)
     choose_backend(model.attention_backend, device, dtype, model.kv_channels, config.data.reset_attention_mask)
-    flags = config.tokenizer
-    tokenizer = build_tokenizer(
-        flags.tokenizer_type, flags.vocab_file, flags.merge_file, flags.tokenizer_model, flags.vocab_size
-    )
-    data = config.data
-    for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
-        for prefix in parse_data_paths(paths)[0] if paths else ():
-            indexed = IndexedDataset(prefix)
-            check_vocabulary(indexed, tokenizer.vocab_size)
-            if data.separates_documents:
-                check_document_ends(indexed, tokenizer.eod)
+    tokenizer = tokenizer_of(config.tokenizer)
+    check_data(config, tokenizer)
     padded_vocab_size = pad_vocab_size(tokenizer.vocab_size, model.make_vocab_size_divisible_by)
     checkpoint = find_checkpoint(config.checkpoint)
     if checkpoint is not None:
@@ -59,6 +53,22 @@ def check_inputs(config: Config, world_size: int) -> Vocabulary:
     if config.logging.wandb_project:
         require_wandb(config.logging.wandb_project)
     return Vocabulary(padded_vocab_size, tokenizer.eod)
+
+
+def data_paths(config: Config) -> tuple[tuple[str, ...], ...]:
+    """What each flag that names data was given."""
+    data = config.data
+    return data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path
+
+
+def check_indexed_data(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise DataError unless the data are whole datasets of tokens of the vocabulary."""
+    for paths in data_paths(config):
+        for prefix in parse_data_paths(paths)[0] if paths else ():
+            indexed = IndexedDataset(prefix)
+            check_vocabulary(indexed, tokenizer.vocab_size)
+            if config.data.separates_documents:
+                check_document_ends(indexed, tokenizer.eod)
 
 
 def check_writable(flag: str, folder: Path) -> None:

@@ -3,11 +3,13 @@
 
     tools/hf2megads_weight_converter.py to-megatron HF_FOLDER OUT
     tools/hf2megads_weight_converter.py to-hf WEIGHTS OUT
+    tools/hf2megads_weight_converter.py flags HF_FOLDER
 
 to-megatron turns a Hugging Face folder (config.json and safetensors) into portable weights, which --load takes, and
 prints the flags of pretrain_gpt.py that describe the model; it takes a checkpoint of upstream's Megatron-DeepSpeed as
 well. to-hf turns portable weights, or a training checkpoint, into a folder that AutoModelForCausalLM.from_pretrained
-takes. One parameter is in memory at a time, and OUT appears when it is whole.
+takes. One parameter is in memory at a time, and OUT appears when it is whole. flags prints those of to-megatron alone,
+one line, and writes nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from megatron.weights.hugging_face import (
     from_hugging_face,
     from_our_names,
     num_rows,
+    read_hugging_face_config,
     to_hugging_face,
     training_flags,
 )
@@ -58,6 +61,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the Hugging Face model that the training began with: its tokenizer, token ids and vocabulary are taken",
     )  # fmt: skip
     to_hf.add_argument("--vocab-size", type=int, help="rows to keep [those before the padding, where it is known]")
+    flags = directions.add_parser("flags", help="the flags of pretrain_gpt.py that describe a Hugging Face model")
+    flags.add_argument("source", type=Path, help="folder to read")
     arguments = parser.parse_args(argv)
     for flag in ("max_shard_size", "make_vocab_size_divisible_by", "vocab_size"):
         value = getattr(arguments, flag, None)
@@ -68,8 +73,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    settings = Settings(int(arguments.max_shard_size), FORMATS.get(arguments.dtype), report=print)
     try:
+        if arguments.direction == "flags":
+            print(" ".join(training_flags(read_hugging_face_config(arguments.source))))
+            return 0
+        settings = Settings(int(arguments.max_shard_size), FORMATS.get(arguments.dtype), report=print)
         if arguments.direction == "to-megatron":
             to_megatron(arguments, settings)
         else:

@@ -18,6 +18,7 @@ zero_stage=${ZERO_STAGE:-3}
 attention=${ATTENTION:-use-flash-attn}    # the fastest kernel; or use-flash-attn-v2, -v3, -v4
 split=${SPLIT:-99,1,0}                    # shares of the documents for training, validation and test
 model_scale=${MODEL_SCALE:-full}
+program=pretrain_gpt.py
 needed=() # variables that a script cannot do without
 chunk_size=
 ffn_hidden_size=
@@ -236,18 +237,18 @@ name_gpu() {
 }
 
 # --- launch -----------------------------------------------------------------------------------------------------------
-# The arguments are further flags of pretrain_gpt.py, which win over the script's own.
+# The arguments are further flags of the program, which win over the script's own.
 launch() {
   local flags=("${model[@]}" "${parallel[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}")
   flags+=("$@")
-  local command=("${launcher[@]}" "$repository/pretrain_gpt.py" "${flags[@]}")
+  local command=("${launcher[@]}" "$repository/$program" "${flags[@]}")
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${command[@]}"
     echo
     if [[ $model_scale == full ]]; then
       print_plan "${flags[@]}"
     fi
-    exit
+    return
   fi
   if ! command -v deepspeed >/dev/null; then
     give_up "no deepspeed on the PATH; run \`make venv\` and \`. .venv/bin/activate\`, and start again"

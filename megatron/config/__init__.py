@@ -9,6 +9,7 @@ from megatron.config.data import DataConfig
 from megatron.config.deepspeed import DeepSpeedConfig
 from megatron.config.deepspeed_json import deepspeed_config, offloads, zero_stage_run
 from megatron.config.errors import ConfigError
+from megatron.config.finetuning import FinetuningConfig
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
@@ -25,6 +26,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DeepSpeedConfig",
+    "FinetuningConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

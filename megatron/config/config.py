@@ -11,6 +11,7 @@ from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
 from megatron.config.deepspeed import DeepSpeedConfig
 from megatron.config.errors import ConfigError
+from megatron.config.finetuning import FinetuningConfig
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
@@ -36,6 +37,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     given: frozenset[str] = frozenset()

@@ -72,7 +72,7 @@ def build_order(plan: OrderPlan) -> SampleOrder:
     """Compute the order that `plan` describes."""
     documents = np.arange(plan.documents.start, plan.documents.stop, dtype=np.int64)
     document_index = np.concatenate(
-        [_random(plan.seed, epoch, DOCUMENT_STREAM).permutation(documents) for epoch in range(plan.num_epochs)]
+        [epoch_random(plan.seed, epoch, DOCUMENT_STREAM).permutation(documents) for epoch in range(plan.num_epochs)]
     )
     sample_index = build_sample_index(
         plan.document_sizes, document_index, plan.seq_length, plan.num_epochs, plan.tokens_per_epoch
@@ -80,7 +80,7 @@ def build_order(plan: OrderPlan) -> SampleOrder:
     shuffle_index = np.arange(len(sample_index) - 1, dtype=np.int64)
     for epoch in range(plan.num_epochs):
         first, last = plan.num_samples_after(epoch), plan.num_samples_after(epoch + 1)
-        _random(plan.seed, epoch, SAMPLE_STREAM).shuffle(shuffle_index[first:last])
+        epoch_random(plan.seed, epoch, SAMPLE_STREAM).shuffle(shuffle_index[first:last])
     return SampleOrder(document_index, sample_index, shuffle_index)
 
 
@@ -118,6 +118,6 @@ def _load(plan: OrderPlan, path: Path) -> SampleOrder | None:
     return SampleOrder(document_index, sample_index.reshape(-1, 2), shuffle_index)
 
 
-def _random(seed: int, epoch: int, stream: int) -> np.random.RandomState:
+def epoch_random(seed: int, epoch: int, stream: int) -> np.random.RandomState:
     """The legacy generator: the only one whose stream numpy promises never to change."""
     return np.random.RandomState([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, epoch, stream])

@@ -77,17 +77,10 @@ def from_hugging_face(
     Raises:
         WeightsError: the model is not supported, a tensor is absent, unknown or of another shape, or `out` is there.
     """
-    config = read_json(source / CONFIG_FILE)
-    family = family_of(config.get("model_type"))
-    model = model_of(family.model_fields(config))
-    folder = SafetensorsFolder(source)
-    vocab_size = required(config, "vocab_size")
-    if type(vocab_size) is not int or vocab_size < 1:
-        raise WeightsError(f"config.json has vocab_size {vocab_size!r}, which must be a whole number above 0.")
-    parameters = _parameters(family, model, vocab_size, folder)
-    _check(parameters, folder, family, model)
-    padded_vocab_size = -(-vocab_size // make_vocab_size_divisible_by) * make_vocab_size_divisible_by
-    portable = PortableConfig(model, vocab_size, padded_vocab_size, config)
+    portable = read_hugging_face_config(source, make_vocab_size_divisible_by)
+    family, folder = family_of((portable.hugging_face or {}).get("model_type")), SafetensorsFolder(source)
+    parameters = _parameters(family, portable.model, portable.vocab_size, folder)
+    _check(parameters, folder, family, portable.model)
     with _Progress(out, settings) as writer:
         for parameter in parameters:
             ours = parameter.arrangement.join([folder.get(name) for name in parameter.theirs])
@@ -95,6 +88,20 @@ def from_hugging_face(
         portable.write(writer.staging)
         copy_tokenizer(source, writer.staging)
     return portable
+
+
+def read_hugging_face_config(source: Path, make_vocab_size_divisible_by: int = 1) -> PortableConfig:
+    """What portable weights made of a Hugging Face folder are described by. Reads config.json alone.
+
+    WeightsError if the model is not supported.
+    """
+    config = read_json(source / CONFIG_FILE)
+    model = model_of(family_of(config.get("model_type")).model_fields(config))
+    vocab_size = required(config, "vocab_size")
+    if type(vocab_size) is not int or vocab_size < 1:
+        raise WeightsError(f"config.json has vocab_size {vocab_size!r}, which must be a whole number above 0.")
+    padded_vocab_size = -(-vocab_size // make_vocab_size_divisible_by) * make_vocab_size_divisible_by
+    return PortableConfig(model, vocab_size, padded_vocab_size, config)
 
 
 def from_our_names(source: WeightSource, portable: PortableConfig, out: Path, settings: Settings) -> None:

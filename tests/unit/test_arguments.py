@@ -46,7 +46,7 @@ def test_megatron_deepspeed_fpdt_flags_are_understood():
 
 def test_every_flag_without_effect_leaves_a_note():
     notes = parse_args(FPDT_SCRIPT.split()).notes
-    assert "--num-workers has no effect: samples are read from the memory map as they are needed" in notes
+    assert "--num-workers has no effect: one thread reads ahead, as far as --prefetch-microbatches says" in notes
     assert len(notes) == 8
     assert parsed().notes == ()
 

@@ -20,6 +20,7 @@ LAYERS: dict[str, set[str]] = {
     "model": {"fpdt", "ops", "core", "config"},
     "data": {"tokenizer", "core", "config"},
     "tokenizer": {"core", "config"},
+    "finetuning": {"batch", "data", "tokenizer", "core", "config"},
     "optimizer": {"core", "config"},
     "logging": {"core", "config"},
     "engine": {"weights", "core", "config"},
@@ -38,6 +39,7 @@ TOP_FILES: dict[str, set[str]] = {
     "preflight": ALL_LAYERS | {"initialize", "checkpointing"},
     "reporting": ALL_LAYERS | {"initialize"},
     "watchdog": {"logging"},
+    "program": ALL_LAYERS | {"initialize", "checkpointing", "execution", "preflight", "reporting", "training"},
     "training": ALL_LAYERS | {"initialize", "checkpointing", "reporting", "watchdog"},
 }
 RULES = LAYERS | TOP_FILES

@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Fine-tune a model on conversations, with the loss on the answers alone: docs/finetuning.md.
+
+deepspeed --num_gpus 4 finetune_llama.py --load weights/llama --data-path conversations.jsonl ...
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.batch import Sample
+from megatron.config import Config, ConfigError
+from megatron.data.errors import DataError
+from megatron.finetuning.chat_template import find_template
+from megatron.finetuning.packed_dataset import build_packed_datasets
+from megatron.preflight import Vocabulary, data_paths
+from megatron.program import SampleSource, leave, run
+from megatron.tokenizer import Tokenizer, tokenizer_of
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run; returns the exit code. What the user can mend is one line on rank 0, before the model is allocated."""
+    return run(argv, check_data, provide_source, keep_conversations_apart)
+
+
+def keep_conversations_apart(config: Config) -> Config:
+    """Conversations that share a sequence do not see each other, and positions of each begin at 0."""
+    return replace(config, data=replace(config.data, reset_position_ids=True, reset_attention_mask=True))
+
+
+def check_data(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError or DataError for what can be seen before the conversations are tokenised."""
+    find_template(config.tokenizer, config.finetuning.chat_template)
+    if config.data.eod_mask_loss:
+        raise ConfigError(
+            "--eod-mask-loss is for pretrain_gpt.py; here the loss is on the answers and the tokens that end them; "
+            "remove it"
+        )
+    for path in (path for paths in data_paths(config) for path in paths):
+        if not Path(path).is_file():
+            raise DataError(f"{path} is no file; give one or more files of conversations as JSON lines.")
+
+
+def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
+    """Conversations, several to a sequence."""
+    tokenizer = tokenizer_of(config.tokenizer)
+
+    def as_it_is(sample: Sample) -> Sample:
+        return sample
+
+    return SampleSource(lambda num_samples: build_packed_datasets(config, tokenizer, num_samples), as_it_is)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,212 @@
+"""From a conversation to text, and which characters of it are answers.
+
+The plain template, for tokenizers that bring none along, with the end-of-document id after each answer:
+
+    System:\\n{content}\\n\\nUser:\\n{content}\\n\\nAssistant:\\n{content}<end>User:\\n...
+
+A Jinja template is Hugging Face's: it gets `messages`, `add_generation_prompt` and the tokenizer's special tokens. An
+answer is what it writes after the prompt for generation, up to and with the token that ends the turn.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatron.config import ConfigError, TokenizerConfig
+from megatron.data.errors import DataError
+from megatron.finetuning.conversations import ANSWERING, Conversation
+
+Span = tuple[int, int]  # first character, one past the last
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Text that is tokenised at once, its answers, and whether the id that ends a document follows as part of one."""
+
+    text: str
+    answers: tuple[Span, ...]
+    ends: bool
+
+
+class ChatTemplate(Protocol):
+    """Conversations to text."""
+
+    @property
+    def description(self) -> str:
+        """What two templates share only if they write the same."""
+
+    def render(self, conversation: Conversation) -> list[Part]:
+        """The text, in parts. DataError if the template cannot write the conversation."""
+
+
+@dataclass(frozen=True)
+class PlainTemplate:
+    """The template of the module's docstring; without names of roles for a tokenizer that knows no words.
+
+    Whitespace around a turn is removed, so that no token of a byte-pair encoding reaches over its bounds.
+    """
+
+    names_roles: bool = True
+
+    @property
+    def description(self) -> str:
+        return f"plain 1, {self.names_roles}"
+
+    def render(self, conversation: Conversation) -> list[Part]:
+        parts, text = [], ""
+        for message in conversation:
+            text += f"{message.role.capitalize()}:\n" if self.names_roles else ""
+            begin, text = len(text), text + message.content.strip()
+            if message.role == ANSWERING:
+                parts.append(Part(text, ((begin, len(text)),), ends=True))
+                text = ""
+            else:
+                text += "\n\n"
+        return parts
+
+
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A Jinja template and the special tokens that it may write."""
+
+    source: str
+    special_tokens: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def description(self) -> str:
+        return repr((self.source, self.special_tokens))
+
+    @cached_property
+    def compiled(self) -> jinja2.Template:
+        """The template in a sandbox. Raises jinja2.TemplateError."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        return environment.from_string(self.source)
+
+    def render(self, conversation: Conversation) -> list[Part]:
+        text = self._text(conversation)
+        turns = [place for place, message in enumerate(conversation) if message.role == ANSWERING]
+        return [Part(text, tuple(self._answer(conversation, turn, text) for turn in turns), ends=False)]
+
+    def _answer(self, conversation: Conversation, turn: int, text: str) -> Span:
+        """The characters of `text`, the whole conversation, that the assistant writes in a turn."""
+        answered = self._text(conversation[: turn + 1])
+        prompts = (self._text(conversation[:turn], add_generation_prompt=ask) for ask in (True, False))
+        begin = next((len(prompt) for prompt in prompts if answered.startswith(prompt)), None)
+        if begin is None or not text.startswith(answered):
+            raise DataError(
+                f"the chat template writes turn {turn + 1} in another way when turns follow, so that what the model "
+                "would see there is not what it is trained on; give one line for each answer, or another "
+                "--chat-template."
+            )
+        content = conversation[turn].content.strip()
+        place = answered.find(content, begin)
+        if place < 0:
+            raise DataError(
+                f"the chat template does not write the answer of turn {turn + 1} as it is given; give another "
+                "--chat-template."
+            )
+        if answered[begin:place].strip():
+            begin = place  # what stands before it is the template's and not the model's
+        closed = answered.rstrip()
+        # A template that ends a turn with whitespace alone ends it with that.
+        return begin, len(closed) if len(closed) > place + len(content) else len(answered)
+
+    def _text(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
+        messages = [{"role": message.role, "content": message.content} for message in conversation]
+        settings = {"add_generation_prompt": add_generation_prompt, **dict(self.special_tokens)}
+        try:
+            return self.compiled.render(messages=messages, tools=None, documents=None, **settings)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise DataError(f"the chat template refuses it: {error}; change the line or --chat-template.") from error
+
+
+def find_template(flags: TokenizerConfig, chat_template: str | None) -> ChatTemplate:
+    """The template of the file `chat_template`, else the tokenizer's own, else the plain one.
+
+    ConfigError if it cannot be read or is no Jinja template.
+    """
+    if flags.tokenizer_type != "HFTokenizer" or flags.tokenizer_model is None:
+        return PlainTemplate(names_roles=flags.tokenizer_type != "NullTokenizer")
+    model = Path(flags.tokenizer_model)
+    folder = model if model.is_dir() else model.parent
+    settings = _read_settings(folder / "tokenizer_config.json")
+    own = folder / "chat_template.jinja"
+    where = f"--chat-template ({chat_template})" if chat_template else f"the chat template of {folder}"
+    file = Path(chat_template) if chat_template else own if own.is_file() else None
+    source = _read(file, where) if file else _default_of(settings.get("chat_template"))
+    if source is None:
+        return PlainTemplate()
+    template = JinjaTemplate(source, _special_tokens(settings))
+    try:
+        _ = template.compiled
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"{where} is no Jinja template: {error}; repair it or give another file.") from error
+    return template
+
+
+def _read(file: Path, where: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where} cannot be read: {error}; give a file that holds a Jinja template.") from error
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}; repair it.") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _default_of(configured: Any) -> str | None:
+    """The template of a tokenizer_config.json: text, or a list of named ones of which one is called "default"."""
+    if isinstance(configured, list):
+        named = {entry.get("name"): entry.get("template") for entry in configured if isinstance(entry, dict)}
+        configured = named.get("default")
+    return configured if isinstance(configured, str) else None
+
+
+def _special_tokens(settings: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Names and texts; a token is given as text or as an object with its text."""
+    given = {name: settings.get(name) for name in SPECIAL_TOKENS}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
+    return tuple((name, text) for name, text in texts.items() if isinstance(text, str))
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, by which some templates mark answers; they are found without it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """Without the escapes for HTML that Jinja's own filter adds."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)

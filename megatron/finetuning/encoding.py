@@ -1,0 +1,78 @@
+"""Conversations to tokens, and which of them are answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.data.errors import DataError
+from megatron.finetuning.chat_template import ChatTemplate, JinjaTemplate, Part
+from megatron.finetuning.conversations import Conversation
+from megatron.tokenizer import Tokenizer
+from megatron.tokenizer.hugging_face import HFTokenizer
+
+Tokenize = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """tokens int32 [L], and is_answer bool [L]: which of them the assistant writes."""
+
+    tokens: npt.NDArray[np.int32]
+    is_answer: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ConversationEncoder:
+    """Writes conversations by a template and tokenises each part of the text at once."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+    def encode(self, conversation: Conversation) -> EncodedConversation:
+        """The tokens of a conversation. DataError if a token belongs to an answer and to what stands around it, or if
+        no token is left to learn."""
+        ids: list[int] = []
+        is_answer: list[bool] = []
+        for part in self.template.render(conversation):
+            tokens, bounds = _tokens_and_bounds(self._tokenize, part)
+            marks = [False] * len(tokens)
+            for first, last in zip(bounds[::2], bounds[1::2], strict=True):
+                marks[first:last] = [True] * (last - first)
+            ids += [*tokens, self.tokenizer.eod] if part.ends else tokens
+            is_answer += [*marks, True] if part.ends else marks
+        if not any(is_answer[1:]):
+            raise DataError("its answers have no token that others precede; give a prompt before the answer.")
+        return EncodedConversation(np.array(ids, np.int32), np.array(is_answer, np.bool_))
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Ids of a part, in which a Jinja template may have written special tokens."""
+        if isinstance(self.template, JinjaTemplate) and isinstance(self.tokenizer, HFTokenizer):
+            return self.tokenizer.tokenize_markup(text)
+        return self.tokenizer.tokenize(text)
+
+
+def _tokens_and_bounds(tokenize: Tokenize, part: Part) -> tuple[list[int], list[int]]:
+    """(the tokens of the whole text, at which token each answer begins and ends)"""
+    cuts = list(chain.from_iterable(part.answers))
+    tokens = tokenize(part.text)
+    pieces = [tokenize(part.text[start:stop]) for start, stop in pairwise([0, *cuts, len(part.text)])]
+    if list(chain.from_iterable(pieces)) == tokens:
+        return tokens, list(accumulate(map(len, pieces[:-1])))
+    # A piece may begin otherwise than the same text does further on, as after SentencePiece's leading space.
+    return tokens, [_bound(tokenize, part.text, tokens, cut) for cut in cuts]
+
+
+def _bound(tokenize: Tokenize, text: str, tokens: list[int], cut: int) -> int:
+    before = tokenize(text[:cut])
+    if tokens[: len(before)] != before:
+        around = text[max(cut - 20, 0) : cut + 20]
+        raise DataError(
+            f"in {around!r} a token holds the bound of an answer and what stands beyond it, so the loss cannot be on "
+            "the answer alone; let the chat template put a special token or a line break there."
+        )
+    return len(before)

@@ -1,0 +1,197 @@
+"""Conversations as training samples: several to a sequence, each a document of its own, the answers alone in the loss.
+
+    tokens      p p a a a | p p p a a | p a a . . .      p prompt, a answer, . padding; S+1 of them
+    loss mask     0 1 1 1   0 0 0 1 1   0 1 1 0 0 0      of the labels, the last S
+
+A conversation's first token counts nowhere, as no token of its own precedes it. The packing is made once; every epoch
+takes all sequences in an order of its own. So what sample i holds is a function of (files, sequence length, seed, i).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.batch import Sample
+from megatron.config import Config
+from megatron.config.finetuning import LongSamples
+from megatron.data.errors import DataError
+from megatron.data.sample_order import SAMPLE_STREAM, epoch_random
+from megatron.data.splits import PART_NAMES, parse_split, split_documents
+from megatron.finetuning.chat_template import find_template
+from megatron.finetuning.encoding import ConversationEncoder, EncodedConversation
+from megatron.finetuning.packing import pack
+from megatron.finetuning.token_cache import TokenCache, tokenized, tokenizer_fingerprint
+from megatron.tokenizer import Tokenizer
+
+PACKING_STREAM = SAMPLE_STREAM + 1
+LOG = logging.getLogger("megatron")
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The conversations of several files, one after the other."""
+
+    caches: Sequence[TokenCache]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.caches))
+
+    def __getitem__(self, index: int) -> EncodedConversation:
+        cache, place = self._find(index)
+        return cache[place]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64 [num_samples]: tokens of each."""
+        return np.concatenate([cache.lengths for cache in self.caches])
+
+    def where(self, index: int) -> str:
+        """File and line of a conversation."""
+        cache, place = self._find(index)
+        return f"{cache.path}, line {cache.line(place)}"
+
+    def _find(self, index: int) -> tuple[TokenCache, int]:
+        for cache in self.caches:
+            if index < len(cache):
+                return cache, index
+            index -= len(cache)
+        raise IndexError(f"conversation {len(self) + index} of {len(self)}")
+
+
+class PackedDataset:
+    """`num_samples` sequences packed from the conversations `chosen`, which are taken as often as it needs."""
+
+    def __init__(
+        self,
+        conversations: Conversations,
+        chosen: npt.NDArray[np.int64],
+        num_samples: int,
+        seq_length: int,
+        seed: int,
+        padding: int,
+    ) -> None:
+        """`padding` is the id of the tokens that fill a sequence up; what a conversation has beyond it is cut off."""
+        self._conversations, self._num_samples = conversations, num_samples
+        self._seq_length, self._seed, self._padding = seq_length, seed, padding
+        lengths = np.minimum(conversations.lengths, seq_length + 1)
+        self.packing = pack(lengths, epoch_random(seed, 0, PACKING_STREAM).permutation(chosen), seq_length + 1)
+        self.padding_share = 1 - float(lengths[chosen].sum()) / (len(self.packing) * (seq_length + 1))
+        self._order = (0, self._order_of(0))
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index` of seq_length + 1 tokens."""
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self._num_samples}")
+        tokens = np.full(self._seq_length + 1, self._padding, np.int64)
+        counts = np.zeros(self._seq_length + 1, np.bool_)
+        documents, end = [], 0
+        for number in self.packing.sequence(self._sequence(index)).tolist():
+            conversation = self._conversations[number]
+            start, end = end, min(end + len(conversation.tokens), self._seq_length + 1)
+            tokens[start:end] = conversation.tokens[: end - start]
+            counts[start + 1 : end] = conversation.is_answer[1 : end - start]
+            documents.append((start, min(end, self._seq_length)))
+        return Sample(tokens, counts[1:], tuple(documents))
+
+    def _sequence(self, index: int) -> int:
+        epoch, place = divmod(index, len(self.packing))
+        order = self._order
+        if order[0] != epoch:
+            self._order = order = (epoch, self._order_of(epoch))
+        return int(order[1][place])
+
+    def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
+        return epoch_random(self._seed, epoch, SAMPLE_STREAM).permutation(len(self.packing))
+
+
+PackedDatasets = tuple[PackedDataset | None, PackedDataset | None, PackedDataset | None]
+
+
+def build_packed_datasets(config: Config, tokenizer: Tokenizer, num_samples: tuple[int, int, int]) -> PackedDatasets:
+    """The training, validation and test parts: shares of --data-path, or files of their own.
+
+    A part of which no samples are asked is None, and so is one for evaluation that has no conversations. Raises
+    DataError.
+    """
+    data = config.data
+    encoder = ConversationEncoder(tokenizer, find_template(config.tokenizer, config.finetuning.chat_template))
+    if data.data_path:
+        whole = _open(data.data_path, config, encoder)
+        sources = [(whole, part) for part in split_documents(len(whole), parse_split(data.split))]
+    else:
+        given = [
+            _open(paths, config, encoder) for paths in (data.train_data_path, data.valid_data_path, data.test_data_path)
+        ]
+        sources = [(conversations, range(len(conversations))) for conversations in given]
+    train, valid, test = (
+        _build_part(config, tokenizer.eod, name, conversations, part, count)
+        for name, (conversations, part), count in zip(PART_NAMES, sources, num_samples, strict=True)
+    )
+    return train, valid, test
+
+
+def _open(paths: Sequence[str], config: Config, encoder: ConversationEncoder) -> Conversations:
+    kept, fingerprint = config.data.data_cache_path, tokenizer_fingerprint(config.tokenizer)
+    return Conversations([tokenized(Path(path), Path(kept or f"{path}_cache"), encoder, fingerprint) for path in paths])
+
+
+def _build_part(
+    config: Config, padding: int, name: str, conversations: Conversations, part: range, num_samples: int
+) -> PackedDataset | None:
+    if not num_samples or (name != "train" and not part):
+        return None
+    length = config.model.seq_length
+    chosen = choose(conversations, part, length, config.finetuning.long_samples, name)
+    dataset = PackedDataset(conversations, chosen, num_samples, length, config.training.seed, padding)
+    LOG.info(
+        "%s data: %d conversations in %d sequences an epoch, %.1f %% padding",
+        name, len(chosen), len(dataset.packing), 100 * dataset.padding_share,
+    )  # fmt: skip
+    return dataset
+
+
+def choose(
+    conversations: Conversations, part: range, seq_length: int, long_samples: LongSamples, name: str
+) -> npt.NDArray[np.int64]:
+    """The conversations of a part that fit into a sequence, or are cut to fit, and leave something to learn.
+
+    Raises DataError, naming the first, for one that is too long where `long_samples` is "error", and if none is left.
+    """
+    numbers = np.arange(part.start, part.stop)
+    too_long = numbers[conversations.lengths[part.start : part.stop] > seq_length + 1]
+    if len(too_long) and long_samples == "error":
+        raise DataError(_too_long_message(conversations, too_long, seq_length))
+    dropped = too_long
+    if long_samples == "truncate":
+        dropped = np.array([i for i in too_long.tolist() if not conversations[i].is_answer[1 : seq_length + 1].any()])
+    if len(too_long):
+        LOG.info(
+            "%s data: %d of %d conversations are longer than --seq-length (%d): %d cut, %d left out",
+            name, len(too_long), len(numbers), seq_length, len(too_long) - len(dropped), len(dropped),
+        )  # fmt: skip
+    chosen = np.setdiff1d(numbers, dropped)
+    if not len(chosen):
+        raise DataError(
+            f"the {name} part has no conversation that fits, of {len(numbers)}; give more data, change --split, or "
+            f"raise --seq-length ({seq_length})."
+        )
+    return chosen
+
+
+def _too_long_message(conversations: Conversations, too_long: npt.NDArray[np.int64], seq_length: int) -> str:
+    first = int(too_long[0])
+    others = f", and so are {len(too_long) - 1} more, up to {int(conversations.lengths[too_long].max())} tokens"
+    return (
+        f"{conversations.where(first)}: a conversation of {int(conversations.lengths[first])} tokens is longer than "
+        f"--seq-length ({seq_length}) and one more{others if len(too_long) > 1 else ''}; raise --seq-length, or choose "
+        "--long-samples truncate or skip."
+    )

@@ -1,0 +1,152 @@
+"""Conversations tokenised once: a folder per file, written as a whole, mapped by every rank.
+
+    tokens.bin     int32 [num_tokens]       the id of a token of an answer, -1 - id of any other
+    samples.npy    int64 [num_samples, 2]   of each conversation, where its tokens end and its line in the file
+
+The folder's name holds what its content depends on: the file (its size and the time of its last change), the tokenizer
+and the chat template. Nothing of the file but numbers of lines and tokens is kept in memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import shutil
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.config import TokenizerConfig
+from megatron.data.atomic_file import flush_to_disk, publish, temporary_path
+from megatron.data.errors import DataError
+from megatron.finetuning.conversations import read_conversations
+from megatron.finetuning.encoding import ConversationEncoder, EncodedConversation
+from megatron.tokenizer import TokenizerError
+
+CACHE_VERSION = 1
+TOKENS, SAMPLES = "tokens.bin", "samples.npy"
+SECONDS_BETWEEN_LINES = 30.0
+LOG = logging.getLogger("megatron")
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The tokenised conversations of one file."""
+
+    path: Path
+    """The file of JSON lines."""
+
+    tokens: npt.NDArray[np.int32]
+    samples: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> EncodedConversation:
+        start = int(self.samples[index - 1, 0]) if index else 0
+        stored = self.tokens[start : int(self.samples[index, 0])]
+        is_answer = stored >= 0
+        return EncodedConversation(np.where(is_answer, stored, -1 - stored), is_answer)
+
+    def line(self, index: int) -> int:
+        """The line of the file that a conversation was read from."""
+        return int(self.samples[index, 1])
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64 [num_samples]: tokens of each conversation."""
+        return np.diff(self.samples[:, 0], prepend=0)
+
+
+def tokenizer_fingerprint(flags: TokenizerConfig) -> str:
+    """A name that two tokenizers share only if they have the same files and settings."""
+    digest = hashlib.sha256(repr((flags.tokenizer_type, flags.tiktoken_pattern, flags.vocab_size)).encode())
+    for given in (flags.vocab_file, flags.merge_file, flags.tokenizer_model):
+        if given is not None:
+            path = Path(given)
+            digest.update((path / "tokenizer.json" if path.is_dir() else path).read_bytes())
+    return digest.hexdigest()
+
+
+def tokenized(path: Path, cache_dir: Path, encoder: ConversationEncoder, tokenizer: str) -> TokenCache:
+    """The conversations of `path`, tokenised now unless `cache_dir` has them.
+
+    `tokenizer` is the fingerprint of the encoder's. Of any number of processes that call this at once, on machines that
+    share the folder, one works and the others wait. Raises DataError of the file, or if the folder cannot be written.
+    """
+    folder = cache_dir / f"{_fingerprint(path, encoder, tokenizer)}-conversations"
+    try:
+        if not folder.is_dir():
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with _locked(folder.with_suffix(".lock"), f"another process tokenises {path}; waiting for it"):
+                if not folder.is_dir():
+                    _write(path, folder, encoder)
+    except OSError as error:
+        raise DataError(
+            f"--data-cache-path ({cache_dir}) cannot be used: {error.strerror}; give a folder that can be written."
+        ) from error
+    samples = np.load(folder / SAMPLES, mmap_mode="r")
+    tokens = np.memmap(folder / TOKENS, dtype="<i4", mode="r")
+    return TokenCache(path, np.asarray(tokens), np.asarray(samples))
+
+
+def _fingerprint(path: Path, encoder: ConversationEncoder, tokenizer: str) -> str:
+    status = path.stat()
+    settings = (CACHE_VERSION, str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer,
+                encoder.tokenizer.eod, encoder.template.description)  # fmt: skip
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _locked(path: Path, while_waiting: str) -> Iterator[None]:
+    """Let one process at a time through; the lock goes with the process that holds it, however that ends."""
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            LOG.info(while_waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(path: Path, folder: Path, encoder: ConversationEncoder) -> None:
+    LOG.info("tokenising %s into %s", path, folder)
+    temporary = temporary_path(folder)
+    temporary.mkdir()
+    try:
+        samples = _write_tokens(path, temporary / TOKENS, encoder)
+        if not samples:
+            raise DataError(f"{path} holds no conversation; give a file with one JSON object on each line.")
+        np.save(temporary / SAMPLES, np.frombuffer(samples, np.int64).reshape(-1, 2))
+        for name in (TOKENS, SAMPLES):
+            flush_to_disk(temporary / name)
+        publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tokens(path: Path, token_path: Path, encoder: ConversationEncoder) -> array[int]:
+    """Write the tokens of all conversations; where each ends and its line, one after the other."""
+    samples, num_tokens, reported = array("q"), 0, time.monotonic()
+    with token_path.open("wb") as file:
+        for line, conversation in read_conversations(path):
+            try:
+                encoded = encoder.encode(conversation)
+            except (DataError, TokenizerError) as error:
+                raise DataError(f"{path}, line {line}: {error}") from error
+            file.write(np.where(encoded.is_answer, encoded.tokens, -1 - encoded.tokens).astype("<i4").tobytes())
+            num_tokens += len(encoded.tokens)
+            samples.extend((num_tokens, line))
+            if time.monotonic() - reported > SECONDS_BETWEEN_LINES:
+                LOG.info("tokenising %s: line %d, %d tokens", path, line, num_tokens)
+                reported = time.monotonic()
+    LOG.info("tokenised %s: %d conversations, %d tokens", path, len(samples) // 2, num_tokens)
+    return samples

@@ -1,0 +1,130 @@
+"""What the programs at the top level share: from argv to an exit code, and from samples to a training."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from torch import nn
+
+from megatron.arguments import parse_args
+from megatron.batch import Batch, Sample, slice_batch
+from megatron.checkpointing import CheckpointError
+from megatron.config import Config, ConfigError, validate
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.data.errors import DataError
+from megatron.execution import choose_execution
+from megatron.fpdt.host_pool import HostMemoryError
+from megatron.fpdt.stream import ProgressReport
+from megatron.initialize import Context, device_type, initialize, world_from_environment
+from megatron.model.builder import build_model
+from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
+from megatron.ops.attention import AttentionUnavailable
+from megatron.preflight import DataCheck, Vocabulary, check_inputs
+from megatron.tokenizer import TokenizerError
+from megatron.training import DatasetsProvider, pretrain
+from megatron.weights.errors import WeightsError
+
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    TokenizerError,
+    CheckpointError,
+    WeightsError,
+    HostMemoryError,
+    AttentionUnavailable,
+)
+SECONDS_FOR_RANK_0 = 10.0
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """Where samples come from."""
+
+    provide_datasets: DatasetsProvider
+    to_sample: Callable[[Any], Sample]
+    """From what the datasets hold."""
+
+
+SourceProvider = Callable[[Config, Vocabulary], SampleSource]
+
+
+def run(
+    argv: Sequence[str],
+    check_data: DataCheck,
+    provide_source: SourceProvider,
+    settle: Callable[[Config], Config] = lambda config: config,
+) -> int:
+    """Run; returns the exit code. What the user can mend is one line on rank 0, before anything is allocated.
+
+    `settle` sets what the program does not leave to the flags.
+    """
+    rank, world_size = world_from_environment()
+    try:
+        config = settle(parse_args(argv))
+        validate(config, world_size, device_type())
+        vocabulary = check_inputs(config, world_size, check_data)
+        train(config, initialize(config), vocabulary.padded_size, provide_source(config, vocabulary))
+    except USER_ERRORS as error:
+        return report(error, rank)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def report(error: Exception, rank: int) -> int:
+    """Write the error once: other ranks leave time for rank 0 to write it and for the launcher to end them."""
+    if rank:
+        time.sleep(SECONDS_FOR_RANK_0)
+    sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error on rank {rank}: {error}\n")
+    return 2
+
+
+def train(config: Config, context: Context, padded_vocab_size: int, source: SampleSource) -> None:
+    """Provide the model, the batches and the datasets, and train."""
+    parallel_state, execution = context.parallel_state, choose_execution(config, context, padded_vocab_size)
+    seq_length = config.model.seq_length
+    chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
+    layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
+
+    def provide_model(report: ProgressReport) -> nn.Module:
+        return build_model(
+            config.model,
+            padded_vocab_size,
+            parallel_state,
+            execution,
+            context.dtype,
+            context.device,
+            config.training.seed,
+            report,
+        )
+
+    def provide_batch(samples: Sequence[Any]) -> Batch:
+        return slice_batch(
+            [source.to_sample(sample) for sample in samples],
+            layout,
+            parallel_state.sequence_parallel_rank,
+            pin=context.device.type == "cuda",
+            restart_positions=config.data.reset_position_ids,
+            separate_documents=config.data.reset_attention_mask,
+        )
+
+    leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
+    pretrain(config, context, padded_vocab_size, leaf_modules, provide_model, provide_batch, source.provide_datasets)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without tearing the interpreter down.
+
+    A communication thread may still be letting go of a tensor, which takes an interpreter that is whole: without one
+    it aborts, and a run that is over and saved would end with an error.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,56 @@
+"""Three forms of a line, and one clear sentence about any other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.data.errors import DataError
+from megatron.finetuning.conversations import Message, read_conversations
+
+ANSWER = {"role": "assistant", "content": "yes"}
+QUESTION = {"role": "user", "content": "ready?"}
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    "record, question",
+    [
+        ({"messages": [QUESTION, ANSWER], "id": 3}, "ready?"),
+        ({"prompt": "ready?", "response": "yes"}, "ready?"),
+        ({"instruction": "ready?", "output": "yes"}, "ready?"),
+        ({"instruction": "Upper case.", "input": "ready?", "output": "yes"}, "Upper case.\n\nready?"),
+    ],
+)
+def test_each_form_is_read(tmp_path: Path, record: dict[str, Any], question: str) -> None:
+    path = write_lines(tmp_path / "lines", "", record)
+    assert list(read_conversations(path)) == [(2, (Message("user", question), Message("assistant", "yes")))]
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("{", "not JSON"),
+        ("[1]", "a JSON list; give an object"),
+        ({"text": "plain"}, 'keys text; give an object with "messages"'),
+        ({"messages": "hello"}, '"messages" is no list'),
+        ({"messages": [QUESTION, {"role": "assistant"}]}, "'content' is null, not text"),
+        ({"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "turn 1 has the role 'tool'; use one of system"),
+        ({"messages": [QUESTION, ANSWER | {"content": " \n"}]}, "turn 2, an answer of the assistant, is empty"),
+        ({"messages": [QUESTION]}, "no turn of the assistant"),
+        ({"messages": []}, "no turn of the assistant"),
+        ({"messages": [QUESTION, ANSWER, QUESTION]}, "the last turn is of the user"),
+        ({"prompt": "x", "response": ""}, "is empty"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: Any, words: str) -> None:
+    path = write_lines(tmp_path / "lines", {"messages": [QUESTION, ANSWER]}, line)
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path))
+    assert str(caught.value).startswith(f"{path}, line 2: ")
+    assert words in str(caught.value)

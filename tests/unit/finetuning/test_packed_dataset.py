@@ -1,0 +1,158 @@
+"""Samples of several conversations: documents, padding and labels where they belong; epochs; the cache on the disk."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.config import TokenizerConfig
+from megatron.data.errors import DataError
+from megatron.finetuning.chat_template import PlainTemplate
+from megatron.finetuning.encoding import ConversationEncoder
+from megatron.finetuning.packed_dataset import Conversations, PackedDataset, choose
+from megatron.finetuning.token_cache import TokenCache, tokenized, tokenizer_fingerprint
+from megatron.tokenizer.null import NullTokenizer
+
+END, PADDING, LENGTH = 100, 99, 16
+ENCODER = ConversationEncoder(NullTokenizer(END), PlainTemplate(names_roles=False))
+# prompt, response; with the end 6, 4, 9, 3 and 7 tokens
+PAIRS = [("1 2 3", "4 5"), ("6 7", "8"), ("9 10 11", "12 13 14 15 16"), ("17", "18"), ("19 20 21 22", "23 24")]
+
+
+def write(path: Path, pairs: list[tuple[str, str]] = PAIRS) -> Path:
+    path.write_text("".join(json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in pairs))
+    return path
+
+
+def cache_of(path: Path) -> TokenCache:
+    return tokenized(path, path.parent / "cache", ENCODER, "tokenizer")
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Conversations:
+    """Two files of five conversations in all."""
+    return Conversations([cache_of(write(tmp_path / "a", PAIRS[:3])), cache_of(write(tmp_path / "b", PAIRS[3:]))])
+
+
+def dataset_of(conversations: Conversations, num_samples: int, seed: int = 0) -> PackedDataset:
+    return PackedDataset(conversations, np.arange(len(conversations)), num_samples, LENGTH, seed, PADDING)
+
+
+def test_a_sample_holds_whole_conversations_and_counts_their_answers_alone(conversations: Conversations) -> None:
+    dataset = dataset_of(conversations, 2)
+    found = []
+    for sample in (dataset[i] for i in range(len(dataset.packing))):
+        assert sample.documents is not None
+        assert sample.loss_mask is not None
+        labels, answers, stop = sample.tokens[1:], [], 0
+        for start, end in sample.documents:
+            assert start == stop
+            # The last document's last token may be a label alone.
+            stop = end
+            tokens = sample.tokens[start : end + (end == LENGTH)].tolist()
+            found.append(tuple(token for token in tokens))
+            prompt, response = next(pair for pair in PAIRS if pair[0].split()[0] == str(tokens[0]))
+            assert tokens == [*map(int, prompt.split()), *map(int, response.split()), END]
+            answers += [*map(int, response.split()), END]
+        assert labels[sample.loss_mask].tolist() == answers
+        assert not sample.loss_mask[stop:].any()
+    assert len(set(found)) == len(found) == len(PAIRS)
+
+
+def test_a_conversation_as_long_as_a_sample_fills_it(tmp_path: Path) -> None:
+    words = [str(i) for i in range(LENGTH)]  # and the end: one more than the inputs
+    conversations = Conversations([cache_of(write(tmp_path / "a", [(" ".join(words[:4]), " ".join(words[4:]))]))])
+    sample = dataset_of(conversations, 1)[0]
+    assert sample.tokens.tolist() == [*range(LENGTH), END]
+    assert sample.documents == ((0, LENGTH),)
+    assert sample.loss_mask is not None
+    assert sample.loss_mask.tolist() == [False] * 3 + [True] * (LENGTH - 3)
+
+
+def test_a_conversation_that_begins_with_an_answer_does_not_count_its_first_token(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "1 2"}]}) + "\n")
+    line = path.read_text()
+    path.write_text(line + line)
+    sample = dataset_of(Conversations([cache_of(path)]), 1)[0]
+    assert sample.loss_mask is not None
+    assert sample.loss_mask.tolist() == [True, True, False, True, True] + [False] * 11
+
+
+def test_every_epoch_takes_every_sequence_in_another_order(tmp_path: Path) -> None:
+    pairs = [(" ".join(["1"] * 10), str(i)) for i in range(30)]  # one to a sequence
+    conversations = Conversations([cache_of(write(tmp_path / "a", pairs))])
+    dataset = dataset_of(conversations, 90)
+    answers = [int(dataset[i].tokens[10]) for i in range(90)]
+    epochs = [answers[:30], answers[30:60], answers[60:]]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    again = dataset_of(conversations, 61)
+    assert [int(again[i].tokens[10]) for i in (60, 3, 31)] == [answers[i] for i in (60, 3, 31)]
+    assert [int(dataset_of(conversations, 30, seed=1)[i].tokens[10]) for i in range(30)] != epochs[0]
+
+
+def test_the_share_of_padding_is_that_of_the_sequences(conversations: Conversations) -> None:
+    dataset = dataset_of(conversations, 2)
+    assert len(dataset.packing) == 2
+    assert dataset.padding_share == pytest.approx(1 - 29 / 34)
+
+
+LONG = [("1 2", "3"), ("4 5", " ".join(["6"] * LENGTH)), (" ".join(["7"] * (LENGTH + 1)), "8")]
+
+
+def test_a_conversation_that_is_too_long_is_refused_by_name(tmp_path: Path) -> None:
+    conversations = Conversations([cache_of(write(tmp_path / "a", LONG))])
+    with pytest.raises(DataError, match=r"a, line 2: a conversation of 19 tokens is longer than --seq-length \(16\)"):
+        choose(conversations, range(3), LENGTH, "error", "train")
+
+
+def test_a_conversation_that_is_too_long_is_cut_or_left_out(tmp_path: Path) -> None:
+    conversations = Conversations([cache_of(write(tmp_path / "a", LONG))])
+    assert choose(conversations, range(3), LENGTH, "skip", "train").tolist() == [0]
+    cut = choose(conversations, range(3), LENGTH, "truncate", "train")
+    assert cut.tolist() == [0, 1]  # nothing of the third answer would be left
+    dataset = PackedDataset(conversations, cut, 2, LENGTH, 0, PADDING)
+    longest = next(sample for sample in (dataset[0], dataset[1]) if sample.tokens[0] == 4)
+    assert longest.tokens.tolist() == [4, 5] + [6] * (LENGTH - 1)
+    with pytest.raises(DataError, match="no conversation that fits, of 1"):
+        choose(conversations, range(1, 2), LENGTH, "skip", "train")
+
+
+def test_a_file_is_tokenised_once_and_again_when_it_changes(tmp_path: Path) -> None:
+    path = write(tmp_path / "a")
+    with ThreadPoolExecutor(4) as pool:
+        assert {len(cache) for cache in pool.map(cache_of, [path] * 4)} == {5}
+    folders = set((tmp_path / "cache").glob("*-conversations"))
+    (folder,) = folders
+    written = os.stat(folder / "tokens.bin").st_mtime_ns
+    cache_of(path)
+    assert os.stat(folder / "tokens.bin").st_mtime_ns == written
+    write(path, PAIRS[:2])
+    assert len(cache_of(path)) == 2
+    assert len(set((tmp_path / "cache").glob("*-conversations"))) == 2
+
+
+def test_a_line_in_error_leaves_no_cache(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", [("1", "2"), ("1", "x")])
+    with pytest.raises(DataError, match=r"line 2: .*'x'"):
+        cache_of(path)
+    assert [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"] == []
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no conversation"):
+        cache_of(write(tmp_path / "a", []))
+
+
+def test_another_tokenizer_has_another_fingerprint(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    prints = set()
+    for content in ("one", "two"):
+        file.write_text(content)
+        prints.add(tokenizer_fingerprint(TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(tmp_path))))
+    prints.add(tokenizer_fingerprint(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=4)))
+    assert len(prints) == 3
