@@ -20,6 +20,7 @@ from megatron.logging.progress import StepProgress
 
 EXIT_CODE = 4  # of a run that another rank has ended
 LONGEST_INTERVAL_SECONDS = 5.0
+STORE = "rank 0, or the launcher that started it, no longer answers"  # which has the store
 
 
 class Store(Protocol):
@@ -63,12 +64,20 @@ class Watchdog:
         self.place = _Seen.place
         self._seen = [_Seen(alive_at=clock(), moved_at=clock()) for _ in range(world_size)]
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._verdict: str | None = None
+        self._looked_at = clock()
+        # Two threads, as a store whose machine hangs holds the one that asks it for ever.
+        self._threads = [
+            threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True)
+            for target in (self._keep_looking, self._keep_judging)
+        ]
 
     def start(self) -> None:
         """Watch from now on, where there is more than one rank."""
         if len(self._seen) > 1:
-            self._thread.start()
+            self._looked_at = self._clock()
+            for thread in self._threads:
+                thread.start()
 
     def move(self, place: str) -> None:
         """Say that this rank has come to a place. Costs nothing worth counting."""
@@ -86,21 +95,34 @@ class Watchdog:
     def close(self) -> None:
         """This rank is through; whoever is not may take as long as it likes."""
         self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        looking, judging = self._threads
+        if judging.ident is None:
+            return
+        judging.join()
+        looking.join(LONGEST_INTERVAL_SECONDS)
+        if not looking.is_alive():
             with suppress(Exception):  # the store may have gone with the rank that has ended the run
                 self._write(is_done=True)
 
-    def _watch(self) -> None:
-        interval = min(self._limit / 4, LONGEST_INTERVAL_SECONDS)
-        while not self._closed.wait(interval):
+    def _keep_looking(self) -> None:
+        while not self._closed.wait(self._interval):
             try:
-                verdict = self.look()
-            except Exception as error:  # the store is on rank 0, or on the launcher of its machine
-                verdict = f"rank 0, or the launcher that started it, no longer answers ({error})"
-            if verdict and not self._closed.is_set():
+                self._verdict = self.look()
+            except Exception as error:
+                self._verdict = f"{STORE} ({error})"
+            self._looked_at = self._clock()
+
+    def _keep_judging(self) -> None:
+        while not self._closed.wait(self._interval):
+            is_held = self._clock() - self._looked_at > self._limit
+            verdict = self._verdict or (STORE if is_held else None)
+            if verdict:
                 self._give_up(f"{verdict}; this rank was in {self.place}")
                 return
+
+    @property
+    def _interval(self) -> float:
+        return min(self._limit / 4, LONGEST_INTERVAL_SECONDS)
 
     def look(self) -> str | None:
         """Write where this rank is, read where the others are, and return what is wrong, if anything is."""

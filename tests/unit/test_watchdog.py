@@ -139,3 +139,14 @@ def test_a_store_that_is_gone_is_told_of() -> None:
     assert heard.wait(30)
     assert said[0].startswith("rank 0, or the launcher that started it, no longer answers (Broken pipe)")
     watchdog.close()
+
+
+def test_a_store_that_does_not_answer_is_told_of() -> None:
+    class Hanging(Memory):
+        def check(self, keys: list[str]) -> bool:
+            threading.Event().wait()
+            return False
+
+    watchdog, said, heard = run_thread(Hanging())
+    assert heard.wait(30)
+    assert said[0].startswith("rank 0, or the launcher that started it, no longer answers; this rank was in")
