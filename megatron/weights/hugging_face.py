@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,29 +65,57 @@ class _Parameter:
         return [tuple(t.shape) for t in self.arrangement.split(torch.empty(self.shape, device="meta"))]
 
 
-def from_hugging_face(
-    source: Path, out: Path, settings: Settings, make_vocab_size_divisible_by: int = 1
-) -> PortableConfig:
-    """Write the Hugging Face model in folder `source` as portable weights into the new folder `out`.
+class HuggingFaceWeights:
+    """The model in a Hugging Face folder as a WeightSource under our names, each parameter arranged when it is read.
 
     The vocabulary is padded with the mean of its rows. The logit of such a row is the mean of the others, which the
     log-sum-exp exceeds by log(vocabulary) at least, so the loss rises by log(1 + padding / vocabulary) at most whatever
     the weights are; the logit 0 of rows of zeros could outweigh all others. Other logits do not change.
 
     Raises:
-        WeightsError: the model is not supported, a tensor is absent, unknown or of another shape, or `out` is there.
+        WeightsError: the model is not supported, or a tensor is absent, unknown or of another shape.
     """
-    portable = read_hugging_face_config(source, make_vocab_size_divisible_by)
-    family, folder = family_of((portable.hugging_face or {}).get("model_type")), SafetensorsFolder(source)
-    parameters = _parameters(family, portable.model, portable.vocab_size, folder)
-    _check(parameters, folder, family, portable.model)
+
+    def __init__(self, source: Path, make_vocab_size_divisible_by: int = 1) -> None:
+        self.portable = read_hugging_face_config(source, make_vocab_size_divisible_by)
+        family = family_of((self.portable.hugging_face or {}).get("model_type"))
+        self._folder = SafetensorsFolder(source)
+        parameters = _parameters(family, self.portable.model, self.portable.vocab_size, self._folder)
+        _check(parameters, self._folder, family, self.portable.model)
+        self._parameters = {parameter.ours: parameter for parameter in parameters}
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self._parameters)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self._parameters[name].shape
+        return (self.portable.padded_vocab_size, *shape[1:]) if name in TOKEN_ROWS else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._folder.dtype(self._parameters[name].theirs[0])
+
+    def get(self, name: str) -> Tensor:
+        parameter = self._parameters[name]
+        ours = parameter.arrangement.join([self._folder.get(theirs) for theirs in parameter.theirs])
+        return _with_padding(ours, self.portable) if name in TOKEN_ROWS else ours
+
+
+def from_hugging_face(
+    source: Path, out: Path, settings: Settings, make_vocab_size_divisible_by: int = 1
+) -> PortableConfig:
+    """Write the Hugging Face model in folder `source` as portable weights into the new folder `out`.
+
+    Raises:
+        WeightsError: as HuggingFaceWeights, or `out` is there.
+    """
+    weights = HuggingFaceWeights(source, make_vocab_size_divisible_by)
     with _Progress(out, settings) as writer:
-        for parameter in parameters:
-            ours = parameter.arrangement.join([folder.get(name) for name in parameter.theirs])
-            writer.add(parameter.ours, _with_padding(ours, portable) if parameter.ours in TOKEN_ROWS else ours)
-        portable.write(writer.staging)
+        for name in weights.names:
+            writer.add(name, weights.get(name))
+        weights.portable.write(writer.staging)
         copy_tokenizer(source, writer.staging)
-    return portable
+    return weights.portable
 
 
 def read_hugging_face_config(source: Path, make_vocab_size_divisible_by: int = 1) -> PortableConfig:
@@ -109,7 +137,7 @@ def from_our_names(source: WeightSource, portable: PortableConfig, out: Path, se
 
     WeightsError if a tensor is absent, unknown or of another shape, or `out` is there.
     """
-    shapes = _check_ours(source, portable)
+    shapes = check_ours(source, portable)
     with _Progress(out, settings) as writer:
         for name in shapes:
             writer.add(name, source.get(name))
@@ -138,7 +166,7 @@ def to_hugging_face(
             "embedding; give --vocab-size, or the --like that the training began with."
         )
     family = choose_family(portable, model_type)
-    _check_ours(source, portable)
+    check_ours(source, portable)
     with _Progress(out, settings) as writer:
         for parameter in _parameters(family, portable.model, portable.padded_vocab_size):
             ours = source.get(parameter.ours)
@@ -261,7 +289,7 @@ def _check(parameters: Iterable[_Parameter], folder: WeightSource, family: Famil
     _refuse_unknown(name for name in folder.names if name not in used and not family.is_buffer(name))
 
 
-def _check_ours(source: WeightSource, portable: PortableConfig) -> dict[str, tuple[int, ...]]:
+def check_ours(source: WeightSource, portable: PortableConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of our parameters; WeightsError unless `source` has them all, and nothing else."""
     shapes = parameter_shapes(portable.model, portable.padded_vocab_size)
     for name, shape in shapes.items():

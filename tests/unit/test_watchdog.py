@@ -147,6 +147,6 @@ def test_a_store_that_does_not_answer_is_told_of() -> None:
             threading.Event().wait()
             return False
 
-    watchdog, said, heard = run_thread(Hanging())
+    _, said, heard = run_thread(Hanging())
     assert heard.wait(30)
     assert said[0].startswith("rank 0, or the launcher that started it, no longer answers; this rank was in")

@@ -1,0 +1,1 @@
+"""Text from a trained model: a prompt prefilled chunk by chunk, then one token at a time over what is cached."""

@@ -1,0 +1,152 @@
+"""A model that is run on a few tokens at a time, over the keys and values of those before.
+
+    for each chunk of the prompt, or each new token:
+        x = embed(tokens)
+        for each layer:
+            q, kv = before(x)
+            o     = attention merged over the new tokens themselves and the cached parts, fetched one ahead
+            kv   -> cache
+            x     = sum of after(x, o)
+
+A chunk goes through all layers before the next begins, so that nothing but the cache grows with the sequence, and the
+cache rests where the model's store keeps it: in host memory when offloading. The parts of the next layer are on their
+way while a layer computes. A new token is a chunk of one.
+
+    B sequences, C new tokens of each, h hidden size, H query heads, K key/value heads, D head size, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from megatron.fpdt.attention_tiles import attend
+from megatron.fpdt.plan import Tile
+from megatron.fpdt.store import Prefetch
+from megatron.fpdt.stream import Stream
+from megatron.generation.cache import BUFFER_TOKENS, KeyValueCache
+from megatron.generation.errors import GenerationError
+from megatron.model.transformer import GPTModel, TransformerLayer
+from megatron.ops.attention import AttentionBackend
+
+# Fewer queries go to a kernel that serves tiles of any length.
+SHORT_CHUNK = 128
+
+
+class CachedModel:
+    """A model of one process, in evaluation mode, and the first `num_ids` of its vocabulary.
+
+    `short_attention` serves chunks of few tokens. With `isolated_chunks`, chunks of a prompt do not see each other.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        stream: Stream,
+        num_ids: int,
+        short_attention: AttentionBackend,
+        isolated_chunks: bool = False,
+    ) -> None:
+        self.model = model
+        self.stream = stream
+        self.num_ids = num_ids
+        self.isolated_chunks = isolated_chunks
+        self._short_attention = short_attention
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that there are learned positions for; None where positions are rotary."""
+        table = self.model.embedding.position_embeddings
+        return None if table is None else len(table.weight)
+
+    def check(self, prompt: Sequence[int], num_new_tokens: int) -> None:
+        """Raise GenerationError for a prompt that is empty, has unknown ids or leaves no positions for new tokens."""
+        check_prompt(prompt, num_new_tokens, self.num_ids, self.max_length)
+
+    @torch.no_grad()
+    def prefill(self, prompt: Sequence[int]) -> tuple[KeyValueCache, Tensor]:
+        """Run a prompt; its cache, and the logits [V] of the token after it."""
+        stream = self.stream
+        buffer_tokens = min(BUFFER_TOKENS, stream.chunk_length)
+        cache = KeyValueCache(stream.store, len(self.model.layers), buffer_tokens)
+        for chunk in torch.tensor(prompt, dtype=torch.int64).split(stream.chunk_length):
+            if self.isolated_chunks:
+                cache.forget()
+            x_C1h = self.extend([cache], chunk[None])
+        return cache, self.logits(x_C1h[-1:])[0, 0]
+
+    @torch.no_grad()
+    def extend(self, caches: Sequence[KeyValueCache], tokens_BC: Tensor) -> Tensor:
+        """Run the tokens [B, C] that follow the B sequences cached, which then hold them too: the last block's output.
+
+        [C, B, h] on the compute device, as `logits` takes it. Attention runs sequence by sequence, as each has a
+        length of its own; what is token-wise runs on all at once.
+        """
+        stream, layers = self.stream, cast(Sequence[TransformerLayer], self.model.layers)
+        starts_B1 = torch.tensor([[cache.length] for cache in caches])
+        tokens_BC, positions_BC = (
+            stream.on_device(t) for t in (tokens_BC, starts_B1 + torch.arange(tokens_BC.shape[1]))
+        )
+        groups = [[part] for layer in range(len(layers)) for cache in caches for part in cache.parts(layer)]
+        parts_ahead = stream.store.prefetch(groups, ahead=False)
+        x_CBh = self.model.embedding.embed(tokens_BC, positions_BC)
+        for number, layer in enumerate(layers):
+            q_CBHD, kv_CBKD = layer.before(x_CBh, positions_BC)
+            o_CBHD = self._attend(number, layer, caches, q_CBHD, kv_CBKD, parts_ahead)
+            x_CBh = stream.output(layer, x_CBh, o_CBHD)
+        for cache in caches:
+            cache.advance(tokens_BC.shape[1])
+        stream.store.let_go()
+        return x_CBh
+
+    @torch.no_grad()
+    def logits(self, x_CBh: Tensor) -> Tensor:
+        """Logits [C, B, V] in fp32 (fp64 for fp64) of the tokens after those of `extend`, of the known ids alone."""
+        head = self.model.head
+        logits_CBV = head.output_layer(head.final_layernorm(x_CBh))[..., : self.num_ids]
+        return logits_CBV.to(torch.promote_types(x_CBh.dtype, torch.float32))
+
+    def _attend(
+        self,
+        number: int,
+        layer: TransformerLayer,
+        caches: Sequence[KeyValueCache],
+        q_CBHD: Tensor,
+        kv_CBKD: Tensor,
+        parts_ahead: Prefetch,
+    ) -> Tensor:
+        attention = self._short_attention if len(q_CBHD) < SHORT_CHUNK else self.stream.attention
+        outputs = []
+        for cache, q_C1HD, kv_C1KD in zip(caches, q_CBHD.split(1, 1), kv_CBKD.split(1, 1), strict=True):
+            row = _row(len(cache.parts(number)))
+            outputs.append(attend(attention, layer.softmax_scale, row, q_C1HD, kv_C1KD, parts_ahead)[0])
+            cache.add(number, kv_C1KD)
+        return torch.cat(outputs, 1)
+
+
+def _row(num_parts: int) -> list[Tile]:
+    """The new tokens against themselves, and against each part that is cached."""
+    return [Tile(num_parts, key) for key in (num_parts, *range(num_parts))]
+
+
+def check_prompt(prompt: Sequence[int], num_new_tokens: int, num_ids: int, max_length: int | None) -> None:
+    """Raise GenerationError for a prompt that is empty, has ids of `num_ids` or above, or is too long.
+
+    `max_length` bounds prompt and new tokens together where positions are learned.
+    """
+    if not prompt:
+        raise GenerationError("the prompt has no tokens, and there is nothing to go on from; give at least one.")
+    unknown = next((token for token in prompt if not 0 <= token < num_ids), None)
+    if unknown is not None:
+        raise GenerationError(
+            f"token id {unknown} of the prompt is outside the model's vocabulary, ids 0 to {num_ids - 1}; use the "
+            "tokenizer that it was trained with."
+        )
+    if max_length is not None and len(prompt) + num_new_tokens > max_length:
+        raise GenerationError(
+            f"the prompt ({len(prompt)} tokens) and {num_new_tokens} new ones pass the {max_length} positions that the "
+            f"model has learned; use a shorter prompt, or at most {max(max_length - len(prompt), 0)} new tokens."
+        )

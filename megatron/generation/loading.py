@@ -1,0 +1,82 @@
+"""From weights of any kind to a model that generates, on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron.core.parallel_state import ParallelState
+from megatron.generation.cached_model import CachedModel
+from megatron.generation.errors import GenerationError
+from megatron.model.builder import Execution, StreamedExecution, build_model
+from megatron.ops.attention import choose_backend
+from megatron.weights.model_opening import fill_model, open_model
+from megatron.weights.portable_config import PortableConfig
+from megatron.weights.source import WeightSource
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Where and how a model is run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    chunk_size: int = 65536
+    offloading: bool = False
+    device_memory_bytes: int = 0
+    host_memory_bytes: int | None = None
+    isolated_chunks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise GenerationError(
+                f"--ds-sequence-parallel-fpdt-chunk-size ({self.chunk_size}) must be 1 or more; use for example 16384."
+            )
+
+
+class OpenedModel:
+    """A model whose tensors are not read yet; WeightsError if there is none at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.portable: PortableConfig
+        self._source: WeightSource
+        self.portable, self._source = open_model(path)
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that have a row of their own."""
+        return self.portable.vocab_size
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that there are learned positions for; None where positions are rotary."""
+        model = self.portable.model
+        return None if model.use_rotary_position_embeddings else model.max_position_embeddings
+
+    def build(self, inference: Inference, longest: int, num_ids: int | None = None) -> CachedModel:
+        """Read the weights. No sequence will have more than `longest` tokens, nor an id of `num_ids` or above.
+
+        Dynamic scaling of RoPE, which depends on a sequence's length, is that of `longest` tokens.
+
+        Raises:
+            WeightsError: a tensor is absent, unknown or of another shape.
+            AttentionUnavailable: no kernel serves the dtype on the device.
+        """
+        portable = self.portable
+        config = replace(portable.model, seq_length=longest, attention_dropout=0.0, hidden_dropout=0.0)
+        execution = Execution(
+            fpdt=True,
+            chunk_size=inference.chunk_size,
+            offloading=inference.offloading,
+            device_memory_bytes=inference.device_memory_bytes,
+            host_memory_bytes=inference.host_memory_bytes,
+        )
+        device, dtype = inference.device, inference.dtype
+        short_attention = choose_backend("auto", device, dtype, config.kv_channels, documents=True)
+        model = build_model(config, portable.padded_vocab_size, ParallelState(), execution, dtype, device).eval()
+        fill_model(model, portable, self._source)
+        assert isinstance(model.execution, StreamedExecution)
+        num_ids = min(self.num_ids, num_ids or self.num_ids)
+        return CachedModel(model, model.execution.stream, num_ids, short_attention, inference.isolated_chunks)

@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Measure what a model makes of a long context.
+
+    tools/eval_long_context.py perplexity --load MODEL --data-path data/books_text_document --contexts 1024 8192 65536
+    tools/eval_long_context.py needle --load MODEL --haystack book.txt --lengths 4096 32768 131072 --output-dir needle
+
+perplexity gives the loss of the same tokens behind more and more context, through FPDT's forward pass. needle hides a
+statement at every depth of contexts of every length and asks for it; it writes a heat map and JSON. With
+--ds-sequence-parallel-fpdt-offloading a context may be longer than the GPU holds. MODEL is a training checkpoint,
+portable weights or a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import numpy as np
+import numpy.typing as npt
+from model_arguments import add_model_arguments, add_tokenizer_arguments, inference_of, num_ids_of, tokenizer_of
+
+from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.vocabulary import check_tokens
+from megatron.evaluation.context_loss import ContextLoss, loss_by_context
+from megatron.evaluation.errors import EvaluationError
+from megatron.evaluation.heat_map import draw_heat_map
+from megatron.evaluation.needle import Cell, Haystack, SyntheticHaystack, TextHaystack, find_needles
+from megatron.evaluation.recall import RecallVocabulary
+from megatron.fpdt.host_pool import HostMemoryError
+from megatron.generation.loading import OpenedModel
+from megatron.tokenizer import Tokenizer
+
+QUESTION = "\nThe secret number of {key} is"
+CONTEXTS = (1024, 4096, 16384, 65536)
+LENGTHS = (1024, 2048, 4096, 8192)
+
+Tokens = npt.NDArray[Any]
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    perplexity = kinds.add_parser("perplexity", help="loss of the same tokens by length of context")
+    data = perplexity.add_argument_group("documents").add_mutually_exclusive_group(required=True)
+    data.add_argument("--data-path", metavar="PREFIX", help="a dataset, PREFIX.bin and PREFIX.idx")
+    data.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="text files, a document each")
+    perplexity.add_argument(
+        "--contexts", type=int, nargs="+", default=CONTEXTS, metavar="N", help=f"tokens before the scored {CONTEXTS}"
+    )
+    perplexity.add_argument("--scored-tokens", type=int, default=256, metavar="N", help="[%(default)s]")
+    perplexity.add_argument("--documents", type=int, default=8, metavar="N", help="most to read [%(default)s]")
+    perplexity.add_argument("--output", type=Path, metavar="FILE", help="JSON to write [none]")
+    needle = kinds.add_parser("needle", help="find one statement in a long context")
+    needle.add_argument("--haystack", type=Path, metavar="FILE", help="a text [synthetic ids: noise, keys and values]")
+    needle.add_argument("--question", default=QUESTION, help="of a text; {key} is a name [%(default)r]")
+    needle.add_argument("--num-keys", type=int, default=1, help="synthetic ids that are keys [%(default)s]")
+    needle.add_argument("--num-values", type=int, default=16, help="synthetic ids that are values [%(default)s]")
+    needle.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help=f"tokens {LENGTHS}")
+    needle.add_argument("--depths", type=int, default=11, metavar="N", help="from 0%% to 100%% [%(default)s]")
+    needle.add_argument("--trials", type=int, default=4, metavar="N", help="needles per square [%(default)s]")
+    needle.add_argument("--seed", type=int, default=1234, help="[%(default)s]")
+    needle.add_argument(
+        "--isolated-chunks", action="store_true", help="control: no chunk of the context sees another one"
+    )
+    needle.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="for needle.json and needle.png")
+    for each in (perplexity, needle):
+        add_model_arguments(each)
+        add_tokenizer_arguments(each)
+    arguments = parser.parse_args(argv)
+    for flag in ("contexts", "scored_tokens", "documents", "lengths", "depths", "trials"):
+        value = getattr(arguments, flag, 1)
+        smallest = min(value) if isinstance(value, Sequence) else value
+        if smallest < 1:
+            parser.error(f"--{flag.replace('_', '-')} ({smallest}) must be 1 or more.")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        if arguments.kind == "perplexity":
+            measure_perplexity(arguments)
+        else:
+            search_needles(arguments)
+    except (ValueError, OSError, HostMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure_perplexity(arguments: argparse.Namespace) -> None:
+    """Print a table, and write it as JSON if asked."""
+    inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), OpenedModel(arguments.load)
+    longest = max(arguments.contexts) + arguments.scored_tokens
+    _refuse_too_long(opened, "--contexts with --scored-tokens", longest)
+    documents = list(read_documents(arguments, tokenizer, longest, num_ids_of(opened, tokenizer)))
+    model = opened.build(inference, longest).model
+    results = loss_by_context(model, documents, sorted(set(arguments.contexts)), arguments.scored_tokens)
+    print(f"{'context':>12} {'loss':>10} {'perplexity':>12} {'tokens':>10}")
+    for result in results:
+        print(f"{result.context:>12,} {result.loss:>10.4f} {result.perplexity:>12.3f} {result.num_tokens:>10,}")
+    if arguments.output is not None:
+        _write_json(arguments.output, {"load": str(arguments.load), "contexts": [_as_json(each) for each in results]})
+
+
+def read_documents(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, length: int, num_ids: int
+) -> Iterator[list[int]]:
+    """The first documents that are long enough, `length` tokens of each; DataError for an unknown id."""
+    for name, tokens in islice(_documents(arguments, tokenizer, length), arguments.documents):
+        check_tokens(tokens, num_ids, name)
+        yield tokens.tolist()
+
+
+def _documents(arguments: argparse.Namespace, tokenizer: Tokenizer, length: int) -> Iterator[tuple[str, Tokens]]:
+    if arguments.data_path is not None:
+        indexed = IndexedDataset(arguments.data_path)
+        for number in np.flatnonzero(indexed.document_sizes >= length):
+            yield f"document {number} of {indexed.prefix}", indexed.get_document(int(number), 0, length)
+        return
+    for path in arguments.text:
+        tokens = tokenizer.tokenize(path.read_text(encoding="utf-8"))
+        if len(tokens) >= length:
+            yield str(path), np.array(tokens[:length], dtype=np.int64)
+
+
+def search_needles(arguments: argparse.Namespace) -> None:
+    """Write needle.json and needle.png, and print a table."""
+    inference, tokenizer = inference_of(arguments, arguments.isolated_chunks), tokenizer_of(arguments)
+    opened = OpenedModel(arguments.load)
+    _refuse_too_long(opened, "--lengths", max(arguments.lengths))
+    haystack = haystack_of(arguments, tokenizer)
+    model = opened.build(inference, max(arguments.lengths), num_ids_of(opened, tokenizer))
+    depths = [step / max(arguments.depths - 1, 1) for step in range(arguments.depths)]
+    lengths = sorted(set(arguments.lengths))
+    cells = find_needles(model, haystack, lengths, depths, arguments.trials, arguments.seed)
+    _print_cells(cells, lengths)
+    content = {
+        "load": str(arguments.load),
+        "isolated_chunks": arguments.isolated_chunks,
+        "trials": arguments.trials,
+        "cells": [asdict(cell) for cell in cells],
+    }
+    _write_json(arguments.output_dir / "needle.json", content)
+    draw_heat_map(cells, arguments.output_dir / "needle.png", f"needles found by {arguments.load.name}")
+    print(f"{arguments.output_dir / 'needle.png'}")
+
+
+def haystack_of(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Haystack:
+    """The text named, or synthetic ids; EvaluationError for what cannot hide a needle."""
+    if arguments.haystack is not None:
+        text = tokenizer.tokenize(arguments.haystack.read_text(encoding="utf-8"))
+        return TextHaystack(text, tokenizer.tokenize, arguments.question)
+    if arguments.tokenizer_type != "NullTokenizer":
+        raise EvaluationError("without --haystack ids are synthetic, which is for NullTokenizer; name a text.")
+    return SyntheticHaystack(RecallVocabulary(tokenizer.eod, arguments.num_keys, arguments.num_values))
+
+
+def _refuse_too_long(opened: OpenedModel, flags: str, longest: int) -> None:
+    if opened.max_length is not None and longest > opened.max_length:
+        raise EvaluationError(
+            f"{flags} ({longest} tokens) pass the {opened.max_length} positions that the model has learned; use "
+            "shorter ones."
+        )
+
+
+def _print_cells(cells: Sequence[Cell], lengths: Sequence[int]) -> None:
+    print(f"{'depth':>6} " + " ".join(f"{length:>10,}" for length in lengths))
+    for depth in sorted({cell.depth for cell in cells}):
+        row = {cell.length: cell for cell in cells if cell.depth == depth}
+        print(f"{depth:>6.0%} " + " ".join(f"{row[length].accuracy:>10.2f}" for length in lengths))
+
+
+def _as_json(result: ContextLoss) -> dict[str, float]:
+    return {**asdict(result), "perplexity": result.perplexity}
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Write a dataset of token ids in which a value can be told from its key by whoever remembers the first mention.
+
+    tools/make_recall_corpus.py --output-prefix data/recall --documents 20000 --length 128
+
+It is for NullTokenizer, with the same --vocab-size, and --seq-length as long as a document, so that every sample is
+one. --ends-every cuts documents into pieces that a training with --reset-attention-mask keeps apart: a control that
+cannot remember.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.data.errors import DataError
+from megatron.data.indexed_dataset import IndexedDatasetWriter, smallest_dtype
+from megatron.evaluation.errors import EvaluationError
+from megatron.evaluation.recall import RecallVocabulary, recall_documents
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-prefix", required=True, help="the files are PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--documents", type=int, default=10000, metavar="N", help="[%(default)s]")
+    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of a document [%(default)s]")
+    parser.add_argument(
+        "--max-mentions", type=int, default=16, metavar="N", help="pairs of a document, 2 to this [%(default)s]"
+    )
+    parser.add_argument("--ends-every", type=int, metavar="N", help="end a document at every Nth token too [no]")
+    ids = RecallVocabulary()
+    parser.add_argument("--vocab-size", type=int, default=ids.vocab_size, help="as NullTokenizer's [%(default)s]")
+    parser.add_argument("--num-keys", type=int, default=ids.num_keys, help="ids that are keys [%(default)s]")
+    parser.add_argument("--num-values", type=int, default=ids.num_values, help="ids that are values [%(default)s]")
+    parser.add_argument("--seed", type=int, default=1234, help="[%(default)s]")
+    arguments = parser.parse_args(argv)
+    if arguments.documents < 1:
+        parser.error(f"--documents ({arguments.documents}) must be 1 or more.")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        write_corpus(arguments)
+    except (EvaluationError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_corpus(arguments: argparse.Namespace) -> None:
+    """Write the dataset that the arguments describe."""
+    vocabulary = RecallVocabulary(arguments.vocab_size, arguments.num_keys, arguments.num_values)
+    documents = recall_documents(
+        vocabulary,
+        arguments.documents,
+        arguments.length,
+        arguments.max_mentions,
+        arguments.seed,
+        arguments.ends_every,
+    )
+    prefix = Path(arguments.output_prefix)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with IndexedDatasetWriter(prefix, smallest_dtype(vocabulary.vocab_size + 1)) as writer:
+        for document in documents:
+            writer.add_document(document)
+    print(f"{prefix}: {writer.num_documents} documents of {arguments.length} tokens")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Flags that the tools share which run a model: which one, how, and its tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from megatron.config.tokenizer import TiktokenPattern
+from megatron.generation.loading import Inference, OpenedModel
+from megatron.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerError, build_tokenizer
+from megatron.weights.opening import newest_checkpoint
+
+GIB = 2**30
+FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and where it runs."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--load", type=Path, required=True, metavar="MODEL",
+        help="a training checkpoint of any layout, portable weights, or a Hugging Face folder",
+    )  # fmt: skip
+    model.add_argument("--device", help="[cuda where there is a GPU, else cpu]")
+    model.add_argument("--dtype", choices=FORMATS, help="number format of weights and cache [bf16; fp32 on the CPU]")
+    fpdt = "--ds-sequence-parallel-fpdt"
+    model.add_argument(
+        f"{fpdt}-chunk-size", type=int, default=65536, metavar="N", help="tokens per chunk [%(default)s]"
+    )
+    model.add_argument(f"{fpdt}-offloading", action="store_true", help="keep chunks and the cache in host memory")
+    model.add_argument(
+        f"{fpdt}-device-memory", type=float, default=0, metavar="GIB",
+        help="with offloading: what may stay on the GPU all the same [%(default)g]",
+    )  # fmt: skip
+    model.add_argument(f"{fpdt}-host-memory", type=float, metavar="GIB", help="most host memory to take [no limit]")
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """The tokenizer, under the names that training has."""
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument(
+        "--tokenizer-type", choices=TOKENIZER_TYPES, help="[HFTokenizer, of the tokenizer.json beside the weights]"
+    )
+    tokenizer.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
+    tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
+    tokenizer.add_argument("--tokenizer-model", help="model file of the other kinds")
+    tokenizer.add_argument(
+        "--tiktoken-pattern",
+        choices=get_args(TiktokenPattern),
+        help="models that TikTokenizer splits text as [those that published such a file]",
+    )
+    tokenizer.add_argument("--vocab-size", type=int, help="number of ids of NullTokenizer")
+
+
+def tokenizer_of(arguments: argparse.Namespace) -> Tokenizer:
+    """The tokenizer that the flags name, or the one beside the weights; TokenizerError if there is none."""
+    kind, model = arguments.tokenizer_type, arguments.tokenizer_model
+    if kind is None:
+        beside = newest_checkpoint(arguments.load) / "tokenizer.json"
+        if model is None and not beside.is_file():
+            raise TokenizerError(f"{arguments.load} has no tokenizer.json; name the tokenizer by --tokenizer-type.")
+        kind, model = "HFTokenizer", model or str(beside)
+    return build_tokenizer(
+        kind, arguments.vocab_file, arguments.merge_file, model, arguments.vocab_size, arguments.tiktoken_pattern
+    )
+
+
+def inference_of(arguments: argparse.Namespace, isolated_chunks: bool = False) -> Inference:
+    """How the flags want the model to be run; ValueError for what cannot be."""
+    has_gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(arguments.device or ("cuda" if has_gpu else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device ({arguments.device}) is unknown; use cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not has_gpu:
+        raise ValueError(f"--device ({arguments.device}) is not there: this machine has no GPU; use cpu.")
+    host_memory = arguments.ds_sequence_parallel_fpdt_host_memory
+    return Inference(
+        device=device,
+        dtype=FORMATS[arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")],
+        chunk_size=arguments.ds_sequence_parallel_fpdt_chunk_size,
+        offloading=arguments.ds_sequence_parallel_fpdt_offloading,
+        device_memory_bytes=int(arguments.ds_sequence_parallel_fpdt_device_memory * GIB),
+        host_memory_bytes=None if host_memory is None else int(host_memory * GIB),
+        isolated_chunks=isolated_chunks,
+    )
+
+
+def num_ids_of(opened: OpenedModel, tokenizer: Tokenizer) -> int:
+    """Ids that both the model and the tokenizer have."""
+    return min(opened.num_ids, tokenizer.vocab_size)
