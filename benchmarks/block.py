@@ -44,7 +44,6 @@ from benchmarks.common import (
     spread,
     wall_seconds,
 )
-from benchmarks.kernel_times import seconds_by_kind, seconds_by_name, trace
 from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents
 from megatron.core.host_memory import available_host_bytes
@@ -52,6 +51,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept
 from megatron.fpdt.store import ChunkStore
 from megatron.logging.accounting import model_flops
+from megatron.logging.kernel_times import kernels_of, seconds_by_kind, seconds_by_name
 from megatron.model.builder import Execution, build_model
 from megatron.ops.attention import choose_backend
 
@@ -302,13 +302,13 @@ def _measure(
 
 def _profile(contestant: Contestant) -> Row:
     """One more run, traced; seconds are those of all its blocks."""
-
-    def run() -> None:
+    contestant.prepare()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
         contestant.forward()
         contestant.backward()
-
-    contestant.prepare()
-    kernels = trace(run)
+        torch.cuda.synchronize()
+    kernels = kernels_of(profile)
     return {"seconds": seconds_by_kind(kernels), "kernels": seconds_by_name(kernels)}
 
 

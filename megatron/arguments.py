@@ -2,7 +2,7 @@
 
 A field's type decides the flag's form, and the string under the field is its --help:
 
-    bool                switch                    tuple[str, ...]     one or more words
+    bool                switch                    tuple[str, ...]     one or more words, or with int numbers
     int, float, str     one value                 Literal[...]        one of these words, in any case
 
 Underscores and dashes in a flag's name are the same.
@@ -114,7 +114,8 @@ def _add_flag(group: argparse._ArgumentGroup, member: Field[Any], annotation: An
     if kind is bool:
         group.add_argument(flag, action="store_true", help=text)
     elif typing.get_origin(kind) is tuple:
-        group.add_argument(flag, nargs="+", action=_AsTuple, metavar="WORD", help=text)
+        convert, metavar = _TUPLES[typing.get_args(kind)[0]]
+        group.add_argument(flag, nargs="+", action=_AsTuple, type=convert, metavar=metavar, help=text)
     elif typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         metavar = "{" + ",".join(map(str, choices)) + "}"
@@ -211,6 +212,9 @@ _PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     str: (str, "TEXT"),
     ChunkSize: (_chunk_size, "N|auto"),
 }
+
+# By the type of the values of a flag that takes several.
+_TUPLES: dict[Any, tuple[Callable[[str], Any], str]] = {str: (str, "WORD"), int: (_whole_number, "N")}
 
 
 def _with_dashes(word: str) -> str:

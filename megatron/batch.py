@@ -85,7 +85,7 @@ def slice_batch(
     tokens = np.stack([sample.tokens[owned] for sample in samples])
     labels = np.stack([sample.tokens[owned + 1] for sample in samples])
     masks = [np.ones(len(owned), bool) if s.loss_mask is None else s.loss_mask[owned] for s in samples]
-    positions = [_positions(owned, sample.documents if restart_positions else None) for sample in samples]
+    positions = [document_positions(owned, sample.documents if restart_positions else None) for sample in samples]
     parts = map(torch.from_numpy, (tokens, labels, np.stack(masks).astype(np.float32), np.stack(positions)))
     tokens_BS, labels_BS, mask_BS, positions_BS = (part.pin_memory() if pin else part for part in parts)
     documents = _documents(samples, layout.sequence_length) if separate_documents else None
@@ -100,7 +100,8 @@ def slice_batch(
     )
 
 
-def _positions(owned: npt.NDArray[np.int64], documents: tuple[Span, ...] | None) -> npt.NDArray[np.int64]:
+def document_positions(owned: npt.NDArray[np.int64], documents: tuple[Span, ...] | None) -> npt.NDArray[np.int64]:
+    """Positions in the document of the tokens at the positions `owned` of the sequence, which is one without any."""
     if not documents:
         return owned
     starts = np.array([start for start, _ in documents])

@@ -60,11 +60,18 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
 
 
 def _plan(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> Plan | None:
+    """The plan of a run with FPDT, which chooses its chunk and refuses what does not fit; None for the others."""
+    if not config.parallel.ds_sequence_parallel_fpdt:
+        return None
+    return plan_of_run(config, context, padded_vocab_size, host_memory)
+
+
+def plan_of_run(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> Plan | None:
     """The run as the planner sees it, on the smallest GPU; None where it plans nothing of the kind."""
     model, parallel = config.model, config.parallel
-    streamed = parallel.ds_sequence_parallel_fpdt and parallel.ds_sequence_parallel_fpdt_offloading
+    on_gpu_alone = parallel.ds_sequence_parallel_fpdt and not parallel.ds_sequence_parallel_fpdt_offloading
     in_half = context.dtype.itemsize == HALF
-    if context.device.type != "cuda" or not streamed or not in_half or offloads(config, "offload_param"):
+    if context.device.type != "cuda" or on_gpu_alone or not in_half or offloads(config, "offload_param"):
         return None
     gpu = gpu_like(torch.cuda.get_device_name(context.device), context.device_memory_bytes)
     kernel = choose_backend(

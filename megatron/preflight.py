@@ -47,7 +47,12 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
     checkpoint = find_checkpoint(config.checkpoint)
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
-    for flag, folder in (("--save", config.checkpoint.save), ("--tensorboard-dir", config.logging.tensorboard_dir)):
+    folders = {
+        "--save": config.checkpoint.save,
+        "--tensorboard-dir": config.logging.tensorboard_dir,
+        "--profile-dir": config.logging.profile_dir,
+    }
+    for flag, folder in folders.items():
         if folder is not None:
             check_writable(flag, Path(folder))
     if config.logging.wandb_project:

@@ -25,6 +25,7 @@ from megatron.initialize import Context, device_type, initialize, world_from_env
 from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.ops.attention import AttentionUnavailable
+from megatron.out_of_memory import OutOfMemory
 from megatron.preflight import DataCheck, Vocabulary, check_inputs
 from megatron.tokenizer import TokenizerError
 from megatron.training import DatasetsProvider, pretrain
@@ -37,6 +38,7 @@ USER_ERRORS = (
     CheckpointError,
     WeightsError,
     HostMemoryError,
+    OutOfMemory,
     AttentionUnavailable,
 )
 SECONDS_FOR_RANK_0 = 10.0

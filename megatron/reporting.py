@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from megatron.config import Config
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.stream import Stream
-from megatron.initialize import Context
+from megatron.initialize import GIB, Context
 from megatron.logging.accounting import (
     flops_of_checkpointing,
     flops_of_streaming,
@@ -20,7 +23,17 @@ from megatron.logging.accounting import (
     throughput,
 )
 from megatron.logging.device_peak import peak_tflops
-from megatron.logging.log_line import IterationRecord, ValidationRecord, format_iteration, format_validation
+from megatron.logging.log_line import (
+    Bucket,
+    IterationRecord,
+    PositionRecord,
+    ValidationRecord,
+    format_iteration,
+    format_positions,
+    format_validation,
+)
+from megatron.logging.loss_watch import LossWatch
+from megatron.logging.run_history import SCALARS, position_scalar
 from megatron.logging.writers import MetricWriter
 from megatron.train_state import TrainState
 
@@ -42,12 +55,20 @@ class Reporter:
         self._padded_vocab_size, self._stream = padded_vocab_size, stream
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
+        self._watch = LossWatch(config.logging.loss_spike_factor)
         self._losses: list[Tensor] = []
         self._attention_shares: list[float] = []
         self._started = time.monotonic()
 
-    def restart_clock(self) -> None:
-        """Leave out of the next line's times what happened since the last one (evaluation, saving)."""
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out of the next line's times what happens within: evaluation, saving."""
+        paused = time.monotonic()
+        yield
+        self._started += time.monotonic() - paused
+
+    def restart(self) -> None:
+        """Begin the next line's iterations and times here."""
         self._started = time.monotonic()
         self._losses.clear()
         self._attention_shares.clear()
@@ -66,9 +87,12 @@ class Reporter:
         grad_norm: float | None,
     ) -> None:
         """Write the line of the iterations since the last one. Waits for the device."""
-        losses = torch.stack(self._losses)
-        finite = losses[losses.isfinite()]
+        losses = torch.stack(self._losses).tolist()
+        finite = [loss for loss in losses if math.isfinite(loss)]
         state.nan_iterations += len(losses) - len(finite)
+        for iteration, loss in enumerate(losses, state.iteration - len(losses) + 1):
+            if (warning := self._watch.look(iteration, loss)) is not None:
+                self._context.log.warning("%s", warning)
         seconds = (time.monotonic() - self._started) / len(losses)
         model = self._config.model
         attention_share = statistics.mean(self._attention_shares)
@@ -90,7 +114,7 @@ class Reporter:
             milliseconds=seconds * 1e3,
             learning_rate=learning_rate,
             global_batch_size=global_batch_size,
-            loss=finite.mean().item() if len(finite) else None,
+            loss=statistics.fmean(finite) if finite else None,
             loss_scale=loss_scale,
             grad_norm=grad_norm,
             tokens_per_second_per_gpu=speed.tokens_per_second_per_gpu,
@@ -98,27 +122,31 @@ class Reporter:
             mfu=speed.mfu,
             hfu=speed.hfu,
             peak_gpu_gib=self._peak_gpu_gib(),
-            host_gib=psutil.Process().memory_info().rss / 2**30,
+            host_gib=psutil.Process().memory_info().rss / GIB,
+            host_pool_gib=self._stream.store.pool.allocated_bytes / GIB,
             skipped_iterations=state.skipped_iterations,
             nan_iterations=state.nan_iterations,
         )
         self._context.log.info(format_iteration(record))
-        names = ("loss", "learning_rate", "grad_norm", "loss_scale", "tokens_per_second_per_gpu",
-                 "model_tflops_per_gpu", "mfu", "hfu", "peak_gpu_gib", "host_gib")  # fmt: skip
-        values = {f"train/{name}": getattr(record, name) for name in names}
+        values = {f"train/{name}": getattr(record, name) for name in SCALARS}
         self._writer.write(state.iteration, {name: value for name, value in values.items() if value is not None})
-        self.restart_clock()
+        self.restart()
 
-    def evaluation(self, iteration: int, loss: float, part: str) -> None:
-        """Write the line of an evaluation."""
+    def evaluation(self, iteration: int, loss: float, part: str, buckets: Sequence[Bucket] = ()) -> None:
+        """Write the line of an evaluation, and one of the losses by position where there are any."""
         record = ValidationRecord(iteration=iteration, loss=loss, part=part)
         self._context.log.info(format_validation(record))
-        self._writer.write(iteration, {f"{part}/loss": loss, f"{part}/perplexity": record.perplexity})
+        scalars = {f"{part}/loss": loss, f"{part}/perplexity": record.perplexity}
+        if buckets:
+            positions = PositionRecord(iteration=iteration, part=part, buckets=tuple(buckets))
+            self._context.log.info(format_positions(positions))
+            scalars |= {f"{part}/{position_scalar(bucket)}": bucket.loss for bucket in buckets}
+        self._writer.write(iteration, scalars)
 
     def _peak_gpu_gib(self) -> float | None:
         if self._context.device.type != "cuda":
             return None
-        return torch.cuda.max_memory_allocated(self._context.device) / 2**30
+        return torch.cuda.max_memory_allocated(self._context.device) / GIB
 
 
 def _flops_run_again(config: Config, stream: Stream, attention_share: float) -> int:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,8 +29,11 @@ from megatron.fpdt.stream import ProgressReport, Stream
 from megatron.initialize import GIB, Context, connect_store
 from megatron.logging.progress import StepProgress, build_progress
 from megatron.logging.writers import build_writer
+from megatron.loss_by_position import LossByPosition, bucket_edges
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.optimizer.schedule import LearningRateSchedule
+from megatron.out_of_memory import Ledger
+from megatron.profiling import StepProfiler
 from megatron.reporting import Reporter
 from megatron.train_state import TrainState
 from megatron.watchdog import EXIT_CODE, Watchdog, WatchedProgress
@@ -84,7 +88,27 @@ def pretrain(
     provide_batch: BatchProvider,
     provide_datasets: DatasetsProvider,
 ) -> None:
-    """Train from the newest checkpoint, or from the start, to the end that the configuration sets."""
+    """Train from the newest checkpoint, or from the start, to the end that the configuration sets.
+
+    OutOfMemory, with a ledger of who holds what, where GPU or host memory runs out.
+    """
+    ledger = Ledger(config, context, padded_vocab_size)
+    with ledger.told_when_memory_runs_out():
+        _pretrain(
+            ledger, config, context, padded_vocab_size, leaf_modules, provide_model, provide_batch, provide_datasets
+        )
+
+
+def _pretrain(
+    ledger: Ledger,
+    config: Config,
+    context: Context,
+    padded_vocab_size: int,
+    leaf_modules: Sequence[type[nn.Module]],
+    provide_model: ModelProvider,
+    provide_batch: BatchProvider,
+    provide_datasets: DatasetsProvider,
+) -> None:
     for note in config.notes:
         context.log.info("note: %s", note)
     checkpoint = choose_checkpoint(config.checkpoint, context)
@@ -115,6 +139,7 @@ def pretrain(
     execution: Any = engine.module.execution
     stream: Stream = execution.stream
     stream.whole_parameters = engine.whole_parameters
+    ledger.engine, ledger.stream = engine, stream
     state = TrainState()
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, engine, context, config)
@@ -197,6 +222,7 @@ class Training:
         self._schedule = LearningRateSchedule.from_config(
             config.optimizer, config.training, lengths.global_batch_size, config.model.seq_length
         )
+        self._profiler = StepProfiler(config.logging, context)
         self._stop = StopSignal()
         self._started = time.monotonic()
         self._saved_iteration = state.iteration
@@ -204,7 +230,7 @@ class Training:
     def run(self) -> None:
         """Train to the end or to a reason to stop; then evaluate on the test part and save."""
         steps = self._lengths.iterations - self.state.iteration
-        with self._read(self._train_data, self.state.data_samples, steps) as batches:
+        with closing(self._profiler), self._read(self._train_data, self.state.data_samples, steps) as batches:
             if self._train(batches) == _EXIT:
                 return
         self._save()
@@ -216,7 +242,7 @@ class Training:
         config = self._config
         if self.state.iteration >= self._lengths.iterations:
             self._context.log.info("nothing to train: iteration %d is the last", self.state.iteration)
-        self._reporter.restart_clock()
+        self._reporter.restart()
         while self.state.iteration < self._lengths.iterations:
             must_exit = self._step(batches) == _EXIT
             iteration = self.state.iteration
@@ -237,7 +263,8 @@ class Training:
         num_tokens, attention_share, command = self._agree(batches)
         rate = self._learning_rate()
         self._progress.start_step(state.iteration + 1, self._num_units())
-        loss = engine.train_step([batch.inputs() for batch in batches], num_tokens, rate)
+        with self._profiler.step(state.iteration + 1):
+            loss = engine.train_step([batch.inputs() for batch in batches], num_tokens, rate)
         self._progress.finish_step()
         dist.all_reduce(loss)
         self._reporter.add(loss / num_tokens, attention_share)
@@ -294,29 +321,37 @@ class Training:
     def _evaluate(self, data: SampleDataset | None, part: str) -> None:
         if data is None:
             return
+        with self._reporter.pause():
+            self._evaluate_on(data, part)
+
+    def _evaluate_on(self, data: SampleDataset, part: str) -> None:
         num_steps = self._config.training.eval_iters
         self._progress.start_step(self.state.iteration, num_steps * self._forward_units())
         totals = torch.zeros(2, dtype=torch.float64, device=self._context.device)
+        by_position = self._loss_by_position()
         with self._read(data, 0, num_steps) as batches:
             for batch in batches:
-                totals[0] += self._engine.evaluate(batch.inputs())
+                totals[0] += by_position.evaluate(batch, self._engine.evaluate)
                 totals[1] += batch.num_tokens / self._context.parallel_state.sequence_parallel_size
         self._progress.finish_step()
         dist.all_reduce(totals)
-        self._reporter.evaluation(self.state.iteration, (totals[0] / totals[1]).item(), part)
-        self._reporter.restart_clock()
+        loss = (totals[0] / totals[1]).item()
+        self._reporter.evaluation(self.state.iteration, loss, part, by_position.buckets())
+
+    def _loss_by_position(self) -> LossByPosition:
+        length = self._config.model.seq_length
+        return LossByPosition(bucket_edges(self._config.logging, length), length, self._stream)
 
     def _save(self) -> None:
         """Save, where a folder is given and this iteration is not saved already."""
         if self._config.checkpoint.save is None or self._saved_iteration == self.state.iteration:
             return
         started = time.monotonic()
-        with self._watchdog.resting(f"saving iteration {self.state.iteration}"):
+        with self._reporter.pause(), self._watchdog.resting(f"saving iteration {self.state.iteration}"):
             path = self._saver.save(Path(self._config.checkpoint.save), self.state)
         self._saved_iteration = self.state.iteration
         gib, seconds = self._saver.size_bytes / GIB, time.monotonic() - started
         self._context.log.info("saved %s (%.3g GiB in %.1f s)", path, gib, seconds)
-        self._reporter.restart_clock()
 
 
 def _counts(batch: Batch) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a small LLaMA with FPDT on real text: the sources of the running Python's own standard library.
 #
-#   tools/quickstart.sh                             from nothing to a checkpoint and a loss curve
+#   tools/quickstart.sh                             from nothing to a checkpoint and curves
 #   CONTINUE=1 TRAIN_ITERS=160 tools/quickstart.sh   go on from the checkpoint
 #
 # Two processes with sequence-parallel size 2, ZeRO-3, and FPDT with offloading: on two GPUs in bf16, or on the CPU in
@@ -130,11 +130,11 @@ deepspeed --quiet --num_gpus "$num_processes" --master_port "${MASTER_PORT:-$(fr
   --data-path "$data/stdlib_text_document" --split 95,5,0 2>&1 | tee -a "$OUT/train.log"
 
 # --- result ------------------------------------------------------------------------------------------------------------
-python tools/plot_loss.py "$OUT/train.log" --output "$OUT/loss.png" --title "quickstart" >/dev/null
+python tools/plot_run.py "$OUT" --output "$OUT/loss.png" >/dev/null
 cat <<END
 
 checkpoint   $OUT/checkpoints
-loss curve   $OUT/loss.png
+curves       $OUT/loss.png
 TensorBoard  $VENV/bin/tensorboard --logdir $OUT/tensorboard
 continue     CONTINUE=1 OUT=$OUT TRAIN_ITERS=$((TRAIN_ITERS * 2)) tools/quickstart.sh
 END

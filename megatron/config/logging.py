@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ProgressStyle = Literal["auto", "bar", "line", "off"]
+PositionBuckets = Literal["powers-of-two", "equal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,31 @@ class LoggingConfig:
 
     tensorboard_dir: str | None = None
     """Folder for TensorBoard's events."""
+
+    log_loss_by_position: PositionBuckets | None = None
+    """Log the mean token loss by position in the context at every evaluation: in equal buckets, or in ones of which the
+    last has the second half of the sequence and each before it half of the rest."""
+
+    loss_position_buckets: int = 16
+    """How many buckets of position."""
+
+    loss_spike_factor: float | None = None
+    """Warn of an iteration whose loss is more than so many times the mean of the hundred before."""
+
+    profile: bool = False
+    """Write a timeline of some iterations, for Perfetto, and a summary of where the time went."""
+
+    profile_step_start: int = 10
+    """Profile the iterations after this one."""
+
+    profile_step_end: int = 12
+    """The last iteration that is profiled."""
+
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that are profiled."""
+
+    profile_dir: str | None = None
+    """Folder for what --profile writes. Default: that of --tensorboard-dir."""
 
     wandb_project: str | None = None
     """Weights & Biases project; needs the wandb package."""

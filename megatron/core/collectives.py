@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.ranges import ALL_TO_ALL, named_range
+
 # An all-to-all under way; calling it waits, on the device where there is one, and gives its result.
 Exchange = Callable[[], list[Tensor]]
 
@@ -51,10 +53,12 @@ def start_tokens_to_heads(
         by_rank_pcBnHD = t.unflatten(2, (n, p, -1)).permute(3, 0, 1, 2, 4, 5)  # [c, B, n*p*H, D] -> [p, c, B, n, H, D]
         target.unflatten(3, (n, -1)).copy_(by_rank_pcBnHD)
     received = torch.empty_like(send_pcBHD)
-    work = dist.all_to_all_single(received, send_pcBHD, group=group, async_op=True)
+    with named_range(ALL_TO_ALL):
+        work = dist.all_to_all_single(received, send_pcBHD, group=group, async_op=True)
 
     def finish() -> list[Tensor]:
-        work.wait()
+        with named_range(ALL_TO_ALL):
+            work.wait()
         return list(received.flatten(0, 1).split(heads, 2))
 
     return finish
@@ -71,7 +75,8 @@ def heads_to_tokens(
     heads = [t.shape[2] for t in tensors_SBHD]
     send_SBHD = torch.cat(list(tensors_SBHD), 2) if len(heads) > 1 else tensors_SBHD[0].contiguous()
     received_SBHD = torch.empty_like(send_SBHD)
-    dist.all_to_all_single(received_SBHD, send_SBHD, group=group)
+    with named_range(ALL_TO_ALL):
+        dist.all_to_all_single(received_SBHD, send_SBHD, group=group)
     by_rank_pcBHD = received_SBHD.unflatten(0, (p, -1)).split(heads, 3)  # [p*c, B, H, D] -> [p, c, B, H, D]
     return [
         t.unflatten(3, (n, -1)).permute(1, 2, 3, 0, 4, 5).flatten(2, 4)  # [p, c, B, n, H, D] -> [c, B, n*p*H, D]

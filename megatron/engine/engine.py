@@ -13,6 +13,7 @@ exact gradient, for every ZeRO stage alike; checkpoints and universal checkpoint
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from megatron.config import OptimizerConfig
+from megatron.core.ranges import named_range
 from megatron.engine.adam import build_adam
 from megatron.engine.durable_writer import DurableWriter
 from megatron.engine.state_loading import load_state
@@ -97,12 +99,14 @@ class Engine:
             group["lr"] = learning_rate
         total = torch.zeros_like(num_tokens, dtype=torch.float32)
         for batch in batches:
-            loss = self._engine(*batch)
+            with named_range("forward"):
+                loss = self._engine(*batch)
             # DeepSpeed's hooks and the streamed blocks run in one thread, in one order, on every rank.
-            with torch.autograd.set_multithreading_enabled(False):
+            with torch.autograd.set_multithreading_enabled(False), named_range("backward"):
                 self._engine.backward(loss * (self._world_size / num_tokens), scale_wrt_gas=False)
             self._before_step()
-            self._engine.step()
+            with named_range("optimizer"):
+                self._engine.step()
             total += loss.detach()
         return total
 
@@ -126,6 +130,26 @@ class Engine:
         """Norm of the last step's whole gradient, before clipping."""
         norm = self._gradient_norm if self._measures_norm else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def held_bytes(self) -> dict[tuple[str, str], int]:
+        """Bytes of this rank's weights, gradients and optimizer states by (what, type of the device)."""
+        parameters = list(self.module.parameters())
+        weights = [p.data for p in parameters]
+        shards = [getattr(p, "ds_tensor", None) for p in parameters]
+        weights += [shard for shard in shards if shard is not None]
+        inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        # Where DeepSpeed partitions, the keys of the states are the fp32 weights.
+        own = [key for key in inner.state if not any(key is p for p in parameters)]
+        states = own + [t for state in inner.state.values() for t in state.values() if isinstance(t, Tensor)]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        sums: Counter[tuple[str, str]] = Counter()
+        seen: set[int] = set()
+        for what, tensors in (("weights", weights), ("gradients", gradients), ("optimizer states", states)):
+            for storage in (tensor.untyped_storage() for tensor in tensors):
+                if storage.data_ptr() not in seen:
+                    seen.add(storage.data_ptr())
+                    sums[what, storage.device.type] += storage.nbytes()
+        return {key: num_bytes for key, num_bytes in sums.items() if num_bytes}
 
     @contextmanager
     def whole_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:

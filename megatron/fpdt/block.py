@@ -42,6 +42,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron.config import Recompute
 from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange, repeat_key_value_heads
 from megatron.core.documents import Documents
+from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.attention_tiles import attend, attend_backward, backward_tile_inputs
 from megatron.fpdt.block_inputs import BlockInputs
@@ -149,10 +150,10 @@ def _forward(
     started = stream.started_ahead(_start_forward_row(stream, block, row[0].query, x_ahead, kept) for row in rows)
     for row in rows:
         i = row[0].query
-        stream.report("forward", block.layer_number, i, layout.num_chunks)
-        if row is rows[-1]:
-            store.expect(ys[:i][:1])  # the block above begins with it
-        store.put(ys[i], _finish_forward_row(stream, block, layout, row, next(started), kv_ahead, kept, keep))
+        with stream.piece("forward", block.layer_number, i, layout.num_chunks):
+            if row is rows[-1]:
+                store.expect(ys[:i][:1])  # the block above begins with it
+            store.put(ys[i], _finish_forward_row(stream, block, layout, row, next(started), kv_ahead, kept, keep))
     if keep:
         _link(kept, stream, block, x, y, xs[-1])
     return y, kept
@@ -207,7 +208,8 @@ def _finish_forward_row(
     if i == 0:
         _allocate(kept, stream, layout, q, kv, keep)
     store.put(kept.kv_CBKD[i], kv)
-    o_heads, lse = attend(stream.attention, block.softmax_scale, row, q, kv, kv_ahead)
+    with named_range(ATTENTION):
+        o_heads, lse = attend(stream.attention, block.softmax_scale, row, q, kv, kv_ahead)
     store.let_go()  # what the row before has left, gone by now
     (o,) = stream.heads_to_tokens([o_heads])
     if keep:
@@ -218,8 +220,9 @@ def _finish_forward_row(
 
 
 def _project(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    q, kv = block.before(x, positions)
-    return q, repeat_key_value_heads(kv, stream.parallel_state.sequence_parallel_size)
+    with named_range(TOKEN_WISE):
+        q, kv = block.before(x, positions)
+        return q, repeat_key_value_heads(kv, stream.parallel_state.sequence_parallel_size)
 
 
 def _allocate(kept: _Kept, stream: Stream, layout: SequenceLayout, q_CBHD: Tensor, kv_CBKD: Tensor, keep: bool) -> None:
@@ -268,11 +271,11 @@ def _backward(
     own_dkv: list[Tensor] = []  # what the rows before have added for the row's own chunk
     for row in rows:
         i = row[0].query
-        stream.report("backward", block.layer_number, i, layout.num_chunks)
-        if row is rows[-1] and (below := kept.below()) is not None:
-            store.expect([*below.first_loads, *dxs[i + 1 :][-1:]])  # the block below begins with them
-        ahead = row_ahead, tile_ahead
-        store.put(dxs[i], _finish_backward_row(stream, block, row, next(started), own_dkv, ahead, dkv, gradients))
+        with stream.piece("backward", block.layer_number, i, layout.num_chunks):
+            if row is rows[-1] and (below := kept.below()) is not None:
+                store.expect([*below.first_loads, *dxs[i + 1 :][-1:]])  # the block below begins with them
+            ahead = row_ahead, tile_ahead
+            store.put(dxs[i], _finish_backward_row(stream, block, row, next(started), own_dkv, ahead, dkv, gradients))
     return dx, gradients.result()
 
 
@@ -299,7 +302,7 @@ def _start_backward_row(
     x, positions, o, lse, dy = next(row_ahead)
     products_ahead.start()
     with gradients.collecting():
-        with kept.random_states.replay(chunk):
+        with kept.random_states.replay(chunk), named_range(TOKEN_WISE):
             dx, do = _backward_after(stream, block, x, o, dy, products_ahead, kept.after, gradients)
         del dy
         with torch.enable_grad(), kept.before.given([*next(products_ahead)]):
@@ -329,14 +332,16 @@ def _finish_backward_row(
     queries, own = (q, o, do, started.lse), [kv, *own_dkv]
     own_dkv.clear()
     del kv, started.exchange  # `own` alone holds kv now, and loses it to the first tile
-    dq, dkv_row, dkv_before = attend_backward(
-        stream.attention, block.softmax_scale, row, queries, own, stream.store, *ahead, dkv
-    )
+    with named_range(ATTENTION):
+        dq, dkv_row, dkv_before = attend_backward(
+            stream.attention, block.softmax_scale, row, queries, own, stream.store, *ahead, dkv
+        )
     own_dkv.extend([] if dkv_before is None else [dkv_before])
     dprojected = stream.heads_to_tokens((dq, dkv_row), QUERIES_KEYS_VALUES)
-    dx_before, *dparameters = torch.autograd.grad(
-        started.projected, [started.x, *gradients.parameters], dprojected, allow_unused=True
-    )
+    with named_range(TOKEN_WISE):
+        dx_before, *dparameters = torch.autograd.grad(
+            started.projected, [started.x, *gradients.parameters], dprojected, allow_unused=True
+        )
     gradients.add(dparameters)
     return started.dx.add_(dx_before)
 

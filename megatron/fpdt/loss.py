@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron.core.ranges import LOSS, named_range
 from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSums, Stream
-from megatron.ops.cross_entropy import cross_entropy, cross_entropy_with_gradient
+from megatron.ops.cross_entropy import cross_entropy_with_gradient, token_losses
 from megatron.ops.gradient_sum import accumulation_dtype
 
 # With fewer, a product takes less time than the fp32 sum of the weight's gradient that it is added to.
@@ -37,7 +38,8 @@ class LanguageModelHead(Protocol):
 def stream_loss(stream: Stream, head: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """Sum of this rank's masked token losses, a scalar in fp32 (fp64 for fp64) on the compute device.
 
-    x [S/p, B, h] rests on the stream's tier; labels int64 and mask [B, S/p].
+    x [S/p, B, h] rests on the stream's tier; labels int64 and mask [B, S/p]. Without gradients the masked token losses
+    go to `stream.token_losses` too, where there is such a list: the tokens in their order, [S/p, B] in all.
     """
     trained_norm = [p for p in head.final_layernorm.parameters() if p.requires_grad]
     parameters = [*head.output_layer.parameters(), *trained_norm]
@@ -67,8 +69,11 @@ class _StreamedLoss(torch.autograd.Function):
         for i, (x_i, labels_i, mask_i) in enumerate(ahead):
             labels_i, mask_i = labels_i.T, mask_i.T.to(dtype)
             tiles = _tiles(x_i, labels_i, mask_i, num_classes=parameters[0].shape[0])
-            results = [_tile_loss(head, *tile, parameters, gradients if keep else None) for tile in tiles]
-            loss += torch.stack([tile_loss for tile_loss, _ in results]).sum()
+            with named_range(LOSS):
+                results = [_tile_loss(head, *tile, parameters, gradients if keep else None) for tile in tiles]
+            loss += torch.stack([losses.sum() for losses, _ in results]).sum()
+            if stream.token_losses is not None and not keep:
+                stream.token_losses += [losses for losses, _ in results]
             if dxs is not None:
                 store.put(dxs[i], torch.cat([tile_dx for _, tile_dx in results if tile_dx is not None]))
         if keep:
@@ -104,7 +109,7 @@ def _tile_loss(
     parameters: Sequence[Tensor],
     gradients: GradientSums | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss sum of one tile, and its dx [T, B, h] where `gradients` collects those of the parameters."""
+    """Masked token losses [T * B] of one tile; with `gradients`, which collects the parameters', their sum and dx."""
     weight, *norm_parameters = parameters
     with torch.set_grad_enabled(gradients is not None):
         x = x.detach().requires_grad_(gradients is not None)
@@ -113,7 +118,7 @@ def _tile_loss(
         flat, labels, mask = normed.detach().flatten(0, 1), labels.flatten(), mask.flatten()
         logits = flat @ weight.T
         if gradients is None:
-            return cross_entropy(logits, labels, mask), None
+            return token_losses(logits, labels, mask), None
         loss, dlogits = cross_entropy_with_gradient(logits, labels, mask)
         dnormed = (dlogits @ weight).view_as(normed)
         if weight.requires_grad:

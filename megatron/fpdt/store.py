@@ -20,6 +20,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from megatron.core.ranges import COPY_IN, COPY_OUT, named_range
 from megatron.fpdt.host_pool import HostPool
 
 
@@ -127,10 +128,11 @@ class ChunkStore:
         self.copied.bytes_out += chunk.nbytes
         self._give_up([chunk.data_ptr()])
         if not self._uses_streams:
-            chunk.copy_(value)
+            with named_range(COPY_OUT):
+                chunk.copy_(value)
             return None
         self._copy_out.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copy_out):
+        with torch.cuda.stream(self._copy_out), named_range(COPY_OUT):
             chunk.copy_(value, non_blocking=True)
             stored = self._copy_out.record_event()
         self._stored[chunk.data_ptr()] = stored
@@ -177,7 +179,8 @@ class ChunkStore:
             return expected
         self.copied.bytes_in += chunk.nbytes
         if not self._uses_streams:
-            return chunk.clone(), None
+            with named_range(COPY_IN):
+                return chunk.clone(), None
         if not chunk.is_contiguous():  # torch would copy it through memory that is not pinned
             chunk = chunk.contiguous().pin_memory()
         arriving = torch.empty(chunk.shape, dtype=chunk.dtype, device=self.device)
@@ -185,7 +188,7 @@ class ChunkStore:
         stored = self._stored.get(chunk.data_ptr())
         if stored is not None:
             self._copy_in.wait_event(stored)
-        with torch.cuda.stream(self._copy_in):
+        with torch.cuda.stream(self._copy_in), named_range(COPY_IN):
             arriving.copy_(chunk, non_blocking=True)
             return arriving, self._copy_in.record_event()
 

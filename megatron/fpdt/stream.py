@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron.config import Recompute
 from megatron.core.collectives import Exchange, heads_to_tokens, start_tokens_to_heads
 from megatron.core.parallel_state import ParallelState
+from megatron.core.ranges import TOKEN_WISE, named_range
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.store import ChunkStore
 from megatron.ops.attention import AttentionBackend
@@ -79,8 +80,14 @@ class Stream:
     checkpoint_interval: int = 1
     recompute: Recompute = "all"
     whole_parameters: WholeParameters = already_whole
+    token_losses: list[Tensor] | None = None  # where a loss without gradients leaves those of its tokens, tile by tile
     block_inputs: Callable[[], Any] = lambda: None  # the chain that the block that ran last belongs to
     block_below: Callable[[], Any] = lambda: None  # what the block that ran last keeps for its backward pass
+
+    def piece(self, phase: str, layer_number: int, chunk: int, num_chunks: int) -> AbstractContextManager[object]:
+        """Report that a piece of work begins; a range of the timeline until it ends."""
+        self.report(phase, layer_number, chunk, num_chunks)
+        return named_range(f"layer {layer_number} {phase} chunk {chunk}")
 
     def layout(self, x_SBh: Tensor) -> SequenceLayout:
         """Layout of the sequence of which x holds this rank's tokens."""
@@ -98,7 +105,7 @@ class Stream:
         """The block's output for one chunk, slice by slice; all but the first within `kept`."""
         y = torch.empty_like(x_SBh)
         for s in self.slices(len(x_SBh)):
-            with kept() if s.start else nullcontext():
+            with kept() if s.start else nullcontext(), named_range(TOKEN_WISE):
                 torch.add(*block.after(x_SBh[s], o_SBHD[s]), out=y[s])
         return y
 

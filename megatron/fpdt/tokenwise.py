@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron.core.ranges import TOKEN_WISE, named_range
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.stream import GradientSums, Stream
 
@@ -63,7 +64,8 @@ class _StreamedEmbedding(torch.autograd.Function):
         inputs_ahead = store.prefetch(zip(tokens.split(lengths, 1), positions.split(lengths, 1), strict=True))
         for chunk, inputs in zip(x.split(lengths), inputs_ahead, strict=True):
             states.record()
-            store.put(chunk, module.embed(*inputs))
+            with named_range(TOKEN_WISE):
+                store.put(chunk, module.embed(*inputs))
         if keep:
             ctx.save_for_backward(tokens, positions)
             ctx.stream, ctx.module, ctx.states, ctx.parameters = stream, module, states, parameters

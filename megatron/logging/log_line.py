@@ -2,6 +2,7 @@
 
      iteration        1/     100 | consumed samples:            8 | ... | lm loss: 8.123456E+00 | ... |
      validation loss at iteration 100 | lm loss value: 8.123456E+00 | lm loss PPL: 3.371E+03 |
+     validation loss by position at iteration 100 | 0-4096: 8.412345E+00 | 4096-8192: 7.834567E+00 |
 
 Writing and reading share one table of fields, so that they cannot drift apart.
 """
@@ -38,6 +39,7 @@ class IterationRecord:
     hfu: float | None
     peak_gpu_gib: float | None
     host_gib: float | None
+    host_pool_gib: float | None
     skipped_iterations: int
     nan_iterations: int
 
@@ -55,7 +57,27 @@ class ValidationRecord:
         return math.exp(min(self.loss, _LARGEST_EXPONENT))
 
 
-LogRecord = IterationRecord | ValidationRecord
+@dataclass(frozen=True)
+class Bucket:
+    """Positions from `first` to below `end`: the mean loss of their tokens, and how many there were."""
+
+    first: int
+    end: int
+    loss: float
+    num_tokens: float = 0.0
+    """Not part of the log line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionRecord:
+    """What one log line says about the losses by position of an evaluation."""
+
+    iteration: int
+    buckets: tuple[Bucket, ...]
+    part: str = "validation"
+
+
+LogRecord = IterationRecord | ValidationRecord | PositionRecord
 
 
 @dataclass(frozen=True)
@@ -85,11 +107,15 @@ _COLUMNS = (
     _Column("HFU", "hfu", ".1%", _read_percent),
     _Column("peak GPU memory (GiB)", "peak_gpu_gib", ".2f", float),
     _Column("host memory (GiB)", "host_gib", ".2f", float),
+    _Column("host pool (GiB)", "host_pool_gib", ".2f", float),
     _Column("number of skipped iterations", "skipped_iterations", "3d", int),
     _Column("number of nan iterations", "nan_iterations", "3d", int),
 )
 _ITERATION = re.compile(r"(?:^|\s)iteration +(\d+)/ *(\d+) \| (.*)\|")
 _VALIDATION = re.compile(r"(?:^|\s)(validation|test) loss at iteration (\d+) \| lm loss value: (\S+) \|")
+
+_POSITIONS = re.compile(r"(?:^|\s)(validation|test) loss by position at iteration (\d+) \|(.*)\|")
+_BUCKET = re.compile(r" (\d+)-(\d+): (\S+) ")
 
 
 def format_iteration(record: IterationRecord) -> str:
@@ -106,6 +132,12 @@ def format_validation(record: ValidationRecord) -> str:
     )
 
 
+def format_positions(record: PositionRecord) -> str:
+    """Return the log line of the losses by position, without a newline."""
+    buckets = "".join(f" {bucket.first}-{bucket.end}: {bucket.loss:.6E} |" for bucket in record.buckets)
+    return f" {record.part} loss by position at iteration {record.iteration} |{buckets}"
+
+
 def parse_line(line: str) -> LogRecord | None:
     """Return what a line says, or None if it is neither an iteration's nor an evaluation's.
 
@@ -114,6 +146,10 @@ def parse_line(line: str) -> LogRecord | None:
     """
     if match := _VALIDATION.search(line):
         return ValidationRecord(iteration=int(match[2]), loss=float(match[3]), part=match[1])
+    if match := _POSITIONS.search(line):
+        found = _BUCKET.findall(match[3])
+        buckets = tuple(Bucket(int(first), int(end), float(loss)) for first, end, loss in found)
+        return PositionRecord(iteration=int(match[2]), part=match[1], buckets=buckets)
     if match := _ITERATION.search(line):
         return _parse_iteration(int(match[1]), int(match[2]), match[3])
     return None

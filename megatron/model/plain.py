@@ -19,6 +19,7 @@ from megatron.core.collectives import (
     repeat_key_value_heads,
 )
 from megatron.core.documents import WHOLE_TILE, Documents, Region
+from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.loss import stream_loss
 from megatron.fpdt.stream import Stream
 from megatron.fpdt.tokenwise import stream_embedding
@@ -60,10 +61,16 @@ class PlainExecution:
     def _run(
         self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, regions: tuple[Region, ...]
     ) -> Tensor:
-        self.stream.report("forward", module.layer_number, 0, 1)
+        with self.stream.piece("forward", module.layer_number, 0, 1):
+            return self._run_layer(module, x_SBh, positions_BS, regions)
+
+    def _run_layer(
+        self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, regions: tuple[Region, ...]
+    ) -> Tensor:
         group = self.stream.parallel_state.sequence_parallel_group
         size = self.stream.parallel_state.sequence_parallel_size
-        q, kv = module.before(x_SBh, positions_BS)
+        with named_range(TOKEN_WISE):
+            q, kv = module.before(x_SBh, positions_BS)
         q, kv = differentiable_tokens_to_heads([q, repeat_key_value_heads(kv, size)], group, QUERIES_KEYS_VALUES)
         k, v = kv.chunk(2, 2)
         dropout = module.attention_dropout if module.training else 0.0
@@ -73,8 +80,9 @@ class PlainExecution:
             else _CausalAttention.apply(q, k, v, self.stream.attention, module.softmax_scale, regions)
         )
         (o,) = differentiable_heads_to_tokens([o], group)
-        residual, branch = module.after(x_SBh, o)
-        return residual + branch
+        with named_range(TOKEN_WISE):
+            residual, branch = module.after(x_SBh, o)
+            return residual + branch
 
 
 def _attention_with_dropout(
@@ -100,7 +108,8 @@ class _CausalAttention(torch.autograd.Function):
         scale: float,
         regions: tuple[Region, ...],
     ) -> Tensor:
-        o, lse = forward_regions(backend, q, k, v, True, scale, regions)
+        with named_range(ATTENTION):
+            o, lse = forward_regions(backend, q, k, v, True, scale, regions)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.backend, ctx.scale, ctx.regions = backend, scale, regions
         return o
@@ -108,5 +117,6 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
-        grads = backward_regions(ctx.backend, grads[0], q, k, v, o, lse, True, ctx.scale, ctx.regions)
+        with named_range(ATTENTION):
+            grads = backward_regions(ctx.backend, grads[0], q, k, v, o, lse, True, ctx.scale, ctx.regions)
         return *grads, None, None, None

@@ -13,15 +13,15 @@ from megatron.ops.fused import fused
 
 
 @fused
-def cross_entropy(logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
-    """Sum of masked token losses, a scalar in the dtype of the mask, in which it is computed."""
+def token_losses(logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Masked token losses [T], in the dtype of the mask, in which they are computed."""
     logits = logits_TV.to(mask_T.dtype)
-    return ((logits.logsumexp(-1) - _at_labels(logits, labels_T)) * mask_T).sum()
+    return (logits.logsumexp(-1) - _at_labels(logits, labels_T)) * mask_T
 
 
 @fused
 def cross_entropy_with_gradient(logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The same loss, and its dlogits [T, V] in the dtype of the logits."""
+    """Their sum, a scalar, and its dlogits [T, V] in the dtype of the logits."""
     logits = logits_TV.to(mask_T.dtype)
     lse_T = logits.logsumexp(-1)
     loss = ((lse_T - _at_labels(logits, labels_T)) * mask_T).sum()

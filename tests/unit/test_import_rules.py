@@ -26,9 +26,12 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"weights", "core", "config"},
     "planner": {"fpdt", "logging", "core", "config"},
     "weights": {"model", "data", "core", "config"},
+    "generation": {"weights", "model", "fpdt", "ops", "core", "config"},
+    "evaluation": {"generation", "model", "core", "config"},
     "arguments": {"config"},
     "batch": {"core"},
     "train_state": set(),
+    "loss_by_position": {"fpdt", "logging", "core", "config", "batch"},
 }
 # the files on top of the layers, which may use them all
 ALL_LAYERS = set(LAYERS)
@@ -39,8 +42,11 @@ TOP_FILES: dict[str, set[str]] = {
     "preflight": ALL_LAYERS | {"initialize", "checkpointing"},
     "reporting": ALL_LAYERS | {"initialize"},
     "watchdog": {"logging"},
-    "program": ALL_LAYERS | {"initialize", "checkpointing", "execution", "preflight", "reporting", "training"},
-    "training": ALL_LAYERS | {"initialize", "checkpointing", "reporting", "watchdog"},
+    "program": ALL_LAYERS
+    | {"initialize", "checkpointing", "execution", "out_of_memory", "preflight", "reporting", "training"},
+    "profiling": ALL_LAYERS | {"initialize"},
+    "out_of_memory": ALL_LAYERS | {"initialize", "execution"},
+    "training": ALL_LAYERS | {"initialize", "checkpointing", "reporting", "profiling", "out_of_memory", "watchdog"},
 }
 RULES = LAYERS | TOP_FILES
 

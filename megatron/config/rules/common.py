@@ -48,7 +48,7 @@ def shown(config: Config, name: str) -> str:
     if isinstance(value, bool):
         return flag(name)
     if isinstance(value, tuple):
-        value = " ".join(value)
+        value = " ".join(map(str, value))
     return f"{flag(name)} ({value:g})" if isinstance(value, float) else f"{flag(name)} ({value})"
 
 

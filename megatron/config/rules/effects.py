@@ -154,6 +154,24 @@ EFFECTS = (
         "add --wandb-project",
     ),
     Effect(
+        ("log_loss_by_position",),
+        lambda config: config.training.eval_iters > 0,
+        "with --eval-iters 0",
+        "evaluate with --eval-iters",
+    ),
+    Effect(
+        ("loss_position_buckets",),
+        lambda config: config.logging.log_loss_by_position is not None,
+        "without --log-loss-by-position",
+        "add --log-loss-by-position equal",
+    ),
+    Effect(
+        ("profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"),
+        lambda config: config.logging.profile,
+        "without --profile",
+        "add --profile",
+    ),
+    Effect(
         ("heartbeat_seconds",),
         lambda config: config.logging.progress != "off",
         "with --progress off",

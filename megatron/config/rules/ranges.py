@@ -107,6 +107,10 @@ RANGES = {
     "ckpt_step": COUNT,
     "vocab_size": COUNT,
     "log_interval": COUNT,
+    "loss_position_buckets": COUNT,
+    "profile_step_start": COUNT_OR_NONE,
+    "profile_step_end": COUNT,
+    "loss_spike_factor": Range(1, low_open=True, example="2"),
     "heartbeat_seconds": Range(0, low_open=True, example="60"),
     "peak_tflops": Range(0, low_open=True, example="989"),
 }

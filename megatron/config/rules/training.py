@@ -84,6 +84,25 @@ def there_is_data(run: Run) -> str | None:
     )
 
 
+def profile_has_iterations_ranks_and_a_folder(run: Run) -> str | None:
+    logging = run.config.logging
+    if not logging.profile:
+        return None
+    if logging.profile_step_end <= logging.profile_step_start:
+        return (
+            f"{shown(run.config, 'profile_step_end')} must be above {shown(run.config, 'profile_step_start')}, after "
+            f"which profiling starts; use --profile-step-end {logging.profile_step_start + 2}"
+        )
+    if not all(0 <= rank < run.world_size for rank in logging.profile_ranks):
+        return (
+            f"{shown(run.config, 'profile_ranks')} must be ranks of this run, 0 to {run.world_size - 1}; use for "
+            "example --profile-ranks 0"
+        )
+    if not (logging.profile_dir or logging.tensorboard_dir):
+        return "--profile has no folder to write to; add --profile-dir or --tensorboard-dir"
+    return None
+
+
 TRAINING_RULES: tuple[Rule, ...] = (
     partial(at_most_one, LENGTH, "how long to train"),
     training_has_a_length,
@@ -95,4 +114,5 @@ TRAINING_RULES: tuple[Rule, ...] = (
     learning_rates_stay_below_peak,
     loss_scale_starts_at_a_power_of_two,
     there_is_data,
+    profile_has_iterations_ranks_and_a_folder,
 )

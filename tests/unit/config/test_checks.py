@@ -19,6 +19,19 @@ SP, FPDT = "--ds-sequence-parallel-size", "--ds-sequence-parallel-fpdt"
 CHUNK = "--ds-sequence-parallel-fpdt-chunk-size"
 
 CASES = [
+    # logging
+    ("--profile", 1, "--profile has no folder to write to; add --profile-dir or --tensorboard-dir"),
+    (
+        "--profile --profile-dir x --profile-step-start 12",
+        1,
+        "--profile-step-end (12) must be above --profile-step-start (12), after which profiling starts; use "
+        "--profile-step-end 14",
+    ),
+    ("--profile --profile-dir x --profile-ranks 0 2", 2, "--profile-ranks (0 2) must be ranks of this run, 0 to 1;"),
+    ("--profile-ranks 1", 2, "--profile-ranks (1) has no effect without --profile; add --profile, or remove"),
+    ("--log-loss-by-position equal --eval-iters 0", 1, "has no effect with --eval-iters 0; evaluate"),
+    ("--loss-position-buckets 4", 1, "--loss-position-buckets (4) has no effect without --log-loss-by-position"),
+    ("--loss-spike-factor 1", 1, "--loss-spike-factor (1) must be above 1"),
     # model
     ("--hidden-size 100", 1, "--hidden-size (100) must be a multiple of --num-attention-heads (8)"),
     ("--num-key-value-heads 3", 1, "--num-key-value-heads (3) must divide --num-attention-heads (8); use 1, 2, 4 or 8"),

@@ -245,3 +245,17 @@ def test_a_second_backward_pass_never_loses_gradients_in_silence():
     except RuntimeError:
         return
     assert torch.allclose(head.output_layer.weight.grad, 2 * first)
+
+
+def test_token_losses_are_left_only_where_they_are_asked_for_without_gradients():
+    head, (x, labels, mask) = Head(torch.float64), inputs()
+    stream = stream_of()
+    stream.token_losses = []
+    run(streamed(stream), head, x, labels, mask)
+    assert stream.token_losses == []
+    with torch.no_grad():
+        loss = stream_loss(stream, head, x, labels, mask)
+    losses = torch.cat(stream.token_losses)
+    assert len(losses) == labels.numel()
+    torch.testing.assert_close(losses.sum(), loss)
+    assert not losses[mask.T.flatten() == 0].any()

@@ -4,9 +4,12 @@ from dataclasses import fields, replace
 import pytest
 
 from megatron.logging.log_line import (
+    Bucket,
     IterationRecord,
+    PositionRecord,
     ValidationRecord,
     format_iteration,
+    format_positions,
     format_validation,
     parse_line,
     parse_log,
@@ -29,6 +32,7 @@ RECORD = IterationRecord(
     hfu=0.502,
     peak_gpu_gib=7.12,
     host_gib=91.5,
+    host_pool_gib=80.25,
     skipped_iterations=0,
     nan_iterations=0,
 )
@@ -41,8 +45,10 @@ def test_the_line_has_megatrons_form():
         "elapsed time per iteration (ms): 123.4 | learning rate: 1.000E-04 | global batch size:     8 | "
         "lm loss: 8.123456E+00 | loss scale: 1.0 | grad norm: 1.234 | "
     )
-    assert " | MFU: 41.7% | HFU: 50.2% | peak GPU memory (GiB): 7.12 | host memory (GiB): 91.50 | " in line
-    assert line.endswith(" | number of skipped iterations:   0 | number of nan iterations:   0 |")
+    assert " | MFU: 41.7% | HFU: 50.2% | peak GPU memory (GiB): 7.12 | host memory (GiB): 91.50 | host pool" in line
+    assert line.endswith(
+        " | host pool (GiB): 80.25 | number of skipped iterations:   0 | number of nan iterations:   0 |"
+    )
 
 
 def test_an_iteration_survives_writing_and_reading():
@@ -52,7 +58,7 @@ def test_an_iteration_survives_writing_and_reading():
 def test_unknown_values_are_written_and_read_as_such():
     optional = {field.name: None for field in fields(IterationRecord) if "None" in str(field.type)}
     unknown = replace(RECORD, **optional)
-    assert format_iteration(unknown).count("n/a") == len(optional) == 8
+    assert format_iteration(unknown).count("n/a") == len(optional) == 9
     assert parse_line(format_iteration(unknown)) == unknown
 
 
@@ -73,6 +79,14 @@ def test_an_evaluation_survives_writing_and_reading(part):
     record = ValidationRecord(iteration=100, loss=2.5, part=part)
     line = format_validation(record)
     assert line == f" {part} loss at iteration 100 | lm loss value: 2.500000E+00 | lm loss PPL: 1.218249E+01 |"
+    assert parse_line(line) == record
+
+
+def test_losses_by_position_survive_writing_and_reading():
+    buckets = (Bucket(0, 4096, 3.5), Bucket(4096, 8192, 2.25))
+    record = PositionRecord(iteration=100, part="test", buckets=buckets)
+    line = format_positions(record)
+    assert line == " test loss by position at iteration 100 | 0-4096: 3.500000E+00 | 4096-8192: 2.250000E+00 |"
     assert parse_line(line) == record
 
 

@@ -1,6 +1,13 @@
 import pytest
 
-from benchmarks.kernel_times import Kernel, seconds_by_kind, seconds_by_name
+from megatron.logging.kernel_times import (
+    Copies,
+    Kernel,
+    exclusive_seconds,
+    hidden_copies,
+    seconds_by_kind,
+    seconds_by_name,
+)
 
 SECOND = 10**9
 
@@ -21,6 +28,7 @@ SECOND = 10**9
         ("void pytorch_flash::flash_bwd_dot_do_o_kernel<true, Flash_bwd_kernel_traits", "attention backward"),
         ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "matrix products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "collectives"),
         ("triton_poi_fused_mul_silu_split_0", "other"),
     ],
 )
@@ -41,3 +49,23 @@ def test_waiting_is_when_nothing_computes_whatever_is_copied():
 def test_the_longest_kernels_come_first():
     kernels = [Kernel("a", 0, SECOND), Kernel("b", 0, 3 * SECOND), Kernel("a", 0, SECOND), Kernel("c", 0, SECOND)]
     assert seconds_by_name(kernels, most=2) == [(3, 1, "b"), (2, 2, "a")]
+
+
+def test_a_copy_is_hidden_while_arithmetic_runs_beside_it():
+    kernels = [
+        Kernel("gemm_a", 2 * SECOND, 2 * SECOND),
+        Kernel("gemm_b", 3 * SECOND, 2 * SECOND),  # overlaps the one before: the time counts once
+        Kernel("gemm_within_b", 3 * SECOND, SECOND),
+        Kernel("triton_c", 8 * SECOND, SECOND),
+        Kernel("ncclDevKernel_SendRecv", 5 * SECOND, 3 * SECOND),  # waits for the same links
+        Kernel("Memcpy DtoH (Device -> Pinned)", 0, 10 * SECOND),
+        Kernel("Memcpy HtoD (Pinned -> Device)", 4 * SECOND, SECOND),
+        Kernel("Memcpy DtoD (Device -> Device)", 9 * SECOND, SECOND),  # does not cross the link
+    ]
+    assert hidden_copies(kernels) == Copies(11, 5)
+
+
+def test_ranges_count_without_those_within_them():
+    ranges = [Kernel("a", 0, 10 * SECOND), Kernel("b", SECOND, 4 * SECOND), Kernel("a", 2 * SECOND, SECOND)]
+    ranges += [Kernel("b", 20 * SECOND, SECOND)]
+    assert exclusive_seconds(ranges) == {"a": 7, "b": 4}

@@ -1,0 +1,21 @@
+"""Named ranges of a step's timeline: what the host was at when it queued the work. Nothing unless a profiler runs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+ALL_TO_ALL = "all-to-all"
+ATTENTION = "attention"
+COPY_IN = "copy in"
+COPY_OUT = "copy out"
+TOKEN_WISE = "token-wise"
+LOSS = "loss"
+
+_OUTSIDE = nullcontext()
+
+
+def named_range(name: str) -> AbstractContextManager[object]:
+    """A range of the timeline while torch's profiler runs, and a context that does nothing otherwise."""
+    return torch.profiler.record_function(name) if torch.autograd.profiler._is_profiler_enabled else _OUTSIDE

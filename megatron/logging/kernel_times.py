@@ -1,0 +1,145 @@
+"""Where the time goes, as a profiler's trace has it: kernels and copies of the GPU, and named ranges of the host.
+
+Kernels are sorted into kinds by their names. "waiting" is the time from the first kernel to the last in which no kernel
+ran, copies not counted: what copies, or the host that queues the work, did not hide.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+COPIES = "copies"
+COLLECTIVES = "collectives"
+
+# The first that matches counts. The attention packages call their backward passes bwd, bprop or backward.
+_KINDS = (
+    (COPIES, r"^Mem(cpy|set) "),
+    (COLLECTIVES, r"^nccl"),
+    ("attention backward", r"(flash|fmha|sdpa).*(bwd|bprop|backward)|compute_dot_do_o|convert_dq|reduce_head"),
+    ("attention forward", r"flash|fmha|sdpa"),
+    ("matrix products", r"gemm|nvjet|splitK"),
+    ("other", r""),
+)
+_LINK = re.compile(r"^Memcpy (HtoD|DtoH)")
+
+Span = tuple[int, int]  # from its first nanosecond to one past its last
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One run of a kernel or copy, in nanoseconds of the GPU's clock."""
+
+    name: str
+    start: int
+    duration: int
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind, pattern in _KINDS if re.search(pattern, self.name))
+
+    @property
+    def end(self) -> int:
+        return self.start + self.duration
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Seconds of the copies between GPU and host, and those beside which arithmetic ran."""
+
+    seconds: float
+    hidden_seconds: float
+
+
+def kernels_of(profile: torch.profiler.profile) -> list[Kernel]:
+    """What the GPU ran while a profile, which is over, was taken."""
+    return [
+        Kernel(event.name(), event.start_ns(), event.duration_ns())
+        for event in _events(profile)
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
+    ]
+
+
+def ranges_of(profile: torch.profiler.profile) -> list[Kernel]:
+    """The named ranges of the host (megatron.core.ranges) in a profile, which is over."""
+    return [
+        Kernel(event.name(), event.start_ns(), event.duration_ns())
+        for event in _events(profile)
+        if event.device_type() == torch.autograd.DeviceType.CPU and event.is_user_annotation()
+    ]
+
+
+def _events(profile: torch.profiler.profile) -> Iterable[torch._C._autograd._KinetoEvent]:
+    results = profile.profiler and profile.profiler.kineto_results
+    return results.events() if results else ()
+
+
+def seconds_by_kind(kernels: Iterable[Kernel]) -> dict[str, float]:
+    """Seconds per kind, and those of waiting. Copies run beside the rest."""
+    kernels = list(kernels)
+    sums: Counter[str] = Counter()
+    for kernel in kernels:
+        sums[kernel.kind] += kernel.duration
+    busy = _merged(kernel for kernel in kernels if kernel.kind != COPIES)
+    sums["waiting"] = sum(start - end for (_, end), (start, _) in pairwise(busy))
+    return {kind: nanoseconds / 1e9 for kind, nanoseconds in sums.items()}
+
+
+def hidden_copies(kernels: Iterable[Kernel]) -> Copies:
+    """How long copies over the link took, and for how much of it a kernel that is no collective ran beside them."""
+    kernels = list(kernels)
+    computing = _merged(kernel for kernel in kernels if kernel.kind not in (COPIES, COLLECTIVES))
+    copies = [kernel for kernel in kernels if _LINK.search(kernel.name)]
+    hidden = sum(_overlap((copy.start, copy.end), computing) for copy in copies)
+    return Copies(sum(copy.duration for copy in copies) / 1e9, hidden / 1e9)
+
+
+def _merged(kernels: Iterable[Kernel]) -> list[Span]:
+    """The spans in which any of the kernels runs, ascending and apart."""
+    spans: list[Span] = []
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        if spans and kernel.start <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(spans[-1][1], kernel.end)
+        else:
+            spans.append((kernel.start, kernel.end))
+    return spans
+
+
+def _overlap(span: Span, others: list[Span]) -> int:
+    """Nanoseconds that a span has in common with others, which are ascending and apart."""
+    common = 0
+    for start, end in others[bisect_right(others, span[0], key=lambda other: other[1]) :]:
+        if start >= span[1]:
+            break
+        common += min(end, span[1]) - max(start, span[0])
+    return common
+
+
+def seconds_by_name(kernels: Iterable[Kernel], most: int = 25) -> list[tuple[float, int, str]]:
+    """(seconds, runs, name) of the kernels that took the longest."""
+    seconds: Counter[str] = Counter()
+    runs: Counter[str] = Counter()
+    for kernel in kernels:
+        seconds[kernel.name] += kernel.duration
+        runs[kernel.name] += 1
+    return [(nanoseconds / 1e9, runs[name], name) for name, nanoseconds in seconds.most_common(most)]
+
+
+def exclusive_seconds(ranges: Iterable[Kernel]) -> dict[str, float]:
+    """Seconds by name of ranges that lie within one another, each without those that lie within it."""
+    sums: Counter[str] = Counter()
+    open_ranges: list[Kernel] = []
+    for each in sorted(ranges, key=lambda each: (each.start, -each.duration)):
+        while open_ranges and open_ranges[-1].end <= each.start:
+            open_ranges.pop()
+        if open_ranges:
+            sums[open_ranges[-1].name] -= each.duration
+        sums[each.name] += each.duration
+        open_ranges.append(each)
+    return {name: nanoseconds / 1e9 for name, nanoseconds in sums.items()}

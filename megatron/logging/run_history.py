@@ -1,0 +1,144 @@
+"""What a run has reported so far, read back from TensorBoard's events or from its log.
+
+Both are the same series: name to iteration to value. A run that was resumed has reported some iterations twice; what
+comes later counts, and what lies beyond the point where it went on is gone, as the weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+from megatron.logging.log_line import Bucket, IterationRecord, LogRecord, PositionRecord, parse_log
+
+# Of an `IterationRecord`, what is written as train/NAME; consumed_tokens for plots over tokens.
+SCALARS = (
+    "loss", "learning_rate", "grad_norm", "loss_scale", "milliseconds", "tokens_per_second_per_gpu",
+    "model_tflops_per_gpu", "mfu", "hfu", "peak_gpu_gib", "host_gib", "host_pool_gib", "consumed_tokens",
+    "skipped_iterations", "nan_iterations",
+)  # fmt: skip
+
+EVENTS = "events.out.tfevents.*"
+MILLISECONDS_PER_HOUR = 3_600_000.0
+_POSITIONS = "loss_by_position/"
+
+Point = tuple[str, int, float]  # name, iteration, value
+
+
+def position_scalar(bucket: Bucket) -> str:
+    """Return the name of a bucket's scalar, below the part's; padded, so that TensorBoard sorts them by position."""
+    return f"{_POSITIONS}{bucket.first:08d}-{bucket.end:08d}"
+
+
+@dataclass
+class RunHistory:
+    """The series of one run, each ascending by iteration."""
+
+    name: str
+    series: dict[str, dict[int, float]] = field(default_factory=dict)
+    _last: int = 0
+
+    @classmethod
+    def of(cls, name: str, points: Iterable[Point]) -> RunHistory:
+        """Collect points in the order in which they were reported."""
+        history = cls(name)
+        for point in points:
+            history._add(*point)
+        return history
+
+    def _add(self, name: str, iteration: int, value: float) -> None:
+        if iteration < self._last:
+            for values in self.series.values():
+                for later in [known for known in values if known >= iteration]:
+                    del values[later]
+        self._last = iteration
+        self.series.setdefault(name, {})[iteration] = value
+
+    def train(self, name: str) -> dict[int, float]:
+        """Return one of `SCALARS` by iteration; empty where it was never known."""
+        return self.series.get(f"train/{name}", {})
+
+    def hours(self) -> dict[int, float]:
+        """Return the hours of training by iteration, without evaluation, saving and pauses between two starts.
+
+        Iterations before the first that is known count as if they had taken as long.
+        """
+        milliseconds = self.train("milliseconds")
+        lengths = (end - start for start, end in zip([0, *milliseconds], milliseconds, strict=False))
+        times = (length * each for length, each in zip(lengths, milliseconds.values(), strict=True))
+        return {i: total / MILLISECONDS_PER_HOUR for i, total in zip(milliseconds, accumulate(times), strict=True)}
+
+    def marks(self, counter: str) -> list[int]:
+        """Return the iterations of the lines at which a counter has gone up since the line before."""
+        values = self.train(counter)
+        pairs = zip([0.0, *values.values()], values.items(), strict=False)
+        return [iteration for before, (iteration, value) in pairs if value > before]
+
+    def positions(self, part: str = "validation") -> list[Bucket]:
+        """Return the losses by position of the last evaluation."""
+        prefix = f"{part}/{_POSITIONS}"
+        named = {name.removeprefix(prefix): values for name, values in self.series.items() if name.startswith(prefix)}
+        last = max((max(values) for values in named.values() if values), default=0)
+        losses = {name.partition("-"): values[last] for name, values in named.items() if last in values}
+        buckets = [Bucket(int(first), int(end), loss) for (first, _, end), loss in losses.items()]
+        return sorted(buckets, key=lambda bucket: bucket.first)
+
+
+def read_run(path: Path) -> RunHistory:
+    """Read a run's folder, or one log file. Events are preferred; a run may still be going on.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: nothing was reported there, or by more than one run.
+    """
+    if path.is_file():
+        return _read_log(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist; give the folder of a run, or its log.")
+    events = sorted(path.rglob(EVENTS), key=lambda file: file.name)  # whose names begin with the time
+    folders = sorted({str(file.parent) for file in events})
+    if len(folders) > 1:
+        raise ValueError(f"{path} holds the events of several runs ({', '.join(folders)}); give one of these folders.")
+    history = RunHistory.of(path.name or str(path), _event_points(events))
+    if history.series:
+        return history
+    logs = sorted(path.glob("*.log"))
+    if len(logs) != 1:
+        found = f"{len(logs)} files *.log" if logs else "no file *.log"
+        raise ValueError(f"{path} holds no TensorBoard events and {found}; give a folder with events, or one log file.")
+    return _read_log(logs[0], path.name)
+
+
+def _read_log(path: Path, name: str = "") -> RunHistory:
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        history = RunHistory.of(name or path.stem, _log_points(parse_log(lines)))
+    if not history.series:
+        raise ValueError(
+            f"{path} has no line ` iteration 1/ 100 | ... | lm loss: ...`; give the text that pretrain_gpt.py printed, "
+            "for example by `... 2>&1 | tee train.log`."
+        )
+    return history
+
+
+def _event_points(files: Iterable[Path]) -> Iterator[Point]:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    for path in files:
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tensor.float_val:
+                    yield value.tag, event.step, value.tensor.float_val[0]
+
+
+def _log_points(records: Iterable[LogRecord]) -> Iterator[Point]:
+    for record in records:
+        if isinstance(record, IterationRecord):
+            values = {name: getattr(record, name) for name in SCALARS}
+            yield from ((f"train/{k}", record.iteration, float(v)) for k, v in values.items() if v is not None)
+        elif isinstance(record, PositionRecord):
+            for bucket in record.buckets:
+                yield f"{record.part}/{position_scalar(bucket)}", record.iteration, bucket.loss
+        else:
+            yield f"{record.part}/loss", record.iteration, record.loss
