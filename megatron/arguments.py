@@ -20,7 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from megatron.config import AUTOMATIC_CHUNK, ChunkSize, Config, ConfigError, config_sections
 from megatron.config.resolve import resolve
@@ -28,6 +28,7 @@ from megatron.config.upstream_flags import ANY, OTHER_NAMES, UPSTREAM_FLAGS, Ups
 
 DESCRIPTION = "Train GPT and LLaMA at ultra-long context: DeepSpeed ZeRO, Ulysses sequence parallelism and FPDT."
 UPSTREAM_PREFIX = "upstream:"
+Section = TypeVar("Section")
 HELP_COLUMN, HELP_WIDTH = 34, 120
 
 
@@ -45,10 +46,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         raise ConfigError(_describe_unknown(unknown))
     given = {name: value for name, value in vars(namespace).items() if not name.startswith(UPSTREAM_PREFIX)}
     _require_flags(given)
-    sections = {
-        name: section(**{member.name: given[member.name] for member in fields(section) if member.name in given})
-        for name, section in config_sections().items()
-    }
+    sections = {name: section_of(namespace, section) for name, section in config_sections().items()}
     return resolve(Config(**sections, given=frozenset(given), notes=_upstream_notes(namespace)))
 
 
@@ -75,6 +73,12 @@ def add_flags(parser: argparse.ArgumentParser, section: type) -> None:
     descriptions, annotations = field_descriptions(section), typing.get_type_hints(section)
     for member in fields(section):
         _add_flag(group, member, annotations[member.name], descriptions[member.name])
+
+
+def section_of(namespace: argparse.Namespace, section: Callable[..., Section]) -> Section:
+    """Return the dataclass of the flags that `add_flags` has added, with its own defaults for those not given."""
+    values = {member.name: getattr(namespace, member.name, None) for member in fields(section)}  # type: ignore[arg-type]
+    return section(**{name: value for name, value in values.items() if value is not None})
 
 
 def field_descriptions(section: type) -> dict[str, str]:

@@ -104,9 +104,7 @@ def summarize(kernels: list[Kernel], ranges: list[Kernel]) -> Summary:
     return {
         "seconds_by_kind": seconds_by_kind(kernels),
         "copies": {"seconds": copies.seconds, "hidden_share": hidden_share},
-        "longest": [
-            dict(zip(("seconds", "runs", "name"), row, strict=True)) for row in seconds_by_name(kernels, LONGEST)
-        ],
+        "longest": [dict(zip(LONGEST_FIELDS, row, strict=True)) for row in seconds_by_name(kernels, LONGEST)],
     }
 
 

@@ -89,8 +89,10 @@ class Watchdog:
         """Within, this rank is in a place that takes as long as it takes: a disk."""
         self.move(place)
         self._may_rest = True
-        yield
-        self._may_rest = False
+        try:
+            yield
+        finally:
+            self._may_rest = False
 
     def close(self) -> None:
         """This rank is through; whoever is not may take as long as it likes."""

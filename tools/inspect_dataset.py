@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import numpy.typing as npt
 
-from megatron.arguments import add_flags
+from megatron.arguments import add_flags, section_of
 from megatron.config import ConfigError
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.data.atomic_file import atomic_path
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.vocabulary import check_vocabulary
-from megatron.tokenizer import Tokenizer, TokenizerError
-from megatron.tokenizer import tokenizer_of as build_from
+from megatron.tokenizer import Tokenizer, TokenizerError, tokenizer_of
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 HISTOGRAM_BINS = 60
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(arguments: argparse.Namespace) -> str:
     """What is asked for, after the checks. Raises DataError and TokenizerError."""
     dataset = IndexedDataset(arguments.prefix)
-    tokenizer = tokenizer_of(arguments)
+    tokenizer = given_tokenizer(arguments)
     vocab_size = tokenizer.vocab_size if tokenizer else arguments.vocab_size
     if vocab_size is not None:
         check_vocabulary(dataset, vocab_size, max_tokens=dataset.num_tokens)
@@ -76,11 +74,10 @@ def report(arguments: argparse.Namespace) -> str:
     return json.dumps(facts, indent=2) if arguments.json else table(facts)
 
 
-def tokenizer_of(arguments: argparse.Namespace) -> Tokenizer | None:
+def given_tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
     """The tokenizer that the flags describe; None if only --vocab-size is given, or nothing."""
-    given = {field.name: getattr(arguments, field.name) for field in fields(TokenizerConfig)}
-    flags = TokenizerConfig(**{name: value for name, value in given.items() if value is not None})
-    return None if flags == TokenizerConfig(vocab_size=flags.vocab_size) else build_from(flags)
+    flags = section_of(arguments, TokenizerConfig)
+    return None if flags == TokenizerConfig(vocab_size=flags.vocab_size) else tokenizer_of(flags)
 
 
 def describe(dataset: IndexedDataset) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from megatron.arguments import add_flags
+from megatron.arguments import add_flags, section_of
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.data.encoding import EncodedBatch, EncoderPlan, encode_batches
 from megatron.data.errors import DataError
@@ -30,7 +29,6 @@ from megatron.data.workspace import Mark, Note, PartialDataset, Workspace
 from megatron.tokenizer import TokenizerError
 
 BAD_RECORDS_SHOWN = 5
-TOKENIZER_FLAGS = [field.name for field in fields(TokenizerConfig)]
 HOW_TO_GO_ON = "the same command goes on from the last note, or begins anew if there is none yet"
 
 
@@ -84,7 +82,7 @@ def preprocess(arguments: argparse.Namespace) -> None:
     """Write the datasets that the arguments describe, one per key."""
     paths = find_inputs(arguments.input, arguments.input_format)
     plan = EncoderPlan(
-        TokenizerConfig(**{name: getattr(arguments, name) for name in TOKENIZER_FLAGS}),
+        section_of(arguments, TokenizerConfig),
         append_eod=arguments.append_eod,
         skip_bad_records=arguments.skip_bad_lines,
     )
