@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Draw the figures of docs/ from the library's own objects.
+
+    tools/draw_figures.py                                   docs/figures/*.svg
+    tools/draw_figures.py timeline --format png --folder .  one of them, as a picture
+
+What a figure shows is kept in its file as JSON, so that a test can tell whether it is up to date with the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from figures import layout, memory, tiles, timeline
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"
+DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
+
+
+class Figure(NamedTuple):
+    """What a figure shows, as JSON knows it, and the function that draws that."""
+
+    content: Callable[[], dict[str, Any]]
+    draw: Callable[[dict[str, Any]], Any]
+
+
+FIGURES = {
+    "layout": Figure(layout.content, layout.draw),
+    "tiles": Figure(tiles.content, tiles.draw),
+    "tiles_of_documents": Figure(tiles.content_with_documents, tiles.draw),
+    "timeline": Figure(timeline.content, timeline.draw),
+    "copies": Figure(memory.copies_content, memory.draw_copies),
+    "memory": Figure(memory.content, memory.draw),
+}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(FIGURES)} [all]")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where they go [docs/figures]")
+    parser.add_argument("--format", choices=("svg", "png"), default="svg", help="[%(default)s]")
+    arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.figures if name not in FIGURES]
+    if unknown:
+        parser.error(f"there is no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for name in arguments.figures or FIGURES:
+        path = arguments.folder / f"{name}.{arguments.format}"
+        save(FIGURES[name], path)
+        print(path)
+    return 0
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Draw a figure into a file, which as an SVG also says what it shows and not when it was drawn."""
+    from matplotlib import pyplot
+
+    content = figure.content()
+    drawn = figure.draw(content)
+    metadata = {"Date": None, "Description": text_of(content)} if path.suffix == ".svg" else {}
+    drawn.savefig(path, dpi=110, metadata=metadata)
+    pyplot.close(drawn)
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """What a figure shows, as it stands in its file."""
+    return json.dumps(content, sort_keys=True)
+
+
+def text_in(path: Path) -> str | None:
+    """What a figure's file says that it shows."""
+    return ElementTree.parse(path).findtext(f".//{DESCRIPTION}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

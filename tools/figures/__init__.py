@@ -1,0 +1,1 @@
+"""The figures of docs/, each drawn from the library's own objects (tools/draw_figures.py)."""

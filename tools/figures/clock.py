@@ -1,0 +1,293 @@
+"""The stream under a clock: the real schedule, with the time that each piece would take on a GPU.
+
+`megatron.fpdt` runs on the CPU as it is. What it is given in place of a GPU does no arithmetic and counts time: a store
+whose copies, a stream whose all-to-all, a kernel and a block whose work take up a lane of the clock each. So what is
+queued, in which order, and what waits for what is the stream's own doing; how long a piece takes is from the planner's
+rates. The tensors are those of the job with `SCALE` times fewer tokens, and every element of a block's input holds the
+number of its chunk, from which queries and keys have it too: that is how a tile knows what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.collectives import Exchange
+from megatron.core.parallel_state import ParallelState
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.block import stream_block
+from megatron.fpdt.store import ChunkStore
+from megatron.fpdt.stream import SLICE_LENGTH, Stream
+from megatron.logging.accounting import forward_flops
+from megatron.planner.hardware import GB, TERA
+from megatron.planner.plan import Plan
+
+SCALE = 256
+COMPUTE, ALL_TO_ALL, COPY_IN, COPY_OUT = LANES = ("compute", "all-to-all", "copy in", "copy out")
+# Kinds of work, and of chunks: hidden states (x, y, dx, dy), attention output, log-sum-exp, keys and values, theirs.
+BEFORE, AFTER, TILE = "before", "after", "attention tile"
+HIDDEN, OUTPUT, LSE, KEYS, GRADIENTS = "hidden", "o", "lse", "kv", "dkv"
+
+
+class Piece(NamedTuple):
+    """Something that takes up a lane from `start` to `end`, in seconds."""
+
+    lane: str
+    kind: str
+    label: str
+    start: float
+    end: float
+    layer: int
+    phase: str
+
+
+@dataclass
+class Clock:
+    """When each lane is free, and what has run. A lane does one thing at a time, in the order in which it is queued."""
+
+    free: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LANES, 0.0))
+    pieces: list[Piece] = field(default_factory=list)
+    layer: int = 0
+    phase: str = ""
+
+    def run(self, lane: str, kind: str, label: str, seconds: float, after: float = 0.0) -> float:
+        """Queue a piece behind what its lane has and not before `after`; when it ends."""
+        start = max(self.free[lane], after)
+        self.free[lane] = start + seconds
+        self.pieces.append(Piece(lane, kind, label, start, start + seconds, self.layer, self.phase))
+        return start + seconds
+
+    def wait(self, until: float) -> None:
+        """Let the compute lane wait."""
+        self.free[COMPUTE] = max(self.free[COMPUTE], until)
+
+    def report(self, phase: str, layer_number: int, chunk: int, num_chunks: int) -> None:
+        """Note where the stream is, for the pieces from now on."""
+        self.layer, self.phase = layer_number, phase
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long the pieces of one block take on one rank; of whole chunks, forward and backward."""
+
+    tile: tuple[float, float]
+    before: tuple[float, float]
+    after: tuple[float, float]
+    before_again: float
+    after_again: float
+    per_byte: float
+    per_exchanged_byte: float
+
+    @classmethod
+    def of(cls, plan: Plan) -> Seconds:
+        """From the planner's rates; its time of token-wise work is shared out by the FLOPs of matrix products."""
+        job, shape, gpu = plan.job, plan.job.shape, plan.machines.gpu
+        p, layers, chunks = job.sequence_parallel_size, job.model.num_layers, shape.layout.num_chunks
+        attention = forward_flops(job.model, 0, job.model.seq_length).attention / layers / p
+        forward_rate, backward_rate = (rate * TERA for rate in gpu.attention[plan.backend])
+        forward, backward = attention / forward_rate, 2.5 * attention / backward_rate
+        before, last = shape.projection_width, shape.mlp_width
+        after = shape.num_heads * shape.head_size + shape.mlp_outputs + last
+        rest_forward = (plan.speed.forward / layers - forward) / chunks / (before + after)
+        rest_backward = (plan.speed.backward / layers - backward) / chunks / (3 * (before + after) - last)
+        full_tiles = chunks**2 / 2
+        return cls(
+            tile=(forward / full_tiles, backward / full_tiles),
+            before=(before * rest_forward, 2 * before * rest_backward),
+            after=(after * rest_forward, 2 * after * rest_backward),
+            before_again=before * rest_backward,
+            after_again=(after - last) * rest_backward,
+            per_byte=SCALE / (gpu.link_gbps * GB),
+            per_exchanged_byte=SCALE * (p - 1) / p / (plan.machines.exchange_gbps(p) * GB),
+        )
+
+
+class TimedStore(ChunkStore):
+    """A store on the host whose copies take up the lanes of the link, ordered as the events of CUDA order them."""
+
+    def __init__(self, clock: Clock, seconds: Seconds, kind_of: Callable[[Tensor], str]) -> None:
+        super().__init__(torch.device("cpu"), offloading=True)
+        self._clock, self._per_byte, self._kind_of = clock, seconds.per_byte, kind_of
+        self._complete: dict[int, float] = {}  # by host address: when the chunk there is
+
+    def _start(self, chunk: Tensor) -> Any:
+        bytes_before = self.copied.bytes_in
+        arriving, arrived = super()._start(chunk)
+        if self.copied.bytes_in > bytes_before:
+            queued = max(self._clock.free[COMPUTE], self._complete.get(chunk.data_ptr(), 0.0))
+            arrived = self._copy(COPY_IN, chunk, queued)
+        return arriving, arrived
+
+    def _finish(self, arriving: Tensor, arrived: Any) -> Tensor:
+        self._clock.wait(arrived or 0.0)
+        return arriving
+
+    def _send_out(self, chunk: Tensor, value: Tensor) -> Any:
+        super()._send_out(chunk, value)
+        gone = self._complete[chunk.data_ptr()] = self._copy(COPY_OUT, chunk, self._clock.free[COMPUTE])
+        return value, gone
+
+    def _copy(self, lane: str, chunk: Tensor, after: float) -> float:
+        kind = self._kind_of(chunk)
+        label = f"{KEYS} {chunk_of(chunk)}" if kind == KEYS else kind
+        return self._clock.run(lane, kind, label, chunk.nbytes * self._per_byte, after)
+
+    def _wait_for(self, leaving: Any) -> None:
+        self._clock.wait(leaving[1])
+
+    def _empty_on_host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        free = self._clock.free
+        free[COPY_OUT] = max(free[COPY_OUT], free[COPY_IN])
+        return super()._empty_on_host(shape, dtype)
+
+
+def kind_of(chunk: Tensor, layout: SequenceLayout, num_heads: int) -> str:
+    """What a chunk of the layout holds: keys and values are of all ranks' tokens, the attention output of all heads."""
+    if chunk.dim() == 3:
+        return LSE if chunk.dtype == torch.float32 else HIDDEN
+    if chunk.dtype == torch.float32:
+        return GRADIENTS
+    return OUTPUT if (len(chunk), chunk.shape[2]) == (layout.local_lengths[0], num_heads) else KEYS
+
+
+@dataclass
+class TimedStream(Stream):
+    """A stream of one rank whose all-to-all takes up a lane, and gives tensors of the right shapes."""
+
+    clock: Clock = field(default_factory=Clock)
+    per_exchanged_byte: float = 0.0
+
+    def start_tokens_to_heads(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
+        p, done = self.parallel_state.sequence_parallel_size, self._exchange(tensors)
+
+        def finish() -> list[Tensor]:
+            self.clock.wait(done)
+            return [t.repeat(p, 1, 1, 1)[:, :, : t.shape[2] // p].contiguous() for t in tensors]
+
+        return finish
+
+    def heads_to_tokens(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> list[Tensor]:
+        p = self.parallel_state.sequence_parallel_size
+        self.clock.wait(self._exchange(tensors))
+        return [t[: len(t) // p].repeat(1, 1, p, 1) for t in tensors]
+
+    def _exchange(self, tensors: Sequence[Tensor]) -> float:
+        seconds = sum(t.nbytes for t in tensors) * self.per_exchanged_byte
+        return self.clock.run(ALL_TO_ALL, ALL_TO_ALL, "", seconds, self.clock.free[COMPUTE])
+
+
+@dataclass(frozen=True)
+class TimedAttention:
+    """A kernel whose tiles take their time and leave zeros; queries and keys hold the numbers of their chunks."""
+
+    clock: Clock
+    seconds: Seconds
+    name: str = "timed"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        self._run(q, k, causal, self.seconds.tile[0])
+        return torch.zeros_like(q), q.new_zeros(q.shape[1], q.shape[2], q.shape[0], dtype=torch.float32)
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self._run(q, k, causal, self.seconds.tile[1])
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+    def _run(self, q: Tensor, k: Tensor, causal: bool, seconds: float) -> None:
+        label = f"{chunk_of(q)},{chunk_of(k)}"
+        self.clock.run(COMPUTE, TILE, label, seconds / 2 if causal else seconds)
+
+
+class _Timed(torch.autograd.Function):
+    """The tensor as it is; something is called when its gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, in_backward: Callable[[], Any]) -> Tensor:
+        ctx.in_backward = in_backward
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.in_backward()
+        return grads[0], None
+
+
+def chunk_of(tensor: Tensor) -> int:
+    """The number that all elements hold."""
+    return int(tensor.flatten()[0])
+
+
+@dataclass
+class TimedBlock:
+    """A block whose token-wise work takes its time, and passes on what it is given."""
+
+    clock: Clock
+    seconds: Seconds
+    local_chunk_length: int
+    layer_number: int
+    num_heads: int
+    num_key_value_heads: int
+    softmax_scale: float = 1.0
+    uses_dropout: bool = False
+
+    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        again = torch.is_grad_enabled()
+        x = self._work(BEFORE, x_SBh, self.seconds.before_again if again else self.seconds.before[0])
+        x = _Timed.apply(x, lambda: self._work(BEFORE, x_SBh, self.seconds.before[1]))
+        q = x.unflatten(2, (self.num_heads, -1))
+        return q, torch.cat([q, q], 2)[:, :, : 2 * self.num_key_value_heads]
+
+    def after(self, x_SBh: Tensor, o_SBHD: Tensor, output_needed: bool = True) -> tuple[Tensor, Tensor]:
+        x = self._work(AFTER, x_SBh, self.seconds.after[0] if output_needed else self.seconds.after_again)
+        return _Timed.apply(x, lambda: self._work(AFTER, x_SBh, self.seconds.after[1])), o_SBHD.flatten(2)
+
+    def _work(self, kind: str, x: Tensor, seconds: float) -> Tensor:
+        share = len(x) / self.local_chunk_length
+        self.clock.run(COMPUTE, kind, f"{kind} {chunk_of(x)}", seconds * share)
+        return x
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return iter(())
+
+    def weights_of_kept_products(self, recompute: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        return [], []
+
+
+def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> list[Piece]:
+    """Run so many blocks of the plan's job, forward and backward: what ran when, on one rank."""
+    model, clock, seconds = plan.job.model, Clock(), seconds or Seconds.of(plan)
+    layout = scaled(plan.job.shape.layout)
+    p, heads, local_chunk = layout.sequence_parallel_size, model.num_attention_heads, layout.local_lengths[0]
+    store = TimedStore(clock, seconds, lambda chunk: kind_of(chunk, layout, heads))
+    # The group is what tells the stream that there are other ranks; nothing is sent to it.
+    state = ParallelState(p, 0, p, 0, sequence_parallel_group=object())  # type: ignore[arg-type]
+    stream = TimedStream(
+        store, TimedAttention(clock, seconds), state, layout.chunk_length, SLICE_LENGTH // SCALE, clock.report,
+        clock=clock, per_exchanged_byte=seconds.per_exchanged_byte,
+    )  # fmt: skip
+    chunks = torch.arange(layout.local_length).view(-1, 1, 1) // local_chunk
+    y = x = on_host(store, chunks.expand(-1, 1, model.hidden_size)).requires_grad_()
+    positions = torch.arange(layout.local_length).expand(1, -1)
+    for number in range(1, num_blocks + 1):
+        block = TimedBlock(clock, seconds, local_chunk, number, heads, model.num_key_value_heads)
+        y = stream_block(stream, block, y, positions)
+    y.backward(on_host(store, torch.zeros_like(x)))
+    return clock.pieces
+
+
+def scaled(layout: SequenceLayout) -> SequenceLayout:
+    """The layout with `SCALE` times fewer tokens."""
+    return SequenceLayout(layout.sequence_length // SCALE, layout.chunk_length // SCALE, layout.sequence_parallel_size)
+
+
+def on_host(store: ChunkStore, numbers: Tensor) -> Tensor:
+    """The numbers in half precision, where the store keeps its chunks."""
+    return store.empty(numbers.shape, torch.bfloat16).copy_(numbers)

@@ -1,0 +1,136 @@
+"""Memory over the length of the sequence, and a tile's copies beside its arithmetic: the planner's sums and rates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from figures.clock import Seconds
+from figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, new_figure
+from megatron.planner.hardware import GB, GIB, GPUS, Machines
+from megatron.planner.job import HALF, SUM, Job
+from megatron.planner.memory import FRAGMENTATION, OUTSIDE_TORCH
+from megatron.planner.models import named_model
+from megatron.planner.plan import Plan
+
+MODEL, GPU, NUM_GPUS, HOST_GIB, CHUNK = "llama-8b", "H200", 8, 1900.0, 65536
+LENGTHS = [2**exponent for exponent in range(15, 24)]
+OFFLOADED, ON_GPU = "FPDT, chunks on the host", "FPDT, chunks on the GPU (upper bound)"
+KEPT, RECOMPUTED = "without FPDT", "without FPDT, blocks recomputed"
+FROM_HOST = "without FPDT, recomputed, inputs on the host"
+STYLES = {
+    OFFLOADED: (BLUE, "o"), ON_GPU: (GREEN, "s"), KEPT: (RED, "^"), RECOMPUTED: (ORANGE, "v"), FROM_HOST: (PURPLE, "D"),
+}  # fmt: skip
+CHUNKS = [2**exponent for exponent in range(11, 18)]
+COPIED_MODELS = {"gpt-6.7b": "GPT 6.7B, 32 key/value heads", "llama-8b": "Llama-3 8B, 8 key/value heads"}
+COPIED_COLORS = {"gpt-6.7b": ORANGE, "llama-8b": BLUE}
+
+
+def content() -> dict[str, Any]:
+    """GiB per GPU over the length: on the GPU with what is not torch's, and on the host."""
+    plans = [_plan(MODEL, length, CHUNK, NUM_GPUS) for length in LENGTHS]
+    ways = {
+        OFFLOADED: plans,
+        KEPT: [_without_fpdt(plan, activations="kept") for plan in plans],
+        RECOMPUTED: [_without_fpdt(plan, activations="recomputed") for plan in plans],
+        FROM_HOST: [_without_fpdt(plan, activations="recomputed from the host") for plan in plans],
+    }
+    on_gpu = {way: [_gib(plan.memory.gpu_with_overhead) for plan in each] for way, each in ways.items()}
+    on_gpu[ON_GPU] = [_gib(_with_chunks_on_the_gpu(plan)) for plan in plans]
+    machines = plans[0].machines
+    return {
+        "model": MODEL, "gpu": GPU, "gpus": NUM_GPUS, "chunk": CHUNK, "lengths": LENGTHS,
+        "gpu_has": round(machines.gpu.memory_gib, 1), "host_has": _gib(machines.host_bytes_per_gpu),
+        "on_gpu": {way: on_gpu[way] for way in STYLES},
+        "on_host": {way: [_gib(plan.memory.host) for plan in ways[way]] for way in (OFFLOADED, FROM_HOST)},
+    }  # fmt: skip
+
+
+def _plan(name: str, length: int, chunk_length: int, num_gpus: int) -> Plan:
+    """A model with FPDT and offloading, every product recomputed and every block's input kept."""
+    model, vocabulary = named_model(name, length)
+    chunk_length = min(chunk_length, length)
+    job = Job(model, vocabulary, num_gpus, chunk_length, num_gpus, recompute="all", checkpoint_interval=1)
+    gpu = GPUS[GPU]
+    return Plan(job, Machines(gpu, num_gpus, num_gpus, HOST_GIB), gpu.fastest)
+
+
+def _without_fpdt(plan: Plan, **changes: Any) -> Plan:
+    job = plan.job
+    return plan.with_job(replace(job, streamed=False, chunk_length=job.model.seq_length, **changes))
+
+
+def _with_chunks_on_the_gpu(plan: Plan) -> float:
+    """Bytes of the GPU with what rests on the host beside what is there at the largest moment."""
+    return (plan.memory.gpu + plan.memory.host_chunks) * FRAGMENTATION + OUTSIDE_TORCH
+
+
+def _gib(num_bytes: float) -> float:
+    return round(num_bytes / GIB, 2)
+
+
+def draw(content: dict[str, Any]) -> Any:
+    figure, panels = new_figure(13.5, 6, columns=2)
+    for axes, where, has, what in (
+        (panels[0], "on_gpu", content["gpu_has"], f"what an {content['gpu']} has"),
+        (panels[1], "on_host", content["host_has"], f"a GPU's share of {HOST_GIB:,.0f} GiB"),
+    ):
+        axes.axhline(has, color=GREY, linestyle="--", linewidth=1.5)
+        axes.text(content["lengths"][0], has * 1.06, what, color=GREY, fontsize=11)
+        for way, values in content[where].items():
+            color, marker = STYLES[way]
+            axes.plot(content["lengths"], values, color=color, marker=marker, linewidth=2, label=way)
+        _label_lengths(axes, content["lengths"], "tokens of the sequence")
+    panels[0].set(title="GPU memory", ylabel="GiB per GPU", yscale="log", ylim=(10, 1000))
+    panels[1].set(title="host memory", ylabel="GiB per GPU", yscale="log", ylim=(1, 1000))
+    for axes in panels:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    about = "{model} on {gpus} {gpu} that share one sequence, ZeRO-3, chunks of {chunk:,} tokens".format(**content)
+    figure.suptitle(about, fontsize=13)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _label_lengths(axes: Any, lengths: list[int], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [_short(length) for length in lengths])
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
+
+
+def _short(length: int) -> str:
+    return f"{length // 2**20}M" if length >= 2**20 else f"{length // 2**10}K"
+
+
+def copies_content() -> dict[str, Any]:
+    """Time of a tile's copies over that of its arithmetic, by length of the chunk."""
+    ratios = {
+        name: [_copies_over_arithmetic(_plan(name, 8 * chunk, chunk, 1)) for chunk in CHUNKS] for name in COPIED_MODELS
+    }
+    return {"gpu": GPU, "chunks": CHUNKS, "ratios": ratios}
+
+
+def _copies_over_arithmetic(plan: Plan) -> list[float]:
+    """Of a whole tile forward, which loads keys and values, and backward, which loads their gradients too."""
+    shape = plan.job.shape
+    elements = shape.key_value_elements / shape.layout.num_chunks
+    link = plan.machines.gpu.link_gbps * GB
+    copied = (elements * HALF, elements * (HALF + SUM))
+    arithmetic = Seconds.of(plan).tile
+    return [round(num_bytes / link / seconds, 3) for num_bytes, seconds in zip(copied, arithmetic, strict=True)]
+
+
+def draw_copies(content: dict[str, Any]) -> Any:
+    figure, axes = new_figure(9.5, 5.6)
+    for name, ratios in content["ratios"].items():
+        for phase, style, values in zip(("forward", "backward"), ("-", "--"), zip(*ratios, strict=True), strict=True):
+            label = f"{COPIED_MODELS[name]}, {phase}"
+            axes.plot(content["chunks"], values, style, color=COPIED_COLORS[name], marker="o", linewidth=2, label=label)
+    axes.axhline(1, color=GREY, linewidth=1.5)
+    axes.text(content["chunks"][-1], 1.08, "above: the GPU waits", ha="right", va="bottom", color=GREY)
+    axes.text(content["chunks"][-1], 0.92, "below: the copies are hidden", ha="right", va="top", color=GREY)
+    _label_lengths(axes, content["chunks"], "tokens of a chunk, over all ranks")
+    axes.set(yscale="log", ylabel="time of the copies / time of the arithmetic", title=f"one tile on {content['gpu']}s")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.legend(frameon=False)
+    return figure
