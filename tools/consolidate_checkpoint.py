@@ -4,8 +4,8 @@
     tools/consolidate_checkpoint.py runs/llama/checkpoints weights                    the newest checkpoint, fp32
     tools/consolidate_checkpoint.py runs/llama/checkpoints/global_step1000 weights --dtype bf16
 
-The names are those of this package, and config.json says what model it is. `pretrain_gpt.py --load weights` starts a
-training with them. No GPU and no process group is needed, and little more memory than the largest tensor takes.
+The names are those of this package, and config.json says what model it is. `--load weights` starts a training
+with them. No GPU and no process group is needed, and little more memory than the largest tensor takes.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ PANELS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the runs, write the picture, return the exit code."""
-    arguments = _parse_arguments(argv)
+    arguments = parse_arguments(argv)
     try:
         runs = _named_apart([read_run(path) for path in arguments.runs], arguments.runs)
         draw(runs, arguments.output)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw what runs have reported.")
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="folder with TensorBoard's events or a .log file, or the log"

@@ -1,7 +1,6 @@
 """Each script on made-up rows, and for real on a tiny case."""
 
 import json
-import shlex
 import subprocess
 import sys
 
@@ -23,11 +22,6 @@ from megatron.arguments import parse_args
 from megatron.config import validate
 from tests.distributed.launcher import launch
 
-SCRIPTS = {
-    script.NAME: script
-    for script in (attention_tiles, data_loader, documents, memory_over_length, planner, streamed_block, training_step)
-}
-
 
 def report_of(script, tmp_path, rows, *words):
     arguments = script.parse_arguments(["--device", "cpu", "--output", str(tmp_path / "out"), *words])
@@ -41,22 +35,6 @@ def run(script, tmp_path, *words):
     code = script.main(["--device", "cpu", "--output", str(tmp_path / "out"), *words])
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     return code, json.loads((tmp_path / "out.json").read_text())["rows"]
-
-
-def commands_in_docs():
-    """Every `python benchmarks/...` of the docs and the scripts' own heads; three spaces set off a remark."""
-    texts = [
-        (REPOSITORY / "docs" / "performance.md").read_text(),
-        *(str(script.__doc__) for script in SCRIPTS.values()),
-    ]
-    lines = [line.strip().split("   ")[0] for text in texts for line in text.splitlines()]
-    return sorted({line for line in lines if line.startswith("python benchmarks/")})
-
-
-@pytest.mark.parametrize("command", commands_in_docs())
-def test_every_command_in_the_docs_can_be_parsed(command):
-    _, path, *words = (word for word in shlex.split(command) if word != "--profile")
-    SCRIPTS[path.removeprefix("benchmarks/").removesuffix(".py")].parse_arguments([*words, "--device", "cpu"])
 
 
 def test_a_profile_without_a_gpu_is_refused(capsys):
