@@ -59,12 +59,9 @@ def commands_in(path: Path) -> Iterator[Command]:
     is_program = path.suffix == ".py"
     text = (ast.get_docstring(ast.parse(text)) or "") if is_program else text
     for line in _CONTINUATION.sub(" ", text).splitlines():
-        command = command_of(line, path.name) if not line.strip().startswith("`") else None
-        if command is not None:
-            yield command
-        else:
-            spans = (command_of(span, path.name) for span in _SPAN.findall(line) if " " in span)
-            yield from (each for each in spans if each is not None)
+        candidates = (line, *(span for span in _SPAN.findall(line) if " " in span))
+        found = (command_of(each, path.name) for each in candidates)
+        yield from (each for each in found if each is not None)
 
 
 def command_of(line: str, page: str) -> Command | None:

@@ -26,6 +26,7 @@ def content() -> dict[str, Any]:
 
 
 def draw(content: dict[str, Any]) -> Any:
+    """Draw the sequence, the ranks' shards, and an all-to-all, one below the other."""
     figure, axes = new_figure(12, 8.2, rows=3, gridspec_kw={"height_ratios": [2.5, 4.4, 9]})
     _draw_sequence(axes[0], content)
     _draw_shards(axes[1], content)
@@ -63,18 +64,19 @@ def _draw_exchange(axes: Any, content: dict[str, Any]) -> None:
     chunk, lengths = content["exchanged"], content["chunk_lengths"]
     first, length, total = sum(lengths[:chunk]), lengths[chunk], sum(lengths)
     bare(axes, total, 9.6, f"the all-to-all of chunk {chunk}: who holds which head of which token")
-    before, after, top = 2, total - length, 2  # where the two squares begin
+    num_heads = sum(map(len, content["heads_of_rank"]))
+    before, after, top, height = 2, total - length, 2, 0.9  # where the two grids begin, and the height of a head
     for left, name in ((before, "before: own tokens, all heads"), (after, "after: all tokens, own heads")):
         axes.text(left, 0.7, name, va="center")
         for column in range(length):
             axes.text(left + column + 0.5, 1.6, str(first + column), ha="center", va="center", fontsize=11)
-        for head in range(length):
-            axes.text(left - 0.2, top + head * 0.9 + 0.45, f"head {head}", ha="right", va="center", fontsize=11)
+        for head in range(num_heads):
+            axes.text(left - 0.2, top + (head + 0.5) * height, f"head {head}", ha="right", va="center", fontsize=11)
     for rank, (tokens, heads) in enumerate(zip(content["tokens_of_rank"], content["heads_of_rank"], strict=True)):
         own = [token for token in tokens if first <= token < first + length]
         color = RANK_COLORS[rank]
-        box(axes, before + own[0] - first, top, len(own), 0.9 * NUM_HEADS, color, f"rank\n{rank}")
-        box(axes, after, top + 0.9 * heads[0], length, 0.9 * len(heads), color, f"rank {rank}")
+        box(axes, before + own[0] - first, top, len(own), height * num_heads, color, f"rank\n{rank}")
+        box(axes, after, top + height * heads[0], length, height * len(heads), color, f"rank {rank}")
     left, right = before + length, after - 2
     for y, text, start, end in (
         (4.4, "tokens to heads: q, k, v", left + 0.5, right - 0.5),

@@ -70,6 +70,7 @@ def _gib(num_bytes: float) -> float:
 
 
 def draw(content: dict[str, Any]) -> Any:
+    """Draw GPU and host memory side by side."""
     figure, panels = new_figure(13.5, 6, columns=2)
     for axes, where, has, what in (
         (panels[0], "on_gpu", content["gpu_has"], f"what an {content['gpu']} has"),
@@ -121,6 +122,7 @@ def _copies_over_arithmetic(plan: Plan) -> list[float]:
 
 
 def draw_copies(content: dict[str, Any]) -> Any:
+    """Draw the ratio over the length of the chunk, a line for each model and pass."""
     figure, axes = new_figure(9.5, 5.6)
     for name, ratios in content["ratios"].items():
         for phase, style, values in zip(("forward", "backward"), ("-", "--"), zip(*ratios, strict=True), strict=True):

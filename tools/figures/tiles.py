@@ -66,9 +66,9 @@ def _forward_inputs(tile: Tile) -> list[str]:
 
 
 def _backward_inputs(tile: Tile) -> list[str]:
-    """By name, what the stream asks the store for."""
-    names = [["kv"] * (tile.key + 1), ["dkv"] * (tile.key + 1)]
-    return [] if tile.is_diagonal else [*map(str, backward_tile_inputs(tile, *names))]  # type: ignore[arg-type]
+    """Names of what the stream asks the store for."""
+    kv, dkv = (dict.fromkeys([tile.key], name) for name in ("kv", "dkv"))
+    return [] if tile.is_diagonal else backward_tile_inputs(tile, kv, dkv)  # type: ignore[arg-type,return-value]
 
 
 def _result(tile: Tile, row: list[Tile]) -> str:
@@ -89,6 +89,7 @@ def _clipped(span: tuple[int, int]) -> tuple[int, int]:
 
 
 def draw(content: dict[str, Any]) -> Any:
+    """Draw both passes side by side, as the lower triangle of queries against keys."""
     figure, panels = new_figure(12.5, 7.3, columns=2)
     for axes, phase, order in (
         (panels[0], "forward", "query chunks ascending"),

@@ -84,6 +84,7 @@ def _window(pieces: list[Piece], phase: str) -> list[Any]:
 
 
 def draw(content: dict[str, Any]) -> Any:
+    """Draw a lane for the arithmetic and one for each way of copying, for either pass."""
     figure, panels = new_figure(14, 8, rows=2)
     about = "{model}, {tokens:,} tokens in chunks of {chunk:,}, on one of {ranks} {gpu}".format(**content)
     for axes, phase in zip(panels, ("forward", "backward"), strict=True):
