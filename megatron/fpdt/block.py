@@ -300,6 +300,8 @@ def _start_backward_row(
     gradients: GradientSums,
 ) -> _StartedBackwardRow:
     x, positions, o, lse, dy = next(row_ahead)
+    if stream.starts_rows_ahead and chunk == len(kept.kv_CBKD) - 1:
+        row_ahead.start()  # the second row is started next, with no attention before it to hide its copies
     products_ahead.start()
     with gradients.collecting():
         with kept.random_states.replay(chunk), named_range(TOKEN_WISE):

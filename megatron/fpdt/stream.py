@@ -123,7 +123,12 @@ class Stream:
         The all-to-all of a row then travels behind the attention of the one before. A single rank has nothing to
         hide, and saves the memory.
         """
-        return rows if self.parallel_state.sequence_parallel_group is None else _one_ahead(rows)
+        return _one_ahead(rows) if self.starts_rows_ahead else rows
+
+    @property
+    def starts_rows_ahead(self) -> bool:
+        """Whether `started_ahead` starts a row before the one before it is executed."""
+        return self.parallel_state.sequence_parallel_group is not None
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """A small input (tokens, labels, positions of one chunk) on the compute device."""
