@@ -12,6 +12,7 @@ from benchmarks import (
     attention_tiles,
     data_loader,
     documents,
+    generation,
     memory_over_length,
     planner,
     streamed_block,
@@ -327,3 +328,20 @@ def test_documents_end_to_end(tmp_path):
     assert (one["documents"], one["attention_share"], one["faster"]) == (1, 1.0, 1.0)
     assert several["documents"] == 4
     assert several["attention_share"] < 1
+
+
+# generation
+
+
+def test_prompts_are_read_and_gone_on_from(tmp_path):
+    code, rows = run(generation, tmp_path)
+    assert code == 0
+    assert [(row["way"], row["tokens"]) for row in rows] == [
+        (way, length) for way in ("offloaded", "on-device") for length in (100, 200)
+    ]
+    # Keys and values of two heads of 16, fp32, two layers, for the prompt and the three tokens after it.
+    first = rows[0]
+    assert first["cache_gib"] * 2**30 == pytest.approx(103 * 2 * 2 * 16 * 4 * 2)
+    assert first["gigabytes_per_second"] == pytest.approx(
+        first["cache_gib"] * 2**30 / first["token_milliseconds"] / 1e6
+    )
