@@ -64,29 +64,32 @@ class Ledger:
 
     def _on_gpu(self) -> list[Row]:
         device = self._context.device
-        rows = [
-            ("of the GPU", _gib(torch.cuda.get_device_properties(device).total_memory)),
-            ("in tensors", f"{_gib(torch.cuda.memory_allocated(device))}, at most "
-                           f"{_gib(torch.cuda.max_memory_allocated(device))} so far"),
-            ("reserved by torch", _gib(torch.cuda.memory_reserved(device))),
-            *self._states("cuda"),
-        ]  # fmt: skip
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        held = self._states("cuda")
         if self.stream is not None:
-            rows.append(("chunks", _gib(self.stream.store.device_bytes)))
-        return rows
+            held.append(("chunks", self.stream.store.device_bytes))
+        return [
+            ("of the GPU", f"{_gib(total)}, {_gib(free)} of it free"),
+            ("not torch's", f"{_gib(total - free - reserved)}: other processes, and a little for CUDA itself"),
+            ("reserved by torch", _gib(reserved)),
+            ("in tensors", f"{_gib(allocated)}, at most {_gib(torch.cuda.max_memory_allocated(device))} so far"),
+            *((f"  {what}", _gib(num_bytes)) for what, num_bytes in held),
+            ("  activations, rest", _gib(max(allocated - sum(num_bytes for _, num_bytes in held), 0))),
+        ]
 
     def _on_host(self) -> list[Row]:
         rows = [("this process", _gib(psutil.Process().memory_info().rss)), ("free", _gib(available_host_bytes()))]
-        rows += self._states("cpu")
+        rows += [(what, _gib(num_bytes)) for what, num_bytes in self._states("cpu")]
         if self.stream is not None:
             pool = self.stream.store.pool
             limit = f", of {_gib(pool.budget_bytes)} that it may take" if pool.budget_bytes is not None else ""
             rows.append(("host pool", f"{_gib(pool.used_bytes)} used, {_gib(pool.allocated_bytes)} allocated{limit}"))
         return rows
 
-    def _states(self, device_type: str) -> list[Row]:
+    def _states(self, device_type: str) -> list[tuple[str, int]]:
         held = self.engine.held_bytes() if self.engine is not None else {}
-        return [(what, _gib(num_bytes)) for (what, device), num_bytes in held.items() if device == device_type]
+        return [(what, num_bytes) for (what, device), num_bytes in held.items() if device == device_type]
 
     def _plan(self) -> Plan | None:
         """What the planner makes of the run, as it is executed."""

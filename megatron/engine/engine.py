@@ -138,8 +138,9 @@ class Engine:
         shards = [getattr(p, "ds_tensor", None) for p in parameters]
         weights += [shard for shard in shards if shard is not None]
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        # Where DeepSpeed partitions, the keys of the states are the fp32 weights.
-        own = [key for key in inner.state if not any(key is p for p in parameters)]
+        # DeepSpeed's fp32 weights stand in the groups, and at stage 3 among the states alone.
+        optimized = [*inner.state, *(p for group in inner.param_groups for p in group["params"])]
+        own = [p for p in optimized if not any(p is parameter for parameter in parameters)]
         states = own + [t for state in inner.state.values() for t in state.values() if isinstance(t, Tensor)]
         gradients = [p.grad for p in parameters if p.grad is not None]
         sums: Counter[tuple[str, str]] = Counter()
