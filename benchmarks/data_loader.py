@@ -5,13 +5,15 @@
     python benchmarks/data_loader.py --lengths 2097152 --sequence-parallel-size 8
 
 Makes datasets of random tokens in documents of very different lengths, and takes micro-batches of one sample from them
-as a training does: through the memory map, the check against the vocabulary, the rank's slices, and the thread that
+as a training does: the rank's slices through the memory map, the check against the vocabulary, and the thread that
 works ahead. "sources" is how many datasets are blended. What was just written is in the page cache, so that this is the
-rate of the program and not of a disk. The goal is a million tokens per second and rank; a step takes far fewer.
+rate of the program and not of a disk. The goal is a million tokens per second and rank; a step takes far fewer. The
+tokens of a sequence count whole for each of the ranks that share it.
 
-"sample" is the most memory that reading one sample takes, and "batch" that of making the micro-batch from it, with the
-sample; "x bytes" is the latter over the 8 bytes of each token of the sample. What is mapped does not count. With
---device cuda the batches are pinned.
+"batch" is what a micro-batch holds, and "peak" the most memory that making it takes, with the batch; "x batch" is the
+latter over the former. What is mapped does not count. With --documents ends of documents restart the positions, bound
+attention and do not count in the loss, for which every rank looks through the whole sequence. With --device cuda the
+batches are pinned.
 """
 
 from __future__ import annotations
@@ -33,9 +35,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import Column, Report, Row, build_parser, parse, run_script, spread, thousands, token_axis
-from megatron.batch import Batch, Sample, slice_batch
+from megatron.batch import Batch, EndOfDocument, slice_batch
 from megatron.core.sequence_layout import SequenceLayout
-from megatron.data.blended_dataset import SampleDataset
 from megatron.data.gpt_dataset import build_datasets
 from megatron.data.indexed_dataset import IndexedDatasetWriter, smallest_dtype
 from megatron.data.prefetch import Prefetcher
@@ -44,6 +45,7 @@ NAME = "data_loader"
 GOAL = 1e6  # tokens per second and rank
 MIB = 2**20
 MEAN_DOCUMENT = 4096
+END_OF_DOCUMENT = 0
 COLUMNS = (
     Column("length", "tokens"),
     Column("sources", "sources"),
@@ -51,9 +53,9 @@ COLUMNS = (
     Column("tokens_per_second", "tokens/s/rank", ".3g"),
     Column("times_goal", "x goal", ".0f"),
     Column("spread", "spread", ".1%"),
-    Column("sample_mib", "sample MiB", ".2f"),
     Column("batch_mib", "batch MiB", ".2f"),
-    Column("times_bytes", "x bytes", ".2f"),
+    Column("peak_mib", "peak MiB", ".2f"),
+    Column("times_batch", "x batch", ".2f"),
 )
 
 
@@ -67,6 +69,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="[%(default)s]")
     parser.add_argument("--vocab-size", type=int, default=128256, help="[%(default)s]")
     parser.add_argument("--sequence-parallel-size", type=int, default=1, help="[%(default)s]")
+    parser.add_argument("--chunk-size", type=int, help="tokens of a chunk [the whole sample]")
+    parser.add_argument("--documents", action="store_true", help="keep the documents of a sample apart")
     parser.add_argument("--prefetch-microbatches", type=int, default=2, help="[%(default)s]")
     quick = {"tokens": 2**23, "repeats": 2}
     on_cpu = quick if "--quick" in (sys.argv if argv is None else argv) else {}  # a CPU is what is measured here
@@ -100,7 +104,7 @@ def write_datasets(folder: Path, sources: int, num_tokens: int, vocab_size: int)
         with IndexedDatasetWriter(prefix, smallest_dtype(vocab_size)) as writer:
             while left:
                 size = min(left, 1 + int(random.lognormal(np.log(MEAN_DOCUMENT) - 2, 2)))  # of mean MEAN_DOCUMENT
-                writer.add_document(random.integers(vocab_size, size=size))
+                writer.add_document(np.append(random.integers(1, vocab_size, size=size - 1), END_OF_DOCUMENT))
                 left -= size
         paths += [str(source + 1), str(prefix)]
     return paths if sources > 1 else paths[1:]
@@ -111,10 +115,11 @@ def measure(paths: Sequence[str], length: int, arguments: argparse.Namespace) ->
     per_repeat = arguments.tokens // length
     data, _, _ = build_datasets(paths, "1", (per_repeat, 0, 0), length, 1, vocab_size=arguments.vocab_size)
     assert data is not None
-    layout = SequenceLayout(length, length, arguments.sequence_parallel_size)
+    layout = SequenceLayout(length, min(arguments.chunk_size or length, length), arguments.sequence_parallel_size)
+    end_of_document = EndOfDocument(END_OF_DOCUMENT, *[arguments.documents] * 3)
 
     def make(index: int) -> Batch:
-        return slice_batch([Sample(data[index])], layout, 0, pin=arguments.device == "cuda")
+        return slice_batch([end_of_document.sample(data[index])], layout, 0, pin=arguments.device == "cuda")
 
     def take_all() -> float:
         started = time.perf_counter()
@@ -130,18 +135,16 @@ def measure(paths: Sequence[str], length: int, arguments: argparse.Namespace) ->
         "tokens_per_second": rate,
         "times_goal": rate / GOAL,
         "spread": spread(seconds),
-        **memory(data, make, length),
+        **memory(make),
     }
 
 
-def memory(data: SampleDataset, make: Callable[[int], Batch], length: int) -> Row:
-    """Peak bytes of one sample and of one micro-batch."""
-    sample, batch = (peak_bytes(work) for work in (lambda: data[0], lambda: make(0)))
-    return {
-        "sample_mib": sample / MIB,
-        "batch_mib": batch / MIB,
-        "times_bytes": batch / (8 * (length + 1)),
-    }
+def memory(make: Callable[[int], Batch]) -> Row:
+    """Bytes of one micro-batch, and the most that making it takes."""
+    batch = make(0)
+    held = sum(part.nbytes for part in (batch.tokens, batch.labels, batch.loss_mask, batch.positions))
+    peak = peak_bytes(lambda: make(0))
+    return {"batch_mib": held / MIB, "peak_mib": peak / MIB, "times_batch": peak / held}
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:

@@ -1,4 +1,8 @@
-"""From a sample to what one rank computes on: its slices of the sequence, in the order of its layout."""
+"""From a sample to what one rank computes on: its slices of the sequence, in the order of its layout.
+
+A rank reads the tokens of its slices and the one after each, a block at a time, straight into its part of the batch.
+Only where ends of documents matter does it look through the whole sequence for them, again a block at a time.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +18,32 @@ from torch import Tensor
 
 from megatron.core.documents import Documents, Span
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.core.tokens import Tokens, blocks
 
 ModelInputs = tuple[Tensor, Tensor, Tensor, Tensor, Documents | None]
+Positions = npt.NDArray[np.int64]
+BatchProvider = Callable[[Sequence[Any]], "Batch"]  # from samples as the datasets give them
 
 
 @dataclass(frozen=True)
 class Sample:
     """S+1 tokens: inputs are the first S, labels the last S.
 
-    `loss_mask` [S] says which labels count, all without it. `documents` are the spans of the S inputs that see
-    themselves alone, and where positions begin at 0; what is in none of them is padding.
+    `loss_spans` int64 [n, 2] are the spans of the labels that count, ascending; all count without it. `documents` are
+    the spans of the S inputs that see themselves alone, and where positions begin at 0; what is in none of them is
+    padding.
     """
 
-    tokens: npt.NDArray[np.int64]
-    loss_mask: npt.NDArray[np.bool_] | None = None
+    tokens: Tokens
+    loss_spans: npt.NDArray[np.int64] | None = None
     documents: tuple[Span, ...] | None = None
 
-
-Tokens = npt.NDArray[np.int64]
-BatchProvider = Callable[[Sequence[Any]], "Batch"]  # from samples as the datasets give them
+    @property
+    def num_unmasked(self) -> int:
+        """Labels that count."""
+        if self.loss_spans is None:
+            return len(self.tokens) - 1
+        return int((self.loss_spans[:, 1] - self.loss_spans[:, 0]).sum())
 
 
 @dataclass(frozen=True)
@@ -45,14 +56,17 @@ class EndOfDocument:
     eod_mask_loss: bool = False
 
     def sample(self, tokens: Tokens) -> Sample:
-        """The sample of S+1 tokens; the id belongs to the document that it ends."""
-        inputs = tokens[:-1]
-        mask = inputs != self.token if self.eod_mask_loss else None
-        if not (self.reset_position_ids or self.reset_attention_mask):
-            return Sample(tokens, mask)
-        ends = (np.flatnonzero(inputs == self.token) + 1).tolist()
-        cuts = [0, *(end for end in ends if end < len(inputs)), len(inputs)]
-        return Sample(tokens, mask, tuple(pairwise(cuts)))
+        """The sample of S+1 tokens; the id belongs to the document that it ends. Reads them only with a flag."""
+        length, separates = len(tokens) - 1, self.reset_position_ids or self.reset_attention_mask
+        if not (separates or self.eod_mask_loss):
+            return Sample(tokens)
+        ends = np.concatenate(
+            [np.flatnonzero(tokens[start:stop] == self.token) + start for start, stop in blocks([(0, length)])]
+        )
+        starts = ends + 1
+        loss_spans = np.stack((np.append(0, starts), np.append(ends, length)), axis=1)
+        cuts = [0, *starts[starts < length].tolist(), length]
+        return Sample(tokens, loss_spans if self.eod_mask_loss else None, tuple(pairwise(cuts)) if separates else None)
 
 
 @dataclass(frozen=True)
@@ -81,13 +95,13 @@ def slice_batch(
     separate_documents: bool = True,
 ) -> Batch:
     """This rank's part of samples. Of their documents, positions begin at 0 and attention stays within if so asked."""
-    owned = layout.owned_positions(sequence_parallel_rank).numpy()
-    tokens = np.stack([sample.tokens[owned] for sample in samples])
-    labels = np.stack([sample.tokens[owned + 1] for sample in samples])
-    masks = [np.ones(len(owned), bool) if s.loss_mask is None else s.loss_mask[owned] for s in samples]
-    positions = [document_positions(owned, sample.documents if restart_positions else None) for sample in samples]
-    parts = map(torch.from_numpy, (tokens, labels, np.stack(masks).astype(np.float32), np.stack(positions)))
-    tokens_BS, labels_BS, mask_BS, positions_BS = (part.pin_memory() if pin else part for part in parts)
+    spans, shape = layout.owned_spans(sequence_parallel_rank), (len(samples), layout.local_length)
+    tokens_BS, labels_BS, mask_BS, positions_BS = (
+        torch.empty(shape, dtype=dtype, pin_memory=pin)
+        for dtype in (torch.int64, torch.int64, torch.float32, torch.int64)
+    )
+    for sample, *row in zip(samples, tokens_BS, labels_BS, mask_BS, positions_BS, strict=True):
+        _fill(sample, spans, restart_positions, *(part.numpy() for part in row))
     documents = _documents(samples, layout.sequence_length) if separate_documents else None
     return Batch(
         tokens_BS,
@@ -95,17 +109,46 @@ def slice_batch(
         mask_BS,
         positions_BS,
         documents,
-        num_tokens=sum(_num_unmasked(sample) for sample in samples),
+        num_tokens=sum(sample.num_unmasked for sample in samples),
         squared_lengths=documents.squared_lengths if documents else len(samples) * layout.sequence_length**2,
     )
 
 
-def document_positions(owned: npt.NDArray[np.int64], documents: tuple[Span, ...] | None) -> npt.NDArray[np.int64]:
-    """Positions in the document of the tokens at the positions `owned` of the sequence, which is one without any."""
-    if not documents:
-        return owned
-    starts = np.array([start for start, _ in documents])
-    return owned - starts[np.maximum(np.searchsorted(starts, owned, side="right") - 1, 0)].clip(max=owned)
+def _fill(
+    sample: Sample,
+    spans: Sequence[Span],
+    restart_positions: bool,
+    tokens: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    loss_mask: npt.NDArray[np.float32],
+    positions: npt.NDArray[np.int64],
+) -> None:
+    """Write what a sample has at `spans`, one after the other, into the arrays [S/p]."""
+    starts = document_starts(sample.documents if restart_positions else None)
+    end = 0
+    for start, stop in blocks(spans):
+        here = slice(end, end := end + stop - start)
+        read, owned = sample.tokens[start : stop + 1], np.arange(start, stop)
+        tokens[here], labels[here] = read[:-1], read[1:]
+        loss_mask[here] = 1 if sample.loss_spans is None else _within(owned, sample.loss_spans)
+        positions[here] = document_positions(owned, starts)
+
+
+def _within(positions: Positions, spans: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which positions lie in one of the spans [n, 2], ascending: those with an odd number of bounds up to them."""
+    return np.searchsorted(spans.ravel(), positions, side="right") % 2 == 1
+
+
+def document_starts(documents: Sequence[Span] | None) -> Positions:
+    """Where each document begins; nowhere if there are none, the sequence being one."""
+    return np.array([start for start, _ in documents or ()], np.int64)
+
+
+def document_positions(positions: Positions, starts: Positions) -> Positions:
+    """Positions in the document, of which those of the sequence are given, and where its documents begin."""
+    if not len(starts):
+        return positions
+    return positions - starts[np.maximum(np.searchsorted(starts, positions, side="right") - 1, 0)].clip(max=positions)
 
 
 def _documents(samples: Sequence[Sample], sequence_length: int) -> Documents | None:
@@ -113,7 +156,3 @@ def _documents(samples: Sequence[Sample], sequence_length: int) -> Documents | N
     whole = ((0, sequence_length),)
     spans = tuple(whole if sample.documents is None else sample.documents for sample in samples)
     return None if all(row == whole for row in spans) else Documents(spans)
-
-
-def _num_unmasked(sample: Sample) -> int:
-    return len(sample.tokens) - 1 if sample.loss_mask is None else int(sample.loss_mask.sum())

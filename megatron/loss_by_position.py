@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.batch import Batch, document_positions
+from megatron.batch import Batch, document_positions, document_starts
 from megatron.config.logging import LoggingConfig
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.stream import Stream
@@ -63,7 +63,8 @@ class LossByPosition:
         if batch.documents is None:
             return self._owned.expand(len(batch.tokens), -1)
         owned = self._owned.numpy()
-        return torch.stack([torch.from_numpy(document_positions(owned, row)) for row in batch.documents.spans])
+        rows = (document_positions(owned, document_starts(row)) for row in batch.documents.spans)
+        return torch.stack([torch.from_numpy(row) for row in rows])
 
     def buckets(self) -> list[Bucket]:
         """The buckets that have tokens, summed over all ranks. Collective over all of them; waits for the device."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron.core.documents import Span
+
 
 @dataclass(frozen=True)
 class SequenceLayout:
@@ -53,12 +55,14 @@ class SequenceLayout:
         """Tokens of one rank that are not among the first `length` that it owns of a chunk."""
         return sum(max(local_length - length, 0) for local_length in self.local_lengths)
 
+    def owned_spans(self, sequence_parallel_rank: int) -> list[Span]:
+        """Spans of global tokens that a rank owns, one of each chunk, in local order."""
+        rank, starts = sequence_parallel_rank, range(0, self.sequence_length, self.chunk_length)
+        return [
+            (start + rank * length, start + (rank + 1) * length)
+            for start, length in zip(starts, self.local_lengths, strict=True)
+        ]
+
     def owned_positions(self, sequence_parallel_rank: int) -> torch.Tensor:
         """Global token positions that a rank owns, int64 [local_length], in local order."""
-        starts = range(0, self.sequence_length, self.chunk_length)
-        return torch.cat(
-            [
-                torch.arange(length) + start + sequence_parallel_rank * length
-                for start, length in zip(starts, self.local_lengths, strict=True)
-            ]
-        )
+        return torch.cat([torch.arange(*span) for span in self.owned_spans(sequence_parallel_rank)])

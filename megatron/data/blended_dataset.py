@@ -6,13 +6,15 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron.core.tokens import Tokens
+
 
 class SampleDataset(Protocol):
-    """A fixed number of samples, each int64 [seq_length + 1]."""
+    """A fixed number of samples, each of seq_length + 1 tokens, which are read where they are sliced."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> npt.NDArray[np.int64]: ...
+    def __getitem__(self, index: int, /) -> Tokens: ...
 
 
 class BlendedDataset:
@@ -35,8 +37,8 @@ class BlendedDataset:
     def __len__(self) -> int:
         return len(self._dataset_index)
 
-    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """Sample `index`, int64 [seq_length + 1]."""
+    def __getitem__(self, index: int) -> Tokens:
+        """Sample `index`, of seq_length + 1 tokens."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a blend of {len(self)}")
         dataset = self._datasets[int(self._dataset_index[index])]

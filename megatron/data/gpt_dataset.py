@@ -7,10 +7,12 @@ token, so that every token is a label once per epoch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron.core.tokens import read_pieces
 from megatron.data.blended_dataset import BlendedDataset, SampleDataset
 from megatron.data.errors import DataError
 from megatron.data.index_helpers import build_blending_indices
@@ -20,13 +22,32 @@ from megatron.data.splits import PART_NAMES, parse_data_paths, parse_split, spli
 from megatron.data.vocabulary import check_tokens
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Tokens [offset, offset + length) of a document."""
+@dataclass(frozen=True, eq=False)
+class StoredSample:
+    """The tokens of a sample in pieces of documents, of which a slice reads what it covers, in the type of the file.
 
-    document: int
-    offset: int
-    length: int
+    Piece k begins at token `starts[k]` of the file and at `bounds[k]` of the sample; the last of `bounds` is its end.
+    With `vocab_size` what is read is checked: DataError, naming the sample by `name`, for a token outside.
+    """
+
+    indexed: IndexedDataset
+    starts: npt.NDArray[np.int64]
+    bounds: npt.NDArray[np.int64]
+    name: str
+    vocab_size: int | None = None
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def __getitem__(self, span: slice) -> npt.NDArray[Any]:
+        tokens = read_pieces(self.bounds, span, self._read_piece)
+        if self.vocab_size is not None:
+            check_tokens(tokens, self.vocab_size, self.name)
+        return tokens
+
+    def _read_piece(self, piece: int, start: int, stop: int) -> npt.NDArray[Any]:
+        first = int(self.starts[piece])
+        return self.indexed.get_tokens(first + start, first + stop)
 
 
 class GPTDataset:
@@ -34,7 +55,7 @@ class GPTDataset:
 
     Sample i depends on (documents, seq_length, seed, i) alone, not on num_samples. Documents are read as many times as
     it takes. With `cache_dir` the order is kept there; without, it is computed each time. With `vocab_size` every
-    sample read is checked against it. Raises DataError if the documents hold too few tokens or are not token ids.
+    token read is checked against it. Raises DataError if the documents hold too few tokens or are not token ids.
     """
 
     def __init__(
@@ -61,32 +82,20 @@ class GPTDataset:
     def __len__(self) -> int:
         return self._num_samples
 
-    def pieces(self, index: int) -> list[Piece]:
-        """The parts of documents that make up sample `index`, in order; their lengths sum to seq_length + 1."""
+    def __getitem__(self, index: int) -> StoredSample:
+        """Sample `index`, of seq_length + 1 tokens. Reads none of them: that is for who slices it."""
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self.name}, which has {self._num_samples}")
         row = int(self._order.shuffle_index[index])
         (first, start), (last, end) = self._order.sample_index[row : row + 2].tolist()
-        pieces = []
-        for position in range(first, last + 1):
-            document = int(self._order.document_index[position])
-            offset = start if position == first else 0
-            stop = end + 1 if position == last else int(self._indexed.document_sizes[document])
-            if stop > offset:
-                pieces.append(Piece(document, offset, stop - offset))
-        return pieces
-
-    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """Sample `index`, int64 [seq_length + 1]; DataError if it holds a token outside the vocabulary."""
-        sample = np.empty(self.seq_length + 1, dtype=np.int64)
-        filled = 0
-        for piece in self.pieces(index):
-            tokens = self._indexed.get_document(piece.document, piece.offset, piece.length)
-            sample[filled : filled + piece.length] = tokens
-            filled += piece.length
-        if self._vocab_size is not None:
-            check_tokens(sample, self._vocab_size, f"sample {index} of the {self.name} part of {self._indexed.prefix}")
-        return sample
+        documents = self._order.document_index[first : last + 1]
+        starts, sizes = self._indexed.document_starts[documents], self._indexed.document_sizes[documents]
+        sizes[-1] = end + 1
+        starts[0] += start
+        sizes[0] -= start
+        bounds = np.concatenate(([0], np.cumsum(sizes)))
+        name = f"sample {index} of the {self.name} part of {self._indexed.prefix}"
+        return StoredSample(self._indexed, starts, bounds, name, self._vocab_size)
 
 
 def build_datasets(

@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +22,14 @@ import numpy.typing as npt
 from megatron.batch import Sample
 from megatron.config import Config
 from megatron.config.finetuning import LongSamples
+from megatron.core.tokens import read_pieces
 from megatron.data.errors import DataError
 from megatron.data.sample_order import SAMPLE_STREAM, epoch_random
 from megatron.data.splits import PART_NAMES, parse_split, split_documents
 from megatron.finetuning.chat_template import find_template
-from megatron.finetuning.encoding import ConversationEncoder, EncodedConversation
+from megatron.finetuning.encoding import ConversationEncoder
 from megatron.finetuning.packing import pack
-from megatron.finetuning.token_cache import TokenCache, tokenized, tokenizer_fingerprint
+from megatron.finetuning.token_cache import StoredConversation, TokenCache, tokenized, tokenizer_fingerprint
 from megatron.tokenizer import Tokenizer
 
 PACKING_STREAM = SAMPLE_STREAM + 1
@@ -42,7 +45,7 @@ class Conversations:
     def __len__(self) -> int:
         return sum(map(len, self.caches))
 
-    def __getitem__(self, index: int) -> EncodedConversation:
+    def __getitem__(self, index: int) -> StoredConversation:
         cache, place = self._find(index)
         return cache[place]
 
@@ -62,6 +65,26 @@ class Conversations:
                 return cache, index
             index -= len(cache)
         raise IndexError(f"conversation {len(self) + index} of {len(self)}")
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTokens:
+    """The tokens of a sequence: conversations, each from its place in `bounds`, and padding up to the last of these."""
+
+    conversations: Sequence[StoredConversation]
+    bounds: npt.NDArray[np.int64]
+    padding: int
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def __getitem__(self, span: slice) -> npt.NDArray[Any]:
+        return read_pieces(self.bounds, span, self._read_piece)
+
+    def _read_piece(self, piece: int, start: int, stop: int) -> npt.NDArray[np.int32]:
+        if piece == len(self.conversations):
+            return np.full(stop - start, self.padding, np.int32)
+        return self.conversations[piece].tokens(start, stop)
 
 
 class PackedDataset:
@@ -91,16 +114,17 @@ class PackedDataset:
         """Sample `index` of seq_length + 1 tokens."""
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
-        tokens = np.full(self._seq_length + 1, self._padding, np.int64)
-        counts = np.zeros(self._seq_length + 1, np.bool_)
-        documents, end = [], 0
-        for number in self.packing.sequence(self._sequence(index)).tolist():
-            conversation = self._conversations[number]
-            start, end = end, min(end + len(conversation.tokens), self._seq_length + 1)
-            tokens[start:end] = conversation.tokens[: end - start]
-            counts[start + 1 : end] = conversation.is_answer[1 : end - start]
-            documents.append((start, min(end, self._seq_length)))
-        return Sample(tokens, counts[1:], tuple(documents))
+        numbers = self.packing.sequence(self._sequence(index)).tolist()
+        conversations = [self._conversations[number] for number in numbers]
+        bounds = np.append(0, np.cumsum([len(conversation) for conversation in conversations]))
+        bounds = bounds.clip(max=self._seq_length + 1)
+        loss_spans = [
+            conversation.loss_spans(stop - start) + start
+            for conversation, (start, stop) in zip(conversations, pairwise(bounds.tolist()), strict=True)
+        ]
+        documents = pairwise(bounds.clip(max=self._seq_length).tolist())
+        tokens = PackedTokens(conversations, np.append(bounds, self._seq_length + 1), self._padding)
+        return Sample(tokens, np.concatenate(loss_spans), tuple(documents))
 
     def _sequence(self, index: int) -> int:
         epoch, place = divmod(index, len(self.packing))
@@ -172,7 +196,7 @@ def choose(
         raise DataError(_too_long_message(conversations, too_long, seq_length))
     dropped = too_long
     if long_samples == "truncate":
-        dropped = np.array([i for i in too_long.tolist() if not conversations[i].is_answer[1 : seq_length + 1].any()])
+        dropped = np.array([i for i in too_long.tolist() if not len(conversations[i].loss_spans(seq_length + 1))])
     if len(too_long):
         LOG.info(
             "%s data: %d of %d conversations are longer than --seq-length (%d): %d cut, %d left out",

@@ -25,16 +25,45 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.config import TokenizerConfig
+from megatron.core.tokens import blocks
 from megatron.data.atomic_file import flush_to_disk, publish, temporary_path
 from megatron.data.errors import DataError
 from megatron.finetuning.conversations import read_conversations
-from megatron.finetuning.encoding import ConversationEncoder, EncodedConversation
+from megatron.finetuning.encoding import ConversationEncoder
 from megatron.tokenizer import TokenizerError
 
 CACHE_VERSION = 1
 TOKENS, SAMPLES = "tokens.bin", "samples.npy"
 SECONDS_BETWEEN_LINES = 30.0
 LOG = logging.getLogger("megatron")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredConversation:
+    """A conversation as TOKENS holds it, int32 [L], mapped: nothing is read before it is asked for."""
+
+    stored: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def tokens(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """Tokens [start, stop)."""
+        stored = self.stored[start:stop]
+        return np.where(stored < 0, -1 - stored, stored)
+
+    def loss_spans(self, num_tokens: int) -> npt.NDArray[np.int64]:
+        """int64 [n, 2]: spans of its labels that are tokens of answers, of the first `num_tokens` tokens.
+
+        Label i is token i + 1; so the first token, which none of its own precedes, counts nowhere. A long answer may be
+        several spans, each beginning where the one before it ends.
+        """
+        labels = self.stored[1:num_tokens]
+        bounds = [
+            np.flatnonzero(np.diff(labels[start:stop] >= 0, prepend=False, append=False)) + start
+            for start, stop in blocks([(0, len(labels))])
+        ]
+        return np.concatenate([np.empty(0, np.int64), *bounds]).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -50,11 +79,9 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> EncodedConversation:
+    def __getitem__(self, index: int) -> StoredConversation:
         start = int(self.samples[index - 1, 0]) if index else 0
-        stored = self.tokens[start : int(self.samples[index, 0])]
-        is_answer = stored >= 0
-        return EncodedConversation(np.where(is_answer, stored, -1 - stored), is_answer)
+        return StoredConversation(self.tokens[start : int(self.samples[index, 0])])
 
     def line(self, index: int) -> int:
         """The line of the file that a conversation was read from."""

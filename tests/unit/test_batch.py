@@ -64,7 +64,7 @@ SPANS = ((0, 3), (3, 4), (4, 10), (10, 16))
 def test_a_document_ends_with_its_end_and_a_last_label_ends_none() -> None:
     sample = EndOfDocument(END, reset_attention_mask=True).sample(MARKED)
     assert sample.documents == SPANS
-    assert sample.loss_mask is None
+    assert sample.loss_spans is None
 
 
 def test_an_end_as_the_last_input_begins_no_empty_document() -> None:
@@ -78,8 +78,8 @@ def test_without_flags_an_end_is_a_token_like_any_other() -> None:
 
 def test_what_follows_an_end_does_not_count() -> None:
     sample = EndOfDocument(END, eod_mask_loss=True).sample(MARKED)
-    assert sample.loss_mask is not None
-    assert np.flatnonzero(~sample.loss_mask).tolist() == [2, 3, 9]
+    assert sample.loss_spans is not None
+    assert sample.loss_spans.tolist() == [[0, 2], [3, 3], [4, 9], [10, 16]]
     assert slice_batch([sample, Sample(MARKED)], SequenceLayout(LENGTH, 8, 2), 1, pin=False).num_tokens == 13 + 16
 
 
@@ -115,3 +115,65 @@ def test_padding_before_the_first_document_has_positions_like_any_other() -> Non
     sample = Sample(MARKED, documents=((4, 10), (12, 16)))
     batch = slice_batch([sample], SequenceLayout(LENGTH, 8), 0, pin=False)
     assert batch.positions.tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]]
+
+
+class Recorder:
+    """Tokens that note which spans of them were read."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self._tokens = tokens
+        self.spans: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        self.spans.append((span.start, span.stop))
+        return self._tokens[span]
+
+
+def test_a_rank_reads_its_slices_and_the_token_after_each() -> None:
+    tokens = Recorder(MARKED)
+    slice_batch([EndOfDocument(END).sample(tokens)], SequenceLayout(LENGTH, 8, 2), 1, pin=False)
+    assert tokens.spans == [(4, 9), (12, 17)]
+
+
+def test_looking_for_ends_reads_the_inputs_once_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.core.tokens.BLOCK_TOKENS", 6)
+    tokens = Recorder(MARKED)
+    sample = EndOfDocument(END, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True).sample(tokens)
+    assert tokens.spans == [(0, 6), (6, 12), (12, 16)]
+    slice_batch([sample], SequenceLayout(LENGTH, LENGTH, 2), 1, pin=False)
+    assert tokens.spans[3:] == [(8, 15), (14, 17)]
+
+
+def from_whole_sequences(tokens: np.ndarray, flags: EndOfDocument, owned: np.ndarray) -> list[list[float]]:
+    """What a rank has of a sample, taken from arrays of the whole of it: tokens, labels, loss mask, positions."""
+    inputs, labels = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+    positions = np.arange(len(inputs))
+    if flags.reset_position_ids:
+        for end in np.flatnonzero(inputs == flags.token).tolist():
+            positions[end + 1 :] = np.arange(len(inputs) - end - 1)
+    mask = inputs != flags.token if flags.eod_mask_loss else np.ones(len(inputs))
+    return [part[owned].tolist() for part in (inputs, labels, mask, positions)]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("block_tokens", [1, 5, 1000])
+@pytest.mark.parametrize("length, chunk, size", [(24, 24, 1), (24, 8, 2), (24, 16, 4), (20, 12, 2), (8, 64, 8)])
+def test_a_rank_has_what_whole_sequences_hold_at_its_positions(
+    monkeypatch: pytest.MonkeyPatch, dtype: type, block_tokens: int, length: int, chunk: int, size: int
+) -> None:
+    monkeypatch.setattr("megatron.core.tokens.BLOCK_TOKENS", block_tokens)
+    random, layout = np.random.default_rng(length + chunk), SequenceLayout(length, chunk, size)
+    for resets, masks in ((False, False), (True, False), (False, True), (True, True)):
+        flags = EndOfDocument(END, reset_position_ids=resets, eod_mask_loss=masks)
+        samples = [random.integers(END, 5, length + 1).astype(dtype) for _ in range(3)]
+        for rank in range(size):
+            batch = slice_batch([flags.sample(tokens) for tokens in samples], layout, rank, pin=False)
+            owned = layout.owned_positions(rank).numpy()
+            for row, tokens in enumerate(samples):
+                found = [part[row].tolist() for part in (batch.tokens, batch.labels, batch.loss_mask, batch.positions)]
+                assert found == from_whole_sequences(tokens, flags, owned)
+            ends = sum(int((tokens[:-1] == END).sum()) for tokens in samples)
+            assert batch.num_tokens == 3 * length - (ends if masks else 0)

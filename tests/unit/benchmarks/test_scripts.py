@@ -184,15 +184,17 @@ def test_the_loader_runs_with_and_without_blending(tmp_path):
     ]  # fmt: skip
     for row in rows:
         assert row["tokens_per_second"] > 0
-        assert row["sample_mib"] >= 8 * (row["tokens"] + 1) / 2**20
+        assert row["batch_mib"] == 28 * row["tokens"] / 2**20
+        assert row["peak_mib"] >= row["batch_mib"]
 
 
-def test_reading_a_sample_takes_no_more_than_its_bytes(tmp_path):
-    length = 2**20
-    paths = data_loader.write_datasets(tmp_path, sources=2, num_tokens=4 * length, vocab_size=128256)
-    data, _, _ = data_loader.build_datasets(paths, "1", (4, 0, 0), length, 1, vocab_size=128256)
-    assert len(data[0]) == length + 1
-    assert data_loader.peak_bytes(lambda: data[1]) == pytest.approx(8 * (length + 1), rel=0.02)
+def test_making_a_batch_takes_no_more_than_its_bytes_and_a_block(tmp_path):
+    flags = "--documents --chunk-size 262144 --sequence-parallel-size 2 --tokens 4194304 --lengths 1048576 --repeats 1"
+    arguments = data_loader.parse_arguments(flags.split())
+    paths = data_loader.write_datasets(tmp_path, sources=2, num_tokens=2**22, vocab_size=128256)
+    row = data_loader.measure(paths, 2**20, arguments)
+    assert row["batch_mib"] == 14
+    assert row["peak_mib"] - row["batch_mib"] < 4
 
 
 def test_peak_bytes_counts_arrays_and_tensors_and_what_was_given_back():

@@ -30,6 +30,7 @@ def test_the_last_chunk_may_be_shorter() -> None:
     assert layout.chunk_lengths == [24, 24, 16]
     assert layout.local_lengths == [6, 6, 4]
     assert layout.local_length == 16
+    assert layout.owned_spans(1) == [(6, 12), (30, 36), (52, 56)]
     assert layout.owned_positions(1).tolist() == [*range(6, 12), *range(30, 36), *range(52, 56)]
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.batch import Sample
 from megatron.config import TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.finetuning.chat_template import PlainTemplate
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.finetuning.packed_dataset import Conversations, PackedDataset, choose
-from megatron.finetuning.token_cache import TokenCache, tokenized, tokenizer_fingerprint
+from megatron.finetuning.token_cache import StoredConversation, TokenCache, tokenized, tokenizer_fingerprint
 from megatron.tokenizer.null import NullTokenizer
 
 END, PADDING, LENGTH = 100, 99, 16
@@ -41,12 +42,21 @@ def dataset_of(conversations: Conversations, num_samples: int, seed: int = 0) ->
     return PackedDataset(conversations, np.arange(len(conversations)), num_samples, LENGTH, seed, PADDING)
 
 
+def loss_mask(sample: Sample) -> np.ndarray:
+    """Which of the labels count, bool [S]."""
+    mask = np.zeros(LENGTH, bool)
+    assert sample.loss_spans is not None
+    for start, stop in sample.loss_spans.tolist():
+        assert not mask[start:stop].any()
+        mask[start:stop] = True
+    return mask
+
+
 def test_a_sample_holds_whole_conversations_and_counts_their_answers_alone(conversations: Conversations) -> None:
     dataset = dataset_of(conversations, 2)
     found = []
     for sample in (dataset[i] for i in range(len(dataset.packing))):
         assert sample.documents is not None
-        assert sample.loss_mask is not None
         labels, answers, stop = sample.tokens[1:], [], 0
         for start, end in sample.documents:
             assert start == stop
@@ -57,8 +67,8 @@ def test_a_sample_holds_whole_conversations_and_counts_their_answers_alone(conve
             prompt, response = next(pair for pair in PAIRS if pair[0].split()[0] == str(tokens[0]))
             assert tokens == [*map(int, prompt.split()), *map(int, response.split()), END]
             answers += [*map(int, response.split()), END]
-        assert labels[sample.loss_mask].tolist() == answers
-        assert not sample.loss_mask[stop:].any()
+        assert labels[loss_mask(sample)].tolist() == answers
+        assert not loss_mask(sample)[stop:].any()
     assert len(set(found)) == len(found) == len(PAIRS)
 
 
@@ -66,10 +76,9 @@ def test_a_conversation_as_long_as_a_sample_fills_it(tmp_path: Path) -> None:
     words = [str(i) for i in range(LENGTH)]  # and the end: one more than the inputs
     conversations = Conversations([cache_of(write(tmp_path / "a", [(" ".join(words[:4]), " ".join(words[4:]))]))])
     sample = dataset_of(conversations, 1)[0]
-    assert sample.tokens.tolist() == [*range(LENGTH), END]
+    assert sample.tokens[:].tolist() == [*range(LENGTH), END]
     assert sample.documents == ((0, LENGTH),)
-    assert sample.loss_mask is not None
-    assert sample.loss_mask.tolist() == [False] * 3 + [True] * (LENGTH - 3)
+    assert loss_mask(sample).tolist() == [False] * 3 + [True] * (LENGTH - 3)
 
 
 def test_a_conversation_that_begins_with_an_answer_does_not_count_its_first_token(tmp_path: Path) -> None:
@@ -78,21 +87,44 @@ def test_a_conversation_that_begins_with_an_answer_does_not_count_its_first_toke
     line = path.read_text()
     path.write_text(line + line)
     sample = dataset_of(Conversations([cache_of(path)]), 1)[0]
-    assert sample.loss_mask is not None
-    assert sample.loss_mask.tolist() == [True, True, False, True, True] + [False] * 11
+    assert loss_mask(sample).tolist() == [True, True, False, True, True] + [False] * 11
+
+
+def test_slices_of_a_sample_are_those_of_the_whole(conversations: Conversations) -> None:
+    dataset = dataset_of(conversations, 2)
+    for tokens in (dataset[0].tokens, dataset[1].tokens):
+        whole = tokens[:]
+        assert (len(tokens), len(whole)) == (LENGTH + 1, LENGTH + 1)
+        for start in range(LENGTH + 1):
+            for stop in range(start, LENGTH + 2):
+                np.testing.assert_array_equal(tokens[start:stop], whole[start:stop])
+
+
+@pytest.mark.parametrize("block_tokens", [1, 2, 3, 1000])
+def test_answers_are_found_whatever_is_read_at_a_time(monkeypatch: pytest.MonkeyPatch, block_tokens: int) -> None:
+    monkeypatch.setattr("megatron.core.tokens.BLOCK_TOKENS", block_tokens)
+    for answers in range(2**6):
+        is_answer = np.array([bool(answers >> k & 1) for k in range(6)])
+        stored = StoredConversation(np.where(is_answer, 5, -6).astype(np.int32))
+        for num_tokens in range(1, 8):
+            labels = is_answer[1:num_tokens]
+            found = np.zeros(len(labels), bool)
+            for start, stop in stored.loss_spans(num_tokens).tolist():
+                found[start:stop] = True
+            assert found.tolist() == labels.tolist()
 
 
 def test_every_epoch_takes_every_sequence_in_another_order(tmp_path: Path) -> None:
     pairs = [(" ".join(["1"] * 10), str(i)) for i in range(30)]  # one to a sequence
     conversations = Conversations([cache_of(write(tmp_path / "a", pairs))])
     dataset = dataset_of(conversations, 90)
-    answers = [int(dataset[i].tokens[10]) for i in range(90)]
+    answers = [int(dataset[i].tokens[10:11][0]) for i in range(90)]
     epochs = [answers[:30], answers[30:60], answers[60:]]
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     again = dataset_of(conversations, 61)
-    assert [int(again[i].tokens[10]) for i in (60, 3, 31)] == [answers[i] for i in (60, 3, 31)]
-    assert [int(dataset_of(conversations, 30, seed=1)[i].tokens[10]) for i in range(30)] != epochs[0]
+    assert [int(again[i].tokens[10:11][0]) for i in (60, 3, 31)] == [answers[i] for i in (60, 3, 31)]
+    assert [int(dataset_of(conversations, 30, seed=1)[i].tokens[10:11][0]) for i in range(30)] != epochs[0]
 
 
 def test_the_share_of_padding_is_that_of_the_sequences(conversations: Conversations) -> None:
@@ -116,8 +148,8 @@ def test_a_conversation_that_is_too_long_is_cut_or_left_out(tmp_path: Path) -> N
     cut = choose(conversations, range(3), LENGTH, "truncate", "train")
     assert cut.tolist() == [0, 1]  # nothing of the third answer would be left
     dataset = PackedDataset(conversations, cut, 2, LENGTH, 0, PADDING)
-    longest = next(sample for sample in (dataset[0], dataset[1]) if sample.tokens[0] == 4)
-    assert longest.tokens.tolist() == [4, 5] + [6] * (LENGTH - 1)
+    longest = next(sample for sample in (dataset[0], dataset[1]) if sample.tokens[:1] == 4)
+    assert longest.tokens[:].tolist() == [4, 5] + [6] * (LENGTH - 1)
     with pytest.raises(DataError, match="no conversation that fits, of 1"):
         choose(conversations, range(1, 2), LENGTH, "skip", "train")
 
