@@ -12,6 +12,7 @@ is read twice.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.data.atomic_file import atomic_path
+from megatron.data.checked_file import append_checksum, is_as_written
 from megatron.data.index_helpers import build_sample_index
 
-ORDER_VERSION = 1
+CACHE_VERSION = 2
 DOCUMENT_STREAM, SAMPLE_STREAM = 0, 1
+LOG = logging.getLogger("megatron")
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class OrderPlan:
         return max(0, num_epochs * self.tokens_per_epoch - 1) // self.seq_length
 
     def fingerprint(self) -> str:
-        """A name that two plans share only if they give the same order."""
+        """A name that two plans share only if they give the same order, in files of the same form."""
         digest = hashlib.sha256()
-        settings = (ORDER_VERSION, self.documents.start, self.seq_length, self.seed, self.num_epochs)
+        settings = (CACHE_VERSION, self.documents.start, self.seq_length, self.seed, self.num_epochs)
         digest.update(repr(settings).encode())
         sizes = self.document_sizes[self.documents.start : self.documents.stop]
         digest.update(np.ascontiguousarray(sizes, dtype="<i8").data)
@@ -87,7 +90,7 @@ def build_order(plan: OrderPlan) -> SampleOrder:
 def cached_order(
     plan: OrderPlan, cache_dir: Path, build: Callable[[OrderPlan], SampleOrder] = build_order
 ) -> SampleOrder:
-    """The order from `cache_dir`, built and put there if it is absent or unreadable.
+    """The order from `cache_dir`, built and put there if it is absent or, with a warning, damaged.
 
     Any number of processes may call this at once. Raises OSError if the folder cannot be written.
     """
@@ -97,24 +100,23 @@ def cached_order(
         return order
     cache_dir.mkdir(parents=True, exist_ok=True)
     order = build(plan)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, np.concatenate((order.document_index, order.sample_index.ravel(), order.shuffle_index)))
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, np.concatenate((order.document_index, order.sample_index.ravel(), order.shuffle_index)))
+        append_checksum(temporary, path.name)
     return _load(plan, path) or order
 
 
 def _load(plan: OrderPlan, path: Path) -> SampleOrder | None:
-    """Map the one flat array that holds all three; None if the file is absent or not what the plan needs."""
-    num_documents = plan.num_epochs * len(plan.documents)
-    num_samples = plan.num_samples_after(plan.num_epochs)
-    try:
-        flat = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
+    """Map the one flat array that holds all three; None if the file is absent or, with a warning, damaged."""
+    if not path.exists():
         return None
-    if flat.dtype != np.int64 or flat.shape != (num_documents + 2 * (num_samples + 1) + num_samples,):
+    if not is_as_written(path, path.name):
+        LOG.warning("%s is cut short or was changed since it was written; it is made again", path)
         return None
-    document_index, sample_index, shuffle_index = np.split(
-        np.asarray(flat), [num_documents, num_documents + 2 * (num_samples + 1)]
-    )
+    flat = np.asarray(np.load(path, mmap_mode="r"))
+    num_documents, num_samples = plan.num_epochs * len(plan.documents), plan.num_samples_after(plan.num_epochs)
+    document_index, sample_index, shuffle_index = np.split(flat, [num_documents, num_documents + 2 * (num_samples + 1)])
     return SampleOrder(document_index, sample_index.reshape(-1, 2), shuffle_index)
 
 

@@ -4,7 +4,8 @@
     samples.npy    int64 [num_samples, 2]   of each conversation, where its tokens end and its line in the file
 
 The folder's name holds what its content depends on: the file (its size and the time of its last change), the tokenizer
-and the chat template. Nothing of the file but numbers of lines and tokens is kept in memory.
+and the chat template. Both files end with their checksum. Nothing of the file but numbers of lines and tokens is kept
+in memory.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ import numpy.typing as npt
 from megatron.config import TokenizerConfig
 from megatron.core.tokens import blocks
 from megatron.data.atomic_file import flush_to_disk, publish, temporary_path
+from megatron.data.checked_file import append_checksum, is_as_written
 from megatron.data.errors import DataError
 from megatron.finetuning.conversations import read_conversations
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.tokenizer import TokenizerError
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 TOKENS, SAMPLES = "tokens.bin", "samples.npy"
 SECONDS_BETWEEN_LINES = 30.0
 LOG = logging.getLogger("megatron")
@@ -111,18 +113,27 @@ def tokenized(path: Path, cache_dir: Path, encoder: ConversationEncoder, tokeniz
     """
     folder = cache_dir / f"{_fingerprint(path, encoder, tokenizer)}-conversations"
     try:
-        if not folder.is_dir():
+        if not _is_whole(folder):
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _locked(folder.with_suffix(".lock"), f"another process tokenises {path}; waiting for it"):
-                if not folder.is_dir():
+                if not _is_whole(folder):
                     _write(path, folder, encoder)
     except OSError as error:
         raise DataError(
             f"--data-cache-path ({cache_dir}) cannot be used: {error.strerror}; give a folder that can be written."
         ) from error
     samples = np.load(folder / SAMPLES, mmap_mode="r")
-    tokens = np.memmap(folder / TOKENS, dtype="<i4", mode="r")
+    tokens = np.memmap(folder / TOKENS, dtype="<i4", mode="r", shape=int(samples[-1, 0]))
     return TokenCache(path, np.asarray(tokens), np.asarray(samples))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache is there, and as it was written."""
+    return all(is_as_written(folder / name, _key(folder, name)) for name in (TOKENS, SAMPLES))
+
+
+def _key(folder: Path, name: str) -> str:
+    return f"{folder.name}/{name}"
 
 
 def _fingerprint(path: Path, encoder: ConversationEncoder, tokenizer: str) -> str:
@@ -145,6 +156,9 @@ def _locked(path: Path, while_waiting: str) -> Iterator[None]:
 
 
 def _write(path: Path, folder: Path, encoder: ConversationEncoder) -> None:
+    if folder.is_dir():
+        LOG.warning("%s is cut short or was changed since it was written; it is made again", folder)
+        shutil.rmtree(folder)
     LOG.info("tokenising %s into %s", path, folder)
     temporary = temporary_path(folder)
     temporary.mkdir()
@@ -154,6 +168,7 @@ def _write(path: Path, folder: Path, encoder: ConversationEncoder) -> None:
             raise DataError(f"{path} holds no conversation; give a file with one JSON object on each line.")
         np.save(temporary / SAMPLES, np.frombuffer(samples, np.int64).reshape(-1, 2))
         for name in (TOKENS, SAMPLES):
+            append_checksum(temporary / name, _key(folder, name))
             flush_to_disk(temporary / name)
         publish(temporary, folder)
     finally:

@@ -63,13 +63,50 @@ def test_a_cached_order_is_read_and_not_built_again(tmp_path: Path) -> None:
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 20, 500])
-def test_a_truncated_cache_is_built_again(tmp_path: Path, keep_bytes: int) -> None:
+def one_file(folder: Path) -> Path:
+    (path,) = folder.iterdir()
+    return path
+
+
+def assert_built_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a warning that names the file, and once."""
+    caplog.clear()
+    assert_equal(cached_order(PLAN, folder), build_order(PLAN))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{one_file(folder)} is cut short or was changed" in caplog.text
+    assert_equal(cached_order(PLAN, folder, no_build), build_order(PLAN))
+    assert len(caplog.records) == 1
+
+
+def test_a_truncated_cache_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cached_order(PLAN, tmp_path)
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:keep_bytes])
-    assert_equal(cached_order(PLAN, tmp_path), build_order(PLAN))
-    assert_equal(cached_order(PLAN, tmp_path, no_build), build_order(PLAN))
+    whole = one_file(tmp_path).read_bytes()
+    for keep_bytes in [*range(0, len(whole), 25), len(whole) - 8, len(whole) - 4, len(whole) - 1]:
+        one_file(tmp_path).write_bytes(whole[:keep_bytes])
+        assert_built_again(tmp_path, caplog)
+
+
+def test_a_cache_of_which_a_bit_has_changed_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cached_order(PLAN, tmp_path)
+    whole = one_file(tmp_path).read_bytes()
+    for place in [*range(0, len(whole), 7), *range(len(whole) - 4, len(whole))]:
+        one_file(tmp_path).write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        assert_built_again(tmp_path, caplog)
+
+
+def test_a_cache_with_a_hole_or_more_bytes_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cached_order(PLAN, tmp_path)
+    whole = one_file(tmp_path).read_bytes()
+    for damaged in (bytes(len(whole)), whole[:200] + bytes(len(whole) - 200), whole + bytes(4), whole + whole):
+        one_file(tmp_path).write_bytes(damaged)
+        assert_built_again(tmp_path, caplog)
+
+
+def test_a_whole_cache_of_another_plan_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cached_order(PLAN, tmp_path / "one")
+    cached_order(replace(PLAN, seed=6), tmp_path / "other")
+    one_file(tmp_path / "one").write_bytes(one_file(tmp_path / "other").read_bytes())
+    assert_built_again(tmp_path / "one", caplog)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -166,6 +167,38 @@ def test_a_file_is_tokenised_once_and_again_when_it_changes(tmp_path: Path) -> N
     write(path, PAIRS[:2])
     assert len(cache_of(path)) == 2
     assert len(set((tmp_path / "cache").glob("*-conversations"))) == 2
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "samples.npy"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: None,
+        lambda whole: b"",
+        lambda whole: whole[:-40],
+        lambda whole: whole + bytes(4),
+        lambda whole: whole[:9] + bytes([whole[9] ^ 4]) + whole[10:],
+    ],
+    ids=["missing", "empty", "cut short", "longer", "a bit changed"],
+)
+def test_damaged_tokens_are_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[bytes], bytes | None]
+) -> None:
+    path = write(tmp_path / "a")
+    whole = [cache_of(path)[k].stored.tolist() for k in range(5)]
+    (file,) = (tmp_path / "cache").glob(f"*/{name}")
+    content = damage(file.read_bytes())
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    again = cache_of(path)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{file.parent} is cut short or was changed" in caplog.text
+    assert [again[k].stored.tolist() for k in range(5)] == whole
+    assert len(again.tokens) == sum(map(len, whole))
+    caplog.clear()
+    cache_of(path)
+    assert caplog.text == ""
 
 
 def test_a_line_in_error_leaves_no_cache(tmp_path: Path) -> None:
