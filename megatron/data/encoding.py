@@ -2,6 +2,7 @@
 
 import os
 import threading
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -61,7 +62,8 @@ class Encoder:
     def encode(self, batch: RecordBatch) -> EncodedBatch:
         """Encode the records of a batch. Raises DataError and TokenizerError, naming the record."""
         num_keys = 1 if batch.input_format == "text" else len(batch.keys)
-        ids: list[list[int]] = [[] for _ in range(num_keys)]
+        # array("I").fromlist takes a fifth of the time of np.array(list).
+        ids = [array("I") for _ in range(num_keys)]
         sizes: list[list[int]] = [[] for _ in range(num_keys)]
         num_bytes, bad_records = 0, []
         for index in range(len(batch.records)):
@@ -75,10 +77,10 @@ class Encoder:
                 continue
             for key, text in enumerate(texts or ()):
                 tokens = self._tokens(text, batch, index)
-                ids[key] += tokens
+                ids[key].fromlist(tokens)
                 sizes[key].append(len(tokens))
         return EncodedBatch(
-            [np.array(each, dtype=self.dtype) for each in ids],
+            [np.asarray(each).astype(self.dtype) for each in ids],
             [np.array(each, dtype=np.int32) for each in sizes],
             num_bytes,
             bad_records,
