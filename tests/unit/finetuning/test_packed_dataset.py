@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.batch import Sample
+from megatron.batch import Sample, slice_batch
 from megatron.config import TokenizerConfig
+from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.errors import DataError
 from megatron.finetuning.chat_template import PlainTemplate
 from megatron.finetuning.encoding import ConversationEncoder
@@ -113,6 +115,20 @@ def test_answers_are_found_whatever_is_read_at_a_time(monkeypatch: pytest.Monkey
             for start, stop in stored.loss_spans(num_tokens).tolist():
                 found[start:stop] = True
             assert found.tolist() == labels.tolist()
+
+
+def test_a_batch_of_two_million_tokens_takes_no_memory_but_its_own() -> None:
+    length, lengths = 2**21, np.full(40, 60_000)  # 34 of them and padding
+    stored = np.where(np.arange(lengths.sum()) % 1000 < 400, 7, -8).astype(np.int32)
+    cache = TokenCache(Path("a"), stored, np.stack((np.cumsum(lengths), np.arange(40)), axis=1))
+    dataset = PackedDataset(Conversations([cache]), np.arange(40), 2, length, 0, PADDING)
+    layout = SequenceLayout(length, 2**17, 4)
+    tracemalloc.start()  # sees numpy's arrays, and not torch's tensors, which the batch consists of
+    batch = slice_batch([dataset[0]], layout, 1, pin=False)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert set(batch.tokens.unique().tolist()) <= {7, PADDING}
+    assert most < 4 * 2**20 < batch.tokens.nbytes + batch.labels.nbytes
 
 
 def test_every_epoch_takes_every_sequence_in_another_order(tmp_path: Path) -> None:
