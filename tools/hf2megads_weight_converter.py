@@ -23,10 +23,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron.tokenizer import TokenizerError
+from megatron.tokenizer.hugging_face import HFTokenizer
 from megatron.weights.errors import WeightsError
 from megatron.weights.families import FAMILIES
 from megatron.weights.hugging_face import (
     FORMATS,
+    TOKEN_IDS,
     Settings,
     from_hugging_face,
     from_our_names,
@@ -56,9 +59,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     to_hf = directions.add_parser("to-hf", parents=[common], help="our weights to Hugging Face")
     to_hf.add_argument("--model-type", choices=FAMILIES, help="[the one they came from, or the first that fits]")
-    to_hf.add_argument(
+    tokenizer = to_hf.add_mutually_exclusive_group()
+    tokenizer.add_argument(
         "--like", type=Path, metavar="HF_FOLDER",
         help="the Hugging Face model that the training began with: its tokenizer, token ids and vocabulary are taken",
+    )  # fmt: skip
+    tokenizer.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER",
+        help="for a model trained from scratch: the tokenizer.json to go with it; vocabulary and end of text are its",
     )  # fmt: skip
     to_hf.add_argument("--vocab-size", type=int, help="rows to keep [those before the padding, where it is known]")
     flags = directions.add_parser("flags", help="the flags of pretrain_gpt.py that describe a Hugging Face model")
@@ -82,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             to_megatron(arguments, settings)
         else:
             to_hf(arguments, settings)
-    except (WeightsError, OSError) as error:
+    except (WeightsError, TokenizerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -109,6 +117,11 @@ def to_hf(arguments: argparse.Namespace, settings: Settings) -> None:
         like = read_json(arguments.like / "config.json")
         portable = replace(portable, hugging_face=like, vocab_size=like.get("vocab_size", portable.vocab_size))
         beside.insert(0, arguments.like)
+    if arguments.tokenizer is not None:
+        tokenizer = HFTokenizer(arguments.tokenizer)
+        ids = {**dict.fromkeys(TOKEN_IDS), "eos_token_id": tokenizer.eod}
+        portable = replace(portable, hugging_face=ids, vocab_size=tokenizer.vocab_size)
+        beside.insert(0, arguments.tokenizer)
     if arguments.vocab_size is not None:
         portable = replace(portable, vocab_size=arguments.vocab_size)
     family = to_hugging_face(weights, portable, arguments.out, settings, beside, arguments.model_type)

@@ -1,12 +1,14 @@
-"""Train a tokenizer on text: a byte-level BPE in GPT-2's format, vocab.json and merges.txt, or a SentencePiece model.
+"""Train a tokenizer on text: a byte-level BPE, in GPT-2's format and in Hugging Face's, or a SentencePiece model.
 
     python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output-dir tokenizer
     python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output-dir tokenizer \\
         --tokenizer-type SentencePieceTokenizer
 
-GPT-2's vocabulary holds the 256 bytes, the merges, and <|endoftext|> as its last id. The SentencePiece model,
-tokenizer.model, is a BPE that leaves text as it is, falls back to bytes for rare characters, and ends documents with
-</s>. SentencePiece holds the text in memory while it learns: give it a part of a large corpus.
+GPT-2's vocabulary holds the 256 bytes, the merges, and <|endoftext|> as its last id. It is written twice, with the same
+ids: vocab.json and merges.txt for GPT2BPETokenizer, tokenizer.json and tokenizer_config.json for HFTokenizer and
+transformers. The SentencePiece model, tokenizer.model, is a BPE that leaves text as it is, falls back to bytes for rare
+characters, and ends documents with </s>. SentencePiece holds the text in memory while it learns: give it a part of a
+large corpus.
 """
 
 import argparse
@@ -26,13 +28,20 @@ from megatron.data.atomic_file import atomic_path
 from megatron.data.errors import DataError
 from megatron.data.text_files import INPUT_FORMATS, find_inputs, read_documents
 from megatron.tokenizer import TokenizerError
-from megatron.tokenizer.gpt2_bpe import END_OF_DOCUMENT
+from megatron.tokenizer.gpt2_bpe import END_OF_DOCUMENT, byte_level_bpe
 from megatron.tokenizer.text import valid_unicode
 
 SMALLEST_VOCABULARY = {"GPT2BPETokenizer": 257, "SentencePieceTokenizer": 258}
 END_OF_DOCUMENT_OF = {"GPT2BPETokenizer": END_OF_DOCUMENT, "SentencePieceTokenizer": "<unk> and </s>"}
 LONGEST_SENTENCE = 2**14  # characters; SentencePiece leaves out sentences above a number of bytes
 LARGEST_CHARACTER = 4  # bytes
+# What transformers has to know besides tokenizer.json.
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": END_OF_DOCUMENT,
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": ["input_ids", "attention_mask"],
+}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.tokenizer_type == "GPT2BPETokenizer":
             vocab, merges = train(texts, arguments.vocab_size, arguments.min_frequency or 2)
             write(vocab, merges, arguments.output_dir)
+            write_hugging_face(vocab, merges, arguments.output_dir)
             size, what = len(vocab), f"{len(merges)} merges"
         else:
             model = train_sentencepiece(texts, arguments.vocab_size)
@@ -156,6 +166,16 @@ def write(vocab: dict[str, int], merges: Sequence[tuple[str, str]], folder: Path
     with atomic_path(folder / "merges.txt") as path:
         lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_hugging_face(vocab: dict[str, int], merges: Sequence[tuple[str, str]], folder: Path) -> None:
+    """Write the same tokenizer as transformers reads it."""
+    tokenizer = byte_level_bpe(vocab, merges)
+    tokenizer.add_special_tokens([tokenizers.AddedToken(END_OF_DOCUMENT, special=True, normalized=False)])
+    config = json.dumps(TOKENIZER_CONFIG, indent=2) + "\n"
+    for name, text in (("tokenizer.json", tokenizer.to_str()), ("tokenizer_config.json", config)):
+        with atomic_path(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

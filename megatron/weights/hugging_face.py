@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
 # The embedding once more, which some files hold although it is tied.
 _TIED_HEADS = {"lm_head.weight", "embed_out.weight"}
 # Keys of config.json that every family has.
-_TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 FORMATS = {name: dtype for dtype, name in _TORCH_NAMES.items()}
 
@@ -329,10 +329,11 @@ def _with_padding(rows: Tensor, portable: PortableConfig) -> Tensor:
 
 def _config_json(family: Family, portable: PortableConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The config.json of a model of the family, with what it had before where that has no part in the arithmetic."""
-    before: Mapping[str, Any] = portable.hugging_face or {}
+    # A model that never was one of theirs has no token ids; without a word transformers takes those of the family.
+    before: Mapping[str, Any] = portable.hugging_face or dict.fromkeys(TOKEN_IDS)
     kept = set(before) - family.managed - {"dtype", "torch_dtype", "transformers_version"}
     if before.get("model_type") != family.model_type:
-        kept &= _TOKEN_IDS
+        kept &= set(TOKEN_IDS)
     return {
         **{key: value for key, value in before.items() if key in kept},
         "architectures": [family.architecture],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron.arguments import parse_args
 from megatron.config import architecture_fields
@@ -70,6 +70,25 @@ def test_a_training_config_beside_the_weights_and_the_model_it_began_with(tmp_pa
     assert json.loads((tmp_path / "padded" / "config.json").read_text())["vocab_size"] == 64
     assert run_tool(TOOL, "to-hf", tmp_path / "ours", tmp_path / "cut", "--vocab-size", "61") == 0
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["vocab_size"] == 61
+
+
+def test_a_model_from_scratch_has_the_token_ids_of_its_tokenizer_or_none(tmp_path, capsys):
+    save("llama", tmp_path / "theirs", vocab_size=320)
+    assert run_tool(TOOL, "to-megatron", tmp_path / "theirs", tmp_path / "ours") == 0
+    portable, _ = read_portable(tmp_path / "ours")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({"model": vars(portable.model)}))
+    (tmp_path / "corpus.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 9)
+    arguments = ("--vocab-size", "262", "--output-dir", tmp_path / "tokenizer")
+    assert run_tool("train_tokenizer", "--input", tmp_path / "corpus.jsonl", *arguments) == 0
+    assert run_tool(TOOL, "to-hf", tmp_path / "ours", tmp_path / "bare") == 0
+    assert run_tool(TOOL, "to-hf", tmp_path / "ours", tmp_path / "named", "--tokenizer", tmp_path / "tokenizer") == 0
+    for name, vocab_size, end in (("bare", 320, None), ("named", 262, 261)):
+        config = AutoModelForCausalLM.from_pretrained(tmp_path / name).config
+        assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (vocab_size, None, end)
+    assert AutoTokenizer.from_pretrained(tmp_path / "named").eos_token_id == 261
+    capsys.readouterr()
+    assert run_tool(TOOL, "to-hf", tmp_path / "ours", tmp_path / "no", "--tokenizer", tmp_path / "theirs") == 2
+    assert "is a folder without tokenizer.json" in capsys.readouterr().err
 
 
 def test_another_family_takes_over_the_token_ids_and_nothing_else(tmp_path):

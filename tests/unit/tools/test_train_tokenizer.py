@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.tokenizer import build_tokenizer
@@ -29,6 +30,20 @@ def test_the_files_serve_as_a_gpt2_tokenizer_and_lose_no_text(tmp_path: Path, co
         assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
 
 
+def test_transformers_and_hftokenizer_read_the_same_tokenizer(tmp_path: Path, corpus: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    assert run_tool("train_tokenizer", "--input", corpus, "--vocab-size", 280, "--output-dir", folder) == 0
+    gpt2 = build_tokenizer("GPT2BPETokenizer", str(folder / "vocab.json"), str(folder / "merges.txt"))
+    hf = build_tokenizer("HFTokenizer", tokenizer_model=str(folder))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert (hf.vocab_size, hf.eod) == (len(theirs), theirs.eos_token_id) == (280, 279)
+    for text in [*HARD_TEXTS, *random_texts(seed=3)]:
+        assert hf.tokenize(text) == gpt2.tokenize(text)
+        plain = text.replace(theirs.eos_token, "")  # which transformers reads as the id
+        assert theirs(plain) == {"input_ids": hf.tokenize(plain), "attention_mask": [1] * len(hf.tokenize(plain))}
+        assert theirs.decode(hf.tokenize(plain)) == plain
+
+
 SENTENCEPIECE = ("--tokenizer-type", "SentencePieceTokenizer")
 
 
@@ -45,14 +60,19 @@ def test_a_sentencepiece_model_loses_no_text_but_the_mark_for_a_space(tmp_path: 
         assert tokenizer.detokenize(tokenizer.tokenize(text)) == text.replace("▁", " ")
 
 
-@pytest.mark.parametrize("kind", ["GPT2BPETokenizer", "SentencePieceTokenizer"])
+FILES = {
+    "GPT2BPETokenizer": {"vocab.json": "--vocab-file", "merges.txt": "--merge-file"},
+    "SentencePieceTokenizer": {"tokenizer.model": "--tokenizer-model"},
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("input_format", ["jsonl", "text"])
 def test_preprocess_data_takes_what_was_trained(tmp_path: Path, corpus: Path, kind: str, input_format: str) -> None:
     source = ("--input", corpus, "--input-format", input_format)
     arguments = ("--vocab-size", 300, "--output-dir", tmp_path / "tokenizer", "--tokenizer-type", kind)
     assert run_tool("train_tokenizer", *source, *arguments) == 0
-    files = {"vocab.json": "--vocab-file", "merges.txt": "--merge-file", "tokenizer.model": "--tokenizer-model"}
-    flags = [word for path in (tmp_path / "tokenizer").iterdir() for word in (files[path.name], path)]
+    flags = [word for name, flag in FILES[kind].items() for word in (flag, tmp_path / "tokenizer" / name)]
     output = ("--output-prefix", tmp_path / "data", "--append-eod", "--tokenizer-type", kind)
     assert run_tool("preprocess_data", *source, *output, *flags) == 0
     dataset = IndexedDataset(tmp_path / "data_text_document")
@@ -84,7 +104,7 @@ def test_settings_of_the_other_kind_and_text_that_is_not_enough_are_refused(
 
 @pytest.mark.parametrize(
     "kind, names",
-    [("GPT2BPETokenizer", ("vocab.json", "merges.txt")), ("SentencePieceTokenizer", ("tokenizer.model",))],
+    [("GPT2BPETokenizer", ("vocab.json", "merges.txt", "tokenizer.json")), ("SentencePieceTokenizer", ("tokenizer.model",))],
 )
 def test_the_same_text_gives_the_same_tokenizer(
     tmp_path: Path, corpus: Path, kind: str, names: tuple[str, ...]
