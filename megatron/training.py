@@ -24,6 +24,7 @@ from megatron.config import Config, accumulation_steps, deepspeed_config, global
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.prefetch import Prefetcher
 from megatron.data.samplers import BatchSampler
+from megatron.data.splits import parse_split
 from megatron.engine.engine import Engine
 from megatron.fpdt.stream import ProgressReport, Stream
 from megatron.initialize import GIB, Context, connect_store
@@ -116,8 +117,9 @@ def _pretrain(
         check_checkpoint(checkpoint, config, context.parallel_state.world_size, padded_vocab_size)
     lengths = Lengths.of(config, context.parallel_state.world_size)
     datasets = provide_datasets(lengths.num_samples(config))
-    for part, data in zip(("validation", "test"), datasets[1:], strict=True):
-        if data is None and config.training.eval_iters:
+    wanted = parse_split(config.data.split)[1:]
+    for part, share, data in zip(("validation", "test"), wanted, datasets[1:], strict=True):
+        if data is None and share and config.training.eval_iters:
             context.log.warning("there are no %s data: --split or --data-path leaves none, so none are evaluated", part)
     watchdog = _build_watchdog(config, context)
     progress = WatchedProgress(

@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ DEFAULT_LENGTH = 262144
 DEFAULT_VOCABULARY = 50304
 GPUS_PER_NODE = 8
 SCRIPT_FLAGS = "--"
+# What every run must say and no plan depends on: flags, one of which is needed, and a value for the first.
+STAND_INS = (
+    (("--lr",), "1e-4"),
+    (("--train-iters", "--train-samples", "--train-tokens"), "1"),
+    (("--data-path", "--train-data-path"), "none"),
+)
 
 
 def host_memory(text: str) -> float:
@@ -72,10 +79,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     output.add_argument("--plot", type=Path, help="draw memory and time over length into a PNG")
     output.add_argument("--published", action="store_true", help="print the table of published configurations")
     arguments = parser.parse_args(argv[:training])
-    arguments.training = argv[training + 1 :]
+    arguments.training = completed(argv[training + 1 :])
     if not (arguments.published or arguments.model or arguments.training):
         parser.error("--model is missing; name one, or give flags of pretrain_gpt.py after --")
     return arguments
+
+
+def completed(flags: Sequence[str]) -> list[str]:
+    """The flags of a run, with stand-ins for what a plan does not depend on; none where there are no flags."""
+    given = {flag.split("=")[0] for flag in flags}
+    missing = [(names[0], value) for names, value in STAND_INS if given.isdisjoint(names)] if flags else []
+    return [*flags, *chain.from_iterable(missing)]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -43,6 +43,17 @@ def test_flags_of_the_training_program_are_planned_as_they_are(capsys, tmp_path)
     assert (content["chunk_length"], content["zero_stage"]) == (65536, 3)
 
 
+def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys):
+    assert plan_context.main([*FOUR_H100, "--", *FLAGS]) == 0
+    planned = capsys.readouterr().out
+    irrelevant = ["--lr", "1e-4", "--train-iters", "10", "--data-path", "corpus"]
+    start = FLAGS.index(irrelevant[0])
+    shorter = [*FLAGS[:start], *FLAGS[start + len(irrelevant) :]]
+    for flags in (shorter, [*shorter, "--train-samples=7", "--train-data-path", "corpus"]):
+        assert plan_context.main([*FOUR_H100, "--", *flags]) == 0
+        assert capsys.readouterr().out == planned
+
+
 def test_a_config_of_hugging_face_is_read(capsys, tmp_path):
     path = tmp_path / "config.json"
     llama = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,

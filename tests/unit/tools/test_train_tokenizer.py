@@ -104,7 +104,10 @@ def test_settings_of_the_other_kind_and_text_that_is_not_enough_are_refused(
 
 @pytest.mark.parametrize(
     "kind, names",
-    [("GPT2BPETokenizer", ("vocab.json", "merges.txt", "tokenizer.json")), ("SentencePieceTokenizer", ("tokenizer.model",))],
+    [
+        ("GPT2BPETokenizer", ("vocab.json", "merges.txt", "tokenizer.json")),
+        ("SentencePieceTokenizer", ("tokenizer.model",)),
+    ],
 )
 def test_the_same_text_gives_the_same_tokenizer(
     tmp_path: Path, corpus: Path, kind: str, names: tuple[str, ...]
