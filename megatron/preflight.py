@@ -1,4 +1,4 @@
-"""What is looked at before anything is allocated: tokenizer, data, checkpoint, attention kernel and output folders."""
+"""What is looked at before anything is allocated: tokenizer, data, checkpoint, schedule, kernel and output folders."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from megatron.checkpointing import check_checkpoint, find_checkpoint
-from megatron.config import Config, ConfigError
+from megatron.config import Config, ConfigError, global_batch_size
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.splits import parse_data_paths
 from megatron.data.vocabulary import check_document_ends, check_vocabulary
 from megatron.initialize import device_type, number_format
 from megatron.logging.writers import require_wandb
 from megatron.ops.attention import choose_backend
+from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.tokenizer import Tokenizer, pad_vocab_size, tokenizer_of
 
 DataCheck = Callable[[Config, Tokenizer], None]
@@ -39,6 +40,8 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
     Raises ConfigError, TokenizerError, DataError, CheckpointError or AttentionUnavailable.
     """
     model = config.model
+    batch_size = global_batch_size(config, world_size)
+    LearningRateSchedule.from_config(config.optimizer, config.training, batch_size, model.seq_length)
     device, dtype = torch.device(device_type()), number_format(config)
     choose_backend(model.attention_backend, device, dtype, model.kv_channels, config.data.reset_attention_mask)
     tokenizer = tokenizer_of(config.tokenizer)

@@ -39,7 +39,7 @@ class _Seen:
 
     beats: int = -1
     moves: int = -1
-    place: str = "before its first step"
+    place: str = "the preparation of its first step"
     is_done: bool = False
     alive_at: float = 0.0
     moved_at: float = 0.0

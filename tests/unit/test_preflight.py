@@ -33,6 +33,11 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPa
         check_writable("--tensorboard-dir", tmp_path)
 
 
+def test_a_warm_up_that_is_too_long_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ConfigError, match=r"warm-up \(99 iters\) must not be longer than the decay \(\d+ iters\)"):
+        check_inputs(parsed("--data-path absent --lr-warmup-iters 99"), 1, check_indexed_data)
+
+
 def test_the_tokenizers_flags_reach_it_and_its_vocabulary_is_padded(tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
     model.write_bytes(b"".join(base64.b64encode(bytes([k])) + b" %d\n" % k for k in range(256)))

@@ -83,7 +83,7 @@ def test_a_rank_that_never_came_is_named() -> None:
     world.look(0)
     world.now = 1.1 * LIMIT
     world.ranks[0].move("somewhere else")
-    assert world.look(0) == ["rank 1 (last in before its first step) no longer answers"]
+    assert world.look(0) == ["rank 1 (last in the preparation of its first step) no longer answers"]
 
 
 def test_a_rank_that_is_through_is_not_missed() -> None:
@@ -126,8 +126,8 @@ def test_the_thread_gives_up_by_itself_and_says_where_it_was() -> None:
     watchdog.move("iteration 7, backward layer 1 chunk 0")
     assert heard.wait(30)
     assert said == [
-        "rank 1 (last in before its first step) no longer answers; this rank was in iteration 7, backward layer 1 "
-        "chunk 0"
+        "rank 1 (last in the preparation of its first step) no longer answers; this rank was in iteration 7, backward "
+        "layer 1 chunk 0"
     ]
     watchdog.close()
 
