@@ -1,9 +1,10 @@
-"""The commands of the README, as a reader would type them."""
+"""The commands and links of the README and of other documents, as a reader would type and follow them."""
 
 import re
 import shlex
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from tests.distributed.launcher import REPOSITORY
 
@@ -30,11 +31,15 @@ class Command:
         return next(word for word in self.words if word.endswith(".py")) if runs_a_script else self.words[0]
 
 
+def shell_blocks(document: Path) -> list[str]:
+    """Return the text of every shell block, in order."""
+    return _BLOCK.findall(document.read_text(encoding="utf-8"))
+
+
 @cache
 def commands() -> tuple[Command, ...]:
     """Return every command of every shell block, in order."""
-    blocks = _BLOCK.findall(README.read_text(encoding="utf-8"))
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(shell_blocks(README)).replace("\\\n", " ").splitlines()
     return tuple(_command(line) for line in lines if line.strip())
 
 
@@ -49,9 +54,9 @@ def commands_of(start: str) -> list[Command]:
     return [command for command in commands() if command.program.startswith(start)]
 
 
-def local_links() -> list[str]:
-    """Return what the README links to within the repository."""
-    return [link for link in _LINK.findall(README.read_text(encoding="utf-8")) if "://" not in link]
+def local_links(document: Path = README) -> list[str]:
+    """Return what a document links to within the repository, from its folder."""
+    return [link for link in _LINK.findall(document.read_text(encoding="utf-8")) if "://" not in link]
 
 
 def mapped_paths() -> list[str]:
