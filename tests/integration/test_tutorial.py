@@ -24,14 +24,15 @@ REPOSITORY_FILES = (
     "Makefile", "examples_deepspeed", "finetune_llama.py", "megatron", "pretrain_gpt.py", "pyproject.toml", "setup.py",
     "tools",
 )  # fmt: skip
-# Flags of the tutorial and the values that they have here; fine-tuning is short enough.
+# Flags of the tutorial, and the values that they have here; fine-tuning is short as it is.
 SHORTER = {
-    "--train-iters": {"100": "6", "200": "9", "60": "3", "30": "30"},
+    "--train-iters": {"100": "6", "200": "9", "60": "2", "20": "20"},
     "--lr-warmup-iters": {"10": "2", "5": "1"},
-    "--log-interval": {"10": "1"},
-    "--eval-interval": {"50": "3", "30": "3"},
+    "--log-interval": {"10": "1", "5": "1"},
+    "--eval-interval": {"50": "3", "30": "2"},
     "--eval-iters": {"4": "1"},
     "--trials": {"2": "1"},
+    "--depths": {"5": "2"},
 }
 INSTALL_NOTHING = {"MAKEFLAGS": "--dry-run", "PIP_NO_INDEX": "1"}
 MARK = "--- block"
@@ -94,8 +95,9 @@ def test_pictures_are_drawn(walk: Walk) -> None:
 
 def test_a_document_and_a_plan_are_shown(walk: Walk) -> None:
     assert "tokens per document" in walk.output("inspect_dataset")
-    assert walk.output("plan_context").count("it fits; flags: --seq-length") == 2
-    assert "on 4 H100, 1,048,576 tokens" in walk.output("plan_context")
+    plan = walk.output("plan_context")
+    assert "on 4 H100, 1,048,576 tokens" in plan
+    assert "it fits; flags: --seq-length 1048576" in plan
     assert walk.output("DRY_RUN=1").startswith("deepspeed ")
 
 
@@ -103,17 +105,17 @@ def test_the_loss_falls_and_the_same_command_goes_on(walk: Walk) -> None:
     first, resumed = walk.training("--train-iters 100"), walk.training("--train-iters 200")
     assert list(first.losses) == [1, 2, 3, 4, 5, 6]
     assert list(resumed.losses) == [7, 8, 9]
-    assert resumed.losses[9] < first.losses[6] < first.losses[1]
+    assert max(resumed.losses.values()) < first.losses[1]
     assert resumed.validation_losses[9] < first.validation_losses[6] < first.validation_losses[3]
     assert (walk.made / "short/latest").read_text() == "global_step9"
     assert "so none are evaluated" not in first.output  # the tutorial's --split leaves no test data, as it says
 
 
 def test_the_longer_context_begins_where_the_short_one_ended(walk: Walk) -> None:
-    short, long = walk.training("--train-iters 200"), walk.training("--change-rope")
-    assert list(long.losses) == [1, 2, 3]
-    assert long.losses[1] == pytest.approx(short.losses[9], rel=0.05)
-    buckets = re.findall(r"(\d+-\d+): \d", long.output.split("loss by position at iteration 3")[1].splitlines()[0])
+    short, long = walk.training("--train-iters 100"), walk.training("--change-rope")
+    assert list(long.losses) == [1, 2]
+    assert max(long.losses.values()) < short.losses[3]
+    buckets = re.findall(r"(\d+-\d+): \d", long.output.split("loss by position at iteration 2")[1].splitlines()[0])
     assert buckets == ["0-256", "256-512", "512-1024", "1024-2048", "2048-4096", "4096-8192"]
 
 
@@ -141,5 +143,5 @@ def test_transformers_reads_the_export_and_agrees(walk: Walk) -> None:
 def test_the_fine_tuned_model_answers_as_it_was_taught(walk: Walk) -> None:
     block = "finetune_llama.py"
     training = walk.training(block)
-    assert training.losses[30] < 0.1 * training.losses[1]
+    assert training.losses[20] < 0.1 * training.losses[1]
     assert walk.output(block).rstrip().endswith("Where do the chunks rest?\n\nAssistant:\nIn the memory of the host.")
