@@ -19,6 +19,7 @@ from megatron.config import Config, ConfigError, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.errors import DataError
 from megatron.execution import choose_execution
+from megatron.finite_check import NotFiniteError
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.fpdt.stream import ProgressReport
 from megatron.initialize import Context, device_type, initialize, world_from_environment
@@ -39,6 +40,7 @@ USER_ERRORS = (
     WeightsError,
     HostMemoryError,
     OutOfMemory,
+    NotFiniteError,
     AttentionUnavailable,
 )
 SECONDS_FOR_RANK_0 = 10.0

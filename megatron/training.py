@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.batch import Batch, BatchProvider
+from megatron.batch import Batch, BatchProvider, ModelInputs
 from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint
 from megatron.config import Config, accumulation_steps, deepspeed_config, global_batch_size
 from megatron.data.blended_dataset import SampleDataset
@@ -26,6 +26,7 @@ from megatron.data.prefetch import Prefetcher
 from megatron.data.samplers import BatchSampler
 from megatron.data.splits import parse_split
 from megatron.engine.engine import Engine
+from megatron.finite_check import Finding, FiniteCheck, NotFiniteError, gather, weights_not_finite
 from megatron.fpdt.stream import ProgressReport, Stream
 from megatron.initialize import GIB, Context, connect_store
 from megatron.logging.progress import StepProgress, build_progress
@@ -44,6 +45,7 @@ Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | Non
 DatasetsProvider = Callable[[tuple[int, int, int]], Datasets]
 
 _CONTINUE, _EXIT = 0, 1
+GO_ON = "earlier checkpoints stand, go on from one of them with --load and --ckpt-step, and a lower --lr or other data"
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,9 @@ def _pretrain(
         context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
     if state.start_data(config.model.seq_length):
         context.log.warning("--seq-length differs from the checkpoint's: the data start again at their first sample")
+    finite_check = None
+    if not config.training.no_check_for_nan_in_loss_and_grad:
+        finite_check = FiniteCheck(stream, engine.module, engine.weights_not_finite, config.model.seq_length)
     writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
     reporter = Reporter(config, context, writer, padded_vocab_size, lengths.iterations, stream)
     try:
@@ -164,9 +169,12 @@ def _pretrain(
             state,
             Saver(engine, context, config, padded_vocab_size),
             watchdog,
+            finite_check,
         )
         watchdog.start()
         run.run()
+    except NotFiniteError:
+        raise  # which names the place that matters
     except Exception:
         context.log.error("rank %d stopped in %s", context.parallel_state.rank, watchdog.place)
         raise
@@ -207,8 +215,9 @@ class Training:
         state: TrainState,
         saver: Saver,
         watchdog: Watchdog,
+        finite_check: FiniteCheck | None,
     ) -> None:
-        self._saver, self._watchdog = saver, watchdog
+        self._saver, self._watchdog, self._finite_check = saver, watchdog, finite_check
         self._config, self._context, self._lengths = config, context, lengths
         self._stream = stream
         self._engine, self._reporter, self._progress, self.state = engine, reporter, progress, state
@@ -266,7 +275,7 @@ class Training:
         rate = self._learning_rate()
         self._progress.start_step(state.iteration + 1, self._num_units())
         with self._profiler.step(state.iteration + 1):
-            loss = engine.train_step([batch.inputs() for batch in batches], num_tokens, rate)
+            loss = engine.train_step(self._inputs(batches), num_tokens, rate, self._check)
         self._progress.finish_step()
         dist.all_reduce(loss)
         self._reporter.add(loss / num_tokens, attention_share)
@@ -275,6 +284,35 @@ class Training:
         if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
             self._reporter.line(state, rate, self._lengths.global_batch_size, engine.loss_scale, engine.gradient_norm())
         return command
+
+    def _inputs(self, batches: Sequence[Batch]) -> Iterator[ModelInputs]:
+        for number, batch in enumerate(batches):
+            if self._finite_check:
+                self._finite_check.start_microbatch(number)
+            yield batch.inputs()
+
+    def _check(self, loss: Tensor) -> None:
+        """Look at a step before it is taken. Collective over all ranks.
+
+        NotFiniteError where `loss`, this rank's, or a gradient of any rank is not finite, unless the loss scaler will
+        skip the step and try a smaller scale.
+        """
+        fault = self._finite_check.finish(loss) if self._finite_check else None
+        precision = self._config.precision
+        is_scaled = precision.fp16 and (precision.loss_scale or self._engine.loss_scale > precision.min_loss_scale)
+        if fault is None or is_scaled:
+            return
+        first, samples = self.state.data_samples, self._lengths.global_batch_size
+        raise NotFiniteError(
+            f"iteration {self.state.iteration + 1} (samples {first} to {first + samples - 1}): the loss or gradient is "
+            f"not finite; {fault}. The step is not taken and nothing is saved: {GO_ON}."
+        )
+
+    def _check_weights(self) -> None:
+        """NotFiniteError where the weights of any rank are not finite. Collective over all ranks."""
+        fault = weights_not_finite(gather(Finding(weights=self._engine.weights_not_finite())))
+        if fault is not None:
+            raise NotFiniteError(f"iteration {self.state.iteration} is not saved: {fault}; {GO_ON}.")
 
     def _learning_rate(self) -> float:
         """Of the step at hand, which counts as taken."""
@@ -349,6 +387,7 @@ class Training:
         if self._config.checkpoint.save is None or self._saved_iteration == self.state.iteration:
             return
         started = time.monotonic()
+        self._check_weights()
         with self._reporter.pause(), self._watchdog.resting(f"saving iteration {self.state.iteration}"):
             path = self._saver.save(Path(self._config.checkpoint.save), self.state)
         self._saved_iteration = self.state.iteration

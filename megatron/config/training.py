@@ -37,5 +37,9 @@ class TrainingConfig:
     exit_duration_in_mins: int | None = None
     """Exit after so many minutes, saving first if --save is given."""
 
+    no_check_for_nan_in_loss_and_grad: bool = False
+    """Go on when the loss or the gradient of a step is not finite. Without this flag the run ends before the step is
+    taken, and says which rank, layer, pass and chunk had the first value that is not finite."""
+
     exit_signal_handler: bool = False
     """Accepted for Megatron's scripts; SIGTERM always saves (if --save is given) and exits."""

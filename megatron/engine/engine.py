@@ -89,10 +89,18 @@ class Engine:
         """The model itself."""
         return self._engine.module
 
-    def train_step(self, batches: Sequence[Sequence[Any]], num_tokens: Tensor, learning_rate: float) -> Tensor:
+    def train_step(
+        self,
+        batches: Iterable[Sequence[Any]],
+        num_tokens: Tensor,
+        learning_rate: float,
+        before_step: Callable[[Tensor], object] = lambda loss: None,
+    ) -> Tensor:
         """Forward, backward and step over this rank's micro-batches; the sum of its token losses, on the device.
 
         Collective over all ranks. `num_tokens` counts the unmasked tokens of the whole step over all ranks.
+        `before_step` is given the result when all gradients are there and the weights are as they were; what it raises
+        leaves them so.
         """
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
@@ -104,10 +112,12 @@ class Engine:
             # DeepSpeed's hooks and the streamed blocks run in one thread, in one order, on every rank.
             with torch.autograd.set_multithreading_enabled(False), named_range("backward"):
                 self._engine.backward(loss * (self._world_size / num_tokens), scale_wrt_gas=False)
-            self._before_step()
+            total += loss.detach()
+            if self._engine.is_gradient_accumulation_boundary():
+                self._measure_norm()
+                before_step(total)
             with named_range("optimizer"):
                 self._engine.step()
-            total += loss.detach()
         return total
 
     @torch.no_grad()
@@ -130,6 +140,12 @@ class Engine:
         """Norm of the last step's whole gradient, before clipping."""
         norm = self._gradient_norm if self._measures_norm else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def weights_not_finite(self) -> list[str]:
+        """Names of the parameters of which this rank holds values that are not finite. Waits for the device."""
+        held = {name: _held(parameter) for name, parameter in self.module.named_parameters()}
+        norms = torch.stack([torch.linalg.vector_norm(weights, dtype=torch.float32) for weights in held.values()])
+        return [name for name, is_finite in zip(held, norms.isfinite().tolist(), strict=True) if not is_finite]
 
     def held_bytes(self) -> dict[tuple[str, str], int]:
         """Bytes of this rank's weights, gradients and optimizer states by (what, type of the device)."""
@@ -216,9 +232,9 @@ class Engine:
         """What DeepSpeed's files do not tell at stage 0: whose the optimizer states are, and which weights are tied."""
         return {PARAMETER_GROUPS: self._group_names, TIED_NAMES: tied_names(self.module)}
 
-    def _before_step(self) -> None:
+    def _measure_norm(self) -> None:
         """DeepSpeed does not report the gradient norm in fp32 without ZeRO: take it from the averaged gradients."""
-        if self._measures_norm and self._engine.is_gradient_accumulation_boundary():
+        if self._measures_norm:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -228,6 +244,16 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: owners[id(parameter)] for name, parameter in every if owners[id(parameter)] != name}
+
+
+def _held(parameter: Any) -> Tensor:
+    """What this rank holds of a parameter: its shard without the padding behind it, or the whole."""
+    whole: Tensor = parameter.detach()
+    if not hasattr(parameter, "ds_tensor"):
+        return whole
+    shard: Tensor = parameter.ds_tensor.detach().flatten()
+    before = dist.get_rank(parameter.ds_process_group) * shard.numel()
+    return shard[: max(0, parameter.ds_numel - before)]
 
 
 def _gathered(parameter: Any) -> Tensor:

@@ -50,7 +50,16 @@ from megatron.fpdt.plan import ChunkPlan, Tile, chunk_plan
 from megatron.fpdt.products import Products
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.store import Prefetch
-from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSums, Stream, StreamedModule
+from megatron.fpdt.stream import (
+    ATTENTION_OUTPUT,
+    BACKWARD_RUNS_ONCE,
+    INPUT,
+    OUTPUT,
+    PROJECTED,
+    GradientSums,
+    Stream,
+    StreamedModule,
+)
 from megatron.ops.gradient_sum import accumulation_dtype
 
 
@@ -189,6 +198,8 @@ def _start_forward_row(
     x, positions = next(x_ahead)
     with kept.before.kept(chunk):
         projected = _project(stream, block, x, positions)
+    for what, value in zip(PROJECTED, projected, strict=True):
+        stream.note("forward", what, block.layer_number, chunk, value)
     return _StartedForwardRow(x, stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES))
 
 
@@ -210,13 +221,15 @@ def _finish_forward_row(
     store.put(kept.kv_CBKD[i], kv)
     with named_range(ATTENTION):
         o_heads, lse = attend(stream.attention, block.softmax_scale, row, q, kv, kv_ahead)
+    stream.note("forward", ATTENTION_OUTPUT, block.layer_number, i, o_heads)
     store.let_go()  # what the row before has left, gone by now
     (o,) = stream.heads_to_tokens([o_heads])
     if keep:
         store.put(kept.o_cBHD[i], o)
         store.put(kept.lse_BHC[i], lse)
     kept.random_states.record()
-    return stream.output(block, x, o, partial(kept.after.kept, i))
+    y = stream.output(block, x, o, partial(kept.after.kept, i))
+    return stream.noted("forward", OUTPUT, block.layer_number, i, y)
 
 
 def _project(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,6 +320,7 @@ def _start_backward_row(
         with kept.random_states.replay(chunk), named_range(TOKEN_WISE):
             dx, do = _backward_after(stream, block, x, o, dy, products_ahead, kept.after, gradients)
         del dy
+        stream.note("backward", ATTENTION_OUTPUT, block.layer_number, chunk, do)
         with torch.enable_grad(), kept.before.given([*next(products_ahead)]):
             x = x.detach().requires_grad_()
             projected = _project(stream, block, x, positions)
@@ -338,6 +352,8 @@ def _finish_backward_row(
         dq, dkv_row, dkv_before = attend_backward(
             stream.attention, block.softmax_scale, row, queries, own, stream.store, *ahead, dkv
         )
+    for what, value in zip(PROJECTED, (dq, dkv_row), strict=True):
+        stream.note("backward", what, block.layer_number, row[0].query, value)
     own_dkv.extend([] if dkv_before is None else [dkv_before])
     dprojected = stream.heads_to_tokens((dq, dkv_row), QUERIES_KEYS_VALUES)
     with named_range(TOKEN_WISE):
@@ -345,7 +361,7 @@ def _finish_backward_row(
             started.projected, [started.x, *gradients.parameters], dprojected, allow_unused=True
         )
     gradients.add(dparameters)
-    return started.dx.add_(dx_before)
+    return stream.noted("backward", INPUT, block.layer_number, row[0].query, started.dx.add_(dx_before))
 
 
 def _backward_after(

@@ -71,11 +71,14 @@ class _StreamedLoss(torch.autograd.Function):
             tiles = _tiles(x_i, labels_i, mask_i, num_classes=parameters[0].shape[0])
             with named_range(LOSS):
                 results = [_tile_loss(head, *tile, parameters, gradients if keep else None) for tile in tiles]
-            loss += torch.stack([losses.sum() for losses, _ in results]).sum()
+            chunk_loss = torch.stack([losses.sum() for losses, _ in results]).sum()
+            loss += stream.noted("forward", "loss", None, i, chunk_loss)
             if stream.token_losses is not None and not keep:
                 stream.token_losses += [losses for losses, _ in results]
             if dxs is not None:
-                store.put(dxs[i], torch.cat([tile_dx for _, tile_dx in results if tile_dx is not None]))
+                dx_i = torch.cat([tile_dx for _, tile_dx in results if tile_dx is not None])
+                store.put(dxs[i], stream.noted("backward", "output of the last layer", None, i, dx_i))
+                del dx_i
         if keep:
             ctx.save_for_backward(dx)
             ctx.stream, ctx.gradients = stream, gradients

@@ -38,6 +38,18 @@ def no_report(phase: str, layer_number: int, chunk: int, num_chunks: int) -> Non
     """Report to nobody."""
 
 
+# phase, what was computed, layer number (None outside of the layers), chunk, its value on the compute device
+Note = Callable[[str, str, int | None, int | None, Tensor], None]
+
+# What of a layer is noted; in the backward pass it is their gradients.
+PROJECTED = ("queries", "keys and values")
+INPUT, ATTENTION_OUTPUT, OUTPUT = "input", "attention output", "output"
+
+
+def no_note(phase: str, what: str, layer_number: int | None, chunk: int | None, value: Tensor) -> None:
+    """Take no notice."""
+
+
 WholeParameters = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]
 
 
@@ -68,7 +80,7 @@ class Stream:
     Token-wise work on a chunk runs in slices, so that the widest activation (the MLP's) is bounded apart from the
     chunk. The input of every `checkpoint_interval`-th block is kept for the backward pass; `recompute` says which of a
     block's matrix products are run again there. Within `whole_parameters` parameters are whole, also where they are
-    partitioned and their block is neither in its forward nor in its backward pass.
+    partitioned and their block is neither in its forward nor in its backward pass. `note` is shown what is computed.
     """
 
     store: ChunkStore
@@ -77,6 +89,7 @@ class Stream:
     chunk_length: int
     slice_length: int = SLICE_LENGTH
     report: ProgressReport = no_report
+    note: Note = no_note
     checkpoint_interval: int = 1
     recompute: Recompute = "all"
     whole_parameters: WholeParameters = already_whole
@@ -88,6 +101,11 @@ class Stream:
         """Report that a piece of work begins; a range of the timeline until it ends."""
         self.report(phase, layer_number, chunk, num_chunks)
         return named_range(f"layer {layer_number} {phase} chunk {chunk}")
+
+    def noted(self, phase: str, what: str, layer_number: int | None, chunk: int, value: Tensor) -> Tensor:
+        """Show a value to who takes notes; returns it."""
+        self.note(phase, what, layer_number, chunk, value)
+        return value
 
     def layout(self, x_SBh: Tensor) -> SequenceLayout:
         """Layout of the sequence of which x holds this rank's tokens."""

@@ -62,10 +62,10 @@ class _StreamedEmbedding(torch.autograd.Function):
         dtype = next(module.parameters()).dtype
         x = store.empty((tokens.shape[1], tokens.shape[0], module.hidden_size), dtype)
         inputs_ahead = store.prefetch(zip(tokens.split(lengths, 1), positions.split(lengths, 1), strict=True))
-        for chunk, inputs in zip(x.split(lengths), inputs_ahead, strict=True):
+        for i, (chunk, inputs) in enumerate(zip(x.split(lengths), inputs_ahead, strict=True)):
             states.record()
             with named_range(TOKEN_WISE):
-                store.put(chunk, module.embed(*inputs))
+                store.put(chunk, stream.noted("forward", "output of the embedding", None, i, module.embed(*inputs)))
         if keep:
             ctx.save_for_backward(tokens, positions)
             ctx.stream, ctx.module, ctx.states, ctx.parameters = stream, module, states, parameters

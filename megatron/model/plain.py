@@ -5,6 +5,8 @@ Embedding and head are the streamed ones, with one chunk: logits are never whole
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +23,7 @@ from megatron.core.collectives import (
 from megatron.core.documents import WHOLE_TILE, Documents, Region
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.loss import stream_loss
-from megatron.fpdt.stream import Stream
+from megatron.fpdt.stream import ATTENTION_OUTPUT, INPUT, OUTPUT, PROJECTED, Stream
 from megatron.fpdt.tokenwise import stream_embedding
 from megatron.ops.attention import AttentionBackend, backward_regions, forward_regions
 
@@ -46,6 +48,7 @@ class PlainExecution:
         self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None
     ) -> Tensor:
         positions_BS = self.stream.on_device(positions_BS)
+        self._note_gradients(module, (INPUT,), x_SBh)
         sequence = (0, x_SBh.shape[0] * self.stream.parallel_state.sequence_parallel_size)
         regions = WHOLE_TILE if documents is None else documents.regions(sequence, sequence)
         if not (self._recompute and torch.is_grad_enabled()):
@@ -71,6 +74,7 @@ class PlainExecution:
         size = self.stream.parallel_state.sequence_parallel_size
         with named_range(TOKEN_WISE):
             q, kv = module.before(x_SBh, positions_BS)
+        self._note(module, PROJECTED, q, kv)
         q, kv = differentiable_tokens_to_heads([q, repeat_key_value_heads(kv, size)], group, QUERIES_KEYS_VALUES)
         k, v = kv.chunk(2, 2)
         dropout = module.attention_dropout if module.training else 0.0
@@ -79,10 +83,22 @@ class PlainExecution:
             if dropout
             else _CausalAttention.apply(q, k, v, self.stream.attention, module.softmax_scale, regions)
         )
+        self._note(module, (ATTENTION_OUTPUT,), o)
         (o,) = differentiable_heads_to_tokens([o], group)
         with named_range(TOKEN_WISE):
             residual, branch = module.after(x_SBh, o)
-            return residual + branch
+            return self.stream.noted("forward", OUTPUT, module.layer_number, 0, residual + branch)
+
+    def _note(self, module: TransformerLayer, names: Sequence[str], *values: Tensor) -> None:
+        """Show what was computed, and later its gradients, to those who take notes."""
+        for what, value in zip(names, values, strict=True):
+            self.stream.note("forward", what, module.layer_number, 0, value)
+        self._note_gradients(module, names, *values)
+
+    def _note_gradients(self, module: TransformerLayer, names: Sequence[str], *values: Tensor) -> None:
+        for what, value in zip(names, values, strict=True):
+            if value.requires_grad:
+                value.register_hook(partial(self.stream.note, "backward", what, module.layer_number, 0))
 
 
 def _attention_with_dropout(

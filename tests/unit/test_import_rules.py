@@ -42,11 +42,22 @@ TOP_FILES: dict[str, set[str]] = {
     "preflight": ALL_LAYERS | {"initialize", "checkpointing"},
     "reporting": ALL_LAYERS | {"initialize"},
     "watchdog": {"logging"},
+    "finite_check": {"fpdt"},
     "program": ALL_LAYERS
-    | {"initialize", "checkpointing", "execution", "out_of_memory", "preflight", "reporting", "training"},
+    | {
+        "finite_check",
+        "initialize",
+        "checkpointing",
+        "execution",
+        "out_of_memory",
+        "preflight",
+        "reporting",
+        "training",
+    },
     "profiling": ALL_LAYERS | {"initialize"},
     "out_of_memory": ALL_LAYERS | {"initialize", "execution"},
-    "training": ALL_LAYERS | {"initialize", "checkpointing", "reporting", "profiling", "out_of_memory", "watchdog"},
+    "training": ALL_LAYERS
+    | {"initialize", "checkpointing", "reporting", "profiling", "out_of_memory", "watchdog", "finite_check"},
 }
 RULES = LAYERS | TOP_FILES
 
