@@ -101,7 +101,8 @@ class FiniteCheck:
         faulty = (~norms.isfinite()).nonzero().flatten().tolist()
         if not faulty:
             return Finding(weights=self._find_weights())
-        is_result, first = min((index in self._results, index) for index in faulty)
+        results = set(self._results)
+        is_result, first = min((index in results, index) for index in faulty)
         return Finding((is_result, first), self._places[first], self._find_weights())
 
 

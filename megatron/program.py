@@ -28,6 +28,7 @@ from megatron.model.transformer import LanguageModelHead, TokenEmbedding, Transf
 from megatron.ops.attention import AttentionUnavailable
 from megatron.out_of_memory import OutOfMemory
 from megatron.preflight import DataCheck, Vocabulary, check_inputs
+from megatron.rollback import RollbackError
 from megatron.tokenizer import TokenizerError
 from megatron.training import DatasetsProvider, pretrain
 from megatron.weights.errors import WeightsError
@@ -41,6 +42,7 @@ USER_ERRORS = (
     HostMemoryError,
     OutOfMemory,
     NotFiniteError,
+    RollbackError,
     AttentionUnavailable,
 )
 SECONDS_FOR_RANK_0 = 10.0

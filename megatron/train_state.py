@@ -8,7 +8,10 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """How far a run has come. `data_samples` is the position in the data of the present sequence length."""
+    """How far a run has come. `data_samples` is the position in the data of the present sequence length.
+
+    Samples that a rollback left out are in it, and in `left_out_samples`; they are not consumed.
+    """
 
     iteration: int = 0
     consumed_samples: int = 0
@@ -17,6 +20,8 @@ class TrainState:
     seq_length: int = 0
     skipped_iterations: int = 0
     nan_iterations: int = 0
+    left_out_samples: int = 0
+    rollbacks: int = 0
 
     def advance(self, samples: int, seq_length: int) -> None:
         """Count one step."""
@@ -32,6 +37,12 @@ class TrainState:
             self.data_samples = 0
         self.seq_length = seq_length
         return changed
+
+    def leave_out_data_of(self, state: TrainState) -> None:
+        """Go on from this state, which was saved before, behind the data that a run has read up to `state`."""
+        self.left_out_samples += state.data_samples - self.data_samples
+        self.data_samples = state.data_samples
+        self.rollbacks = state.rollbacks + 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -19,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.batch import Batch, BatchProvider, ModelInputs
-from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint
-from megatron.config import Config, accumulation_steps, deepspeed_config, global_batch_size
+from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint, saved_state
+from megatron.config import Config, deepspeed_config
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.prefetch import Prefetcher
 from megatron.data.samplers import BatchSampler
@@ -29,6 +28,7 @@ from megatron.engine.engine import Engine
 from megatron.finite_check import Finding, FiniteCheck, NotFiniteError, gather, weights_not_finite
 from megatron.fpdt.stream import ProgressReport, Stream
 from megatron.initialize import GIB, Context, connect_store
+from megatron.lengths import Lengths
 from megatron.logging.progress import StepProgress, build_progress
 from megatron.logging.writers import build_writer
 from megatron.loss_by_position import LossByPosition, bucket_edges
@@ -37,6 +37,7 @@ from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.out_of_memory import Ledger
 from megatron.profiling import StepProfiler
 from megatron.reporting import Reporter
+from megatron.rollback import Rollback
 from megatron.train_state import TrainState
 from megatron.watchdog import EXIT_CODE, Watchdog, WatchedProgress
 
@@ -44,31 +45,8 @@ ModelProvider = Callable[[ProgressReport], nn.Module]
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
 DatasetsProvider = Callable[[tuple[int, int, int]], Datasets]
 
-_CONTINUE, _EXIT = 0, 1
-GO_ON = "earlier checkpoints stand, go on from one of them with --load and --ckpt-step, and a lower --lr or other data"
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How long the training is, in steps and samples."""
-
-    global_batch_size: int
-    num_microbatches: int
-    iterations: int
-
-    @classmethod
-    def of(cls, config: Config, world_size: int) -> Lengths:
-        """Derive them from the configuration's iterations, samples or tokens."""
-        training, batch = config.training, global_batch_size(config, world_size)
-        samples = training.train_samples or (training.train_tokens or 0) // config.model.seq_length
-        return cls(batch, accumulation_steps(config, world_size), training.train_iters or samples // batch)
-
-    def num_samples(self, config: Config) -> tuple[int, int, int]:
-        """Samples that training, validation and test will take."""
-        training = config.training
-        evaluations = self.iterations // training.eval_interval + 1
-        per_evaluation = training.eval_iters * self.global_batch_size
-        return self.iterations * self.global_batch_size, evaluations * per_evaluation, per_evaluation
+_CONTINUE, _EXIT, _ROLL_BACK = 0, 1, 2
+_GO_ON = "earlier checkpoints stand, go on from one of them with --load and --ckpt-step, and a lower --lr or other data"
 
 
 class StopSignal:
@@ -118,7 +96,8 @@ def _pretrain(
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, context.parallel_state.world_size, padded_vocab_size)
     lengths = Lengths.of(config, context.parallel_state.world_size)
-    datasets = provide_datasets(lengths.num_samples(config))
+    left_out = 0 if checkpoint is None else saved_state(checkpoint, config).left_out_samples
+    datasets = provide_datasets(lengths.num_samples(config, left_out))
     wanted = parse_split(config.data.split)[1:]
     for part, share, data in zip(("validation", "test"), wanted, datasets[1:], strict=True):
         if data is None and share and config.training.eval_iters:
@@ -234,41 +213,53 @@ class Training:
             config.optimizer, config.training, lengths.global_batch_size, config.model.seq_length
         )
         self._profiler = StepProfiler(config.logging, context)
+        self._rollback = Rollback(config, engine, context)
         self._stop = StopSignal()
         self._started = time.monotonic()
         self._saved_iteration = state.iteration
 
     def run(self) -> None:
         """Train to the end or to a reason to stop; then evaluate on the test part and save."""
-        steps = self._lengths.iterations - self.state.iteration
-        with closing(self._profiler), self._read(self._train_data, self.state.data_samples, steps) as batches:
-            if self._train(batches) == _EXIT:
-                return
+        with closing(self._profiler):
+            while (outcome := self._train_on()) == _ROLL_BACK:
+                with self._watchdog.resting(f"going back from iteration {self.state.iteration}"):
+                    self.state = self._rollback.go_back(self.state)
+                self._saved_iteration = self.state.iteration
+        if outcome == _EXIT:
+            return
         self._save()
         if self._config.training.eval_iters:
             self._evaluate(self._test_data, "test")
 
+    def _train_on(self) -> int:
+        """Train on the data behind those read so far."""
+        steps = self._lengths.iterations - self.state.iteration
+        with self._read(self._train_data, self.state.data_samples, steps) as batches:
+            return self._train(batches)
+
     def _train(self, batches: Iterator[Batch]) -> int:
-        """Take the steps that are left; returns whether a reason to exit came before the last."""
+        """Take the steps that are left; returns whether a reason to exit or to roll back came before the last."""
         config = self._config
         if self.state.iteration >= self._lengths.iterations:
             self._context.log.info("nothing to train: iteration %d is the last", self.state.iteration)
         self._reporter.restart()
         while self.state.iteration < self._lengths.iterations:
-            must_exit = self._step(batches) == _EXIT
+            outcome = self._step(batches)
+            if outcome == _ROLL_BACK:
+                return outcome
             iteration = self.state.iteration
             if config.training.eval_iters and iteration % config.training.eval_interval == 0:
                 self._evaluate(self._valid_data, "validation")
             if config.checkpoint.save_interval and iteration % config.checkpoint.save_interval == 0:
                 self._save()
-            if must_exit or (config.training.exit_interval and iteration % config.training.exit_interval == 0):
+            if outcome == _EXIT or (config.training.exit_interval and iteration % config.training.exit_interval == 0):
                 self._save()
                 self._context.log.info("exiting at iteration %d", iteration)
                 return _EXIT
         return _CONTINUE
 
     def _step(self, stream: Iterator[Batch]) -> int:
-        """One optimizer step; returns whether all ranks are to exit after it."""
+        """One optimizer step; returns whether all ranks are to exit after it, or to take it back."""
         state, engine = self.state, self._engine
         batches = list(islice(stream, self._lengths.num_microbatches))
         num_tokens, attention_share, command = self._agree(batches)
@@ -278,8 +269,10 @@ class Training:
             loss = engine.train_step(self._inputs(batches), num_tokens, rate, self._check)
         self._progress.finish_step()
         dist.all_reduce(loss)
-        self._reporter.add(loss / num_tokens, attention_share)
         state.advance(self._lengths.global_batch_size, self._config.model.seq_length)
+        if self._rollback.judge(state.iteration, loss / num_tokens):
+            return _ROLL_BACK
+        self._reporter.add(loss / num_tokens, attention_share)
         state.skipped_iterations += engine.step_was_skipped
         if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
             self._reporter.line(state, rate, self._lengths.global_batch_size, engine.loss_scale, engine.gradient_norm())
@@ -303,16 +296,17 @@ class Training:
         if fault is None or is_scaled:
             return
         first, samples = self.state.data_samples, self._lengths.global_batch_size
-        raise NotFiniteError(
-            f"iteration {self.state.iteration + 1} (samples {first} to {first + samples - 1}): the loss or gradient is "
-            f"not finite; {fault}. The step is not taken and nothing is saved: {GO_ON}."
-        )
+        step = f"iteration {self.state.iteration + 1} (samples {first} to {first + samples - 1})"
+        fault = f"{step}: the loss or gradient is not finite; {fault}"
+        if not self._rollback.takes_faults:
+            raise NotFiniteError(f"{fault}. The step is not taken and nothing is saved: {_GO_ON}.")
+        self._rollback.take_fault(fault)
 
     def _check_weights(self) -> None:
         """NotFiniteError where the weights of any rank are not finite. Collective over all ranks."""
         fault = weights_not_finite(gather(Finding(weights=self._engine.weights_not_finite())))
         if fault is not None:
-            raise NotFiniteError(f"iteration {self.state.iteration} is not saved: {fault}; {GO_ON}.")
+            raise NotFiniteError(f"iteration {self.state.iteration} is not saved: {fault}; {_GO_ON}.")
 
     def _learning_rate(self) -> float:
         """Of the step at hand, which counts as taken."""

@@ -14,7 +14,7 @@ DIR/global_stepN.HEX.old            a checkpoint being deleted or replaced
 from megatron.checkpointing.choice import choose_checkpoint, find_checkpoint
 from megatron.checkpointing.compatibility import check_checkpoint
 from megatron.checkpointing.errors import CheckpointError
-from megatron.checkpointing.loading import load_checkpoint
+from megatron.checkpointing.loading import load_checkpoint, saved_state
 from megatron.checkpointing.saving import Saver
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "choose_checkpoint",
     "find_checkpoint",
     "load_checkpoint",
+    "saved_state",
 ]

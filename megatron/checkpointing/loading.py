@@ -16,6 +16,13 @@ from megatron.weights.errors import WeightsError
 from megatron.weights.opening import is_portable, open_state
 
 
+def saved_state(path: Path, config: Config) -> TrainState:
+    """The counters that loading the checkpoint gives; reads no tensor."""
+    if config.checkpoint.finetune or is_portable(path):
+        return TrainState()
+    return TrainState(**read_json(path / "train_state.json"))
+
+
 def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config) -> TrainState:
     """Read what --finetune, --no-load-optim and --no-load-rng leave to be read. Collective over all ranks.
 
@@ -29,11 +36,9 @@ def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config
             engine.load_state(open_state(path), with_optimizer)
         else:
             engine.load(path.parent, path.name, with_optimizer)
-        if weights_alone:
-            return TrainState()
-        if not settings.no_load_rng:
+        if not (weights_alone or settings.no_load_rng):
             restore_random_state(random_state_path(path, context), context)
-        return TrainState(**read_json(path / "train_state.json"))
+        return saved_state(path, config)
     except (CheckpointError, WeightsError):
         raise
     except Exception as error:  # a damaged file shows itself in many ways, all of them inside DeepSpeed and torch

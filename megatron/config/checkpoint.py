@@ -19,6 +19,10 @@ class CheckpointConfig:
     keep_last_n_checkpoints: int | None = None
     """How many checkpoints to keep; older ones are deleted once a new one is complete. Default: all."""
 
+    rollback_on_loss_spike: int | None = None
+    """Go back to the newest checkpoint in --save, at most so many times in all, from a loss that --loss-spike-factor
+    calls a spike or that is not finite, and go on without the data read since that checkpoint."""
+
     ckpt_step: int | None = None
     """Iteration of the checkpoint to load. Default: the newest that is whole."""
 

@@ -144,8 +144,10 @@ class Engine:
     def weights_not_finite(self) -> list[str]:
         """Names of the parameters of which this rank holds values that are not finite. Waits for the device."""
         held = {name: _held(parameter) for name, parameter in self.module.named_parameters()}
-        norms = torch.stack([torch.linalg.vector_norm(weights, dtype=torch.float32) for weights in held.values()])
-        return [name for name, is_finite in zip(held, norms.isfinite().tolist(), strict=True) if not is_finite]
+        device = get_accelerator().current_device_name()  # shards may be offloaded, some of them
+        norms = [torch.linalg.vector_norm(weights, dtype=torch.float32).to(device) for weights in held.values()]
+        are_finite = torch.stack(norms).isfinite().tolist()
+        return [name for name, is_finite in zip(held, are_finite, strict=True) if not is_finite]
 
     def held_bytes(self) -> dict[tuple[str, str], int]:
         """Bytes of this rank's weights, gradients and optimizer states by (what, type of the device)."""

@@ -31,6 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "arguments": {"config"},
     "batch": {"core"},
     "train_state": set(),
+    "lengths": {"config"},
     "loss_by_position": {"fpdt", "logging", "core", "config", "batch"},
 }
 # the files on top of the layers, which may use them all
@@ -43,9 +44,11 @@ TOP_FILES: dict[str, set[str]] = {
     "reporting": ALL_LAYERS | {"initialize"},
     "watchdog": {"logging"},
     "finite_check": {"fpdt"},
+    "rollback": ALL_LAYERS | {"initialize", "checkpointing"},
     "program": ALL_LAYERS
     | {
         "finite_check",
+        "rollback",
         "initialize",
         "checkpointing",
         "execution",
@@ -57,7 +60,16 @@ TOP_FILES: dict[str, set[str]] = {
     "profiling": ALL_LAYERS | {"initialize"},
     "out_of_memory": ALL_LAYERS | {"initialize", "execution"},
     "training": ALL_LAYERS
-    | {"initialize", "checkpointing", "reporting", "profiling", "out_of_memory", "watchdog", "finite_check"},
+    | {
+        "initialize",
+        "checkpointing",
+        "reporting",
+        "profiling",
+        "out_of_memory",
+        "watchdog",
+        "finite_check",
+        "rollback",
+    },
 }
 RULES = LAYERS | TOP_FILES
 

@@ -31,6 +31,12 @@ def test_another_sequence_length_starts_the_data_again_and_keeps_the_totals() ->
     assert (state.iteration, state.consumed_samples, state.consumed_tokens) == (3, 12, 768)
 
 
+def test_going_back_keeps_the_counters_of_the_checkpoint_and_the_place_in_the_data() -> None:
+    saved = TrainState(3, 12, 768, 20, 64, left_out_samples=8, rollbacks=1)
+    saved.leave_out_data_of(TrainState(6, 24, 1536, 32, 64, left_out_samples=8, rollbacks=2))
+    assert saved == TrainState(3, 12, 768, 32, 64, left_out_samples=20, rollbacks=3)
+
+
 def test_a_state_survives_the_way_through_json() -> None:
-    state = TrainState(1, 2, 3, 4, 5, 6, 7)
+    state = TrainState(1, 2, 3, 4, 5, 6, 7, 8, 9)
     assert TrainState(**json.loads(json.dumps(state.to_dict()))) == state

@@ -104,6 +104,7 @@ RANGES = {
     "exit_duration_in_mins": COUNT,
     "save_interval": COUNT,
     "keep_last_n_checkpoints": COUNT,
+    "rollback_on_loss_spike": COUNT,
     "ckpt_step": COUNT,
     "vocab_size": COUNT,
     "log_interval": COUNT,

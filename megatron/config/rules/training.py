@@ -103,6 +103,20 @@ def profile_has_iterations_ranks_and_a_folder(run: Run) -> str | None:
     return None
 
 
+def rollback_has_checkpoints_and_spikes(run: Run) -> str | None:
+    config = run.config
+    if config.checkpoint.rollback_on_loss_spike is None:
+        return None
+    needed = ("save", "save_interval", "loss_spike_factor")
+    missing = [flag(name) for name in needed if value_of(config, name) is None]
+    rollback = shown(config, "rollback_on_loss_spike")
+    if missing:
+        return f"{rollback} needs {listed(list(map(flag, needed)), 'and')}; add {listed(missing, 'and')}"
+    if config.training.no_check_for_nan_in_loss_and_grad:
+        return f"{rollback} needs the check that --no-check-for-nan-in-loss-and-grad turns off; remove one of them"
+    return None
+
+
 TRAINING_RULES: tuple[Rule, ...] = (
     partial(at_most_one, LENGTH, "how long to train"),
     training_has_a_length,
@@ -115,4 +129,5 @@ TRAINING_RULES: tuple[Rule, ...] = (
     loss_scale_starts_at_a_power_of_two,
     there_is_data,
     profile_has_iterations_ranks_and_a_folder,
+    rollback_has_checkpoints_and_spikes,
 )

@@ -31,6 +31,19 @@ CASES = [
     ("--profile-ranks 1", 2, "--profile-ranks (1) has no effect without --profile; add --profile, or remove"),
     ("--log-loss-by-position equal --eval-iters 0", 1, "has no effect with --eval-iters 0; evaluate"),
     ("--loss-position-buckets 4", 1, "--loss-position-buckets (4) has no effect without --log-loss-by-position"),
+    (
+        "--rollback-on-loss-spike 2 --save x",
+        1,
+        "--rollback-on-loss-spike (2) needs --save, --save-interval and --loss-spike-factor; add --save-interval and "
+        "--loss-spike-factor",
+    ),
+    (
+        "--rollback-on-loss-spike 2 --save x --save-interval 5 --loss-spike-factor 2 "
+        "--no-check-for-nan-in-loss-and-grad",
+        1,
+        "needs the check that --no-check-for-nan-in-loss-and-grad turns off; remove one of them",
+    ),
+    ("--rollback-on-loss-spike 0", 1, "--rollback-on-loss-spike (0) must be at least 1"),
     ("--loss-spike-factor 1", 1, "--loss-spike-factor (1) must be above 1"),
     # model
     ("--hidden-size 100", 1, "--hidden-size (100) must be a multiple of --num-attention-heads (8)"),

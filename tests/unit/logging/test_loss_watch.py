@@ -35,3 +35,11 @@ def test_the_mean_runs():
 def test_a_loss_that_is_not_finite_is_told_and_counts_in_no_mean(loss, factor):
     messages = told([3.0] * ENOUGH + [loss, 6.0], factor)
     assert messages == {11: f"the loss of iteration 11 is {loss}"}
+
+
+def test_losses_that_are_taken_back_are_held_against_nothing():
+    watch = LossWatch(2.0)
+    for iteration in range(1, 21):
+        watch.look(iteration, 1.0 if iteration <= ENOUGH + 1 else 9.0)
+    watch.forget_after(ENOUGH + 1)
+    assert "3.00 times the mean of the 11 before (1.0000)" in (watch.look(ENOUGH + 2, 3.0) or "")

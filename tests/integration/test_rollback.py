@@ -1,0 +1,80 @@
+"""A loss that spikes or is not finite: back to the last checkpoint, and on as if the data since were not there."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.launcher import REPOSITORY
+from tests.integration.runs import OFFLOADED, PLAIN, Ranks, Run, base_flags, ranks, read_tensors, train
+
+SCRIPT = REPOSITORY / "tests/integration/bad_samples.py"
+WATCHED = ["--save-interval", "4", "--loss-spike-factor", "2", "--rollback-on-loss-spike", "2"]
+LAST = 20
+# Of steps of four samples the 14th has number 52; the checkpoint before it is that of iteration 12.
+BAD, LEFT_OUT = "52 53", "48 56"
+
+
+def state_of(folder: Path, iteration: int) -> dict[str, Any]:
+    return dict(json.loads((folder / f"global_step{iteration}/train_state.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    "execution, layout, weight",
+    [
+        (OFFLOADED, ranks(2, 3), "9"),
+        (PLAIN, ranks(1, 0), "nan"),
+        (PLAIN, ranks(1, 1), "9"),
+        (OFFLOADED, ranks(2, 2), "nan"),
+    ],
+    ids=["fpdt-spike", "plain-nan", "plain-spike", "fpdt-nan"],
+)
+def test_a_run_that_went_back_equals_one_without_the_data(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, execution: list[str], layout: list[str], weight: str
+) -> None:
+    flags = [*base_flags(corpus), *execution, *layout, *WATCHED, "--train-iters", str(LAST)]
+    back, without, resumed = (tmp_path / name for name in ("back", "without", "resumed"))
+
+    def run(folder: Path, *more: str) -> Run:
+        return train([*flags, "--save", str(folder), *more], folder / "events", 2, SCRIPT)
+
+    monkeypatch.setenv("LEFT_OUT", LEFT_OUT)
+    straight = run(without)
+    monkeypatch.delenv("LEFT_OUT")
+    monkeypatch.setenv("BAD_SAMPLES", BAD)
+    monkeypatch.setenv("WEIGHT", weight)
+    went_back = run(back)
+    said = r"iteration 14 .*; going back to iteration 12 and on without samples 48 to 55 \(rollback 1 of 2\)"
+    assert len(re.findall(said, went_back.output)) == 2  # once per rank
+    assert (went_back.losses, went_back.grad_norms) == (straight.losses, straight.grad_norms)
+    run(resumed, "--load", str(back), "--ckpt-step", "16")
+    expected = read_tensors(without / f"global_step{LAST}")
+    for folder in (back, resumed):
+        tensors = read_tensors(folder / f"global_step{LAST}")
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+        counted = state_of(without, LAST) | {"data_samples": 4 * LAST + 8, "left_out_samples": 8, "rollbacks": 1}
+        assert state_of(folder, LAST) == counted
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        ("52 53 60 61 68 69", "the loss of iteration 14 is .*; the run has gone back 2 times, which is all that "),
+        ("4 5", r"iteration 2 \(samples 4 to 7\): the loss .*; --save .* has no checkpoint of this run to go back to"),
+    ],
+    ids=["too often", "too early"],
+)
+def test_a_run_that_cannot_go_back_ends(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, said: str
+) -> None:
+    monkeypatch.setenv("BAD_SAMPLES", bad)
+    monkeypatch.setenv("WEIGHT", "nan" if bad == "4 5" else "9")
+    saving = [*WATCHED, "--save", str(tmp_path), "--train-iters", str(LAST)]
+    with Ranks([*base_flags(corpus), *saving], num_ranks=2, script=SCRIPT) as run:
+        ended = run.wait()
+    assert [rank.exit_code for rank in ended] == [2, 2], ended
+    assert re.search(f"^error: {said}", ended[0].stderr, re.MULTILINE), ended[0].stderr
