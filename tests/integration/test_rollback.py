@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.logging.run_history import read_run
 from tests.distributed.launcher import REPOSITORY
 from tests.integration.runs import OFFLOADED, PLAIN, Ranks, Run, base_flags, ranks, read_tensors, train
 
@@ -50,6 +51,7 @@ def test_a_run_that_went_back_equals_one_without_the_data(
     said = r"iteration 14 .*; going back to iteration 12 and on without samples 48 to 55 \(rollback 1 of 2\)"
     assert len(re.findall(said, went_back.output)) == 2  # once per rank
     assert (went_back.losses, went_back.grad_norms) == (straight.losses, straight.grad_norms)
+    assert read_run(back / "events").train("loss") == straight.losses
     run(resumed, "--load", str(back), "--ckpt-step", "16")
     expected = read_tensors(without / f"global_step{LAST}")
     for folder in (back, resumed):
