@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 ITERATIONS = 8
+POISONED = REPOSITORY / "tests/integration/poisoned.py"
 RECOMPUTED = ["--deepspeed-activation-checkpointing", "--checkpoint-in-cpu"]
 
 # bf16 keeps 8 bits: a loss near 4 is known to about 1e-3, and the paths of training part slowly.
@@ -80,3 +81,19 @@ def test_a_model_that_the_gpu_cannot_hold_is_refused_before_it_is_built(corpus):
     run = launch(REPOSITORY / "pretrain_gpt.py", training_words(corpus, ITERATIONS, "--bf16", *OFFLOADED, *large), 1)
     assert run.exit_codes == [2]
     assert "GiB of GPU memory per rank" in run.outputs[0]
+
+
+@pytest.mark.parametrize(
+    "poison, said",
+    [
+        ("queries", "first value that is not finite is the queries of layer 2 (forward, micro-batch 0, chunk 0"),
+        ("gradient", "is the gradient of the input of layer 2 (backward, micro-batch 0, chunk 0: positions 0-160)"),
+        ("weights", "rank 0: the weights of layer 2 (layers.1.post_attention_layernorm.weight) are not finite already"),
+    ],
+)
+def test_a_value_that_is_not_finite_is_named(corpus, poison, said):
+    flags = training_words(corpus, ITERATIONS, "--bf16", *OFFLOADED)
+    run = launch(POISONED, flags, 1, environment={"POISON": f"3 0 {poison}"})
+    assert run.exit_codes == [2]
+    assert "error: iteration 3 (samples 8 to 11): the loss or gradient is not finite" in run.outputs[0]
+    assert said in run.outputs[0]
