@@ -45,6 +45,8 @@ USER_ERRORS = (
     RollbackError,
     AttentionUnavailable,
 )
+# Of a training whose numbers went wrong; 2 of what else a user can mend.
+NOT_FINITE_EXIT_CODE = 5
 SECONDS_FOR_RANK_0 = 10.0
 
 
@@ -89,7 +91,7 @@ def report(error: Exception, rank: int) -> int:
     if rank:
         time.sleep(SECONDS_FOR_RANK_0)
     sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error on rank {rank}: {error}\n")
-    return 2
+    return NOT_FINITE_EXIT_CODE if isinstance(error, NotFiniteError | RollbackError) else 2
 
 
 def train(config: Config, context: Context, padded_vocab_size: int, source: SampleSource) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
 import torch
 
-from megatron.config.tokenizer import TiktokenPattern
+from megatron.config.tokenizer import TiktokenPattern, TokenizerConfig
 from megatron.generation.loading import Inference, OpenedModel
 from megatron.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerError, build_tokenizer
 from megatron.weights.opening import newest_checkpoint
+from megatron.weights.portable_config import CONFIG_FILE, read_json
 
 GIB = 2**30
 FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,7 +44,9 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     """The tokenizer, under the names that training has."""
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument(
-        "--tokenizer-type", choices=TOKENIZER_TYPES, help="[HFTokenizer, of the tokenizer.json beside the weights]"
+        "--tokenizer-type",
+        choices=TOKENIZER_TYPES,
+        help="[HFTokenizer, of the tokenizer.json beside the weights, or what the weights were trained with]",
     )
     tokenizer.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
     tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
@@ -56,16 +60,27 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tokenizer_of(arguments: argparse.Namespace) -> Tokenizer:
-    """The tokenizer that the flags name, or the one beside the weights; TokenizerError if there is none."""
-    kind, model = arguments.tokenizer_type, arguments.tokenizer_model
-    if kind is None:
-        beside = newest_checkpoint(arguments.load) / "tokenizer.json"
-        if model is None and not beside.is_file():
-            raise TokenizerError(f"{arguments.load} has no tokenizer.json; name the tokenizer by --tokenizer-type.")
-        kind, model = "HFTokenizer", model or str(beside)
-    return build_tokenizer(
-        kind, arguments.vocab_file, arguments.merge_file, model, arguments.vocab_size, arguments.tiktoken_pattern
-    )
+    """The tokenizer that the flags name, or the one beside the weights, or that of the training.
+
+    TokenizerError if there is none.
+    """
+    named = TokenizerConfig(**{field.name: getattr(arguments, field.name) for field in fields(TokenizerConfig)})
+    if named.tokenizer_type is None:
+        named = replace(named, tokenizer_type="HFTokenizer")
+        if named.tokenizer_model is None:
+            named = _tokenizer_beside(newest_checkpoint(arguments.load))
+    return build_tokenizer(**vars(named))
+
+
+def _tokenizer_beside(folder: Path) -> TokenizerConfig:
+    """What tells the tokenizer of the weights in a folder: its tokenizer.json, or the flags of their training."""
+    if (folder / "tokenizer.json").is_file():
+        return TokenizerConfig("HFTokenizer", tokenizer_model=str(folder / "tokenizer.json"))
+    config = folder / CONFIG_FILE
+    trained_with = read_json(config).get("tokenizer") if config.is_file() else None
+    if trained_with is None:
+        raise TokenizerError(f"{folder} has no tokenizer.json; name the tokenizer by --tokenizer-type.")
+    return TokenizerConfig(**trained_with)
 
 
 def inference_of(arguments: argparse.Namespace, isolated_chunks: bool = False) -> Inference:

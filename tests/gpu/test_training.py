@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.program import NOT_FINITE_EXIT_CODE
 from tests.distributed.launcher import REPOSITORY, launch, run_training
 from tests.gpu.training_flags import KEPT, OFFLOADED, ON_HOST, STREAMED, training_words
 from tests.integration.corpus import write_corpus
@@ -94,6 +95,6 @@ def test_a_model_that_the_gpu_cannot_hold_is_refused_before_it_is_built(corpus):
 def test_a_value_that_is_not_finite_is_named(corpus, poison, said):
     flags = training_words(corpus, ITERATIONS, "--bf16", *OFFLOADED)
     run = launch(POISONED, flags, 1, environment={"POISON": f"3 0 {poison}"})
-    assert run.exit_codes == [2]
+    assert run.exit_codes == [NOT_FINITE_EXIT_CODE]
     assert "error: iteration 3 (samples 8 to 11): the loss or gradient is not finite" in run.outputs[0]
     assert said in run.outputs[0]

@@ -122,6 +122,18 @@ def test_ids_that_the_model_does_not_have_are_refused(
     )
 
 
+def test_without_flags_the_tokenizer_is_that_of_the_training(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    config = tmp_path / "config.json"
+    flags = {"tokenizer_type": "NullTokenizer", "vocab_size": VOCAB}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer": flags}))
+    prompt = ["--prompt", "3 1 4", "--greedy", "--max-new-tokens", 4]
+    for name, named in (("trained", []), ("named", TOKENIZER)):
+        output = ["--sample-output-file", tmp_path / name]
+        assert run_tool(TOOL, "--load", tmp_path, *named, *prompt, *output) == 0
+    assert (tmp_path / "trained").read_text() == (tmp_path / "named").read_text()
+
+
 def test_without_a_tokenizer_or_a_model_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save("llama", tmp_path / "model")
     assert run_tool(TOOL, "--load", tmp_path / "model", "--prompt", "x") == 2
