@@ -34,7 +34,7 @@ def sample(dataset: GPTDataset, index: int) -> Any:
     """Return a sample, of which those with an index are one thing, and what they hold is another."""
     for span in spans("LEFT_OUT"):
         index += len(span) if index >= span.start else 0
-    tokens = get_sample(dataset, index)
+    tokens = get_sample(dataset, index)[:]
     return np.full_like(tokens, MARK) if any(index in span for span in spans("BAD_SAMPLES")) else tokens
 
 

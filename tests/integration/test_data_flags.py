@@ -42,7 +42,7 @@ def tokens_of(prefixes: dict[str, Path]) -> Callable[[str], Tokens]:
         validate(config, 1, "cpu")
         parts = datasets(config, (300, 30, 30), VOCAB_SIZE)
         return {
-            name: set(np.concatenate([part[k] for k in range(len(part))]).tolist())
+            name: set(np.concatenate([part[k][:] for k in range(len(part))]).tolist())
             for name, part in zip(("train", "valid", "test"), parts, strict=True)
             if part is not None
         }

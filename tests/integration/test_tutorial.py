@@ -26,7 +26,7 @@ REPOSITORY_FILES = (
 )  # fmt: skip
 # Flags of the tutorial, and the values that they have here; fine-tuning is short as it is.
 SHORTER = {
-    "--train-iters": {"100": "6", "200": "9", "60": "2", "20": "20"},
+    "--train-iters": {"100": "6", "200": "9", "60": "2", "40": "40"},
     "--lr-warmup-iters": {"10": "2", "5": "1"},
     "--log-interval": {"10": "1", "5": "1"},
     "--eval-interval": {"50": "3", "30": "2"},
@@ -143,5 +143,5 @@ def test_transformers_reads_the_export_and_agrees(walk: Walk) -> None:
 def test_the_fine_tuned_model_answers_as_it_was_taught(walk: Walk) -> None:
     block = "finetune_llama.py"
     training = walk.training(block)
-    assert training.losses[20] < 0.1 * training.losses[1]
+    assert training.losses[40] < 0.1 * training.losses[1]
     assert walk.output(block).rstrip().endswith("Where do the chunks rest?\n\nAssistant:\nIn the memory of the host.")
