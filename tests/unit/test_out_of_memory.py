@@ -58,6 +58,26 @@ def test_whatever_says_that_memory_ran_out_becomes_a_ledger(error, memory):
     assert lines[6:] == ["  what to change:", *(f"    - {line}" for line in WITHOUT_A_PLAN)]
 
 
+def test_memory_of_a_gpu_is_told_by_who_holds_it(monkeypatch):
+    counters = {"mem_get_info": (GIB // 2, 80 * GIB), "memory_reserved": 9 * GIB, "memory_allocated": 8 * GIB,
+                "max_memory_allocated": 8.5 * GIB}  # fmt: skip
+    for name, value in counters.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    ledger = ledger_of_a_run()
+    ledger._context = SimpleNamespace(**vars(CPU_CONTEXT) | {"device": torch.device("cuda", 0)})
+    ledger.stream.store.device_bytes = 2 * GIB
+    assert ledger.lines("GPU", torch.OutOfMemoryError("CUDA out of memory."))[1:9] == [
+        "  GPU memory",
+        "    of the GPU           80.00 GiB, 0.50 GiB of it free",
+        "    not torch's          70.50 GiB: other processes, and a little for CUDA itself",
+        "    reserved by torch    9.00 GiB",
+        "    in tensors           8.00 GiB, at most 8.50 GiB so far",
+        "      weights            1.00 GiB",
+        "      chunks             2.00 GiB",
+        "      activations, rest  5.00 GiB",
+    ]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("x")])
 def test_other_errors_stay_as_they_are(error):
     with pytest.raises(type(error)), ledger_of_a_run().told_when_memory_runs_out():
