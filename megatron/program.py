@@ -26,7 +26,7 @@ from megatron.initialize import Context, device_type, initialize, world_from_env
 from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.ops.attention import AttentionUnavailable
-from megatron.out_of_memory import OutOfMemory
+from megatron.out_of_memory import Ledger, OutOfMemory
 from megatron.preflight import DataCheck, Vocabulary, check_inputs
 from megatron.rollback import RollbackError
 from megatron.tokenizer import TokenizerError
@@ -95,7 +95,10 @@ def report(error: Exception, rank: int) -> int:
 
 
 def train(config: Config, context: Context, padded_vocab_size: int, source: SampleSource) -> None:
-    """Provide the model, the batches and the datasets, and train."""
+    """Provide the model, the batches and the datasets, and train.
+
+    OutOfMemory, with a ledger of who holds what, where GPU or host memory runs out.
+    """
     parallel_state, execution = context.parallel_state, choose_execution(config, context, padded_vocab_size)
     seq_length = config.model.seq_length
     chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
@@ -124,7 +127,12 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
         )
 
     leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
-    pretrain(config, context, padded_vocab_size, leaf_modules, provide_model, provide_batch, source.provide_datasets)
+    ledger = Ledger(config, context, padded_vocab_size)
+    with ledger.told_when_memory_runs_out():
+        pretrain(
+            config, context, padded_vocab_size, leaf_modules,
+            provide_model, provide_batch, source.provide_datasets, ledger,
+        )  # fmt: skip
 
 
 def leave(code: int) -> NoReturn:

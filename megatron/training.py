@@ -68,28 +68,12 @@ def pretrain(
     provide_model: ModelProvider,
     provide_batch: BatchProvider,
     provide_datasets: DatasetsProvider,
+    ledger: Ledger,
 ) -> None:
     """Train from the newest checkpoint, or from the start, to the end that the configuration sets.
 
-    OutOfMemory, with a ledger of who holds what, where GPU or host memory runs out.
+    `ledger` is shown what holds memory.
     """
-    ledger = Ledger(config, context, padded_vocab_size)
-    with ledger.told_when_memory_runs_out():
-        _pretrain(
-            ledger, config, context, padded_vocab_size, leaf_modules, provide_model, provide_batch, provide_datasets
-        )
-
-
-def _pretrain(
-    ledger: Ledger,
-    config: Config,
-    context: Context,
-    padded_vocab_size: int,
-    leaf_modules: Sequence[type[nn.Module]],
-    provide_model: ModelProvider,
-    provide_batch: BatchProvider,
-    provide_datasets: DatasetsProvider,
-) -> None:
     for note in config.notes:
         context.log.info("note: %s", note)
     checkpoint = choose_checkpoint(config.checkpoint, context)
