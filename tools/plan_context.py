@@ -73,6 +73,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     job.add_argument("--micro-batch-size", type=int, default=1, help="[%(default)s]")
     job.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3, help="[%(default)s]")
     job.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and step on the host")
+    job.add_argument("--device-memory", type=float, default=0.0, metavar="GIB",
+                     help="chunks that may stay on a GPU [%(default)s]")  # fmt: skip
     job.add_argument("--backend", help="attention kernel [the GPU's fastest]")
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, help="write the figures to a file")
@@ -147,6 +149,7 @@ def job_of_model(arguments: argparse.Namespace) -> Job:
         micro_batch_size=arguments.micro_batch_size,
         zero_stage=arguments.zero_stage,
         cpu_optimizer=arguments.cpu_optimizer,
+        device_memory_bytes=int(arguments.device_memory * GIB),
     )
 
 
@@ -222,7 +225,11 @@ def flags_of(job: Job) -> list[str]:
     ]  # fmt: skip
     if job.streamed:
         chunk = f"--ds-sequence-parallel-fpdt-chunk-size {job.chunk_length}"
-        return [*flags, "--ds-sequence-parallel-fpdt", chunk, "--ds-sequence-parallel-fpdt-offloading"]
+        kept = job.device_memory_bytes / GIB
+        return [
+            *flags, "--ds-sequence-parallel-fpdt", chunk, "--ds-sequence-parallel-fpdt-offloading",
+            *[f"--ds-sequence-parallel-fpdt-device-memory {kept:g}"] * bool(kept),
+        ]  # fmt: skip
     return flags + {
         "kept": [],
         "recomputed": ["--deepspeed-activation-checkpointing"],

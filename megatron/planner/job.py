@@ -15,6 +15,7 @@ from megatron.config import (
     zero_stage_run,
 )
 from megatron.fpdt.memory_model import StreamShape
+from megatron.planner.hardware import GIB
 
 # Without FPDT: what is there of a block's forward pass when its backward pass begins.
 Activations = Literal["kept", "recomputed", "recomputed from the host"]
@@ -42,6 +43,7 @@ class Job:
     cpu_optimizer: bool = False
     streamed: bool = True
     activations: Activations = "kept"
+    device_memory_bytes: int = 0  # chunks that may stay on a GPU
     recompute: Recompute | None = None
     checkpoint_interval: int | None = None
 
@@ -64,6 +66,7 @@ class Job:
             cpu_optimizer=offloads(config, "offload_optimizer"),
             streamed=streamed,
             activations=recomputed if deepspeed.deepspeed_activation_checkpointing else "kept",
+            device_memory_bytes=int(parallel.ds_sequence_parallel_fpdt_device_memory * GIB),
             recompute=parallel.ds_sequence_parallel_fpdt_recompute,
             checkpoint_interval=parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
         )

@@ -70,10 +70,12 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
     """Reckon a job's memory; what is left open is chosen as a training run chooses."""
     states = _states(job)
     process = int(HOST_PROCESS if job.streamed else PLAIN_PROCESS)
-    budget = int(machines.host_bytes_per_gpu - states.host - process)
+    budget = int(machines.host_bytes_per_gpu - states.host - process) + job.device_memory_bytes
     recompute, interval = choose_what_is_kept(job.shape, max(budget, 0), job.recompute, job.checkpoint_interval)
     if job.streamed:
-        on_gpu, on_host = block_bytes(job.shape, recompute, backend), job.shape.tier_bytes(interval, recompute)
+        tier = job.shape.tier_bytes(interval, recompute)
+        on_host = max(tier - job.device_memory_bytes, 0)
+        on_gpu = block_bytes(job.shape, recompute, backend) + kept_on_gpu_bytes(job, tier)
     else:
         on_gpu, on_host = activation_bytes(job, backend)
     hidden, _, _ = _chunk_bytes(job.shape)
@@ -150,6 +152,11 @@ def _head_bytes(job: Job) -> int:
     gathered = HALF * job.embedding_parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
     hidden, _, _ = _chunk_bytes(job.shape)
     return gathered + (SUM + HALF) * job.embedding_parameters + LOGITS + 6 * hidden
+
+
+def kept_on_gpu_bytes(job: Job, tier: int) -> int:
+    """What stays of the chunks' `tier` bytes on the GPU; two gradients are where the hidden states are."""
+    return min(job.device_memory_bytes + 2 * job.shape.residual_bytes, tier) if job.device_memory_bytes else 0
 
 
 def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> int:

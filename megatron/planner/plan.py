@@ -8,7 +8,7 @@ from functools import cached_property
 
 from megatron.planner.hardware import GIB, TERA, Machines
 from megatron.planner.job import Job
-from megatron.planner.memory import Memory, memory_of
+from megatron.planner.memory import FRAGMENTATION, Memory, memory_of
 from megatron.planner.speed import Speed, speed_of
 
 GRANULE = 1024  # tokens per rank to which a longest context is rounded down
@@ -120,6 +120,7 @@ class Plan:
                 lines += self._if_it_fits(replace(job, zero_stage=3), "--zero-stage 3 fits the GPU")
             if not job.cpu_optimizer:
                 lines += self._if_it_fits(replace(job, cpu_optimizer=True), "--cpu-optimizer fits the GPU")
+        lines += self._with_chunks_on_the_gpu()
         longest = self.longest_context()
         if longest:
             lines.append(f"--seq-length {longest} is the longest that fits")
@@ -128,6 +129,17 @@ class Plan:
         if not self.fits_gpu:
             lines.append("more GPUs, or GPUs with more memory")
         return lines
+
+    def _with_chunks_on_the_gpu(self) -> list[str]:
+        """A line where the host is too small and the GPU has room for what is missing."""
+        job = self.job
+        spare = self.machines.gpu.memory_gib * GIB - self.memory.gpu_with_overhead
+        spare_gib = int((spare / FRAGMENTATION - 2 * job.shape.residual_bytes) / GIB)
+        if not job.streamed or self.fits_host or spare_gib <= 0:
+            return []
+        gib = job.device_memory_bytes // GIB + spare_gib
+        fits = self.with_job(replace(job, device_memory_bytes=gib * GIB)).fits
+        return [f"--ds-sequence-parallel-fpdt-device-memory {gib} keeps chunks on the GPU, and fits"] if fits else []
 
     def _if_it_fits(self, job: Job, line: str) -> list[str]:
         plan = self.with_job(job)

@@ -157,6 +157,27 @@ def test_the_optimizer_on_the_host_takes_host_memory_there():
     assert on_gpu.host_states == 0
 
 
+def test_chunks_that_stay_on_the_gpu_leave_the_host():
+    on_host, shared, on_gpu = (
+        plan_of(recompute="all", checkpoint_interval=1, device_memory_bytes=gib * GIB).memory for gib in (0, 10, 1000)
+    )
+    gradients = 2 * plan_of().job.shape.residual_bytes
+    assert shared.block - on_host.block == 10 * GIB + gradients
+    assert on_host.host_chunks - shared.host_chunks == 10 * GIB
+    assert on_gpu.host_chunks == 0
+    assert on_gpu.block - on_host.block == on_host.host_chunks
+
+
+def test_a_host_that_is_too_small_is_helped_out_by_a_gpu_that_has_room():
+    machines = Machines(GPUS["H200"], 4, 4, 480)
+    plan = plan_of(length=2**20, machines=machines, recompute="all", checkpoint_interval=1)
+    assert not plan.fits_host
+    (flag,) = (line.split()[:2] for line in plan.advice() if "device-memory" in line)
+    assert flag[0] == "--ds-sequence-parallel-fpdt-device-memory"
+    assert plan.with_job(replace(plan.job, device_memory_bytes=int(flag[1]) * GIB)).fits
+    assert not any("device-memory" in line for line in plan_of(length=2**23).advice())  # too long for both
+
+
 def test_a_slow_link_needs_a_larger_chunk():
     fast = plan_of(model="gpt-6.7b")
     slow = replace(fast, machines=replace(fast.machines, gpu=replace(fast.machines.gpu, link_gbps=24)))
