@@ -3,11 +3,14 @@
 
     python benchmarks/training_step.py
     deepspeed --num_gpus 2 benchmarks/training_step.py      the same sequence shared by two GPUs
+    python benchmarks/training_step.py --as-one-of 4        one of four GPUs that share it, and no network
 
 Runs whole optimizer steps of a LLaMA on random tokens, through the training path itself: the flags of pretrain_gpt.py,
 its model, engine and optimizer. On one GPU it measures, before that, one streamed block of the same geometry, length,
 chunk, kernel and offloading in the same process. On several the sequence is shared by all of them (Ulysses), and the
-rates are per GPU; "tokens/s" is of all together, and memory that of the first.
+rates are per GPU; "tokens/s" is of all together, and memory that of the first. With --as-one-of a single GPU holds,
+computes and copies what one of several would, and collectives are copies on that GPU (benchmarks/loopback.py): the
+network's time is missing, and the last line says how many bytes it would carry.
 
     x block = (model FLOPs of a step / its seconds) / (model FLOPs of a block / its seconds)
 
@@ -54,6 +57,7 @@ from benchmarks.common import (
     spread,
     wall_seconds,
 )
+from benchmarks.loopback import LoopbackGroup, init_loopback
 from megatron.arguments import parse_args
 from megatron.batch import Sample, slice_batch
 from megatron.config import Config, deepspeed_config, validate
@@ -62,6 +66,7 @@ from megatron.execution import choose_execution, plan_of
 from megatron.fpdt.stream import Stream
 from megatron.initialize import initialize, world_from_environment
 from megatron.logging.accounting import model_flops
+from megatron.logging.device_peak import peak_tflops
 from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.optimizer.param_groups import parameter_groups
@@ -76,6 +81,7 @@ COLUMNS = (
     Column("tokens_per_second", "tokens/s", ".0f"),
     Column("model_tflops", "model TFLOP/s", ".0f"),
     Column("times_matmul", "x matmul", ".3f"),
+    Column("mfu", "MFU", ".1%"),
     Column("times_block", "x block", ".3f"),
     Column("spread", "spread", ".1%"),
     Column("outside_blocks_seconds", "outside blocks s", ".3f"),
@@ -103,10 +109,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--on-device", action="store_true", help="without offloading")
     parser.add_argument("--plain", choices=PLAIN, help="without FPDT, the activations kept, recomputed, or recomputed "
                         "from inputs on the host; measures no block")  # fmt: skip
+    parser.add_argument("--device-memory", type=float, default=0.0, metavar="GIB",
+                        help="chunks that may stay on the GPU [%(default)s]")  # fmt: skip
     parser.add_argument("--recompute", choices=["all", "mlp", "none"],
                         help="matrix products that are run again [what fits and the link has time for]")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
     parser.add_argument("--steps", type=int, default=2, help="steps timed, after one to warm up [%(default)s]")
+    parser.add_argument("--short-warm-up", action="store_true",
+                        help="warm up with two chunks; the step timed then takes the host's memory")  # fmt: skip
+    parser.add_argument("--as-one-of", type=int, metavar="GPUS", help="be one rank of so many that share a sequence")
     parser.add_argument("--step-only", action="store_true", help="without the block")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     add_geometry_flags(parser, DEFAULT)
@@ -116,6 +127,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     rank, num_gpus = world_from_environment()
+    if arguments.as_one_of:
+        num_gpus = arguments.as_one_of
+        init_loopback(num_gpus)
     config = parse_args(training_flags(arguments, num_gpus))
     validate(config, num_gpus, arguments.device)
     if rank:
@@ -131,23 +145,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
     step = attempt(lambda: measure_steps(config, arguments, num_gpus), report.device)
     torch.distributed.destroy_process_group()
-    step |= {"what": "optimizer step" if num_gpus == 1 else f"on {num_gpus} GPUs"}
+    step |= {"what": what_ran(arguments, num_gpus)}
     if "failed" in step:
         report.add(step)
         return 1
-    step |= rates(step, num_gpus, report.matmul)
+    peak = peak_tflops(report.header["device"])
+    step |= rates(step, num_gpus, report.matmul, peak)
     report.add(step | (against_block(step, block, arguments.num_layers) if block else {}))
     if not arguments.on_device:
         planned = planned_row(plan_of_step(config, arguments, step, num_gpus, report.device))
-        report.add(planned | rates(planned, num_gpus, report.matmul))
+        report.add(planned | rates(planned, num_gpus, report.matmul, peak))
     report.finish()
     draw(report)
-    if arguments.on_device or arguments.plain:
+    if not step["host_used_gib"]:
         return 0
     ratio, later = step["host_allocated_gib"] / step["host_used_gib"], step["host_bytes_after_first_step"]
     print(f"host memory allocated over needed: {ratio:.4f}")
+    if arguments.as_one_of:
+        print(f"received from other GPUs in a step, which took no time: {step['received_gib']:.3g} GiB")
     print(f"host bytes allocated after the first step: {later} (must be 0)")
     return 1 if later else 0
+
+
+def what_ran(arguments: argparse.Namespace, num_gpus: int) -> str:
+    """A name for the row of the steps."""
+    if arguments.as_one_of:
+        return f"one of {num_gpus} GPUs"
+    return "optimizer step" if num_gpus == 1 else f"on {num_gpus} GPUs"
 
 
 def training_flags(arguments: argparse.Namespace, num_gpus: int = 1) -> list[str]:
@@ -169,6 +193,7 @@ def training_flags(arguments: argparse.Namespace, num_gpus: int = 1) -> list[str
         switches.append("ds_sequence_parallel_fpdt")
         if not arguments.on_device:
             switches.append("ds_sequence_parallel_fpdt_offloading")
+            values["ds_sequence_parallel_fpdt_device_memory"] = arguments.device_memory
     if arguments.device == "cuda":
         switches.append("bf16")
     if arguments.cpu_optimizer:
@@ -210,20 +235,24 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
     stream: Stream = engine.module.execution.stream  # type: ignore[assignment, union-attr]
     stream.whole_parameters = engine.whole_parameters
     pool = stream.store.pool
-    layout = SequenceLayout(model.seq_length, min(execution.chunk_size, model.seq_length), num_gpus)
     random = np.random.default_rng(1)
     losses: list[torch.Tensor] = []
     num_tokens = torch.tensor(float(model.seq_length), device=device)
 
-    def step() -> None:
-        samples = [Sample(random.integers(0, arguments.vocab_size, model.seq_length + 1))]
+    def step(length: int = model.seq_length) -> None:
+        layout = SequenceLayout(length, min(execution.chunk_size, length), num_gpus)
+        samples = [Sample(random.integers(0, arguments.vocab_size, length + 1))]
         batch = slice_batch(samples, layout, parallel_state.sequence_parallel_rank, pin=device.type == "cuda")
         losses.append(engine.train_step([batch.inputs()], num_tokens, config.optimizer.lr))
 
-    step()
-    first = pool.allocated_bytes
+    step(min(2 * execution.chunk_size, model.seq_length) if arguments.short_warm_up else model.seq_length)
     reset_peak(device)
-    seconds = [wall_seconds(step, device) for _ in range(arguments.steps)]
+    received = LoopbackGroup.received_bytes
+    seconds, host_bytes = [], [] if arguments.short_warm_up else [pool.allocated_bytes]
+    for _ in range(arguments.steps):
+        seconds.append(wall_seconds(step, device))
+        host_bytes.append(pool.allocated_bytes)
+    received = LoopbackGroup.received_bytes - received
     peak = peak_bytes(device)
     torch.distributed.all_reduce(losses[-1])
     return {
@@ -235,7 +264,8 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
         "checkpoint_interval": execution.checkpoint_interval, "zero_stage": arguments.zero_stage,
         "loss": float(losses[-1] / num_tokens),
         "host_used_gib": gib(pool.peak_used_bytes), "host_allocated_gib": gib(pool.allocated_bytes),
-        "host_bytes_after_first_step": pool.allocated_bytes - first,
+        "host_bytes_after_first_step": host_bytes[-1] - host_bytes[0],
+        "received_gib": gib(received) / arguments.steps,
     }  # fmt: skip
 
 
@@ -247,6 +277,8 @@ def plan_of_step(config: Config, arguments: argparse.Namespace, step: Row, num_g
         properties = torch.cuda.get_device_properties(device)
         gpu, backend = gpu_like(properties.name, properties.total_memory), step["attention_backend"]
     plan = plan_of(config, num_gpus, gpu, 0, vocabulary, backend)  # no host memory: it chooses nothing here
+    if arguments.as_one_of:
+        plan = replace(plan, machines=replace(plan.machines, gpus_per_node=num_gpus))
     kept = {"recompute": step["recompute_run"], "checkpoint_interval": step["checkpoint_interval"]}
     return plan.with_job(replace(plan.job, **kept))
 
@@ -262,13 +294,14 @@ def planned_row(plan: Plan) -> Row:
     }  # fmt: skip
 
 
-def rates(step: Row, num_gpus: int, matmul: float) -> Row:
-    """The step's tokens per second over all GPUs, its model FLOP/s per GPU, and their ratio to the yardstick."""
+def rates(step: Row, num_gpus: int, matmul: float, peak: float | None) -> Row:
+    """The step's tokens per second over all GPUs, its model FLOP/s per GPU, and their ratios to yardstick and peak."""
     rate = step["model_flops"] / step["seconds"] / num_gpus / 1e12
     return {
         "tokens_per_second": step["seq_length"] / step["seconds"],
         "model_tflops": rate,
         "times_matmul": rate / matmul,
+        "mfu": rate / peak if peak else None,
     }
 
 

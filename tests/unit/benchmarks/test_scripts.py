@@ -244,12 +244,14 @@ def test_steps_without_fpdt_keep_what_is_asked_for(activations):
 
 def test_step_is_compared_with_its_blocks():
     step, block = {"model_flops": 60e12, "seconds": 10.0, "seq_length": 500}, {"model_tflops": 8.0, "seconds": 2.0}
-    assert training_step.rates(step, num_gpus=2, matmul=12.0) == {
+    assert training_step.rates(step, num_gpus=2, matmul=12.0, peak=15.0) == {
         "tokens_per_second": pytest.approx(50.0),
         "model_tflops": pytest.approx(3.0),
         "times_matmul": pytest.approx(0.25),
+        "mfu": pytest.approx(0.2),
     }
-    step |= training_step.rates(step, num_gpus=1, matmul=12.0)
+    step |= training_step.rates(step, num_gpus=1, matmul=12.0, peak=None)
+    assert step["mfu"] is None
     assert training_step.against_block(step, block, num_layers=4) == {
         "times_block": pytest.approx(0.75),
         "outside_blocks_seconds": pytest.approx(2.0),
@@ -277,6 +279,12 @@ def test_steps_run_and_allocate_in_the_first_one_alone(tmp_path):
     assert row["what"] == "on 2 GPUs"
     assert row["loss"] == pytest.approx(step["loss"], abs=1e-5)
     assert row["host_used_gib"] == pytest.approx(step["host_used_gib"] / 2, rel=0.1)
+    among_twins = ["--as-one-of", "2", "--short-warm-up", "--steps", "1", "--output", str(tmp_path / "twins")]
+    subprocess.run([sys.executable, script, "--device", "cpu", *among_twins], check=True, timeout=300)
+    twin, _ = json.loads((tmp_path / "twins.json").read_text())["rows"]
+    assert twin["what"] == "one of 2 GPUs"
+    assert twin["host_used_gib"] == row["host_used_gib"]
+    assert twin["received_gib"] > 0
 
 
 # planner
