@@ -54,6 +54,9 @@ CASES = {
     "plain-32k": "--seq-length 32768 --plain recomputed",
     "plain-64k-host": "--seq-length 65536 --plain on-host --zero-stage 1",
     "gqa-512k": "--seq-length 524288 --num-layers 2 --steps 1",
+    "8b-whole-128k": f"--seq-length 131072 --num-layers 32 --steps 1 {WIDE}",
+    "8b-one-of-2": f"--as-one-of 2 --seq-length 131072 --chunk 65536 --num-layers 32 --steps 1 {WIDE}",
+    "8b-one-of-4": f"--as-one-of 4 --seq-length 131072 --chunk 131072 --num-layers 32 --steps 1 {WIDE}",
 }
 
 

@@ -49,9 +49,20 @@ MEASURED_STEPS = {
     (LLAMA_3B, 3, 262144, 32768, "mlp", CUDNN, 1): (10.560, 22.55, 27.95, 29.93),
     (LLAMA_3B, 6, 262144, 32768, "mlp", FA4, 3): (17.941, 29.67, 50.89, 54.24),
     (LLAMA_3B, 2, 524288, 32768, "none", FA4, 3): (23.637, 21.42, 64.59, 66.66),
+    (LLAMA_8B, 32, 131072, 32768, "all", FA4, 3): (38.699, 126.97, 83.50, 85.55),
     (LLAMA_3B, 4, 131072, 32768, "mlp", FA4, 2, "cpu_optimizer"): (4.583, 8.07, 17.80, 49.64),
     (LLAMA_3B, 6, 32768, None, "all", FA4, 3, "recomputed"): (0.778, 29.48, 0.0, 4.00),
     (LLAMA_3B, 6, 65536, None, "all", FA4, 1, "recomputed from the host"): (2.128, 29.75, None, 7.15),
+}
+# One of several H200 that share a sequence of Llama-3-8B (docs/performance.md). GPUs, layers, tokens, chunk, recompute,
+# GiB of chunks that stay on the GPU: seconds, and GiB of the GPU's peak and of the chunks on the host.
+MEASURED_RANKS = {
+    (2, 32, 131072, 65536, "mlp", 0): (19.395, 69.00, 77.75),
+    (4, 32, 131072, 131072, "mlp", 0): (9.939, 37.95, 38.88),
+    (4, 32, 524288, 131072, "all", 0): (114.985, 40.32, 83.50),
+    (4, 32, 1048576, 131072, "all", 64): (435.141, 104.27, 103.00),
+    (4, 1, 2097152, 131072, "all", 0): (57.295, 14.32, 22.06),
+    (4, 3, 2097152, 131072, "all", 0): (164.098, 16.75, 42.19),
 }
 STEPS = pytest.mark.parametrize("case", MEASURED_STEPS, ids=lambda c: f"{c[0].hidden_size}-{c[1:]}")
 CASES = pytest.mark.parametrize(
@@ -106,6 +117,18 @@ def test_memory_of_a_step_is_within_10_percent_of_what_was_measured(case):
 @STEPS
 def test_time_of_a_step_is_within_15_percent_of_what_was_measured(case):
     assert planned(case).speed.step == pytest.approx(MEASURED_STEPS[case][0], rel=0.15)
+
+
+@pytest.mark.parametrize("rank", MEASURED_RANKS, ids=str)
+def test_one_of_several_gpus_is_as_it_was_measured(rank):
+    num_gpus, num_layers, length, chunk, recompute, gib = rank
+    seconds, on_gpu, on_host = MEASURED_RANKS[rank]
+    kept = {"recompute": recompute, "checkpoint_interval": 1, "device_memory_bytes": gib * GIB}
+    plan = plan_of("llama-8b", num_gpus, length, chunk, Machines(GPUS["H200"], num_gpus, num_gpus, 1), **kept)
+    plan = plan.with_job(replace(plan.job, model=replace(plan.job.model, num_layers=num_layers)))
+    assert plan.speed.step == pytest.approx(seconds, rel=0.15)
+    assert plan.memory.gpu / GIB == pytest.approx(on_gpu, rel=0.1)
+    assert plan.memory.host_chunks / GIB == pytest.approx(on_host, rel=0.01)
 
 
 def plan_of(model="llama-8b", num_gpus=4, length=2**18, chunk=2**16, machines=None, **changes):
