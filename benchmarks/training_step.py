@@ -121,7 +121,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step-only", action="store_true", help="without the block")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     add_geometry_flags(parser, DEFAULT)
-    return parse(parser, argv, QUICK, TINY)
+    arguments = parse(parser, argv, QUICK, TINY)
+    if arguments.steps < 1:
+        parser.error(f"--steps ({arguments.steps}) must be at least 1")
+    _, num_processes = world_from_environment()
+    if arguments.as_one_of is not None and (arguments.as_one_of < 2 or num_processes > 1):
+        parser.error(
+            f"--as-one-of ({arguments.as_one_of}) plays 2 or more GPUs in a single process, not in {num_processes}; "
+            "leave it out for one GPU, or the launcher"
+        )
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

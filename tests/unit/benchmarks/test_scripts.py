@@ -1,6 +1,7 @@
 """Each script on made-up rows, and for real on a tiny case."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -240,6 +241,21 @@ def test_steps_without_fpdt_keep_what_is_asked_for(activations):
     assert not config.parallel.ds_sequence_parallel_fpdt
     assert config.deepspeed.deepspeed_activation_checkpointing == (activations != "kept")
     assert config.deepspeed.checkpoint_in_cpu == (activations == "on-host")
+
+
+@pytest.mark.parametrize(
+    "words, processes, message",
+    [
+        (["--steps", "0"], "1", r"--steps \(0\) must be at least 1"),
+        (["--as-one-of", "1"], "1", r"--as-one-of \(1\) plays 2 or more GPUs"),
+        (["--as-one-of", "4"], "2", r"in a single process, not in 2; leave it out for one GPU, or the launcher"),
+    ],
+)
+def test_steps_that_cannot_be_measured_are_refused(words, processes, message, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(SystemExit):
+        training_step.parse_arguments([*words, "--device", "cpu"])
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_step_is_compared_with_its_blocks():
