@@ -7,7 +7,8 @@
 A model of `--num-layers` blocks with random weights reads a prompt of random ids chunk by chunk, and then takes new
 tokens one by one. "x matmul" is the rate of the prompt's arithmetic over that of the yardstick. "ms a token" is the
 median over the new tokens, and "GB/s" the cache's size over it, which an offloaded cache cannot bring above the rate of
-the link. "above GiB" is the GPU's peak less the weights. The first prompt of each way is read twice, to warm up.
+the link; "of a token" is the kernel that computes them. "above GiB" is the GPU's peak less the weights. The first
+prompt of each way is read twice, to warm up.
 """
 
 from __future__ import annotations
@@ -49,8 +50,7 @@ from megatron.config import ModelConfig
 from megatron.core.parallel_state import ParallelState
 from megatron.generation.cached_model import CachedModel
 from megatron.logging.accounting import forward_flops
-from megatron.model.builder import Execution, StreamedExecution, build_model
-from megatron.ops.attention import choose_backend
+from megatron.model.builder import Execution, build_model
 
 NAME = "generation"
 VOCABULARY = 32000
@@ -62,6 +62,7 @@ COLUMNS = (
     Column("prompt_seconds", "prompt s", ".2f"),
     Column("tokens_per_second", "tokens/s", ",.0f"),
     Column("times_matmul", "x matmul", ".3f"),
+    Column("token_backend", "of a token", width=12),
     Column("token_milliseconds", "ms a token", ".1f"),
     Column("gigabytes_per_second", "GB/s", ".1f"),
     Column("cache_gib", "cache GiB", ".2f"),
@@ -131,6 +132,7 @@ def measure(arguments: argparse.Namespace, way: str, length: int, is_first: bool
         "prompt_seconds": prompt_seconds,
         "tokens_per_second": length / prompt_seconds,
         "times_matmul": flops / prompt_seconds / 1e12 / report.matmul,
+        "token_backend": model.short_attention.name,
         "token_milliseconds": 1e3 * token_seconds,
         "gigabytes_per_second": cache.num_bytes / token_seconds / 1e9,
         "cache_gib": gib(cache.num_bytes),
@@ -144,9 +146,7 @@ def build(config: ModelConfig, chunk: int, offloading: bool, device: torch.devic
     dtype = compute_dtype(device)
     execution = Execution(fpdt=True, chunk_size=chunk, offloading=offloading)
     model = build_model(config, VOCABULARY, ParallelState(), execution, dtype, device).eval()
-    assert isinstance(model.execution, StreamedExecution)
-    short_attention = choose_backend("auto", device, dtype, config.kv_channels, documents=True)
-    return CachedModel(model, model.execution.stream, VOCABULARY, short_attention)
+    return CachedModel(model, VOCABULARY)
 
 
 def draw(report: Report) -> None:

@@ -18,7 +18,7 @@ from megatron.fpdt.plan import Tile
 from megatron.fpdt.store import ChunkStore, Prefetch
 from megatron.ops.attention import AttentionBackend, backward_regions, forward_regions
 from megatron.ops.gradient_sum import accumulation_dtype
-from megatron.ops.merge import add_, add_key_value_gradients_, merge_
+from megatron.ops.merge import add_, add_key_value_gradients_, merge, merge_
 
 # What runs per tile is a function of its own, so that nothing of the last one is referenced when the next is sent for.
 
@@ -30,17 +30,38 @@ def attend(
 
     `kv_CBKD` is the row's own, `kv_ahead` brings those of the other tiles.
     """
+    results = _forward_tiles(attention, scale, row, q_CBHD, kv_CBKD, kv_ahead)
+    o, lse = next(results)
+    if len(row) > 1:
+        o = o.to(accumulation_dtype(q_CBHD.dtype))
+    for result in results:
+        merge_(o, lse, *result)
+        del result
+    return o.to(q_CBHD.dtype), lse
+
+
+def attend_one_token(
+    attention: AttentionBackend, scale: float, row: list[Tile], q_1BHD: Tensor, kv_1BKD: Tensor, kv_ahead: Prefetch
+) -> Tensor:
+    """As `attend`, for a single query: o [1, B, H, D] in the dtype of q.
+
+    Its results are small, and a merge of each would take the host longer than the GPU: they are kept, and merged once.
+    """
+    return merge(list(_forward_tiles(attention, scale, row, q_1BHD, kv_1BKD, kv_ahead))).to(q_1BHD.dtype)
+
+
+def _forward_tiles(
+    attention: AttentionBackend, scale: float, row: list[Tile], q: Tensor, kv: Tensor, kv_ahead: Prefetch
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(o, lse) of each tile of a row, not referenced here any more; the next tile runs when it is asked for."""
     diagonal, *others = row
     _start(kv_ahead, diagonal)
-    o, lse = _forward_tile(attention, scale, diagonal, q_CBHD, kv_CBKD)
-    if others:
-        o = o.to(accumulation_dtype(q_CBHD.dtype))
+    yield _forward_tile(attention, scale, diagonal, q, kv)
     for tile in others:
         (kv,) = next(kv_ahead)
         _start(kv_ahead, tile)
-        merge_(o, lse, *_forward_tile(attention, scale, tile, q_CBHD, kv))
+        yield _forward_tile(attention, scale, tile, q, kv)
         del kv
-    return o.to(q_CBHD.dtype), lse
 
 
 def _start(kv_ahead: Prefetch, tile: Tile) -> None:

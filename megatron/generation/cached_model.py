@@ -10,7 +10,7 @@
 
 A chunk goes through all layers before the next begins, so that nothing but the cache grows with the sequence, and the
 cache rests where the model's store keeps it: in host memory when offloading. The parts of the next layer are on their
-way while a layer computes. A new token is a chunk of one.
+way while a layer computes. A new token is a chunk of one, whose partial results over the parts are merged at once.
 
     B sequences, C new tokens of each, h hidden size, H query heads, K key/value heads, D head size, V vocabulary
 """
@@ -23,14 +23,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from megatron.fpdt.attention_tiles import attend
+from megatron.fpdt.attention_tiles import attend, attend_one_token
 from megatron.fpdt.plan import Tile
 from megatron.fpdt.store import Prefetch
-from megatron.fpdt.stream import Stream
 from megatron.generation.cache import BUFFER_TOKENS, KeyValueCache
 from megatron.generation.errors import GenerationError
+from megatron.model.builder import StreamedExecution
 from megatron.model.transformer import GPTModel, TransformerLayer
-from megatron.ops.attention import AttentionBackend
+from megatron.ops.attention import choose_backend_for_few_queries
 
 # Fewer queries go to a kernel that serves tiles of any length.
 SHORT_CHUNK = 128
@@ -42,19 +42,16 @@ class CachedModel:
     `short_attention` serves chunks of few tokens. With `isolated_chunks`, chunks of a prompt do not see each other.
     """
 
-    def __init__(
-        self,
-        model: GPTModel,
-        stream: Stream,
-        num_ids: int,
-        short_attention: AttentionBackend,
-        isolated_chunks: bool = False,
-    ) -> None:
+    def __init__(self, model: GPTModel, num_ids: int, isolated_chunks: bool = False) -> None:
+        assert isinstance(model.execution, StreamedExecution)
         self.model = model
-        self.stream = stream
+        self.stream = model.execution.stream
         self.num_ids = num_ids
         self.isolated_chunks = isolated_chunks
-        self._short_attention = short_attention
+        weight, layer = model.embedding.word_embeddings.weight, cast(TransformerLayer, model.layers[0])
+        self.short_attention = choose_backend_for_few_queries(
+            weight.device, weight.dtype, layer.self_attention.head_size
+        )
 
     @property
     def max_length(self) -> int | None:
@@ -118,13 +115,18 @@ class CachedModel:
         kv_CBKD: Tensor,
         parts_ahead: Prefetch,
     ) -> Tensor:
-        attention = self._short_attention if len(q_CBHD) < SHORT_CHUNK else self.stream.attention
         outputs = []
         for cache, q_C1HD, kv_C1KD in zip(caches, q_CBHD.split(1, 1), kv_CBKD.split(1, 1), strict=True):
             row = _row(len(cache.parts(number)))
-            outputs.append(attend(attention, layer.softmax_scale, row, q_C1HD, kv_C1KD, parts_ahead)[0])
+            outputs.append(self._attend_row(layer.softmax_scale, row, q_C1HD, kv_C1KD, parts_ahead))
             cache.add(number, kv_C1KD)
         return torch.cat(outputs, 1)
+
+    def _attend_row(self, scale: float, row: list[Tile], q_C1HD: Tensor, kv_C1KD: Tensor, ahead: Prefetch) -> Tensor:
+        if len(q_C1HD) == 1:
+            return attend_one_token(self.short_attention, scale, row, q_C1HD, kv_C1KD, ahead)
+        attention = self.short_attention if len(q_C1HD) < SHORT_CHUNK else self.stream.attention
+        return attend(attention, scale, row, q_C1HD, kv_C1KD, ahead)[0]
 
 
 def _row(num_parts: int) -> list[Tile]:

@@ -10,8 +10,7 @@ import torch
 from megatron.core.parallel_state import ParallelState
 from megatron.generation.cached_model import CachedModel
 from megatron.generation.errors import GenerationError
-from megatron.model.builder import Execution, StreamedExecution, build_model
-from megatron.ops.attention import choose_backend
+from megatron.model.builder import Execution, build_model
 from megatron.weights.model_opening import fill_model, open_model
 from megatron.weights.portable_config import PortableConfig
 from megatron.weights.source import WeightSource
@@ -74,9 +73,6 @@ class OpenedModel:
             host_memory_bytes=inference.host_memory_bytes,
         )
         device, dtype = inference.device, inference.dtype
-        short_attention = choose_backend("auto", device, dtype, config.kv_channels, documents=True)
         model = build_model(config, portable.padded_vocab_size, ParallelState(), execution, dtype, device).eval()
         fill_model(model, portable, self._source)
-        assert isinstance(model.execution, StreamedExecution)
-        num_ids = min(self.num_ids, num_ids or self.num_ids)
-        return CachedModel(model, model.execution.stream, num_ids, short_attention, inference.isolated_chunks)
+        return CachedModel(model, min(self.num_ids, num_ids or self.num_ids), inference.isolated_chunks)

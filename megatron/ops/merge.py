@@ -1,18 +1,31 @@
 """Sums over the tiles of a row or a column of attention.
 
-Online-softmax merge of two partial attention results of the same queries:
+Partial attention results of the same queries over different keys, merged at once, and two by two (online softmax):
 
+    o = sum_i w_i o_i,  w = softmax(lse)
     o = (exp(lse_a) o_a + exp(lse_b) o_b) / (exp(lse_a) + exp(lse_b)) = o_a + w (o_b - o_a),  w = sigmoid(lse_b - lse_a)
 
-Written with the sigmoid nothing overflows, whatever the two log-sum-exps are.
+Written with softmax and sigmoid nothing overflows, whatever the two log-sum-exps are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megatron.ops.fused import fused
+
+
+def merge(results: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """o [S, B, H, D] of one or more results, in the dtype of lse.
+
+    A result is (o [S, B, H, D], lse [B, H, S] in fp32 or fp64), over keys of its own; lse finite.
+    """
+    o_NSBHD, lse_NBHS = (torch.stack(tensors) for tensors in zip(*results, strict=True))
+    weights_NSBH = lse_NBHS.softmax(0).permute(0, 3, 1, 2)  # [N, B, H, S] -> [N, S, B, H]
+    return (o_NSBHD * weights_NSBH.unsqueeze(-1)).sum(0)
 
 
 def merge_(o_SBHD: Tensor, lse_BHS: Tensor, other_o_SBHD: Tensor, other_lse_BHS: Tensor) -> None:

@@ -70,6 +70,23 @@ def test_tiles_err_no_more_than_the_same_precision_reference(backend, dtype, sha
     assert_errs_like(tiled(backend, q, k, v, do, scale, lengths), same_precision, exact)
 
 
+# The second chunk's tiles are 1 x C and 1 x 1, or C x 1 and C x C.
+ONE_TOKEN = {"1 x 5": [5, 1], "5 x 1": [1, 5], "1 x 256": [256, 1], "256 x 1": [1, 256], "1 x 1": [1, 1]}
+
+
+@pytest.mark.parametrize("lengths", ONE_TOKEN.values(), ids=ONE_TOKEN.keys())
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
+def test_tiles_of_one_token_err_no_more_than_the_same_precision_reference(backend, batch, lengths):
+    skip_unless_served(backend, torch.bfloat16, 128)
+    tensors = [t.cuda() for t in draw((batch, lengths, 8, 2, 128), torch.bfloat16)]
+    exact = truth(*tensors, 0.1)
+    q, k, v, do = (t.bfloat16() for t in tensors)
+    k, v = side_by_side(k, v)
+    same_precision = tiled(ReferenceAttention(), q, k, v, do, 0.1, lengths)
+    assert_errs_like(tiled(backend, q, k, v, do, 0.1, lengths), same_precision, exact)
+
+
 DOCUMENTS = {
     "many": ((0, 130), (130, 131), (131, 200), (200, 257), (257, 512)),
     "gaps": ((0, 17), (17, 18), (18, 19), (19, 65), (100, 228), (300, 500)),

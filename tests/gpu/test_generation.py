@@ -1,4 +1,4 @@
-"""Generation on a GPU: transformers' greedy tokens, and the same bits with the cache on the host."""
+"""Generation on a GPU: transformers' greedy tokens, the same bits with the cache on the host, and a query over it."""
 
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron.generation.generate import generate
 from megatron.generation.loading import Inference, OpenedModel
 from megatron.generation.sampling import Sampling
+from megatron.ops.attention import choose_backend_for_few_queries
+from tests.unit.fpdt.test_attention_tiles import attended, draw, softmax_of_all
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -55,3 +57,16 @@ def test_a_cache_on_the_host_changes_no_bit(folder):
     # More tokens than the buffer on the device holds, so that it is emptied into the cache.
     on_device, offloaded = (_generate(folder, torch.bfloat16, offloading, 1100) for offloading in (False, True))
     assert on_device == offloaded
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e4])
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_size", [(32, 8, 128), (8, 8, 64), (6, 1, 96)])
+def test_a_query_over_a_cache_in_bf16_is_right_wherever_it_rests(num_heads, num_kv_heads, head_size, magnitude):
+    q, parts = draw([20000, 4097, 1000, 129, 1, 1], num_heads, num_kv_heads, magnitude, head_size)
+    q, *parts = (t.cuda().bfloat16() for t in (q, *parts))
+    backend = choose_backend_for_few_queries(q.device, q.dtype, head_size)
+    assert backend.name == "torch-flash"
+    on_device, offloaded = (attended(backend, q, parts, offloading) for offloading in (False, True))
+    assert torch.equal(on_device, offloaded)
+    exact = softmax_of_all(q.double(), [part.double() for part in parts])
+    assert (on_device - exact).norm() < 2**-7 * exact.norm()

@@ -2,7 +2,7 @@
 
 from megatron.ops.attention.protocol import AttentionBackend, AttentionUnavailable
 from megatron.ops.attention.regions import backward_regions, forward_regions
-from megatron.ops.attention.select import BACKENDS, choose_backend
+from megatron.ops.attention.select import BACKENDS, choose_backend, choose_backend_for_few_queries
 
 __all__ = [
     "BACKENDS",
@@ -10,5 +10,6 @@ __all__ = [
     "AttentionUnavailable",
     "backward_regions",
     "choose_backend",
+    "choose_backend_for_few_queries",
     "forward_regions",
 ]

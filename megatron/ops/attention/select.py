@@ -26,6 +26,9 @@ FAMILIES = {
     "flash-2": ("flash-attn-2", "torch-flash"),
 }
 
+# What takes few queries over many keys, fastest first. FlashAttention-2's kernel splits the keys among thread blocks;
+# the others of a GPU have one for each query head or group of them, which leaves most processors idle.
+FOR_FEW_QUERIES: tuple[AttentionBackend, ...] = (TorchFlashAttention(), TorchCpuAttention(), ReferenceAttention())
 
 # On an H200 cuDNN 9.19 ended the process in its backward on documents of few tokens.
 NOT_FOR_DOCUMENTS = {"cudnn": "its backward crashes on short documents, which --reset-attention-mask separates"}
@@ -56,3 +59,8 @@ def choose_backend(
     usable = [backend.name for backend in BACKENDS if refusal_of(backend) is None]
     alternatives = ", ".join(["auto", *usable])
     raise AttentionUnavailable(f"--attention-backend {name}: {reason}; use one of {alternatives}.")
+
+
+def choose_backend_for_few_queries(device: torch.device, dtype: torch.dtype, head_size: int) -> AttentionBackend:
+    """Return the fastest backend for tiles of any length that have few queries."""
+    return next(backend for backend in FOR_FEW_QUERIES if backend.refusal(device, dtype, head_size) is None)

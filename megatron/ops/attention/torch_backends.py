@@ -90,14 +90,21 @@ class TorchFlashAttention:
 
 
 class CudnnAttention:
-    """cuDNN's fused attention through torch: bf16 and fp16 on Hopper and later; grouped key/value heads by itself."""
+    """cuDNN's fused attention through torch: bf16 and fp16 on Hopper and later; grouped key/value heads by itself.
+
+    Tiles of one query or one key, which cuDNN refuses or not from version to version, are left to torch's
+    FlashAttention-2, as torch itself does; it serves whatever cuDNN serves.
+    """
 
     name = "cudnn"
+    one_token = TorchFlashAttention()
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
         return cuda_refusal(device, dtype, head_size, minimum_capability=(9, 0), largest_head=128)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        if _has_one_token(q, k):
+            return self.one_token.forward(q, k, v, causal, scale)
         refuse_more_than_31_bits_count(self.name, q)
         q, k, v = (_heads_first(t) for t in (q, k, v))
         out = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
@@ -106,6 +113,8 @@ class CudnnAttention:
     def backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if _has_one_token(q, k):
+            return self.one_token.backward(do, q, k, v, o, lse, causal, scale)
         do, q, k, v, o = (_heads_first(t) for t in (do, q, k, v, o))
         # Without dropout the kernel does not read the random state.
         unused = torch.empty((), dtype=torch.int64, device=q.device)
@@ -115,6 +124,10 @@ class CudnnAttention:
         )  # fmt: skip
         dq, dk, dv = (_sequence_first(t) for t in grads)
         return dq, dk, dv
+
+
+def _has_one_token(q_SBHD: Tensor, k_SBKD: Tensor) -> bool:
+    return len(q_SBHD) == 1 or len(k_SBKD) == 1
 
 
 def _heads_first(t_SBHD: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron.ops.merge import merge_
+from megatron.ops.merge import merge, merge_
 
 S, B, H, D = 5, 2, 3, 4
 
@@ -31,6 +31,7 @@ def test_merging_is_softmax_over_the_concatenation(dtype, tolerance):
     o, lse = merged(*parts)
     torch.testing.assert_close(o.double(), (scores.softmax(-1) @ values).permute(2, 0, 1, 3), rtol=0, atol=tolerance)
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(merge(parts), o, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -40,6 +41,7 @@ def test_the_larger_part_wins_to_the_last_bit_however_large_the_gap(dtype, gap):
     for result in (merged(small, large), merged(large, small)):
         assert torch.equal(result[0], large[0])
         assert torch.equal(result[1], large[1])
+    assert torch.equal(merge([small, large]), large[0])
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 1e30, -1e30])
@@ -48,6 +50,7 @@ def test_two_equal_parts_of_any_log_sum_exp_are_averaged(offset):
     o, merged_lse = merged((o_a, lse), (o_b, lse))
     torch.testing.assert_close(o, (o_a + o_b.float()) / 2)
     torch.testing.assert_close(merged_lse, lse + torch.log(torch.tensor(2.0)))
+    torch.testing.assert_close(merge([(o_a, lse), (o_b.float(), lse)]), o)
 
 
 def test_the_order_of_merging_does_not_matter():
@@ -63,8 +66,9 @@ def test_the_other_part_is_left_as_it_is_and_may_be_of_lower_precision():
     (o, lse), (other_o, other_lse) = part(1, dtype=torch.float32), part(2, dtype=torch.float32)
     other_o = other_o.bfloat16()
     before = other_o.clone(), other_lse.clone()
+    at_once = merge([(o.bfloat16(), lse), (other_o, other_lse)])
     merge_(o, lse, other_o, other_lse)
-    assert (o.dtype, lse.dtype) == (torch.float32, torch.float32)
+    assert (o.dtype, lse.dtype, at_once.dtype) == (torch.float32, torch.float32, torch.float32)
     assert torch.equal(other_o, before[0])
     assert torch.equal(other_lse, before[1])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron.config.model import AttentionBackend
-from megatron.ops.attention import BACKENDS, AttentionUnavailable, choose_backend
+from megatron.ops.attention import BACKENDS, AttentionUnavailable, choose_backend, choose_backend_for_few_queries
 from megatron.ops.attention.select import FAMILIES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -61,6 +61,20 @@ def test_auto_prefers_the_fastest_package_that_is_installed(
         install(version)
     capability[0] = device_capability
     assert choose_backend("auto", CUDA, torch.bfloat16, head_size).name == expected
+
+
+@pytest.mark.parametrize(
+    "device, dtype, head_size, expected",
+    [
+        (CUDA, torch.bfloat16, 128, "torch-flash"),
+        (CUDA, torch.bfloat16, 100, "reference"),
+        (CUDA, torch.float32, 128, "reference"),
+        (CPU, torch.float32, 128, "torch-cpu"),
+    ],
+)
+def test_few_queries_go_to_a_kernel_that_splits_the_keys(capability, install, device, dtype, head_size, expected):
+    install("4.0.0")
+    assert choose_backend_for_few_queries(device, dtype, head_size).name == expected
 
 
 def test_the_order_of_auto():
