@@ -3,7 +3,8 @@
 torch's pinned allocator rounds every allocation up to a power of two, and pinning a fresh GiB takes about 0.7 s. A slab
 here is an anonymous memory map, in huge pages where the system has them, as there are fewer to pin. It is registered
 with CUDA when there is a device to copy to, and plain memory otherwise. A tensor holds its slab for as long as anything
-references its storage, autograd included; then the slab goes back to the pool by itself.
+references its storage, autograd included; then the slab goes back to the pool by itself. Only where the budget would
+be passed are slabs given back to the machine that nobody uses.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class HostPool:
         self._free[slab.num_bytes].append(slab)
 
     def _allocate(self, num_bytes: int) -> _Slab:
+        self._make_room(num_bytes)
         if self.budget_bytes is not None and self.allocated_bytes + num_bytes > self.budget_bytes:
             raise HostMemoryError(
                 f"the host tier needs at least {_gib(self.allocated_bytes + num_bytes)} GiB and may use "
@@ -104,6 +106,19 @@ class HostPool:
         self.allocated_bytes += num_bytes
         self.num_slabs += 1
         return slab
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Give back slabs that nobody uses, as those of sequences of another length, where the budget wants it."""
+        if self.budget_bytes is None or self.allocated_bytes + num_bytes <= self.budget_bytes:
+            return
+        if self.pinned:
+            torch.cuda.synchronize()  # copies on behalf of their former tensors may still be under way
+        for slabs in self._free.values():
+            while slabs and self.allocated_bytes + num_bytes > self.budget_bytes:
+                slab = slabs.pop()
+                self._addresses.remove((slab.address, slab.address + slab.num_bytes))
+                self.allocated_bytes -= slab.num_bytes
+                self.num_slabs -= 1
 
 
 def _touch(address: int, num_bytes: int) -> None:

@@ -81,6 +81,8 @@ BANNED_CALLS = [("print", False, True), ("item", True, False)]
 BANNED_CALLS += [(name, True, True) for name in ("barrier", "monitored_barrier", "synchronize", "getenv", "putenv")]
 BANNED_ATTRIBUTES = {"os.environ"}
 BANNED_NAMES_FROM_OS = {"environ", "getenv", "putenv"}
+# (file, call): memory is unpinned, once in a long while, when no copy to or from it can be under way.
+ALLOWED_CALLS = {("fpdt/host_pool.py", "synchronize")}
 # Statements that a module may have at its top level besides definitions; a bare call would be code at import time.
 TOP_LEVEL = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
@@ -120,13 +122,14 @@ def import_faults(tree: ast.AST, layer: str) -> Iterator[str]:
                 yield f"line {line}: {layer} imports {name}; only {', '.join(sorted(owners)) or 'nobody'} may"
 
 
-def banned_uses(tree: ast.AST) -> Iterator[str]:
+def banned_uses(tree: ast.AST, file: str = "") -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             is_attribute = isinstance(node.func, ast.Attribute)
             called = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
             for name, as_attribute, as_name in BANNED_CALLS:
-                if called == name and (as_attribute if is_attribute else as_name):
+                is_banned = as_attribute if is_attribute else as_name
+                if called == name and is_banned and (file, name) not in ALLOWED_CALLS:
                     yield f"line {node.lineno}: {name}() is for training.py and above"
         if isinstance(node, ast.Attribute) and ast.unparse(node) in BANNED_ATTRIBUTES:
             yield f"line {node.lineno}: {ast.unparse(node)} is for training.py and above"
@@ -166,7 +169,7 @@ def test_imports_go_one_way(file):
 
 @pytest.mark.parametrize("file", files_below_training(), ids=file_name)
 def test_layers_below_training_keep_the_bans(file):
-    assert list(banned_uses(parsed(file))) == []
+    assert list(banned_uses(parsed(file), file_name(file))) == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=file_name)

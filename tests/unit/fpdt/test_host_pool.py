@@ -158,12 +158,23 @@ def test_the_budget_may_be_used_to_its_last_byte_and_reuse_costs_nothing():
         del tensor
 
 
-def test_the_budget_bounds_what_is_allocated_free_slabs_included():
+def test_slabs_that_nobody_uses_are_given_back_before_the_budget_is_passed():
     pool = plain_pool(budget_bytes=100)
+    kept = pool.empty((20,), torch.uint8)
     pool.empty((60,), torch.uint8)
-    assert pool.used_bytes == 0
-    with pytest.raises(HostMemoryError):
-        pool.empty((50,), torch.uint8)
+    assert (pool.num_slabs, pool.allocated_bytes, pool.used_bytes) == (2, 80, 20)
+    longer = pool.empty((80,), torch.uint8)
+    assert (pool.num_slabs, pool.allocated_bytes, pool.used_bytes) == (2, 100, 100)
+    assert pool.owns(kept)
+    assert pool.owns(longer)
+
+
+def test_no_more_slabs_are_given_back_than_the_budget_wants():
+    pool = plain_pool(budget_bytes=100)
+    both = [pool.empty((30,), torch.uint8) for _ in range(2)]
+    del both
+    pool.empty((50,), torch.uint8)
+    assert (pool.num_slabs, pool.allocated_bytes) == (2, 80)
 
 
 def test_memory_that_the_machine_refuses_is_a_clear_error():
@@ -201,6 +212,17 @@ def test_a_pinned_slab_is_registered_once_and_unregistered_when_the_pool_goes(mo
     del pool
     gc.collect()
     assert cudart.registered == {}
+
+
+def test_a_slab_that_is_given_back_is_unregistered_when_no_copy_is_under_way(monkeypatch):
+    cudart, order = FakeCudart(), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append(list(cudart.registered.values())))
+    pool = HostPool(pinned=True, budget_bytes=100)
+    pool.empty((60,), torch.uint8)
+    longer = pool.empty((80,), torch.uint8)
+    assert order == [[60]]
+    assert cudart.registered == {longer.data_ptr(): 80}
 
 
 @pytest.mark.parametrize("num_bytes", [1, 4096, 8 * 4096, 8 * 4096 + 1, 1_000_001])
