@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -52,6 +53,7 @@ from benchmarks.common import (
     thousands,
 )
 from benchmarks.deepspeed_layer import DeepSpeedAttention, kernel_name
+from megatron.config import Recompute
 from megatron.model.builder import Execution
 from megatron.ops.attention import choose_backend
 
@@ -83,7 +85,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=["auto"], help="attention kernels [auto]")
     parser.add_argument("--ways", nargs="+", choices=[*BLOCKS, "deepspeed"], help="ways of running [all that apply]")
     parser.add_argument("--deepspeed-chunk", type=int, default=65536, help="DeepSpeed's chunk [%(default)s]")
-    parser.add_argument("--recompute", choices=["auto", "all", "mlp", "none"], nargs="+", default=["auto"],
+    parser.add_argument("--recompute", choices=["auto", *get_args(Recompute)], nargs="+", default=["auto"],
                         help="matrix products that the streamed ways run again; auto is what a training run with "
                         "offloading would choose [auto]")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=1,

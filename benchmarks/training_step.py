@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -60,7 +61,7 @@ from benchmarks.common import (
 from benchmarks.loopback import LoopbackGroup, init_loopback
 from megatron.arguments import parse_args
 from megatron.batch import Sample, slice_batch
-from megatron.config import Config, deepspeed_config, validate
+from megatron.config import Config, Recompute, deepspeed_config, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.execution import choose_execution, plan_of
 from megatron.fpdt.stream import Stream
@@ -111,8 +112,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         "from inputs on the host; measures no block")  # fmt: skip
     parser.add_argument("--device-memory", type=float, default=0.0, metavar="GIB",
                         help="chunks that may stay on the GPU [%(default)s]")  # fmt: skip
-    parser.add_argument("--recompute", choices=["all", "mlp", "none"],
+    parser.add_argument("--recompute", choices=get_args(Recompute),
                         help="matrix products that are run again [what fits and the link has time for]")  # fmt: skip
+    parser.add_argument("--checkpoint-interval", type=int, metavar="K",
+                        help="keep the input of every Kth block [the smallest that fits]")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
     parser.add_argument("--steps", type=int, default=2, help="steps timed, after one to warm up [%(default)s]")
     parser.add_argument("--short-warm-up", action="store_true",
@@ -209,6 +212,8 @@ def training_flags(arguments: argparse.Namespace, num_gpus: int = 1) -> list[str
         switches.append("cpu_optimizer")
     if arguments.recompute:
         values["ds_sequence_parallel_fpdt_recompute"] = arguments.recompute
+    if arguments.checkpoint_interval:
+        values["ds_sequence_parallel_fpdt_checkpoint_interval"] = arguments.checkpoint_interval
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [*words, *(f"--{name.replace('_', '-')}" for name in switches)]
 

@@ -154,8 +154,7 @@ def _flops_run_again(config: Config, stream: Stream, attention_share: float) -> 
     if parallel.ds_sequence_parallel_fpdt:
         size = parallel.ds_sequence_parallel_size
         layout = SequenceLayout(model.seq_length, min(stream.chunk_length, model.seq_length), size)
-        kept_tokens = size * layout.tokens_after(stream.slice_length)
-        return flops_of_streaming(model, model.seq_length, stream.checkpoint_interval, stream.recompute, kept_tokens)
+        return flops_of_streaming(model, layout, stream.slice_length, stream.checkpoint_interval, stream.recompute)
     if config.deepspeed.deepspeed_activation_checkpointing:
         return flops_of_checkpointing(model, model.seq_length, attention_share)
     return 0

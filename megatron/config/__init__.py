@@ -13,13 +13,14 @@ from megatron.config.finetuning import FinetuningConfig
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
-from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, ParallelConfig, Recompute
+from megatron.config.parallel import AUTOMATIC_CHUNK, KEEPING_PRODUCTS, ChunkSize, ParallelConfig, Recompute
 from megatron.config.precision import PrecisionConfig
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.config.training import TrainingConfig
 
 __all__ = [
     "AUTOMATIC_CHUNK",
+    "KEEPING_PRODUCTS",
     "CheckpointConfig",
     "ChunkSize",
     "Config",

@@ -6,7 +6,8 @@ from typing import Literal, NewType
 ChunkSize = NewType("ChunkSize", int)
 AUTOMATIC_CHUNK = ChunkSize(0)
 
-Recompute = Literal["all", "mlp", "none"]
+Recompute = Literal["kv", "all", "mlp", "none"]
+KEEPING_PRODUCTS: tuple[Recompute, ...] = ("none", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +36,18 @@ class ParallelConfig:
     token-wise work. Default: 1; with offloading the smallest that fits in the host's memory."""
 
     ds_sequence_parallel_fpdt_recompute: Recompute | None = None
-    """Matrix products of a block that its backward pass runs again: all but the last; the MLP's alone; none, but for
-    the first 8192 tokens per rank of each chunk. The outputs of the others are kept as chunks are. Default: as few as
-    fit in the host's memory and as the link to it has time for; all without offloading."""
+    """Matrix products of a block that its backward pass runs again: all but the last, those before attention twice, so
+    that keys and values need not be kept (kv); all but the last; the MLP's alone; none, but for the first 8192 tokens
+    per rank of each chunk. The outputs of the others are kept as chunks are. Default: as few as fit in the host's
+    memory and as the link to it has time for; all without offloading."""
 
     ds_sequence_parallel_fpdt_device_memory: float = 0.0
     """GiB per GPU that offloaded chunks may take up before they go to the host. Two gradients of hidden states come on
     top where the hidden states are on the GPU."""
 
     ds_sequence_parallel_fpdt_host_memory: float | None = None
-    """GiB per rank that offloaded chunks may take up on the host. Default: what is free there at the start, shared
-    equally by the ranks of the machine."""
+    """GiB per rank that offloaded chunks may take up on the host. Default: 97% of what is free there at the start,
+    shared equally by the ranks of the machine, less what optimizer states on the host and the process will take."""
 
     tensor_model_parallel_size: int = 1
     """Only 1: there is no tensor parallelism here."""

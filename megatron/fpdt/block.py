@@ -20,8 +20,9 @@ Backward, for query chunk i descending:
 Attention is never run again: its output and log-sum-exp are kept. What is recomputed is token-wise, up to the last
 product of `after`, of which only the gradients are made; and the outputs of other linear layers may be kept too, on the
 tier like the rest (megatron.fpdt.products). Those of a chunk's first slice are not: their place on the device would be
-needed beside the tiles, while those of the next slices arrive behind the slice before. `before` and `after` are
-ordinary differentiable methods of the block; what they compute is their own business.
+needed beside the tiles, while those of the next slices arrive behind the slice before. Keys and values are kept, or
+made anew in one pass before the first row. `before` and `after` are ordinary differentiable methods of the block; what
+they compute is their own business.
 
     S tokens of the sequence, c and C of one chunk (this rank's and all ranks'), B batch, h hidden size,
     H query heads, K key/value heads, D head size
@@ -33,14 +34,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron.config import Recompute
-from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange, repeat_key_value_heads
+from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
 from megatron.core.documents import Documents
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.core.sequence_layout import SequenceLayout
@@ -48,6 +48,7 @@ from megatron.fpdt.attention_tiles import attend, attend_backward, backward_tile
 from megatron.fpdt.block_inputs import BlockInputs
 from megatron.fpdt.plan import ChunkPlan, Tile, chunk_plan
 from megatron.fpdt.products import Products
+from megatron.fpdt.projection import make_keys_and_values, project
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.store import Prefetch
 from megatron.fpdt.stream import (
@@ -56,30 +57,11 @@ from megatron.fpdt.stream import (
     INPUT,
     OUTPUT,
     PROJECTED,
+    CausalBlock,
     GradientSums,
     Stream,
-    StreamedModule,
 )
 from megatron.ops.gradient_sum import accumulation_dtype
-
-
-class CausalBlock(StreamedModule, Protocol):
-    """What a module must be to be streamed."""
-
-    softmax_scale: float
-
-    @property
-    def uses_dropout(self) -> bool:
-        """Whether `after` draws random numbers now."""
-        ...
-
-    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Token-wise: q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values."""
-        ...
-
-    def weights_of_kept_products(self, recompute: Recompute) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Weights of the linear layers in `before` and in `after` that are not to be recomputed."""
-        ...
 
 
 def stream_block(
@@ -104,7 +86,8 @@ class _Kept:
     after: Products
     o_cBHD: Sequence[Tensor] = ()  # this rank's tokens, all heads
     lse_BHC: Sequence[Tensor] = ()  # all tokens of the chunk, this rank's heads
-    kv_CBKD: Sequence[Tensor] = ()  # likewise; K keys, then K values
+    kv_CBKD: Sequence[Tensor] = ()  # likewise; K keys, then K values; empty where they are made anew
+    kv_shape: Sequence[int] = ()  # of all chunks of kv together
     inputs: BlockInputs | None = None  # the block's input is the one at `position`
     position: int = 0
     first_loads: Sequence[Tensor] = ()  # what the backward pass begins with
@@ -164,11 +147,15 @@ def _forward(
                 store.expect(ys[:i][:1])  # the block above begins with it
             store.put(ys[i], _finish_forward_row(stream, block, layout, row, next(started), kv_ahead, kept, keep))
     if keep:
-        _link(kept, stream, block, x, y, xs[-1])
+        loaded_first = -1
+        if stream.recompute == "kv":
+            kept.kv_CBKD = ()
+            loaded_first = next(iter(plan.loaded_keys()), -1)
+        _link(kept, stream, block, x, y, xs[loaded_first])
     return y, kept
 
 
-def _link(kept: _Kept, stream: Stream, block: CausalBlock, x: Tensor, y: Tensor, last_chunk: Tensor) -> None:
+def _link(kept: _Kept, stream: Stream, block: CausalBlock, x: Tensor, y: Tensor, first_load: Tensor) -> None:
     """Join the block to the chain of those whose inputs are rebuilt together, and to the block below."""
     inputs = stream.block_inputs()
     if inputs is None or len(inputs) == stream.checkpoint_interval or not inputs.ends_with(x):
@@ -176,7 +163,7 @@ def _link(kept: _Kept, stream: Stream, block: CausalBlock, x: Tensor, y: Tensor,
         stream.block_inputs = weakref.ref(inputs)
     kept.inputs, kept.position = inputs, len(inputs)
     inputs.append(block, kept.o_cBHD, kept.random_states, y)
-    kept.first_loads = [last_chunk] * (kept.position == 0) + [kept.o_cBHD[-1], kept.lse_BHC[-1]]
+    kept.first_loads = [first_load] * (kept.position == 0) + [kept.o_cBHD[-1], kept.lse_BHC[-1]]
     kept.below, stream.block_below = stream.block_below, weakref.ref(kept)
 
 
@@ -197,7 +184,7 @@ def _start_forward_row(
 ) -> _StartedForwardRow:
     x, positions = next(x_ahead)
     with kept.before.kept(chunk):
-        projected = _project(stream, block, x, positions)
+        projected = project(stream, block, x, positions)
     for what, value in zip(PROJECTED, projected, strict=True):
         stream.note("forward", what, block.layer_number, chunk, value)
     return _StartedForwardRow(x, stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES))
@@ -232,16 +219,11 @@ def _finish_forward_row(
     return stream.noted("forward", OUTPUT, block.layer_number, i, y)
 
 
-def _project(stream: Stream, block: CausalBlock, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    with named_range(TOKEN_WISE):
-        q, kv = block.before(x, positions)
-        return q, repeat_key_value_heads(kv, stream.parallel_state.sequence_parallel_size)
-
-
 def _allocate(kept: _Kept, stream: Stream, layout: SequenceLayout, q_CBHD: Tensor, kv_CBKD: Tensor, keep: bool) -> None:
     _, B, H, D = q_CBHD.shape
     store, dtype, lengths = stream.store, q_CBHD.dtype, layout.chunk_lengths
-    kept.kv_CBKD = store.empty((layout.sequence_length, *kv_CBKD.shape[1:]), dtype).split(lengths)
+    kept.kv_shape = (layout.sequence_length, *kv_CBKD.shape[1:])
+    kept.kv_CBKD = store.empty(kept.kv_shape, dtype).split(lengths)
     if keep:
         all_heads = H * stream.parallel_state.sequence_parallel_size
         kept.o_cBHD = store.empty((layout.local_length, B, all_heads, D), dtype).split(layout.local_lengths)
@@ -264,8 +246,10 @@ def _backward(
     dx = store.empty(x.shape, x.dtype, kept.input_is_on_device)
     xs, dxs, dys = (t.split(layout.local_lengths) for t in (x, dx, dy))
     chunk_positions = positions.split(layout.local_lengths, 1)
-    kv_shape = (layout.sequence_length, *kept.kv_CBKD[0].shape[1:])
-    dkv = store.empty(kv_shape, accumulation_dtype(x.dtype)).split(layout.chunk_lengths)
+    dkv = store.empty(kept.kv_shape, accumulation_dtype(x.dtype)).split(layout.chunk_lengths)
+    if not kept.kv_CBKD:
+        kept.kv_CBKD = store.empty(kept.kv_shape, x.dtype).split(layout.chunk_lengths)
+        make_keys_and_values(stream, block, plan.loaded_keys(), xs, chunk_positions, kept.kv_CBKD)
     gradients = GradientSums(parameters)
     rows = plan.backward_rows()
     chunks = [row[0].query for row in rows]
@@ -313,7 +297,7 @@ def _start_backward_row(
     gradients: GradientSums,
 ) -> _StartedBackwardRow:
     x, positions, o, lse, dy = next(row_ahead)
-    if stream.starts_rows_ahead and chunk == len(kept.kv_CBKD) - 1:
+    if stream.starts_rows_ahead and chunk == len(kept.o_cBHD) - 1:
         row_ahead.start()  # the second row is started next, with no attention before it to hide its copies
     products_ahead.start()
     with gradients.collecting():
@@ -323,7 +307,7 @@ def _start_backward_row(
         stream.note("backward", ATTENTION_OUTPUT, block.layer_number, chunk, do)
         with torch.enable_grad(), kept.before.given([*next(products_ahead)]):
             x = x.detach().requires_grad_()
-            projected = _project(stream, block, x, positions)
+            projected = project(stream, block, x, positions)
     sent = [*(t.detach() for t in projected), o, do]
     q, kv = (get_gradient_edge(t) for t in projected)  # which do not hold the tensors
     return _StartedBackwardRow(x, dx, lse, (q, kv), stream.start_tokens_to_heads(sent, (*QUERIES_KEYS_VALUES, 1, 1)))

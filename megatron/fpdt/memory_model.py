@@ -5,7 +5,7 @@ Per rank, for S/p of its own tokens, K' = lcm(K, p) key/value heads after replic
     x         e S/p B h            input of every k-th block, and k-1 more while a chain of blocks is rebuilt
     o         e S/p B H D          every block
     lse       4 S/p B H            every block
-    K, V      2 e S/p B K' D       every block
+    K, V      2 e S/p B K' D       every block, or the block in its backward pass, for which they are made anew
     products  of the layers that are not recomputed, every block:
                 e S/p B (H + 2K) D  of the projection before attention
                 e S'/p B h          of the projection after it, unless the MLP is beside it (a parallel residual)
@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import lcm
 
-from megatron.config import ModelConfig, Recompute
+from megatron.config import KEEPING_PRODUCTS, ModelConfig, Recompute
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.stream import SLICE_LENGTH
 
@@ -86,11 +86,24 @@ class StreamShape:
         return self._local_tokens * self.hidden_size * self.element_size
 
     @property
-    def kept_bytes(self) -> int:
-        """o, lse, K and V of one block."""
-        o = self.num_heads * self.head_size * self.element_size
-        lse = self.num_heads * self._sum_size
-        return self._local_tokens * (o + lse) + self.key_value_elements * self.element_size
+    def attention_bytes(self) -> int:
+        """o and lse of one block."""
+        return self._local_tokens * self.num_heads * (self.head_size * self.element_size + self._sum_size)
+
+    @property
+    def key_value_bytes(self) -> int:
+        """K and V of one block."""
+        return self.key_value_elements * self.element_size
+
+    @property
+    def _key_value_gradient_bytes(self) -> int:
+        """dK and dV of one block."""
+        return self.key_value_elements * self._sum_size
+
+    def kept_bytes(self, recompute: Recompute) -> int:
+        """What the backward pass finds of one block, its input aside."""
+        keys_and_values = 0 if recompute == "kv" else self.key_value_bytes
+        return self.attention_bytes + keys_and_values + self.product_bytes(recompute)
 
     @property
     def key_value_elements(self) -> int:
@@ -100,13 +113,13 @@ class StreamShape:
 
     def product_bytes(self, recompute: Recompute) -> int:
         """What linear layers of one block gave, as far as it is not recomputed."""
-        if recompute == "all":
+        if recompute not in KEEPING_PRODUCTS:
             return 0
         return self._product_bytes(recompute, self.layout.local_length, self.layout.tokens_after(self.slice_length))
 
     def chunk_product_bytes(self, recompute: Recompute) -> int:
         """The same of its first chunk alone."""
-        if recompute == "all":
+        if recompute not in KEEPING_PRODUCTS:
             return 0
         tokens = self.layout.local_lengths[0]
         return self._product_bytes(recompute, tokens, max(tokens - self.slice_length, 0))
@@ -118,19 +131,36 @@ class StreamShape:
 
     def tier_bytes(self, interval: int, recompute: Recompute = "all") -> int:
         """Peak of a training step that keeps the input of every `interval`-th block, per rank."""
-        chains = -(-self.num_layers // interval)
-        # The highest chain is rebuilt while all others are still kept.
-        rebuilt = (self.num_layers - 1) % interval
-        backward = (chains + rebuilt + 2) * self.residual_bytes + self.key_value_elements * self._sum_size
-        return self.num_layers * (self.kept_bytes + self.product_bytes(recompute)) + backward
+        layers = self.num_layers
+        # The highest chain is rebuilt while all others are kept; the next may be longer by more than the highest had.
+        tops = {layers, layers // interval * interval} - {0}
+        backward = 2 * self.residual_bytes + self._key_value_gradient_bytes
+        backward += self.key_value_bytes if recompute == "kv" else 0
+        return max(self._bytes_up_to(top, interval, recompute) for top in tops) + backward
+
+    def _bytes_up_to(self, top: int, interval: int, recompute: Recompute) -> int:
+        """What is kept of the lowest `top` blocks when the inputs of their highest chain are rebuilt."""
+        chains, rebuilt = -(-top // interval), (top - 1) % interval
+        return top * self.kept_bytes(recompute) + (chains + rebuilt) * self.residual_bytes
+
+    @property
+    def largest_bytes(self) -> int:
+        """The largest tensor of the tier."""
+        return max(self.residual_bytes, self.attention_bytes, self._key_value_gradient_bytes)
+
+    def sure_budget(self, host_bytes: int, device_bytes: int) -> int:
+        """Bytes of chunks that find room in both, in whatever order they come.
+
+        What is left of the device memory may be too little for the next tensor, as large as the largest.
+        """
+        return max(device_bytes, host_bytes + max(device_bytes - self.largest_bytes, 0))
 
     def hides_the_link(self, recompute: Recompute) -> bool:
         """Whether a block's forward pass takes longer than what it keeps takes to the host."""
         attention = 2 * self.layout.sequence_length * self.num_heads * self.head_size
         weights = self.projection_width + self.num_heads * self.head_size + self.mlp_outputs + self.mlp_width
         flops = self._local_tokens * (attention + 2 * self.hidden_size * weights)
-        num_bytes = self.residual_bytes + self.kept_bytes + self.product_bytes(recompute)
-        return flops >= _FLOPS_PER_BYTE * num_bytes
+        return flops >= _FLOPS_PER_BYTE * (self.residual_bytes + self.kept_bytes(recompute))
 
     @property
     def projection_width(self) -> int:
@@ -148,13 +178,30 @@ def choose_what_is_kept(
 
     Those given stay as they are. Where nothing fits it is the thriftiest.
     """
-    if recompute is None:
-        recompute = (
-            "all" if interval not in (None, 1) else _fewest_products(shape, int(budget_bytes * _SHARE_WITH_PRODUCTS))
-        )
     intervals = range(1, shape.num_layers + 1) if interval is None else [interval]
-    fitting = (each for each in intervals if shape.tier_bytes(each, recompute) <= budget_bytes)
-    return recompute, next(fitting, min(intervals, key=lambda each: shape.tier_bytes(each, recompute)))
+    if recompute is not None:
+        choices = [(recompute, each) for each in intervals]
+    else:
+        products = [each for each in KEEPING_PRODUCTS if _may_keep(shape, each, intervals[0], budget_bytes)]
+        # Keys and values take much less time to make anew than inputs, for the bytes that it saves.
+        choices = [*((each, 1) for each in products), ("all", intervals[0]), *(("kv", each) for each in intervals)]
+
+    def num_bytes(choice: tuple[Recompute, int]) -> int:
+        return shape.tier_bytes(choice[1], choice[0])
+
+    fitting = (choice for choice in choices if num_bytes(choice) <= budget_bytes)
+    return next(fitting, min(choices, key=num_bytes))
+
+
+def thriftiest(shape: StreamShape) -> tuple[Recompute, int]:
+    """(products recomputed, interval of the inputs kept) of a step that keeps as little as it can."""
+    return choose_what_is_kept(shape, 0)
+
+
+def least_bytes(shape: StreamShape) -> int:
+    """Peak of a training step that keeps as little as it can, per rank."""
+    recompute, interval = thriftiest(shape)
+    return shape.tier_bytes(interval, recompute)
 
 
 def longest_sequence(shape: StreamShape, budget_bytes: int) -> int:
@@ -164,7 +211,7 @@ def longest_sequence(shape: StreamShape, budget_bytes: int) -> int:
     def fits(num_tokens: int) -> bool:
         chunk_length = min(layout.chunk_length, num_tokens)
         at = replace(shape, layout=SequenceLayout(num_tokens, chunk_length, shortest))
-        return min(map(at.tier_bytes, range(1, shape.num_layers + 1))) <= budget_bytes
+        return least_bytes(at) <= budget_bytes
 
     low, high = 0, layout.sequence_length // shortest
     while high - low > 1:
@@ -173,8 +220,6 @@ def longest_sequence(shape: StreamShape, budget_bytes: int) -> int:
     return low * shortest
 
 
-def _fewest_products(shape: StreamShape, budget_bytes: int) -> Recompute:
-    """What to recompute where the input of every block is kept."""
-    sparing: tuple[Recompute, Recompute] = ("none", "mlp")
-    fitting = (each for each in sparing if shape.hides_the_link(each) and shape.tier_bytes(1, each) <= budget_bytes)
-    return next(fitting, "all")
+def _may_keep(shape: StreamShape, products: Recompute, interval: int, budget_bytes: int) -> bool:
+    fits = shape.tier_bytes(1, products) <= int(budget_bytes * _SHARE_WITH_PRODUCTS)
+    return interval == 1 and fits and shape.hides_the_link(products)

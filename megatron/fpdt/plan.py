@@ -63,6 +63,10 @@ class ChunkPlan:
         """Rows in order of execution, each with its tiles in order of execution."""
         return self._rows[::-1]
 
+    def loaded_keys(self) -> list[int]:
+        """Chunks of which keys and values are loaded for a tile: all but those of the diagonals alone; ascending."""
+        return sorted({tile.key for row in self._rows for tile in row if not tile.is_diagonal})
+
     def _row(self, i: int) -> list[Tile]:
         first_keys, others = self._first_keys, range(self._first_keys[i], i)
         first_below = first_keys[i + 1] if i + 1 < len(first_keys) else i + 1

@@ -73,6 +73,25 @@ class StreamedModule(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
+class CausalBlock(StreamedModule, Protocol):
+    """What a module must be to be streamed."""
+
+    softmax_scale: float
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether `after` draws random numbers now."""
+        ...
+
+    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Token-wise: q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values."""
+        ...
+
+    def weights_of_kept_products(self, recompute: Recompute) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Weights of the linear layers in `before` and in `after` that are not to be recomputed."""
+        ...
+
+
 @dataclass
 class Stream:
     """How chunks are executed. `chunk_length` counts global tokens, `slice_length` this rank's.

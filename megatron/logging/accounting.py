@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from megatron.config.model import ModelConfig
 from megatron.config.parallel import Recompute
+from megatron.core.sequence_layout import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,15 @@ def flops_of_checkpointing(model: ModelConfig, seq_length: int, attention_share:
 
 
 def flops_of_streaming(
-    model: ModelConfig, seq_length: int, checkpoint_interval: int, recompute: Recompute = "all", kept_tokens: int = 0
+    model: ModelConfig, layout: SequenceLayout, slice_length: int, checkpoint_interval: int, recompute: Recompute
 ) -> int:
     """Return what the streamed blocks run again for one sequence.
 
-    Of `kept_tokens` tokens the products that are not to be recomputed are kept; those before attention are of all.
+    Of products that are not to be recomputed, those in `after` are kept of all but the first `slice_length` tokens of
+    a rank in each chunk. Keys and values that are made anew are those of all chunks but the last.
     """
+    seq_length = layout.sequence_length
+    first_slices = seq_length - layout.sequence_parallel_size * layout.tokens_after(slice_length)
     query_width = model.num_attention_heads * model.kv_channels
     matrix = 2 * model.hidden_size * model.ffn_hidden_size
     first, last = matrix * (2 if model.swiglu else 1), matrix
@@ -87,9 +91,10 @@ def flops_of_streaming(
     before = forward_flops(model, 0, seq_length).token_wise // model.num_layers - seq_length * (dense + first + last)
     inner, outer = (0, dense + last) if model.parallel_residual else (dense, last)
     again = {
+        "kv": before + before * (seq_length - layout.chunk_lengths[-1]) // seq_length + seq_length * (inner + first),
         "all": before + seq_length * (inner + first),
-        "mlp": (seq_length - kept_tokens) * inner + seq_length * first,
-        "none": (seq_length - kept_tokens) * (inner + first),
+        "mlp": first_slices * inner + seq_length * first,
+        "none": first_slices * (inner + first),
     }[recompute]
     if model.hidden_dropout:
         again += seq_length * outer

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config import ModelConfig, Recompute
+from megatron.config import KEEPING_PRODUCTS, ModelConfig, Recompute
 from megatron.core.documents import Documents
 from megatron.model.initialization import Initializer
 from megatron.model.layers import MLP, Embedding, Linear, SelfAttention, build_norm
@@ -113,7 +113,7 @@ class TransformerLayer(nn.Module):
     def weights_of_kept_products(self, recompute: Recompute) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Weights of the linear layers in `before` and in `after` that are not to be recomputed."""
         attention, mlp = self.self_attention, self.mlp
-        if recompute == "all":
+        if recompute not in KEEPING_PRODUCTS:
             return [], []
         after = [] if self.parallel_residual else [attention.dense.weight]  # beside the MLP no gradient needs it
         return [attention.query_key_value.weight], after + [mlp.dense_h_to_4h.weight] * (recompute == "none")

@@ -70,8 +70,9 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
     """Reckon a job's memory; what is left open is chosen as a training run chooses."""
     states = _states(job)
     process = int(HOST_PROCESS if job.streamed else PLAIN_PROCESS)
-    budget = int(machines.host_bytes_per_gpu - states.host - process) + job.device_memory_bytes
-    recompute, interval = choose_what_is_kept(job.shape, max(budget, 0), job.recompute, job.checkpoint_interval)
+    host = max(int(machines.host_bytes_per_gpu - states.host - process), 0)
+    budget = job.shape.sure_budget(host, job.device_memory_bytes)
+    recompute, interval = choose_what_is_kept(job.shape, budget, job.recompute, job.checkpoint_interval)
     if job.streamed:
         tier = job.shape.tier_bytes(interval, recompute)
         on_host = max(tier - job.device_memory_bytes, 0)
@@ -233,6 +234,6 @@ def _slice_bytes(shape: StreamShape, recompute: Recompute) -> tuple[int, int]:
     size = shape.element_size
     hidden, first, width = (n * tokens * size for n in (shape.hidden_size, shape.mlp_outputs, shape.mlp_width))
     projection = _projection_bytes(shape)
-    on_their_way = {"all": 0, "mlp": max(projection, hidden), "none": max(projection, hidden + first)}[recompute]
+    on_their_way = {"mlp": max(projection, hidden), "none": max(projection, hidden + first)}.get(recompute, 0)
     # The first layer's outputs and their gradient, the gradient of the second layer's input, and some hidden states.
     return on_their_way, 2 * first + width + 6 * hidden

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron.fpdt.memory_model import thriftiest
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import named_model
@@ -64,16 +65,15 @@ def plan_published(row: Published) -> Plan:
 def published_table() -> Iterator[str]:
     """A line of Markdown per published result.
 
-    Host memory is the least with which it runs, and that in which no block's input has to be rebuilt.
+    Host memory is the least with which it runs, and that in which nothing of a block has to be rebuilt.
     """
     columns = ("published", "model", "GPUs", "tokens", "its result", "GPU GiB", "host GiB per GPU", "s per step")
     yield f"| {' | '.join(columns)} | tokens/s/GPU | MFU |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in PUBLISHED:
         plan = plan_published(row)
-        shape = plan.job.shape
-        thriftiest = min(range(1, shape.num_layers + 1), key=shape.tier_bytes)
-        least = plan.with_job(replace(plan.job, checkpoint_interval=thriftiest))
+        recompute, interval = thriftiest(plan.job.shape)
+        least = plan.with_job(replace(plan.job, recompute=recompute, checkpoint_interval=interval))
         gpu = f"{plan.memory.gpu_with_overhead / GIB:.0f}" + ("" if plan.fits_gpu else " (does not fit)")
         yield (
             f"| {row.source} | {row.model} | {row.num_gpus} {row.gpu} | {row.length:,} | {row.figure} | {gpu} | "

@@ -51,7 +51,7 @@ def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, i
     """Reckon the time of one step."""
     gpu, steps, layers = machines.gpu, job.accumulation_steps, job.model.num_layers
     forward, backward = _block_compute(job, machines, backend, recompute, interval)
-    exchange = _exchange_seconds(job, machines)
+    exchange = _exchange_seconds(job, machines, recompute)
     if job.streamed:
         link = _link_seconds(job, machines, recompute)
         phases = zip((forward, backward), link, exchange, strict=True)
@@ -104,8 +104,7 @@ def _products_run_again(job: Job, interval: int, recompute: Recompute) -> int:
     """FLOPs of the matrix products of all blocks that the backward pass of one sequence runs again."""
     model, shape = job.model, job.shape
     if job.streamed:
-        kept = shape.layout.sequence_parallel_size * shape.layout.tokens_after(shape.slice_length)
-        return flops_of_streaming(model, model.seq_length, interval, recompute, kept)
+        return flops_of_streaming(model, shape.layout, shape.slice_length, interval, recompute)
     return 0 if job.activations == "kept" else forward_flops(model, 0, model.seq_length).token_wise
 
 
@@ -124,15 +123,16 @@ def _head_seconds(job: Job, machines: Machines) -> float:
 def _link_seconds(job: Job, machines: Machines, recompute: Recompute) -> tuple[float, float]:
     """Seconds that one block's chunks take on their way, forward and backward."""
     shape = job.shape
-    hidden, products = shape.residual_bytes, shape.product_bytes(recompute)
-    keys = shape.key_value_elements * HALF
+    hidden, keys = shape.residual_bytes, shape.key_value_bytes
+    attention_and_products = shape.attention_bytes + shape.product_bytes(recompute)
+    made_anew = recompute == "kv"  # from inputs, which come in once more
     chunks = shape.layout.num_chunks
     others = (chunks - 1) / 2  # tiles off the diagonal per chunk
     return (
-        _link(hidden + others * keys, hidden + shape.kept_bytes + products, machines),
+        _link(hidden + others * keys, hidden + keys + attention_and_products, machines),
         _link(
-            2 * hidden + shape.kept_bytes - keys + products + others * 3 * keys + 2 * keys,
-            hidden + others * 2 * keys,
+            (2 + made_anew) * hidden + attention_and_products + others * 3 * keys + 2 * keys,
+            hidden + others * 2 * keys + made_anew * keys,
             machines,
         ),
     )
@@ -143,7 +143,7 @@ def _link(bytes_in: float, bytes_out: float, machines: Machines) -> float:
     return max(bytes_in, bytes_out, (bytes_in + bytes_out) / BOTH_WAYS) / rate
 
 
-def _exchange_seconds(job: Job, machines: Machines) -> tuple[float, float]:
+def _exchange_seconds(job: Job, machines: Machines, recompute: Recompute) -> tuple[float, float]:
     """Seconds of one block's collectives, forward and backward."""
     shape, p = job.shape, job.sequence_parallel_size
     queries = shape.layout.local_length * job.micro_batch_size * shape.num_heads * shape.head_size * HALF
@@ -156,5 +156,5 @@ def _exchange_seconds(job: Job, machines: Machines) -> tuple[float, float]:
     gathers = gather if job.zero_stage == 3 else 0.0
     return (
         (2 * queries + keys) * all_to_all + gathers,
-        (4 * queries + 2 * keys) * all_to_all + gathers + gather,
+        (4 * queries + (3 if recompute == "kv" else 2) * keys) * all_to_all + gathers + gather,
     )

@@ -65,7 +65,7 @@ EXECUTIONS = [
     {"sequence_parallel_size": 2, "batch_size": 3, "recompute": True},
     *({"chunk_length": 20, "sequence_parallel_size": size, "fpdt_recompute": recompute, "slice_length": 3,
        "offloading": size == 2, "batch_size": 3 - size}
-      for size in (1, 2) for recompute in ("all", "mlp", "none")),
+      for size in (1, 2) for recompute in ("kv", "all", "mlp", "none")),
 ]  # fmt: skip
 
 CORNERS = {
@@ -85,6 +85,15 @@ CORNERS = {
     ),
     "the products of the MLP are recomputed": replace(
         GPT, chunk_length=20, sequence_parallel_size=4, batch_size=3, fpdt_recompute="mlp", slice_length=2
+    ),
+    "keys and values are made anew": replace(
+        LLAMA,
+        chunk_length=20,
+        sequence_parallel_size=4,
+        num_key_value_heads=2,
+        fpdt_recompute="kv",
+        slice_length=3,
+        offloading=True,
     ),
     "the reference attention kernel": replace(
         LLAMA, chunk_length=20, sequence_parallel_size=2, attention_backend="reference", offloading=True
@@ -111,6 +120,7 @@ DOCUMENT_EXECUTIONS = [
     replace(GPT, chunk_length=20, fpdt_recompute="none", slice_length=3, offloading=True),
     replace(LLAMA, chunk_length=20, sequence_parallel_size=2, num_key_value_heads=1, offloading=True),
     replace(LLAMA, chunk_length=16, sequence_parallel_size=4, num_key_value_heads=2, positions=0.25),
+    replace(LLAMA, chunk_length=16, sequence_parallel_size=2, fpdt_recompute="kv", slice_length=3, offloading=True),
 ]
 SEQUENCES_OF_DOCUMENTS = [
     ("one", "of one token", "padding behind"),

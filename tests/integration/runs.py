@@ -37,7 +37,8 @@ MODELS = {"gpt": GPT, "llama": LLAMA}
 PLAIN: list[str] = []
 FPDT = ["--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-chunk-size", "24"]  # chunks of 24, 24 and 16
 OFFLOADED = [*FPDT, "--ds-sequence-parallel-fpdt-offloading"]
-REBUILT = [*OFFLOADED, "--ds-sequence-parallel-fpdt-checkpoint-interval", "2"]
+THRIFTY = ["--ds-sequence-parallel-fpdt-checkpoint-interval", "2", "--ds-sequence-parallel-fpdt-recompute", "kv"]
+REBUILT = [*OFFLOADED, *THRIFTY]
 KEPT = [*OFFLOADED, "--ds-sequence-parallel-fpdt-recompute", "none"]
 EXECUTIONS = {"plain": PLAIN, "fpdt": FPDT, "offloaded": OFFLOADED, "rebuilt": REBUILT, "kept": KEPT}
 

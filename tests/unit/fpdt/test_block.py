@@ -418,10 +418,10 @@ def test_inputs_rebuilt_from_attention_outputs_change_no_bit(execution, interval
 
 @TIERS
 @CONFIGS
-@pytest.mark.parametrize("recompute", ["mlp", "none"])
+@pytest.mark.parametrize("recompute", ["kv", "mlp", "none"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("slice_length", [3, 16])
-def test_products_that_are_kept_change_no_bit(execution, config_of, recompute, dropout, slice_length):
+def test_what_is_kept_changes_no_bit(execution, config_of, recompute, dropout, slice_length):
     results = []
     for each in (execution, replace(execution, fpdt_recompute=recompute)):
         torch.manual_seed(7)
@@ -432,7 +432,9 @@ def test_products_that_are_kept_change_no_bit(execution, config_of, recompute, d
 
 
 #   chunks of 16, 16 and 8 tokens in slices of 4: 10 slices, 3 of them a chunk's first
-@pytest.mark.parametrize("recompute, products", [("all", 3 + 10 + 10), ("mlp", 3 + 10), ("none", 3 + 3)])
+@pytest.mark.parametrize(
+    "recompute, products", [("kv", 2 + 3 + 10 + 10), ("all", 3 + 10 + 10), ("mlp", 3 + 10), ("none", 3 + 3)]
+)
 @TIERS
 def test_only_what_is_to_be_recomputed_is(execution, recompute, products, monkeypatch):
     how, layer = one_layer(replace(execution, fpdt_recompute=recompute))

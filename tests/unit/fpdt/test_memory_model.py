@@ -1,9 +1,10 @@
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from megatron.core.sequence_layout import SequenceLayout
-from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, longest_sequence
+from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, least_bytes, longest_sequence, thriftiest
 from tests.unit.model.small_model import OFFLOADED, small_config, small_inputs, small_model
 
 LENGTH, BATCH = 40, 2
@@ -12,7 +13,7 @@ SHAPE = StreamShape(
     head_size=128, layout=SequenceLayout(2**20, 2**17, 4), slice_length=8192, batch_size=1, element_size=2,
 )  # fmt: skip
 SLICE_LENGTH = 6
-RECOMPUTE = pytest.mark.parametrize("recompute", ["all", "mlp", "none"])
+RECOMPUTE = pytest.mark.parametrize("recompute", ["kv", "all", "mlp", "none"])
 
 
 def shape_of(config):
@@ -24,8 +25,9 @@ def shape_of(config):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 3, 5])
-@pytest.mark.parametrize("interval", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "num_layers, interval", [*product([1, 2, 3, 5], [1, 2, 3, 4]), (8, 7), (13, 6)], ids=lambda n: str(n)
+)
 @RECOMPUTE
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_step_takes_up_what_the_model_says(num_layers, interval, recompute, parallel):
@@ -37,12 +39,34 @@ def test_a_step_takes_up_what_the_model_says(num_layers, interval, recompute, pa
     assert used == pytest.approx(shape_of(config).tier_bytes(interval, recompute), rel=0.01)
 
 
+@pytest.mark.parametrize("num_layers, interval, recompute", [(1, 1, "kv"), (3, 2, "all"), (5, 3, "kv"), (4, 1, "none")])
+@pytest.mark.parametrize("device_share", [0.0, 0.1, 0.37, 0.5, 0.82, 0.9, 0.98, 1.0])
+def test_a_step_finds_room_in_a_budget_of_host_and_device_memory(num_layers, interval, recompute, device_share):
+    config = small_config(LENGTH, num_layers=num_layers)
+    shape = shape_of(config)
+    needed = shape.tier_bytes(interval, recompute)
+    device = int(device_share * needed)
+    host = next(n for n in range(0, needed + 1, 8) if shape.sure_budget(n, device) >= needed)
+    how = replace(OFFLOADED, checkpoint_interval=interval, fpdt_recompute=recompute, device_memory_bytes=device)
+    model = small_model(config, replace(how, host_memory_bytes=host))
+    model.execution.stream.slice_length = SLICE_LENGTH
+    model(*small_inputs(config, BATCH)).backward()
+
+
+def test_a_budget_of_host_or_device_memory_alone_is_used_to_its_last_byte():
+    assert SHAPE.sure_budget(10**12, 0) == SHAPE.sure_budget(0, 10**12) == 10**12
+    largest = SHAPE.attention_bytes
+    assert SHAPE.sure_budget(10**12, 10**11) == 10**12 + 10**11 - largest
+
+
 def test_llama_3_8b_at_a_million_tokens_on_four_gpus():
     """Per token and layer: x and o 8192 bytes each, lse 128, K and V 4096; dK and dV of one layer 8192."""
     tokens = 2**18
     assert SHAPE.residual_bytes == 8192 * tokens
-    assert SHAPE.kept_bytes == (8192 + 128 + 4096) * tokens
+    assert SHAPE.kept_bytes("all") == (8192 + 128 + 4096) * tokens
+    assert SHAPE.kept_bytes("kv") == (8192 + 128) * tokens
     assert SHAPE.tier_bytes(1) == tokens * (32 * (8192 + 128 + 4096) + 34 * 8192 + 8192)
+    assert SHAPE.tier_bytes(1, "kv") == tokens * (32 * (8192 + 128) + 4096 + 34 * 8192 + 8192)
 
 
 def test_products_of_llama_3_8b():
@@ -66,7 +90,8 @@ def _enough_for(recompute):
         (_enough_for("none") - 1, ("mlp", 1)),
         (_enough_for("mlp") - 1, ("all", 1)),
         (SHAPE.tier_bytes(1), ("all", 1)),
-        (SHAPE.tier_bytes(1) - 1, ("all", 2)),
+        (SHAPE.tier_bytes(1) - 1, ("kv", 1)),
+        (SHAPE.tier_bytes(1, "kv") - 1, ("kv", 2)),
     ],
 )
 def test_what_costs_the_least_time_of_what_fits(budget, expected):
@@ -78,14 +103,16 @@ def test_what_is_asked_for_stays_as_it_is():
     assert choose_what_is_kept(SHAPE, SHAPE.tier_bytes(2, "mlp"), recompute="mlp") == ("mlp", 2)
     assert choose_what_is_kept(SHAPE, 10**13, interval=1) == ("none", 1)
     assert choose_what_is_kept(SHAPE, 10**13, interval=3) == ("all", 3)
+    assert choose_what_is_kept(SHAPE, SHAPE.tier_bytes(3) - 1, interval=3) == ("kv", 3)
     assert choose_what_is_kept(SHAPE, 0, "none", 3) == ("none", 3)
 
 
 def test_where_nothing_fits_it_is_the_thriftiest():
     recompute, interval = choose_what_is_kept(SHAPE, 0)
-    assert recompute == "all"
-    assert SHAPE.tier_bytes(interval) == min(SHAPE.tier_bytes(k) for k in range(1, 33))
-    assert SHAPE.tier_bytes(interval) < 0.7 * SHAPE.tier_bytes(1)
+    assert (recompute, interval) == thriftiest(SHAPE)
+    assert recompute == "kv"
+    assert least_bytes(SHAPE) == min(SHAPE.tier_bytes(k, each) for k in range(1, 33) for each in ("kv", "all"))
+    assert least_bytes(SHAPE) < 0.53 * SHAPE.tier_bytes(1)
 
 
 @pytest.mark.parametrize(
@@ -98,14 +125,13 @@ def test_short_sequences_keep_only_what_their_arithmetic_hides_on_its_way(length
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
 def test_the_longest_sequence_fits_and_a_longer_one_does_not(share):
-    budget = int(share * SHAPE.tier_bytes(6))
+    budget = int(share * least_bytes(SHAPE))
     longest = longest_sequence(SHAPE, budget)
 
-    def thriftiest(num_tokens):
-        shape = replace(SHAPE, layout=SequenceLayout(num_tokens, min(2**17, num_tokens), 4))
-        return min(shape.tier_bytes(interval) for interval in range(1, 33))
+    def least(num_tokens):
+        return least_bytes(replace(SHAPE, layout=SequenceLayout(num_tokens, min(2**17, num_tokens), 4)))
 
-    assert thriftiest(longest) <= budget < thriftiest(longest + 4)
+    assert least(longest) <= budget < least(longest + 4)
 
 
 def test_no_sequence_fits_into_nothing():

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from megatron.config.model import ModelConfig
+from megatron.core.sequence_layout import SequenceLayout
 from megatron.logging.accounting import (
     flops_of_checkpointing,
     flops_of_streaming,
@@ -11,6 +12,7 @@ from megatron.logging.accounting import (
     throughput,
 )
 
+SIX_KEPT = SequenceLayout(10, 5)  # with slices of 2, which leave out the first of either chunk
 LLAMA_3_8B = ModelConfig(
     num_layers=32,
     hidden_size=4096,
@@ -77,31 +79,41 @@ def test_documents_leave_their_share_of_attention_and_all_of_the_rest():
 def test_the_stream_runs_token_wise_work_again_but_for_the_last_product(num_layers, interval, rebuilt, dropout):
     model = replace(GPT_TINY, num_layers=num_layers, hidden_dropout=dropout)
     again = 384 + 128 + (1024 if dropout else 512)
-    assert flops_of_streaming(model, 10, interval) == 10 * (num_layers * again + rebuilt * (128 + 1024))
+    expected = 10 * (num_layers * again + rebuilt * (128 + 1024))
+    assert flops_of_streaming(model, SIX_KEPT, 2, interval, "all") == expected
 
 
 @pytest.mark.parametrize(
-    "recompute, again", [("all", 10 * (384 + 128 + 512)), ("mlp", 4 * 128 + 10 * 512), ("none", 4 * (128 + 512))]
+    "recompute, again",
+    [
+        ("kv", 5 * 384 + 10 * (384 + 128 + 512)),
+        ("all", 10 * (384 + 128 + 512)),
+        ("mlp", 4 * 128 + 10 * 512),
+        ("none", 4 * (128 + 512)),
+    ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_products_that_are_kept_of_six_tokens_in_ten_are_not_run_again(recompute, again, dropout):
+def test_only_what_is_not_kept_of_six_tokens_in_ten_is_run_again(recompute, again, dropout):
     model = replace(GPT_TINY, num_layers=3, hidden_dropout=dropout)
     last = 10 * 512 if dropout else 0
-    assert flops_of_streaming(model, 10, 1, recompute, kept_tokens=6) == 3 * (again + last)
+    assert flops_of_streaming(model, SIX_KEPT, 2, 1, recompute) == 3 * (again + last)
 
 
-@pytest.mark.parametrize("recompute, again", [("all", 10 * (384 + 512)), ("mlp", 10 * 512), ("none", 4 * 512)])
+@pytest.mark.parametrize(
+    "recompute, again",
+    [("kv", 5 * 384 + 10 * (384 + 512)), ("all", 10 * (384 + 512)), ("mlp", 10 * 512), ("none", 4 * 512)],
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_attention_s_product_beside_the_mlp_is_run_again_for_dropout_alone(recompute, again, dropout):
     model = replace(GPT_TINY, hidden_dropout=dropout, parallel_residual=True)
     both = 10 * (128 + 512) if dropout else 0
-    assert flops_of_streaming(model, 10, 1, recompute, kept_tokens=6) == again + both
+    assert flops_of_streaming(model, SIX_KEPT, 2, 1, recompute) == again + both
 
 
 def test_the_stream_leaves_out_a_third_of_swiglu():
     mlp = 2 * 8192 * 3 * 4096 * 14336 * 32
     token_wise = forward_flops(LLAMA_3_8B, 0, 8192).token_wise
-    assert flops_of_streaming(LLAMA_3_8B, 8192, 1) == token_wise - mlp // 3
+    assert flops_of_streaming(LLAMA_3_8B, SequenceLayout(8192, 8192), 8192, 1, "all") == token_wise - mlp // 3
 
 
 def test_throughput_divides_by_time_and_devices():

@@ -54,15 +54,19 @@ MEASURED_STEPS = {
     (LLAMA_3B, 6, 32768, None, "all", FA4, 3, "recomputed"): (0.778, 29.48, 0.0, 4.00),
     (LLAMA_3B, 6, 65536, None, "all", FA4, 1, "recomputed from the host"): (2.128, 29.75, None, 7.15),
 }
-# One of several H200 that share a sequence of Llama-3-8B (docs/performance.md). GPUs, layers, tokens, chunk, recompute,
-# GiB of chunks that stay on the GPU: seconds, and GiB of the GPU's peak and of the chunks on the host.
+# One of several H200 that share a sequence (docs/performance.md). Model, GPUs, layers, tokens, chunk, recompute, GiB of
+# chunks that stay on the GPU: seconds, and GiB of the GPU's peak and of the chunks on the host.
 MEASURED_RANKS = {
-    (2, 32, 131072, 65536, "mlp", 0): (19.395, 69.00, 77.75),
-    (4, 32, 131072, 131072, "mlp", 0): (9.939, 37.95, 38.88),
-    (4, 32, 524288, 131072, "all", 0): (114.985, 40.32, 83.50),
-    (4, 32, 1048576, 131072, "all", 64): (435.141, 104.27, 103.00),
-    (4, 1, 2097152, 131072, "all", 0): (57.295, 14.32, 22.06),
-    (4, 3, 2097152, 131072, "all", 0): (164.098, 16.75, 42.19),
+    ("llama-8b", 2, 32, 131072, 65536, "mlp", 0): (19.395, 69.00, 77.75),
+    ("llama-8b", 4, 32, 131072, 131072, "mlp", 0): (9.939, 37.95, 38.88),
+    ("llama-8b", 4, 32, 524288, 131072, "all", 0): (114.985, 40.32, 83.50),
+    ("llama-8b", 4, 32, 1048576, 131072, "all", 64): (435.141, 104.27, 103.00),
+    ("llama-8b", 4, 1, 2097152, 131072, "all", 0): (57.295, 14.32, 22.06),
+    ("llama-8b", 4, 3, 2097152, 131072, "all", 0): (164.098, 16.75, 42.19),
+    ("llama-8b", 4, 4, 524288, 131072, "all", 0): (14.987, 17.57, 13.06),
+    ("llama-8b", 4, 4, 524288, 131072, "kv", 0): (15.059, 17.57, 11.56),
+    ("llama-70b", 32, 1, 4194304, 131072, "kv", 0): (54.814, 13.84, 14.03),
+    ("llama-70b", 32, 2, 4194304, 131072, "kv", 0): (107.557, 13.88, 18.06),
 }
 STEPS = pytest.mark.parametrize("case", MEASURED_STEPS, ids=lambda c: f"{c[0].hidden_size}-{c[1:]}")
 CASES = pytest.mark.parametrize(
@@ -121,10 +125,10 @@ def test_time_of_a_step_is_within_15_percent_of_what_was_measured(case):
 
 @pytest.mark.parametrize("rank", MEASURED_RANKS, ids=str)
 def test_one_of_several_gpus_is_as_it_was_measured(rank):
-    num_gpus, num_layers, length, chunk, recompute, gib = rank
+    name, num_gpus, num_layers, length, chunk, recompute, gib = rank
     seconds, on_gpu, on_host = MEASURED_RANKS[rank]
     kept = {"recompute": recompute, "checkpoint_interval": 1, "device_memory_bytes": gib * GIB}
-    plan = plan_of("llama-8b", num_gpus, length, chunk, Machines(GPUS["H200"], num_gpus, num_gpus, 1), **kept)
+    plan = plan_of(name, num_gpus, length, chunk, Machines(GPUS["H200"], num_gpus, num_gpus, 1), **kept)
     plan = plan.with_job(replace(plan.job, model=replace(plan.job.model, num_layers=num_layers)))
     assert plan.speed.step == pytest.approx(seconds, rel=0.15)
     assert plan.memory.gpu / GIB == pytest.approx(on_gpu, rel=0.1)
