@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 
 import torch
 import torch.distributed as dist
 
 from megatron.config import Config, ConfigError, offloads
 from megatron.config.parallel import ParallelConfig
-from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, longest_sequence
+from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, least_bytes, longest_sequence
 from megatron.initialize import Context, local_world_size
 from megatron.model.builder import Execution
 from megatron.ops.attention import choose_backend
@@ -17,6 +18,9 @@ from megatron.planner.hardware import GIB, Gpu, Machines, gpu_like
 from megatron.planner.job import HALF, Job
 from megatron.planner.memory import ACCURACY
 from megatron.planner.plan import Plan
+
+# Of the host memory that is free at the start: page tables, other processes, and what torch pins for its own copies.
+_HOST_HEADROOM = 0.03
 
 
 def choose_execution(config: Config, context: Context, padded_vocab_size: int) -> Execution:
@@ -28,8 +32,14 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
     parallel, deepspeed = config.parallel, config.deepspeed
     device_memory = int(parallel.ds_sequence_parallel_fpdt_device_memory * GIB)
     asked = parallel.ds_sequence_parallel_fpdt_host_memory
-    host_memory = context.host_memory_bytes if asked is None else int(asked * GIB)
+    host_memory = int(context.host_memory_bytes * (1 - _HOST_HEADROOM))
     plan = _plan(config, context, padded_vocab_size, host_memory)
+    beside_chunks = 0 if plan is None else plan.memory.host_states + plan.memory.host_process
+    if asked is None:
+        host_memory = max(host_memory - beside_chunks, 0)
+    else:
+        host_memory = int(asked * GIB)
+        plan = _plan(config, context, padded_vocab_size, host_memory + beside_chunks)
     chunk_size: int = parallel.ds_sequence_parallel_fpdt_chunk_size
     if not chunk_size:
         chunk_size = _automatic_chunk(plan, context)
@@ -37,11 +47,13 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
     interval = parallel.ds_sequence_parallel_fpdt_checkpoint_interval
     recompute = parallel.ds_sequence_parallel_fpdt_recompute
     if parallel.ds_sequence_parallel_fpdt_offloading:
-        budget = device_memory + host_memory
         size, batch = parallel.ds_sequence_parallel_size, config.training.micro_batch_size
         shape = StreamShape.of(config.model, chunk_size, size, batch, context.dtype.itemsize)
-        recompute, interval = choose_what_is_kept(shape, budget, recompute, interval)
-        _refuse_what_the_host_cannot_hold(shape, shape.tier_bytes(interval, recompute), budget, asked is None)
+        recompute, interval = choose_what_is_kept(
+            shape, shape.sure_budget(host_memory, device_memory), recompute, interval
+        )
+        needed = shape.tier_bytes(interval, recompute)
+        _refuse_what_the_host_cannot_hold(shape, needed, host_memory, device_memory, asked is None)
     if plan is not None:
         job = replace(plan.job, chunk_length=chunk_size, recompute=recompute, checkpoint_interval=interval)
         refuse_what_the_gpu_cannot_hold(plan.with_job(job))
@@ -121,12 +133,14 @@ def refuse_what_the_gpu_cannot_hold(plan: Plan) -> None:
         )
 
 
-def _refuse_what_the_host_cannot_hold(shape: StreamShape, needed: int, budget: int, is_what_is_free: bool) -> None:
+def _refuse_what_the_host_cannot_hold(
+    shape: StreamShape, needed: int, host_memory: int, device_memory: int, is_what_is_free: bool
+) -> None:
+    budget = shape.sure_budget(host_memory, device_memory)
     if needed <= budget:
         return
-    thriftiest = min(map(shape.tier_bytes, range(1, shape.num_layers + 1)))
-    longest = longest_sequence(shape, budget)
-    if thriftiest <= budget:
+    longest, least = longest_sequence(shape, budget), least_bytes(shape)
+    if least <= budget:
         advice = (
             "leave out --ds-sequence-parallel-fpdt-recompute and --ds-sequence-parallel-fpdt-checkpoint-interval, so "
             "that they are chosen to fit"
@@ -134,9 +148,22 @@ def _refuse_what_the_host_cannot_hold(shape: StreamShape, needed: int, budget: i
     else:
         shorter = f"use --seq-length {longest} or less, " if longest else ""
         size = shape.layout.sequence_parallel_size
-        advice = f"{shorter}raise --ds-sequence-parallel-size ({size}), or see tools/plan_context.py for what would fit"
+        on_device = least - host_memory + shape.largest_bytes
+        budgets = f"--ds-sequence-parallel-fpdt-device-memory to {_gib_up(on_device)}"
+        if not is_what_is_free:
+            on_host = host_memory + least - budget
+            budgets += f", or --ds-sequence-parallel-fpdt-host-memory to {_gib_up(on_host)}"
+        advice = (
+            f"{shorter}raise --ds-sequence-parallel-size ({size}), or {budgets}, or see tools/plan_context.py for what "
+            "would fit"
+        )
     whose = "are free for a rank here" if is_what_is_free else "may be used (--ds-sequence-parallel-fpdt-host-memory)"
     raise ConfigError(
-        f"the chunks of --seq-length ({shape.layout.sequence_length}) take up {needed / GIB:.3g} GiB of memory per "
-        f"rank, and {budget / GIB:.3g} GiB {whose}; {advice}"
+        f"the chunks of --seq-length ({shape.layout.sequence_length}) take up {needed / GIB:.4g} GiB of memory per "
+        f"rank, and {budget / GIB:.4g} GiB {whose}; {advice}"
     )
+
+
+def _gib_up(num_bytes: int) -> str:
+    """GiB to the next tenth, so that a budget of as many is enough."""
+    return f"{ceil(num_bytes / GIB * 10) / 10:g}"

@@ -38,7 +38,13 @@ def test_products_are_kept_where_the_host_has_room():
     assert choose(host_gib=120).fpdt_recompute == "mlp"
     assert choose(host_gib=60).fpdt_recompute == "all"
     assert choose(host_gib=1000).checkpoint_interval == 1
-    assert choose(host_gib=35).checkpoint_interval > 1
+
+
+def test_where_it_has_little_keys_and_values_are_made_anew_before_inputs_are_rebuilt():
+    for host_gib, rebuilds_inputs in ((36, False), (30, True)):
+        execution = choose(host_gib=host_gib)
+        assert execution.fpdt_recompute == "kv"
+        assert (execution.checkpoint_interval > 1) is rebuilds_inputs
 
 
 def test_what_is_asked_for_is_done():
@@ -54,13 +60,53 @@ def test_without_offloading_everything_is_recomputed_and_every_input_kept():
     assert (execution.fpdt_recompute, execution.checkpoint_interval) == ("all", 1)
 
 
+def test_what_the_optimizer_takes_of_the_host_is_not_for_chunks(monkeypatch):
+    h200 = gpu_like("NVIDIA H200", 139 * GIB)
+    monkeypatch.setattr(
+        "megatron.execution.plan_of_run", lambda config, *_: plan_of(config, 4, h200, 200 * GIB, VOCABULARY)
+    )
+    on_gpu, on_host = (choose(*flags, host_gib=200).host_memory_bytes for flags in ([], ["--cpu-optimizer"]))
+    states = plan_of(config_of("--cpu-optimizer"), 4, h200, 200 * GIB, VOCABULARY).memory.host_states
+    assert on_gpu == pytest.approx((0.97 * 200 - 2.5) * GIB)
+    assert on_gpu - on_host == states > 20 * GIB
+    asked = ["--ds-sequence-parallel-fpdt-host-memory", "180", "--cpu-optimizer"]
+    assert choose(*asked, host_gib=200).host_memory_bytes == 180 * GIB
+
+
+@pytest.mark.parametrize("spare_tensors, interval", [(0, 2), (1, 1)])
+def test_the_last_tensor_s_place_in_the_device_memory_is_not_counted_on(spare_tensors, interval):
+    flags = ["--ds-sequence-parallel-fpdt-device-memory", "10", "--ds-sequence-parallel-fpdt-recompute", "all"]
+    shape = plan_of(config_of(*flags), 4, GPUS["H200"], 0, VOCABULARY).job.shape
+    gib = (shape.tier_bytes(1, "all") + spare_tensors * shape.attention_bytes) / GIB - 10
+    assert (
+        choose(*flags, "--ds-sequence-parallel-fpdt-host-memory", str(gib), host_gib=100).checkpoint_interval
+        == interval
+    )
+    plan = plan_of(config_of(*flags), 4, GPUS["H200"], int((gib + 2.5) * GIB), VOCABULARY)
+    assert plan.memory.checkpoint_interval == interval
+
+
 def test_a_sequence_that_the_host_cannot_hold_is_refused_with_one_that_it_can():
-    with pytest.raises(ConfigError, match=r"--seq-length \(262144\) take up .* and 10 GiB are free") as refusal:
+    with pytest.raises(ConfigError, match=r"--seq-length \(262144\) take up .* and 9\.7 GiB are free") as refusal:
         choose(host_gib=10)
     longest = int(str(refusal.value).split("use --seq-length ")[1].split()[0])
     choose("--seq-length", str(longest), host_gib=10)
     with pytest.raises(ConfigError):
         choose("--seq-length", str(longest + 4), host_gib=10)
+
+
+@pytest.mark.parametrize(
+    "budget, flag",
+    [("free", "--ds-sequence-parallel-fpdt-device-memory"), ("asked", "--ds-sequence-parallel-fpdt-host-memory")],
+)
+def test_the_memory_that_the_refusal_names_is_enough(budget, flag):
+    host = {"free": [], "asked": ["--ds-sequence-parallel-fpdt-host-memory", "10"]}[budget]
+    with pytest.raises(ConfigError, match=flag) as refusal:
+        choose(*host, host_gib=10)
+    enough = float(str(refusal.value).split(f"{flag} to ")[1].split(",")[0])
+    choose(flag, str(enough), host_gib=10)
+    with pytest.raises(ConfigError):
+        choose(flag, str(0.98 * enough), host_gib=10)
 
 
 def test_the_automatic_chunk_is_smaller_on_a_smaller_gpu():
