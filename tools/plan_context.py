@@ -25,14 +25,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.arguments import parse_args
-from megatron.config import Config, ConfigError, validate
+from megatron.config import Config, ConfigError, TokenizerConfig, validate
 from megatron.core.host_memory import available_host_bytes
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import MODEL_NAMES, named_model
 from megatron.planner.plan import Plan
 from megatron.planner.published import published_table
-from megatron.tokenizer import pad_vocab_size
+from megatron.tokenizer import TokenizerError, pad_vocab_size, tokenizer_of
 
 DEFAULT_LENGTH = 262144
 DEFAULT_VOCABULARY = 50304
@@ -44,6 +44,11 @@ STAND_INS = (
     (("--train-iters", "--train-samples", "--train-tokens"), "1"),
     (("--data-path", "--train-data-path"), "none"),
 )
+# What the training flags say themselves: before -- it would not count.
+DESCRIBED_BY_TRAINING = {
+    "--model", "--seq-length", "--chunk-size", "--sequence-parallel", "--micro-batch-size", "--zero-stage",
+    "--cpu-optimizer", "--device-memory",
+}  # fmt: skip
 
 
 def host_memory(text: str) -> float:
@@ -51,15 +56,24 @@ def host_memory(text: str) -> float:
     return available_host_bytes() / GIB if text == "here" else float(text)
 
 
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on; give one, such as 8")
+    return int(text)
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     argv = list(argv)
     training = argv.index(SCRIPT_FLAGS) if SCRIPT_FLAGS in argv else len(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", help=f"{', '.join(MODEL_NAMES)}, or the path of a Hugging Face config.json")
-    parser.add_argument("--vocab-size", type=int, help="tokens of the vocabulary, where the model does not say it")
+    parser.add_argument("--vocab-size", type=count, help="tokens of the vocabulary, where the model does not say it")
     machine = parser.add_argument_group("machines")
-    machine.add_argument("--gpus", type=int, default=1, help="all of them together [%(default)s]")
-    machine.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help="[%(default)s]")
+    machine.add_argument("--gpus", type=count, default=1, help="all of them together [%(default)s]")
+    machine.add_argument("--gpus-per-node", type=count, default=GPUS_PER_NODE, help="[%(default)s]")
     machine.add_argument("--gpu", choices=GPUS, default="H100", help="[%(default)s]")
     machine.add_argument("--gpu-memory", type=float, help="GiB [the GPU's]")
     machine.add_argument("--host-memory", type=host_memory, default=1900.0,
@@ -67,10 +81,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     machine.add_argument("--link", type=float, help="GB/s between a GPU and its host, one way [the GPU's]")
     machine.add_argument("--network", type=float, default=50, help="GB/s per GPU between machines [%(default)s]")
     job = parser.add_argument_group("run, where it is not described by flags of pretrain_gpt.py")
-    job.add_argument("--seq-length", type=int, default=DEFAULT_LENGTH, help="tokens [%(default)s]")
-    job.add_argument("--chunk-size", type=int, help="tokens over all GPUs of a sequence [the quickest]")
-    job.add_argument("--sequence-parallel", type=int, help="GPUs that share a sequence [all]")
-    job.add_argument("--micro-batch-size", type=int, default=1, help="[%(default)s]")
+    job.add_argument("--seq-length", type=count, default=DEFAULT_LENGTH, help="tokens [%(default)s]")
+    job.add_argument("--chunk-size", type=count, help="tokens over all GPUs of a sequence [the quickest]")
+    job.add_argument("--sequence-parallel", type=count, help="GPUs that share a sequence [all]")
+    job.add_argument("--micro-batch-size", type=count, default=1, help="[%(default)s]")
     job.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3, help="[%(default)s]")
     job.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and step on the host")
     job.add_argument("--device-memory", type=float, default=0.0, metavar="GIB",
@@ -84,6 +98,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.training = completed(argv[training + 1 :])
     if not (arguments.published or arguments.model or arguments.training):
         parser.error("--model is missing; name one, or give flags of pretrain_gpt.py after --")
+    described_twice = sorted(DESCRIBED_BY_TRAINING & {flag.split("=")[0] for flag in argv[:training]})
+    if arguments.training and described_twice:
+        parser.error(
+            f"{', '.join(described_twice)} before -- would be overruled by the flags of pretrain_gpt.py after it; "
+            "leave either out"
+        )
     return arguments
 
 
@@ -101,10 +121,13 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         plan = plan_of(arguments)
+        lines = lines_of(plan)
     except (ConfigError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    print("\n".join(lines_of(plan)))
+    print("\n".join(lines))
+    for file in filter(None, (arguments.json, arguments.plot)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures_of(plan), indent=2) + "\n")
     if arguments.plot:
@@ -160,9 +183,20 @@ def job_of_config(config: Config, arguments: argparse.Namespace) -> Job:
             "runs with --ds-sequence-parallel-fpdt are planned here with --ds-sequence-parallel-fpdt-offloading only; "
             "add it"
         )
-    vocabulary = arguments.vocab_size or config.tokenizer.vocab_size or DEFAULT_VOCABULARY
+    vocabulary = arguments.vocab_size or vocabulary_of(config.tokenizer)
     validate(config, arguments.gpus, "cuda")
     return Job.of(config, arguments.gpus, pad_vocab_size(vocabulary, config.model.make_vocab_size_divisible_by))
+
+
+def vocabulary_of(tokenizer: TokenizerConfig) -> int:
+    """Ids of a run's tokenizer; a usual number, which is said, where its files are not here."""
+    try:
+        return tokenizer_of(tokenizer).vocab_size
+    except TokenizerError as error:
+        sys.stderr.write(
+            f"a vocabulary of {DEFAULT_VOCABULARY} tokens is assumed; --vocab-size before -- sets it: {error}\n"
+        )
+        return DEFAULT_VOCABULARY
 
 
 def figures_of(plan: Plan) -> dict[str, Any]:

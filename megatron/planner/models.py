@@ -32,6 +32,7 @@ _SHAPES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "llama-70b": (128256, 80, 8192, 64, _LLAMA | {"num_key_value_heads": 8, "ffn_hidden_size": 28672}),
 }
 MODEL_NAMES = tuple(_SHAPES)
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")  # model_type of a config.json whose blocks have LLaMA's sizes
 
 
 def named_model(name: str, seq_length: int) -> tuple[ModelConfig, int]:
@@ -55,6 +56,9 @@ def named_model(name: str, seq_length: int) -> tuple[ModelConfig, int]:
 def _from_hugging_face(path: Path, seq_length: int) -> tuple[ModelConfig, int]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content.get("model_type", "llama")
+        if kind not in _LIKE_LLAMA:
+            raise ValueError(f"model_type {kind!r} is none of {', '.join(_LIKE_LLAMA)}")
         heads = content["num_attention_heads"]
         model = ModelConfig(
             num_layers=content["num_hidden_layers"],

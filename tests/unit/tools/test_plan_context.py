@@ -72,6 +72,8 @@ def test_a_config_of_hugging_face_is_read(capsys, tmp_path):
         (["--model", "nothing"], "is neither a file nor one of gpt-1.3b"),
         (["--model", "llama-8b", "--backend", "cudnn", "--gpu", "A100-80GB"], "use one of torch-flash"),
         (["--gpus", "4", "--", "--num-layers", "2"], "--hidden-size"),
+        (["--model", "llama-8b", "--gpus", "4", "--chunk-size", "1001"], "use 1000 or 1004"),
+        (["--model", "llama-8b", "--gpus", "4", "--seq-length", "262145"], "use 262144 or 262148"),
         (["--gpus", "3", "--", *FLAGS], "--ds-sequence-parallel-size (4)"),
         (["--", *(flag for flag in FLAGS if flag != "--ds-sequence-parallel-fpdt-offloading")], "-fpdt-offloading"),
     ],
@@ -81,6 +83,35 @@ def test_what_cannot_be_planned_is_refused_in_one_line(argv, words, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert words in line
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_neox"])
+def test_a_config_of_another_architecture_is_refused(capsys, tmp_path, model_type):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 2, "hidden_size": 64,
+                                "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 1024}))  # fmt: skip
+    assert plan_context.main(["--model", str(path)]) == 2
+    assert f"model_type '{model_type}' is none of llama, mistral, qwen2, qwen3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--model", "llama-8b", "--gpus", "0"], "--gpus: '0' is not a whole number from 1 on"),
+        (["--model", "llama-8b", "--", *FLAGS], "--model before -- would be overruled"),
+        (["--zero-stage=1", "--seq-length", "8192", "--", *FLAGS], "--seq-length, --zero-stage before --"),
+    ],
+)
+def test_a_setting_that_would_not_count_is_refused(argv, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        plan_context.main(argv)
+    assert words in capsys.readouterr().err
+
+
+def test_the_folder_of_the_figures_is_made(tmp_path):
+    figures = tmp_path / "new" / "plan.json"
+    assert plan_context.main(["--model", "llama-8b", *FOUR_H100, "--json", str(figures)]) == 0
+    assert figures.is_file()
 
 
 def test_the_host_memory_of_this_machine_is_taken_when_asked_for(capsys, monkeypatch):
@@ -99,3 +130,18 @@ def test_the_published_table_is_the_one_in_the_docs(capsys):
     assert plan_context.main(["--published"]) == 0
     table = capsys.readouterr().out
     assert table in (TOOLS.parent / "docs" / "planner.md").read_text()
+
+
+def test_the_vocabulary_is_the_tokenizer_s_or_one_that_is_said_to_be_assumed(capsys, tmp_path):
+    flags, figures = FLAGS[: FLAGS.index("--tokenizer-type")], tmp_path / "plan.json"
+
+    def parameters(*tokenizer):
+        assert plan_context.main([*FOUR_H100, "--json", str(figures), "--", *flags, *tokenizer]) == 0
+        return json.loads(figures.read_text())["parameters"], capsys.readouterr().err
+
+    own, nothing = parameters("--tokenizer-type", "NullTokenizer", "--vocab-size", "100000")
+    assumed, said = parameters("--tokenizer-type", "HFTokenizer", "--tokenizer-model", "absent")
+    assert nothing == ""
+    assert "a vocabulary of 50304 tokens is assumed" in said
+    assert "--tokenizer-model (absent) does not exist" in said
+    assert own - assumed == 4096 * (100_096 - 50_304)
