@@ -74,8 +74,10 @@ def tokenizer_of(arguments: argparse.Namespace) -> Tokenizer:
 
 def _tokenizer_beside(folder: Path) -> TokenizerConfig:
     """What tells the tokenizer of the weights in a folder: its tokenizer.json, or the flags of their training."""
+    if not folder.is_dir():
+        raise TokenizerError(f"--load ({folder}) is no folder; name one with a checkpoint, weights or a model.")
     if (folder / "tokenizer.json").is_file():
-        return TokenizerConfig("HFTokenizer", tokenizer_model=str(folder / "tokenizer.json"))
+        return TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(folder / "tokenizer.json"))
     config = folder / CONFIG_FILE
     trained_with = read_json(config).get("tokenizer") if config.is_file() else None
     if trained_with is None:

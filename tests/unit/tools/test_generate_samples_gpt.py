@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 from tests.unit.tools.tool import run_tool
@@ -134,9 +137,26 @@ def test_without_flags_the_tokenizer_is_that_of_the_training(tmp_path: Path) -> 
     assert (tmp_path / "trained").read_text() == (tmp_path / "named").read_text()
 
 
+def test_without_flags_the_tokenizer_is_the_one_beside_the_weights(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    ids = {str(number): number for number in range(VOCAB - 1)} | {"<|endoftext|>": VOCAB - 1}
+    tokenizer = tokenizers.Tokenizer(WordLevel(ids, unk_token="0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    prompt = ["--prompt", "3 1 4", "--greedy", "--max-new-tokens", 4, "--output-format", "jsonl"]
+    for name, flags in (("beside", []), ("named", TOKENIZER)):
+        output = ["--sample-output-file", tmp_path / name]
+        assert run_tool(TOOL, "--load", tmp_path, *flags, *prompt, *output) == 0
+    beside, named = (json.loads((tmp_path / name).read_text()) for name in ("beside", "named"))
+    assert beside["tokens"] == named["tokens"]
+
+
 def test_without_a_tokenizer_or_a_model_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save("llama", tmp_path / "model")
     assert run_tool(TOOL, "--load", tmp_path / "model", "--prompt", "x") == 2
     assert "has no tokenizer.json; name the tokenizer by --tokenizer-type" in capsys.readouterr().err
+    assert run_tool(TOOL, "--load", tmp_path / "nothing", "--prompt", "1") == 2
+    assert f"--load ({tmp_path / 'nothing'}) is no folder" in capsys.readouterr().err
     assert run_tool(TOOL, "--load", tmp_path / "nothing", *TOKENIZER, "--prompt", "1") == 2
     assert "no weights" in capsys.readouterr().err
