@@ -13,6 +13,7 @@ folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 stages=(128k 1m)
 output=${OUTPUT:-runs/llama_8B_extended}
+if [[ -z ${OUTPUT:-} && ${MODEL_SCALE:-full} == tiny ]]; then output+=_tiny; fi # the full model does not go on from it
 load=${LOAD:-}
 
 for stage in "${stages[@]}"; do

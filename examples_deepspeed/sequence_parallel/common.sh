@@ -21,6 +21,9 @@ model_scale=${MODEL_SCALE:-full}
 program=pretrain_gpt.py
 needed=() # variables that a script cannot do without
 chunk_size=
+num_layers=
+hidden_size=
+num_attention_heads=
 ffn_hidden_size=
 num_key_value_heads=
 rotary_theta=
@@ -103,18 +106,22 @@ find_gpus() {
   launcher=(deepspeed --quiet)
   device=(--bf16 "--$attention")
   if [[ -n ${MASTER_PORT:-} ]]; then launcher+=(--master_port "$MASTER_PORT"); fi
+  if [[ -n ${HOSTFILE:-} && ! -f $hostfile ]]; then
+    give_up "HOSTFILE ($hostfile) is no file; name one with a line such as \"worker-1 slots=8\" for each machine"
+  fi
   if [[ -f $hostfile && $model_scale == full ]]; then
     while read -r line; do
       line=${line%%#*}
       if [[ $line =~ slots=([0-9]+) ]]; then slots+=("${BASH_REMATCH[1]}"); fi
     done <"$hostfile"
   fi
+  if [[ $model_scale == full ]] && ((${num_nodes:-1} > 1 && num_nodes > ${#slots[@]})); then
+    give_up "NUM_NODES ($num_nodes) is more than the ${#slots[@]} machines of $hostfile; use at most\
+ $((${#slots[@]} > 0 ? ${#slots[@]} : 1)), or name each machine in HOSTFILE"
+  fi
   if ((${#slots[@]} > 1)) && [[ ${num_nodes:-2} != 1 ]]; then
     gpus_per_node=${num_gpus:-${slots[0]}}
     num_nodes=${num_nodes:-${#slots[@]}}
-    if ((num_nodes > ${#slots[@]})); then
-      give_up "NUM_NODES ($num_nodes) is more than the ${#slots[@]} machines of $hostfile; use at most ${#slots[@]}"
-    fi
     for count in "${slots[@]:0:num_nodes}"; do
       if ((count < gpus_per_node)); then
         give_up "$hostfile has a machine with $count GPUs, and $gpus_per_node are to be used on each; set NUM_GPUS=$count"

@@ -78,6 +78,14 @@ def test_a_dry_run_prints_all_three_commands(tmp_path: Path, hf_model: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_the_sizes_at_full_scale_are_those_of_the_model(tmp_path: Path, hf_model: Path) -> None:
+    variables = settings(hf_model) | {"MODEL_SCALE": "full", "NUM_GPUS": "2", "DRY_RUN": "1", "PLAN_GPU": "H100"}
+    train = next(line for line in run(str(SCRIPT), tmp_path, **variables).splitlines() if "finetune_llama.py" in line)
+    words = shlex.split(train)
+    config = parse_args(words[words.index(str(REPOSITORY / "finetune_llama.py")) + 1 :])
+    assert (config.model.hidden_size, config.parallel.ds_sequence_parallel_size) == (32, 2)
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="HF_MODEL DATA_PATH TOKENIZER_MODEL not set"):
         run(str(SCRIPT), tmp_path)

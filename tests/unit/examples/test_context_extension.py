@@ -40,6 +40,15 @@ def test_each_stage_has_its_length_ranks_chunk_and_theta(tmp_path: Path) -> None
     assert {config.model.rope_scaling_type for config in configs} == {"none"}
 
 
+def test_a_tiny_extension_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    def folders(**variables: str) -> list[str | None]:
+        return [config.checkpoint.save for config in extension_configs(tmp_path, **variables)]
+
+    full, tiny = folders(DRY_RUN="1"), folders(DRY_RUN="1", MODEL_SCALE="tiny")
+    assert full == ["runs/llama_8B_extended/128k/checkpoints", "runs/llama_8B_extended/1m/checkpoints"]
+    assert tiny == [folder.replace("extended", "extended_tiny") for folder in full if folder]
+
+
 def test_theta_grows_as_the_context_does_by_the_rule_of_ntk_aware_scaling() -> None:
     for theta, factor in zip(THETAS, (16, 128), strict=True):
         assert theta == pytest.approx(5e5 * factor ** (128 / 126), rel=0.01)

@@ -122,6 +122,19 @@ def test_the_machines_of_a_hostfile_are_counted(tmp_path: Path) -> None:
     assert "use at most 3" in complaint(script, tmp_path, HOSTFILE=str(hosts), NUM_NODES="4", **PATHS)
 
 
+def test_machines_that_no_hostfile_names_are_refused(tmp_path: Path) -> None:
+    hosts = tmp_path / "hostfile"
+    message = complaint(ON_ALL_GPUS, tmp_path, HOSTFILE=str(hosts), **PATHS)
+    assert message.startswith(f"HOSTFILE ({hosts}) is no file; ")
+    hosts.write_text("localhost slots=4\n")
+    message = complaint(ON_ALL_GPUS, tmp_path, HOSTFILE=str(hosts), NUM_NODES="2", **PATHS)
+    assert message.strip() == (
+        f"NUM_NODES (2) is more than the 1 machines of {hosts}; use at most 1, or name each machine in HOSTFILE"
+    )
+    message = complaint(ON_ALL_GPUS, tmp_path, NUM_NODES="2", NUM_GPUS="4", **PATHS)
+    assert "is more than the 0 machines of /job/hostfile; use at most 1, or" in message
+
+
 def test_a_hostfile_of_one_machine_needs_no_ssh(tmp_path: Path) -> None:
     hosts = tmp_path / "hostfile"
     hosts.write_text("localhost slots=4\n")
