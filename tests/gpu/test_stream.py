@@ -23,7 +23,9 @@ def _no_function_falls_back_to_being_run_as_written(monkeypatch):
 
 
 def _config(length, **changes):
+    """By default with a kernel that gives the same bits each time, which flash-attn-4 does not."""
     values = {
+        "attention_backend": "cudnn",
         "num_layers": 2, "hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads":
         2, "seq_length": length, "use_rotary_position_embeddings": True, "normalization": "rmsnorm", "swiglu": True,
         "disable_bias_linear": True, "untie_embeddings_and_output_weights": True,
@@ -110,10 +112,11 @@ def test_bf16_documents_err_like_the_bf16_plain_model(backend):
     _, exact = _run(_model(exact_config, Execution(), torch.float64, weights), inputs)
     _, plain = _run(_model(exact_config, Execution(), weights=weights), inputs)
     on_device, offloaded = (_run(_model(config, execution, weights=weights), inputs)[1] for execution in SEPARATE)
-    assert differing(on_device, offloaded) == []
-    for name, gradient in offloaded.items():
-        error, allowed = ((g - exact[name]).norm() / exact[name].norm() for g in (gradient, plain[name]))
-        assert error <= 1.5 * allowed + 1e-3, f"{name}: {error} against {allowed}"
+    assert backend == "auto" or differing(on_device, offloaded) == []
+    for grads in (on_device, offloaded):
+        for name in grads:
+            error, allowed = ((g[name] - exact[name]).norm() / exact[name].norm() for g in (grads, plain))
+            assert error <= 1.5 * allowed + 1e-3, f"{name}: {error} against {allowed}"
 
 
 @pytest.mark.parametrize("backend", ["torch-flash", "auto"])
@@ -164,10 +167,10 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("recompute", ["mlp", "none"])
+@pytest.mark.parametrize("recompute", ["kv", "mlp", "none"])
 @pytest.mark.parametrize("execution", [ON_DEVICE, OFFLOADED], ids=["on-device", "offloaded"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_products_that_are_kept_change_no_bit(architecture, execution, recompute):
+def test_what_is_kept_changes_no_bit(architecture, execution, recompute):
     config, inputs = _config(1024 + 192, **ARCHITECTURES[architecture]), _inputs(1024 + 192, batch=2)
     loss, grads = _run(_model(config, ON_DEVICE, slice_length=96), inputs)
     model = _model(config, replace(execution, fpdt_recompute=recompute), slice_length=96)
@@ -177,7 +180,7 @@ def test_products_that_are_kept_change_no_bit(architecture, execution, recompute
         assert differing(grads, other_grads) == []
 
 
-@pytest.mark.parametrize("recompute", ["all", "none"])
+@pytest.mark.parametrize("recompute", ["kv", "all", "none"])
 def test_delays_in_every_stream_change_no_bit(monkeypatch, recompute):
     config, inputs = _config(1024 + 192), _inputs(1024 + 192)
     loss, grads = _run(_model(config, OFFLOADED, slice_length=96), inputs, steps=2)
@@ -188,7 +191,7 @@ def test_delays_in_every_stream_change_no_bit(monkeypatch, recompute):
     assert differing(grads, slow_grads) == []
 
 
-@pytest.mark.parametrize("recompute", ["all", "none"])
+@pytest.mark.parametrize("recompute", ["kv", "all", "none"])
 def test_the_host_never_waits_for_the_device(recompute):
     config, inputs = _config(1024), _inputs(1024)
     model = _model(config, replace(OFFLOADED, fpdt_recompute=recompute), slice_length=96)
@@ -199,6 +202,19 @@ def test_the_host_never_waits_for_the_device(recompute):
         _run(model, inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_sequence_of_another_length_takes_the_place_of_the_one_before():
+    short, long = _inputs(1024 + 192), _inputs(2048)
+    model = _model(_config(2048), OFFLOADED)
+    loss, grads = _run(model, long)
+    needed = model.execution.store.pool.peak_used_bytes
+    model = _model(_config(2048), replace(OFFLOADED, host_memory_bytes=needed), weights=model.state_dict())
+    _run(model, short)
+    other_loss, other_grads = _run(model, long)
+    assert model.execution.store.pool.allocated_bytes <= needed
+    assert torch.equal(loss, other_loss)
+    assert differing(grads, other_grads) == []
 
 
 def test_host_pool_allocates_in_the_first_step_only_and_exactly():
@@ -226,7 +242,7 @@ def _peak_bytes(length, recompute):
     return torch.cuda.max_memory_allocated() - base
 
 
-@pytest.mark.parametrize("recompute", ["all", "none"])
+@pytest.mark.parametrize("recompute", ["kv", "all", "none"])
 def test_peak_memory_does_not_grow_with_the_sequence(recompute):
     short, long = _peak_bytes(8 * 1024, recompute), _peak_bytes(64 * 1024, recompute)
     assert long <= 1.02 * short
