@@ -69,7 +69,8 @@ class Engine:
         # without a GPU, and leave 66 MB per rank in /dev/shm after every run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False)  # takes up torch's process group
-        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype) if self.zero_stage == 3 else nullcontext():
+        # Its dtype argument makes bf16 of fp32 on CPUs without fp16 (DeepSpeed 0.19.8); the settings say it as well.
+        with deepspeed.zero.Init(config_dict_or_path=settings) if self.zero_stage == 3 else nullcontext():
             model = build_model()
         if self.zero_stage == 3:
             set_z3_leaf_modules(model, list(leaf_modules))
