@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.arguments import parse_args
-from megatron.config import Config, ConfigError, TokenizerConfig, validate
+from megatron.config import Config, ConfigError, ModelConfig, TokenizerConfig, validate
 from megatron.core.host_memory import available_host_bytes
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
@@ -33,6 +33,7 @@ from megatron.planner.models import MODEL_NAMES, named_model
 from megatron.planner.plan import Plan
 from megatron.planner.published import published_table
 from megatron.tokenizer import TokenizerError, pad_vocab_size, tokenizer_of
+from megatron.weights.hugging_face import read_hugging_face_config
 
 DEFAULT_LENGTH = 262144
 DEFAULT_VOCABULARY = 50304
@@ -69,7 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", help=f"{', '.join(MODEL_NAMES)}, or the path of a Hugging Face config.json")
+    parser.add_argument("--model", help=f"{', '.join(MODEL_NAMES)}, or a Hugging Face folder or config.json")
     parser.add_argument("--vocab-size", type=count, help="tokens of the vocabulary, where the model does not say it")
     machine = parser.add_argument_group("machines")
     machine.add_argument("--gpus", type=count, default=1, help="all of them together [%(default)s]")
@@ -160,8 +161,20 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     return plan if chunk_is_given else plan.with_quickest_chunk()
 
 
+def model_called(name: str, seq_length: int) -> tuple[ModelConfig, int]:
+    """(the model, its vocabulary) of a name, or of a Hugging Face folder or its config.json."""
+    if name in MODEL_NAMES:
+        return named_model(name, seq_length)
+    if not Path(name).exists():
+        raise ConfigError(
+            f"--model ({name}) is neither a folder, nor a file, nor one of {', '.join(MODEL_NAMES)}; give one of them"
+        )
+    portable = read_hugging_face_config(Path(name))
+    return replace(portable.model, seq_length=seq_length, max_position_embeddings=seq_length), portable.vocab_size
+
+
 def job_of_model(arguments: argparse.Namespace) -> Job:
-    model, vocabulary = named_model(arguments.model, arguments.seq_length)
+    model, vocabulary = model_called(arguments.model, arguments.seq_length)
     shared = arguments.sequence_parallel or arguments.gpus
     return Job(
         model=model,

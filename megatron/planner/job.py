@@ -87,10 +87,17 @@ class Job:
         return self.padded_vocab_size * self.model.hidden_size
 
     @property
+    def position_parameters(self) -> int:
+        """Parameters of the position embedding; none where it is rotary."""
+        model = self.model
+        return 0 if model.use_rotary_position_embeddings else model.max_position_embeddings * model.hidden_size
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the model."""
         tables = 2 if self.model.untie_embeddings_and_output_weights else 1
-        return self.model.num_layers * self.block_parameters + tables * self.embedding_parameters
+        blocks = self.model.num_layers * self.block_parameters
+        return blocks + tables * self.embedding_parameters + self.position_parameters
 
     @property
     def global_tokens(self) -> int:

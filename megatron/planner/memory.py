@@ -83,7 +83,7 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
     return Memory(
         states=states.resting,
         step=states.step + hidden,  # the last chunk of a gradient is let go of by the next step
-        block=states.gradients + max(on_gpu + _block_parameters(job), _head_bytes(job)),
+        block=states.gradients + max(on_gpu + _block_parameters(job), _head_bytes(job), _embedding_bytes(job)),
         host_states=states.host,
         host_chunks=on_host,
         host_process=process,
@@ -110,7 +110,9 @@ def _states(job: Job) -> _States:
     bucket = HALF * min(REDUCE_BUCKET, parameters)
     weights = shard if job.zero_stage == 3 else whole
     if job.cpu_optimizer:
-        largest = HALF * job.embedding_parameters  # which passes through a buffer on either side
+        largest = HALF * max(
+            job.embedding_parameters, job.position_parameters
+        )  # which passes through a buffer on either side
         buffers = bucket if job.zero_stage == 3 else largest
         gradients = (0 if job.zero_stage >= 2 else whole) + (0 if job.zero_stage == 3 else bucket)
         # Weights, gradients and weights in half precision are pinned, Adam's moments are not.
@@ -132,9 +134,10 @@ def _pinned_bytes(num_bytes: int) -> int:
 def _step_group(job: Job) -> int:
     """Parameters of a rank that ZeRO-3 steps at once: one after the other until there are enough."""
     matrix = job.block_parameters // MATRICES
-    tables = [job.embedding_parameters] * (2 if job.model.untie_embeddings_and_output_weights else 1)
+    tables = [job.embedding_parameters, job.position_parameters]
+    output = [job.embedding_parameters] * job.model.untie_embeddings_and_output_weights
     largest = group = 0
-    for size in [*tables[:1], *[matrix] * (MATRICES * job.model.num_layers), *tables[1:]]:
+    for size in [*tables, *[matrix] * (MATRICES * job.model.num_layers), *output]:
         group += size // job.num_gpus
         largest = max(largest, group)
         if group >= STEP_GROUP:
@@ -150,9 +153,20 @@ def _block_parameters(job: Job) -> int:
 
 def _head_bytes(job: Job) -> int:
     """Output layer whole, its gradient summed, a tile of logits, and the chunks that travel."""
-    gathered = HALF * job.embedding_parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
     hidden, _, _ = _chunk_bytes(job.shape)
-    return gathered + (SUM + HALF) * job.embedding_parameters + LOGITS + 6 * hidden
+    return _table_bytes(job, job.embedding_parameters) + LOGITS + 6 * hidden
+
+
+def _embedding_bytes(job: Job) -> int:
+    """Words and learned positions whole, their gradients summed, and the chunks that travel."""
+    hidden, _, _ = _chunk_bytes(job.shape)
+    return _table_bytes(job, job.embedding_parameters + job.position_parameters) + 6 * hidden
+
+
+def _table_bytes(job: Job, parameters: int) -> int:
+    """Tables while they are whole, with their gradients and the sums of these."""
+    gathered = HALF * parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
+    return gathered + (SUM + HALF) * parameters
 
 
 def kept_on_gpu_bytes(job: Job, tier: int) -> int:

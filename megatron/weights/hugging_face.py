@@ -119,11 +119,11 @@ def from_hugging_face(
 
 
 def read_hugging_face_config(source: Path, make_vocab_size_divisible_by: int = 1) -> PortableConfig:
-    """What portable weights made of a Hugging Face folder are described by. Reads config.json alone.
+    """What portable weights made of a Hugging Face model are described by. Reads config.json alone, or the folder's.
 
     WeightsError if the model is not supported.
     """
-    config = read_json(source / CONFIG_FILE)
+    config = read_json(source if source.is_file() else source / CONFIG_FILE)
     model = model_of(family_of(config.get("model_type")).model_fields(config))
     vocab_size = required(config, "vocab_size")
     if type(vocab_size) is not int or vocab_size < 1:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.common import Geometry
-from megatron.config import ConfigError
 from megatron.fpdt.memory_model import StreamShape
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
@@ -243,14 +242,22 @@ def test_what_fits_needs_no_advice():
     assert plan_of().advice() == []
 
 
-def test_every_named_model_is_planned_and_others_are_refused(tmp_path):
-    for name in MODEL_NAMES:
-        assert 0.2 < plan_of(name, 1, chunk=2**15, machines=H100).mfu < 0.7
-    with pytest.raises(ConfigError, match=r"--model \(llama-9b\) is neither a file nor one of gpt-1\.3b"):
-        named_model("llama-9b", 8)
-    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
-    with pytest.raises(ConfigError, match="num_attention_heads"):
-        named_model(str(tmp_path / "config.json"), 8)
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_every_named_model_is_planned(name):
+    assert 0.2 < plan_of(name, 1, chunk=2**15, machines=H100).mfu < 0.7
+
+
+def test_learned_positions_are_a_table_as_long_as_the_sequence():
+    rotary = plan_of("gpt-6.7b", 4)
+    learned = rotary.with_job(
+        replace(rotary.job, model=replace(rotary.job.model, use_rotary_position_embeddings=False))
+    )
+    table = rotary.job.model.seq_length * 4096
+    assert learned.job.num_parameters - rotary.job.num_parameters == table
+    assert learned.memory.states - rotary.memory.states >= 14 * table // 4  # weights and optimizer states of ZeRO-3
+    twice = learned.with_job(learned.job.at(2 * rotary.job.model.seq_length))
+    assert twice.job.position_parameters == 2 * table
+    assert twice.memory.block > learned.memory.block
 
 
 def test_every_published_row_has_a_plan_that_fits_its_gpus():

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from tests.unit.tools.tool import TOOLS, load_tool
 
@@ -54,22 +56,36 @@ def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys):
         assert capsys.readouterr().out == planned
 
 
-def test_a_config_of_hugging_face_is_read(capsys, tmp_path):
-    path = tmp_path / "config.json"
-    llama = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-             "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
-    path.write_text(json.dumps(llama))
-    assert plan_context.main(["--model", str(path), *FOUR_H100]) == 0
+@pytest.mark.parametrize("named", ["config.json", "."])
+def test_a_model_of_hugging_face_is_read(capsys, tmp_path, named):
+    LlamaConfig(
+        num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert plan_context.main(["--model", str(tmp_path / named), *FOUR_H100]) == 0
     from_file = capsys.readouterr().out
     assert plan_context.main(["--model", "llama-8b", *FOUR_H100]) == 0
     assert capsys.readouterr().out == from_file
 
 
 @pytest.mark.parametrize(
+    "config", [each(vocab_size=1024, num_hidden_layers=2) for each in (GPT2Config, GPTNeoXConfig, Qwen2Config)]
+)
+def test_a_model_of_any_family_has_its_parameters(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    figures = tmp_path / "plan.json"
+    length = str(config.max_position_embeddings)
+    assert plan_context.main(["--model", str(tmp_path), "--seq-length", length, "--json", str(figures)]) == 0
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config)
+    assert json.loads(figures.read_text())["parameters"] == pytest.approx(theirs.num_parameters(), rel=0.002)
+
+
+@pytest.mark.parametrize(
     "argv, words",
     [
         (["--model", "llama-8b", "--gpus", "4", "--sequence-parallel", "3"], "use one of 1, 2, 4"),
-        (["--model", "nothing"], "is neither a file nor one of gpt-1.3b"),
+        (["--model", "nothing"], "is neither a folder, nor a file, nor one of gpt-1.3b"),
         (["--model", "llama-8b", "--backend", "cudnn", "--gpu", "A100-80GB"], "use one of torch-flash"),
         (["--gpus", "4", "--", "--num-layers", "2"], "--hidden-size"),
         (["--model", "llama-8b", "--gpus", "4", "--chunk-size", "1001"], "use 1000 or 1004"),
@@ -85,13 +101,14 @@ def test_what_cannot_be_planned_is_refused_in_one_line(argv, words, capsys):
     assert words in line
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_neox"])
-def test_a_config_of_another_architecture_is_refused(capsys, tmp_path, model_type):
+@pytest.mark.parametrize("content, words", [
+    ({"model_type": "mixtral"}, "model_type 'mixtral', and llama, mistral"), ({}, "model_type None"),
+])  # fmt: skip
+def test_a_config_of_another_architecture_is_refused(capsys, tmp_path, content, words):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 2, "hidden_size": 64,
-                                "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 1024}))  # fmt: skip
+    path.write_text(json.dumps(content))
     assert plan_context.main(["--model", str(path)]) == 2
-    assert f"model_type '{model_type}' is none of llama, mistral, qwen2, qwen3" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
