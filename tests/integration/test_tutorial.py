@@ -34,6 +34,8 @@ SHORTER = {
     "--trials": {"2": "1"},
     "--depths": {"5": "2"},
 }
+# As many processes as GPUs, where there are some.
+RANKS = "ranks=1" if torch.cuda.device_count() == 1 else "ranks=2"
 INSTALL_NOTHING = {"MAKEFLAGS": "--dry-run", "PIP_NO_INDEX": "1"}
 MARK = "--- block"
 
@@ -63,6 +65,7 @@ class Walk:
 def shortened(block: str) -> str:
     """The block with the lengths that a test can wait for."""
     flags = "|".join(SHORTER)
+    block = block.replace("ranks=2", RANKS)
     return re.sub(rf"({flags}) (\S+)", lambda match: f"{match[1]} {SHORTER[match[1]][match[2]]}", block)
 
 
