@@ -17,10 +17,10 @@ mkdir -p "$OUT"
 # No answer stands at the end of a chunk, where the control has learned that a document ends.
 SEQ_LEN=${SEQ_LEN:-128}
 CHUNK_SIZE=${CHUNK_SIZE:-32}
-read -ra lengths <<<"${LENGTHS:-28 60 92 124 188}"
+read -ra lengths <<<"${LENGTHS:-28 60 92 124 156}"
 
 # --- the training ------------------------------------------------------------------------------------------------------
-TRAIN_ITERS=${TRAIN_ITERS:-400}
+TRAIN_ITERS=${TRAIN_ITERS:-500}
 BATCH_SIZE=${BATCH_SIZE:-16}
 LR=${LR:-5e-3}
 
@@ -43,7 +43,7 @@ training=(
   --global-batch-size "$BATCH_SIZE"
   --train-iters "$TRAIN_ITERS"
   --lr "$LR"
-  --lr-decay-style constant
+  --lr-decay-style linear
   --lr-warmup-iters 30
   --weight-decay 0.1
   --adam-beta2 0.95
