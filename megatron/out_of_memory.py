@@ -13,7 +13,6 @@ from megatron.config import Config
 from megatron.core.host_memory import available_host_bytes
 from megatron.engine.engine import Engine
 from megatron.execution import plan_of_run
-from megatron.fpdt.memory_model import thriftiest
 from megatron.fpdt.stream import Stream
 from megatron.initialize import GIB, Context
 from megatron.planner.plan import Plan
@@ -128,12 +127,14 @@ def suggestions(plan: Plan | None, memory: str) -> list[str]:
     if memory == "GPU" and job.streamed and smaller.memory.gpu < plan.memory.gpu:
         needs, instead = _gib(smaller.memory.gpu_with_overhead), _gib(plan.memory.gpu_with_overhead)
         lines.append(f"{CHUNK_SIZE} {smaller.job.chunk_length} needs {needs} of GPU memory instead of {instead}")
-    recompute, interval = thriftiest(job.shape)
-    thriftier = plan.with_job(replace(job, recompute=recompute, checkpoint_interval=interval))
+    thriftier = plan.thriftiest()
     if memory == "host" and job.streamed and thriftier.memory.host < plan.memory.host:
         needs, instead = _gib(thriftier.memory.host), _gib(plan.memory.host)
-        flags = f"--ds-sequence-parallel-fpdt-recompute {recompute} --ds-sequence-parallel-fpdt-checkpoint-interval"
-        lines.append(f"{flags} {interval} needs {needs} of host memory instead of {instead}")
+        kept = thriftier.job
+        flags = (
+            f"--ds-sequence-parallel-fpdt-recompute {kept.recompute} --ds-sequence-parallel-fpdt-checkpoint-interval"
+        )
+        lines.append(f"{flags} {kept.checkpoint_interval} needs {needs} of host memory instead of {instead}")
     return [*lines, f"--seq-length {job.model.seq_length // 2} needs about half of what grows with the sequence"]
 
 

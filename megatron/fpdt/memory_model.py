@@ -182,7 +182,8 @@ def choose_what_is_kept(
     if recompute is not None:
         choices = [(recompute, each) for each in intervals]
     else:
-        products = [each for each in KEEPING_PRODUCTS if _may_keep(shape, each, intervals[0], budget_bytes)]
+        keeps_inputs = intervals[0] == 1
+        products = [each for each in KEEPING_PRODUCTS if keeps_inputs and _may_keep(shape, each, budget_bytes)]
         # Keys and values take much less time to make anew than inputs, for the bytes that it saves.
         choices = [*((each, 1) for each in products), ("all", intervals[0]), *(("kv", each) for each in intervals)]
 
@@ -220,6 +221,6 @@ def longest_sequence(shape: StreamShape, budget_bytes: int) -> int:
     return low * shortest
 
 
-def _may_keep(shape: StreamShape, products: Recompute, interval: int, budget_bytes: int) -> bool:
+def _may_keep(shape: StreamShape, products: Recompute, budget_bytes: int) -> bool:
     fits = shape.tier_bytes(1, products) <= int(budget_bytes * _SHARE_WITH_PRODUCTS)
-    return interval == 1 and fits and shape.hides_the_link(products)
+    return fits and shape.hides_the_link(products)

@@ -83,7 +83,7 @@ class Job:
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the word embedding, or of the output layer."""
+        """Parameters of the word embedding, and of an output layer of its own."""
         return self.padded_vocab_size * self.model.hidden_size
 
     @property
@@ -93,11 +93,15 @@ class Job:
         return 0 if model.use_rotary_position_embeddings else model.max_position_embeddings * model.hidden_size
 
     @property
+    def output_parameters(self) -> int:
+        """Parameters of the output layer; none where they are the word embedding's."""
+        return self.embedding_parameters if self.model.untie_embeddings_and_output_weights else 0
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the model."""
-        tables = 2 if self.model.untie_embeddings_and_output_weights else 1
         blocks = self.model.num_layers * self.block_parameters
-        return blocks + tables * self.embedding_parameters + self.position_parameters
+        return self.embedding_parameters + self.position_parameters + blocks + self.output_parameters
 
     @property
     def global_tokens(self) -> int:

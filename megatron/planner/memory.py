@@ -110,9 +110,8 @@ def _states(job: Job) -> _States:
     bucket = HALF * min(REDUCE_BUCKET, parameters)
     weights = shard if job.zero_stage == 3 else whole
     if job.cpu_optimizer:
-        largest = HALF * max(
-            job.embedding_parameters, job.position_parameters
-        )  # which passes through a buffer on either side
+        # The largest table passes through a buffer on either side.
+        largest = HALF * max(job.embedding_parameters, job.position_parameters)
         buffers = bucket if job.zero_stage == 3 else largest
         gradients = (0 if job.zero_stage >= 2 else whole) + (0 if job.zero_stage == 3 else bucket)
         # Weights, gradients and weights in half precision are pinned, Adam's moments are not.
@@ -135,9 +134,8 @@ def _step_group(job: Job) -> int:
     """Parameters of a rank that ZeRO-3 steps at once: one after the other until there are enough."""
     matrix = job.block_parameters // MATRICES
     tables = [job.embedding_parameters, job.position_parameters]
-    output = [job.embedding_parameters] * job.model.untie_embeddings_and_output_weights
     largest = group = 0
-    for size in [*tables, *[matrix] * (MATRICES * job.model.num_layers), *output]:
+    for size in [*tables, *[matrix] * (MATRICES * job.model.num_layers), job.output_parameters]:
         group += size // job.num_gpus
         largest = max(largest, group)
         if group >= STEP_GROUP:
@@ -146,27 +144,30 @@ def _step_group(job: Job) -> int:
 
 
 def _block_parameters(job: Job) -> int:
-    """Weights of a block and of the next while they are whole, and the sums of the block's gradients."""
-    gathered = 2 * HALF * job.block_parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
-    return gathered + (SUM + HALF) * job.block_parameters
+    """A block's weights while they are whole, its gradients and their sums, and the next block's weights."""
+    return _whole_bytes(job, job.block_parameters) + _gathered_bytes(job, job.block_parameters)
 
 
 def _head_bytes(job: Job) -> int:
     """Output layer whole, its gradient summed, a tile of logits, and the chunks that travel."""
     hidden, _, _ = _chunk_bytes(job.shape)
-    return _table_bytes(job, job.embedding_parameters) + LOGITS + 6 * hidden
+    return _whole_bytes(job, job.embedding_parameters) + LOGITS + 6 * hidden
 
 
 def _embedding_bytes(job: Job) -> int:
     """Words and learned positions whole, their gradients summed, and the chunks that travel."""
     hidden, _, _ = _chunk_bytes(job.shape)
-    return _table_bytes(job, job.embedding_parameters + job.position_parameters) + 6 * hidden
+    return _whole_bytes(job, job.embedding_parameters + job.position_parameters) + 6 * hidden
 
 
-def _table_bytes(job: Job, parameters: int) -> int:
-    """Tables while they are whole, with their gradients and the sums of these."""
-    gathered = HALF * parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
-    return gathered + (SUM + HALF) * parameters
+def _whole_bytes(job: Job, parameters: int) -> int:
+    """Weights while they are whole, with their gradients and the sums of these."""
+    return _gathered_bytes(job, parameters) + (SUM + HALF) * parameters
+
+
+def _gathered_bytes(job: Job, parameters: int) -> int:
+    """What ZeRO-3 gathers of weights that are partitioned."""
+    return HALF * parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
 
 
 def kept_on_gpu_bytes(job: Job, tier: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from megatron.fpdt.memory_model import thriftiest
 from megatron.planner.hardware import GIB, TERA, Machines
 from megatron.planner.job import Job
 from megatron.planner.memory import FRAGMENTATION, Memory, memory_of
@@ -62,6 +63,11 @@ class Plan:
     def with_job(self, job: Job) -> Plan:
         """The same machines and kernel with another job."""
         return replace(self, job=job)
+
+    def thriftiest(self) -> Plan:
+        """The same, keeping as little on the host as it can."""
+        recompute, interval = thriftiest(self.job.shape)
+        return self.with_job(replace(self.job, recompute=recompute, checkpoint_interval=interval))
 
     def longest_context(self) -> int:
         """Tokens of the longest sequence that fits, 0 where none does."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from megatron.fpdt.memory_model import thriftiest
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import named_model
@@ -72,11 +71,9 @@ def published_table() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in PUBLISHED:
         plan = plan_published(row)
-        recompute, interval = thriftiest(plan.job.shape)
-        least = plan.with_job(replace(plan.job, recompute=recompute, checkpoint_interval=interval))
         gpu = f"{plan.memory.gpu_with_overhead / GIB:.0f}" + ("" if plan.fits_gpu else " (does not fit)")
         yield (
             f"| {row.source} | {row.model} | {row.num_gpus} {row.gpu} | {row.length:,} | {row.figure} | {gpu} | "
-            f"{least.memory.host / GIB:.0f} to {plan.memory.host / GIB:.0f} | {plan.speed.step:.0f} | "
+            f"{plan.thriftiest().memory.host / GIB:.0f} to {plan.memory.host / GIB:.0f} | {plan.speed.step:.0f} | "
             f"{plan.tokens_per_second_per_gpu:.1f} | {plan.mfu:.1%} |"
         )

@@ -119,8 +119,9 @@ def from_hugging_face(
 
 
 def read_hugging_face_config(source: Path, make_vocab_size_divisible_by: int = 1) -> PortableConfig:
-    """What portable weights made of a Hugging Face model are described by. Reads config.json alone, or the folder's.
+    """What portable weights made of a Hugging Face model are described by.
 
+    `source` is its folder or its config.json, which alone is read.
     WeightsError if the model is not supported.
     """
     config = read_json(source if source.is_file() else source / CONFIG_FILE)
