@@ -23,6 +23,10 @@ read -ra lengths <<<"${LENGTHS:-28 60 92 124 156}"
 TRAIN_ITERS=${TRAIN_ITERS:-500}
 BATCH_SIZE=${BATCH_SIZE:-16}
 LR=${LR:-5e-3}
+SEED=${SEED:-1234}
+
+# --- the search --------------------------------------------------------------------------------------------------------
+TRIALS=${TRIALS:-8} # needles at each length and depth
 
 ids=(--vocab-size 32)
 chunks=(--ds-sequence-parallel-fpdt-chunk-size "$CHUNK_SIZE" --ds-sequence-parallel-fpdt-offloading)
@@ -42,6 +46,7 @@ training=(
   --micro-batch-size "$BATCH_SIZE"
   --global-batch-size "$BATCH_SIZE"
   --train-iters "$TRAIN_ITERS"
+  --seed "$SEED"
   --lr "$LR"
   --lr-decay-style linear
   --lr-warmup-iters 30
@@ -64,7 +69,7 @@ train_and_ask() {
     --tokenizer-type NullTokenizer "${ids[@]}" --data-path "$OUT/$name/data" --split 100,0,0 \
     --save "$OUT/$name/checkpoints" "${training_flags[@]}"
   python "$repository/tools/eval_long_context.py" needle --load "$OUT/$name/checkpoints" \
-    --tokenizer-type NullTokenizer "${ids[@]}" "${chunks[@]}" --lengths "${lengths[@]}" --depths 5 --trials 8 \
+    --tokenizer-type NullTokenizer "${ids[@]}" "${chunks[@]}" --lengths "${lengths[@]}" --depths 5 --trials "$TRIALS" \
     --output-dir "$OUT/$name" "${search[@]}"
 }
 
