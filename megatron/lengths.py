@@ -5,28 +5,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config import Config, accumulation_steps, global_batch_size
+from megatron.train_state import TrainState
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long the training is, in steps and samples."""
+    """How long the training is, in steps and samples.
+
+    `ends_by` is the flag that ends it at iteration `iterations`, with its value.
+    """
 
     global_batch_size: int
     num_microbatches: int
     iterations: int
+    ends_by: str
 
     @classmethod
-    def of(cls, config: Config, world_size: int) -> Lengths:
-        """Derive them from the configuration's iterations, samples or tokens."""
-        training, batch = config.training, global_batch_size(config, world_size)
-        samples = training.train_samples or (training.train_tokens or 0) // config.model.seq_length
-        return cls(batch, accumulation_steps(config, world_size), training.train_iters or samples // batch)
+    def of(cls, config: Config, world_size: int, state: TrainState) -> Lengths:
+        """Plan what `state`, the counts of the run so far, leaves of the budgets; the one spent first ends the run.
 
-    def num_samples(self, config: Config, left_out: int) -> tuple[int, int, int]:
-        """Samples that training, validation and test will take at most, beside those `left_out` so far."""
-        training, checkpoint = config.training, config.checkpoint
-        rolled_back = (checkpoint.rollback_on_loss_spike or 0) * (checkpoint.save_interval or 0)
-        evaluations = self.iterations // training.eval_interval + 1
-        per_evaluation = training.eval_iters * self.global_batch_size
-        training_samples = left_out + (self.iterations + rolled_back) * self.global_batch_size
-        return training_samples, evaluations * per_evaluation, per_evaluation
+        A budget is never exceeded: samples that do not fill a global batch are left.
+        """
+        training, batch = config.training, global_batch_size(config, world_size)
+        budgets = (
+            ("--train-iters", training.train_iters, state.iteration, 1),
+            ("--train-samples", training.train_samples, state.consumed_samples, batch),
+            ("--train-tokens", training.train_tokens, state.consumed_tokens, batch * config.model.seq_length),
+        )
+        steps, ends_by = min(
+            (max(budget - consumed, 0) // per_step, f"{flag} ({budget})")
+            for flag, budget, consumed, per_step in budgets
+            if budget is not None
+        )
+        return cls(batch, accumulation_steps(config, world_size), state.iteration + steps, ends_by)
+
+    def left(self, state: TrainState) -> str:
+        """Say what is left from `state` on."""
+        steps = self.iterations - state.iteration
+        iterations = "1 iteration" if steps == 1 else f"{steps} iterations"
+        return (
+            f"{self.ends_by} leaves {iterations} of {self.global_batch_size} samples; consumed so far: "
+            f"{state.iteration} iterations, {state.consumed_samples} samples, {state.consumed_tokens} tokens"
+        )
+
+    def num_samples(self, config: Config, state: TrainState) -> tuple[int, int, int]:
+        """Samples that training, validation and test take at most: training from `state` on, with rollbacks to come.
+
+        Every evaluation reads the same samples.
+        """
+        checkpoint = config.checkpoint
+        rollbacks = max((checkpoint.rollback_on_loss_spike or 0) - state.rollbacks, 0)
+        steps = self.iterations - state.iteration + rollbacks * (checkpoint.save_interval or 0)
+        evaluated = config.training.eval_iters * self.global_batch_size
+        return state.data_samples + steps * self.global_batch_size, evaluated, evaluated

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpointing import check_checkpoint, find_checkpoint
+from megatron.checkpointing import check_checkpoint, find_checkpoint, saved_state
 from megatron.config import Config, ConfigError, global_batch_size
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.splits import parse_data_paths
@@ -19,6 +19,7 @@ from megatron.logging.writers import require_wandb
 from megatron.ops.attention import choose_backend
 from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.tokenizer import Tokenizer, pad_vocab_size, tokenizer_of
+from megatron.train_state import TrainState
 
 DataCheck = Callable[[Config, Tokenizer], None]
 
@@ -40,14 +41,15 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
     Raises ConfigError, TokenizerError, DataError, CheckpointError or AttentionUnavailable.
     """
     model = config.model
-    batch_size = global_batch_size(config, world_size)
-    LearningRateSchedule.from_config(config.optimizer, config.training, batch_size, model.seq_length)
+    checkpoint = find_checkpoint(config.checkpoint)
+    state = TrainState() if checkpoint is None else saved_state(checkpoint, config)
+    state.start(global_batch_size(config, world_size), model.seq_length)
+    LearningRateSchedule.from_config(config.optimizer, config.training, state.course)
     device, dtype = torch.device(device_type()), number_format(config)
     choose_backend(model.attention_backend, device, dtype, model.kv_channels, config.data.reset_attention_mask)
     tokenizer = tokenizer_of(config.tokenizer)
     check_data(config, tokenizer)
     padded_vocab_size = pad_vocab_size(tokenizer.vocab_size, model.make_vocab_size_divisible_by)
-    checkpoint = find_checkpoint(config.checkpoint)
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
     folders = {

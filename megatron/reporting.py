@@ -16,6 +16,7 @@ from megatron.config import Config
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.stream import Stream
 from megatron.initialize import GIB, Context
+from megatron.lengths import Lengths
 from megatron.logging.accounting import (
     flops_of_checkpointing,
     flops_of_streaming,
@@ -47,11 +48,9 @@ class Reporter:
         context: Context,
         writer: MetricWriter,
         padded_vocab_size: int,
-        train_iterations: int,
         stream: Stream,
     ) -> None:
         self._config, self._context, self._writer = config, context, writer
-        self._train_iterations = train_iterations
         self._padded_vocab_size, self._stream = padded_vocab_size, stream
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
@@ -82,7 +81,7 @@ class Reporter:
         self,
         state: TrainState,
         learning_rate: float,
-        global_batch_size: int,
+        lengths: Lengths,
         loss_scale: float,
         grad_norm: float | None,
     ) -> None:
@@ -98,7 +97,7 @@ class Reporter:
         attention_share = statistics.mean(self._attention_shares)
         useful = model_flops(model, self._padded_vocab_size, model.seq_length, attention_share)
         speed = throughput(
-            tokens=global_batch_size * model.seq_length,
+            tokens=lengths.global_batch_size * model.seq_length,
             seq_length=model.seq_length,
             seconds=seconds,
             num_gpus=self._context.parallel_state.world_size,
@@ -108,12 +107,12 @@ class Reporter:
         )
         record = IterationRecord(
             iteration=state.iteration,
-            train_iterations=self._train_iterations,
+            train_iterations=lengths.iterations,
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
             milliseconds=seconds * 1e3,
             learning_rate=learning_rate,
-            global_batch_size=global_batch_size,
+            global_batch_size=lengths.global_batch_size,
             loss=statistics.fmean(finite) if finite else None,
             loss_scale=loss_scale,
             grad_norm=grad_norm,

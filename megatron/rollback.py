@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from megatron.checkpointing import choose_checkpoint, load_checkpoint
-from megatron.config import Config
+from megatron.config import Config, global_batch_size
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
 from megatron.logging.loss_watch import LossWatch
@@ -60,7 +60,8 @@ class Rollback:
                 f"{reason}; --save ({self._config.checkpoint.save}) has no checkpoint of this run to go back to yet: "
                 "lower --lr, or --save-interval."
             )
-        saved.start_data(self._config.model.seq_length)
+        world_size = self._context.parallel_state.world_size
+        saved.start(global_batch_size(self._config, world_size), self._config.model.seq_length)
         first = saved.data_samples
         saved.leave_out_data_of(state)
         self._watch.forget_after(saved.iteration)

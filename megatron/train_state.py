@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from megatron.core.course import Course
 
 
 @dataclass
 class TrainState:
     """How far a run has come. `data_samples` is the position in the data of the present sequence length.
 
-    Samples that a rollback left out are in it, and in `left_out_samples`; they are not consumed.
+    Samples that a rollback left out are in it, and in `left_out_samples`; they are not consumed. `changes` holds the
+    iterations, samples and tokens consumed at each change of the global batch or the sequence length. A checkpoint
+    written before there were `global_batch_size` and `changes` counts as a run of one batch, its mean.
     """
 
     iteration: int = 0
@@ -22,6 +26,8 @@ class TrainState:
     nan_iterations: int = 0
     left_out_samples: int = 0
     rollbacks: int = 0
+    global_batch_size: int = 0
+    changes: list[list[int]] = field(default_factory=list)
 
     def advance(self, samples: int, seq_length: int) -> None:
         """Count one step."""
@@ -30,16 +36,40 @@ class TrainState:
         self.consumed_tokens += samples * seq_length
         self.data_samples += samples
 
-    def start_data(self, seq_length: int) -> bool:
-        """Take the data up at `seq_length`; another length than before starts at its first sample, and returns True."""
-        changed = self.seq_length not in (0, seq_length)
-        if changed:
+    def start(self, global_batch_size: int, seq_length: int) -> list[str]:
+        """Continue with this batch and length; returns what is different from before, a line each.
+
+        The data of another length than before start at their first sample.
+        """
+        mean_batch = self.consumed_samples // self.iteration if self.iteration else 0
+        batch_before, length_before = self.global_batch_size or mean_batch, self.seq_length
+        differences = []
+        if batch_before not in (0, global_batch_size):
+            differences.append(
+                f"the global batch ({global_batch_size} sequences) differs from the checkpoint's ({batch_before}): "
+                "--train-samples and --train-tokens stay what they are, in iterations of another size; "
+                f"--global-batch-size {batch_before} continues with the old one"
+            )
+        if length_before not in (0, seq_length):
             self.data_samples = 0
-        self.seq_length = seq_length
-        return changed
+            differences.append(
+                f"--seq-length ({seq_length}) differs from the checkpoint's ({length_before}): the data start again at "
+                "their first sample"
+            )
+        if self.iteration and (self.global_batch_size, self.seq_length) != (global_batch_size, seq_length):
+            self.changes.append([self.iteration, self.consumed_samples, self.consumed_tokens])
+        self.global_batch_size, self.seq_length = global_batch_size, seq_length
+        return differences
+
+    @property
+    def course(self) -> Course:
+        """The counts of the run so far, and ahead at the present batch and length."""
+        straight = Course.straight(self.global_batch_size, self.seq_length)
+        changes = tuple((iterations, samples, tokens) for iterations, samples, tokens in self.changes)
+        return Course((*straight.corners, *changes), straight.step)
 
     def leave_out_data_of(self, state: TrainState) -> None:
-        """Go on from this state, which was saved before, behind the data that a run has read up to `state`."""
+        """Continue from this state, which was saved before, behind the data that a run has read up to `state`."""
         self.left_out_samples += state.data_samples - self.data_samples
         self.data_samples = state.data_samples
         self.rollbacks = state.rollbacks + 1

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.batch import Batch, BatchProvider, ModelInputs
-from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint, saved_state
-from megatron.config import Config, deepspeed_config
+from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint, starting_state
+from megatron.config import Config, deepspeed_config, default_batch_notes
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.prefetch import Prefetcher
 from megatron.data.samplers import BatchSampler
@@ -74,14 +74,16 @@ def pretrain(
 
     `ledger` is shown what holds memory.
     """
-    for note in config.notes:
+    world_size = context.parallel_state.world_size
+    for note in (*config.notes, *default_batch_notes(config, world_size)):
         context.log.info("note: %s", note)
     checkpoint = choose_checkpoint(config.checkpoint, context)
     if checkpoint is not None:
-        check_checkpoint(checkpoint, config, context.parallel_state.world_size, padded_vocab_size)
-    lengths = Lengths.of(config, context.parallel_state.world_size)
-    left_out = 0 if checkpoint is None else saved_state(checkpoint, config).left_out_samples
-    datasets = provide_datasets(lengths.num_samples(config, left_out))
+        check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
+    state = starting_state(checkpoint, config, context)
+    lengths = Lengths.of(config, world_size, state)
+    context.log.info("training to iteration %d: %s", lengths.iterations, lengths.left(state))
+    datasets = provide_datasets(lengths.num_samples(config, state))
     wanted = parse_split(config.data.split)[1:]
     for part, share, data in zip(("validation", "test"), wanted, datasets[1:], strict=True):
         if data is None and share and config.training.eval_iters:
@@ -107,24 +109,21 @@ def pretrain(
     stream: Stream = execution.stream
     stream.whole_parameters = engine.whole_parameters
     ledger.engine, ledger.stream = engine, stream
-    state = TrainState()
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, engine, context, config)
+        load_checkpoint(checkpoint, engine, context, config)
         context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
-    if state.start_data(config.model.seq_length):
-        context.log.warning("--seq-length differs from the checkpoint's: the data start again at their first sample")
     finite_check = None
     if not config.training.no_check_for_nan_in_loss_and_grad:
         finite_check = FiniteCheck(stream, engine.module, engine.weights_not_finite, config.model.seq_length)
     writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
-    reporter = Reporter(config, context, writer, padded_vocab_size, lengths.iterations, stream)
+    reporter = Reporter(config, context, writer, padded_vocab_size, stream)
     try:
         run = Training(
             config,
             context,
-            lengths,
             engine,
             stream,
+            provide_datasets,
             datasets,
             provide_batch,
             reporter,
@@ -168,9 +167,9 @@ class Training:
         self,
         config: Config,
         context: Context,
-        lengths: Lengths,
         engine: Engine,
         stream: Stream,
+        provide_datasets: DatasetsProvider,
         datasets: Datasets,
         provide_batch: BatchProvider,
         reporter: Reporter,
@@ -181,20 +180,18 @@ class Training:
         finite_check: FiniteCheck | None,
     ) -> None:
         self._saver, self._watchdog, self._finite_check = saver, watchdog, finite_check
-        self._config, self._context, self._lengths = config, context, lengths
+        self._config, self._context = config, context
         self._stream = stream
         self._engine, self._reporter, self._progress, self.state = engine, reporter, progress, state
         self._train_data, self._valid_data, self._test_data = datasets
-        self._provide_batch = provide_batch
+        self._provide_datasets, self._provide_batch = provide_datasets, provide_batch
+        self._plan_steps()
         parallel = context.parallel_state
         self._sampler = BatchSampler(
             config.training.micro_batch_size,
             parallel.data_parallel_rank,
             parallel.data_parallel_size,
-            lengths.num_microbatches,
-        )
-        self._schedule = LearningRateSchedule.from_config(
-            config.optimizer, config.training, lengths.global_batch_size, config.model.seq_length
+            self._lengths.num_microbatches,
         )
         self._profiler = StepProfiler(config.logging, context)
         self._rollback = Rollback(config, engine, context)
@@ -209,11 +206,21 @@ class Training:
                 with self._watchdog.resting(f"going back from iteration {self.state.iteration}"):
                     self.state = self._rollback.go_back(self.state)
                 self._saved_iteration = self.state.iteration
+                self._plan_steps()
         if outcome == _EXIT:
             return
         self._save()
         if self._config.training.eval_iters:
             self._evaluate(self._test_data, "test")
+
+    def _plan_steps(self) -> None:
+        """Plan, from the counts of the run so far, how many steps there are, and their data and learning rates."""
+        config = self._config
+        self._lengths = Lengths.of(config, self._context.parallel_state.world_size, self.state)
+        self._schedule = LearningRateSchedule.from_config(config.optimizer, config.training, self.state.course)
+        num_samples, *_ = self._lengths.num_samples(config, self.state)
+        if self._train_data is not None and len(self._train_data) < num_samples:  # it went back further than foreseen
+            self._train_data, *_ = self._provide_datasets((num_samples, 0, 0))
 
     def _train_on(self) -> int:
         """Train on the data behind those read so far."""
@@ -225,7 +232,7 @@ class Training:
         """Take the steps that are left; returns whether a reason to exit or to roll back came before the last."""
         config = self._config
         if self.state.iteration >= self._lengths.iterations:
-            self._context.log.info("nothing to train: iteration %d is the last", self.state.iteration)
+            self._context.log.info("nothing to train: %s", self._lengths.left(self.state))
         self._reporter.restart()
         while self.state.iteration < self._lengths.iterations:
             outcome = self._step(batches)
@@ -259,7 +266,7 @@ class Training:
         self._reporter.add(loss / num_tokens, attention_share)
         state.skipped_iterations += engine.step_was_skipped
         if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
-            self._reporter.line(state, rate, self._lengths.global_batch_size, engine.loss_scale, engine.gradient_norm())
+            self._reporter.line(state, rate, self._lengths, engine.loss_scale, engine.gradient_norm())
         return command
 
     def _inputs(self, batches: Sequence[Batch]) -> Iterator[ModelInputs]:

@@ -14,7 +14,7 @@ DIR/global_stepN.HEX.old            a checkpoint being deleted or replaced
 from megatron.checkpointing.choice import choose_checkpoint, find_checkpoint
 from megatron.checkpointing.compatibility import check_checkpoint
 from megatron.checkpointing.errors import CheckpointError
-from megatron.checkpointing.loading import load_checkpoint, saved_state
+from megatron.checkpointing.loading import load_checkpoint, saved_state, starting_state
 from megatron.checkpointing.saving import Saver
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "find_checkpoint",
     "load_checkpoint",
     "saved_state",
+    "starting_state",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron.checkpointing.agreement import on_first_rank
 from megatron.checkpointing.compatibility import loads_any_layout
 from megatron.checkpointing.errors import CheckpointError, first_line
 from megatron.checkpointing.files import read_json
 from megatron.checkpointing.random_state import random_state_path, restore_random_state
-from megatron.config import Config
+from megatron.config import Config, global_batch_size
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
 from megatron.train_state import TrainState
@@ -20,7 +21,25 @@ def saved_state(path: Path, config: Config) -> TrainState:
     """The counters that loading the checkpoint gives; reads no tensor."""
     if config.checkpoint.finetune or is_portable(path):
         return TrainState()
-    return TrainState(**read_json(path / "train_state.json"))
+    try:
+        return TrainState(**read_json(path / "train_state.json"))
+    except TypeError as error:
+        raise CheckpointError(
+            f"the counters in {path / 'train_state.json'} are not those of this version ({first_line(error)}); use the "
+            "version that wrote them, or --finetune to load the weights alone."
+        ) from error
+
+
+def starting_state(path: Path | None, config: Config, context: Context) -> TrainState:
+    """The counters from which the run continues at its batch and length, read by rank 0. Collective over all ranks.
+
+    Warns of a batch or length that the checkpoint `path` does not have.
+    """
+    state = TrainState() if path is None else on_first_rank(lambda: saved_state(path, config))
+    batch_size = global_batch_size(config, context.parallel_state.world_size)
+    for difference in state.start(batch_size, config.model.seq_length):
+        context.log.warning("%s", difference)
+    return state
 
 
 def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config) -> TrainState:

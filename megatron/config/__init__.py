@@ -1,7 +1,7 @@
 """The configuration: one frozen dataclass per concern, one attribute per flag."""
 
 from megatron.config.architecture import architecture_fields, describe_difference, describe_mismatch, with_rope_of
-from megatron.config.batch import accumulation_steps, data_parallel_size, global_batch_size
+from megatron.config.batch import accumulation_steps, data_parallel_size, default_batch_notes, global_batch_size
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.checks import validate
 from megatron.config.config import Config, config_sections
@@ -41,6 +41,7 @@ __all__ = [
     "config_sections",
     "data_parallel_size",
     "deepspeed_config",
+    "default_batch_notes",
     "describe_difference",
     "describe_mismatch",
     "global_batch_size",

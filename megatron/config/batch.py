@@ -23,3 +23,14 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     """Return the micro batches that each rank adds up per optimizer step."""
     per_pass = config.training.micro_batch_size * data_parallel_size(config, world_size)
     return global_batch_size(config, world_size) // per_pass
+
+
+def default_batch_notes(config: Config, world_size: int) -> tuple[str, ...]:
+    """Say what the global batch is, where the number of ranks decides that."""
+    if config.training.global_batch_size is not None:
+        return ()
+    batch, groups = global_batch_size(config, world_size), data_parallel_size(config, world_size)
+    return (
+        f"--global-batch-size is not given: {batch}, --micro-batch-size ({config.training.micro_batch_size}) x the "
+        f"data-parallel size ({groups}), which changes with the number of ranks",
+    )

@@ -21,7 +21,7 @@ class OptimizerConfig:
     """Shape of the learning rate after warm-up; WSD stays at the peak and decays at the end."""
 
     lr_decay_iters: int | None = None
-    """Iterations until the decay ends. Default: the length of the training."""
+    """Iterations until the decay ends, the warm-up included. Default: the end of the training."""
 
     lr_decay_samples: int | None = None
     """Samples until the decay ends."""

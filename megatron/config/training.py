@@ -14,13 +14,14 @@ class TrainingConfig:
     """Sequences per optimizer step. Default: --micro-batch-size x data-parallel size."""
 
     train_iters: int | None = None
-    """Train this many iterations. Exactly one of the --train lengths is given."""
+    """Train this many iterations. At least one of --train-iters, --train-samples and --train-tokens is given; the one
+    that is reached first ends the training. What a resumed run has consumed counts, at the batch and length of then."""
 
     train_samples: int | None = None
-    """Train on this many sequences."""
+    """Train on at most this many sequences, in whole global batches."""
 
     train_tokens: int | None = None
-    """Train on this many tokens."""
+    """Train on at most this many tokens, in whole global batches."""
 
     seed: int = 1234
     """Seed of the weights, of dropout and of the data order."""

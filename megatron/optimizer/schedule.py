@@ -12,7 +12,8 @@
     WSD                    1 until the last `wsd_decay` of the decay length, then `wsd_style` over r of that part:
                            linear, cosine, exponential (2 * 0.5^r - 1) or minus_sqrt (1 - sqrt(r))
 
-Lengths may be given in iterations, samples or tokens; they are all converted to one unit when the schedule is built.
+Lengths may be given in iterations, samples or tokens; they are all converted to one unit when the schedule is built,
+along the course of the run, so that a length that is already behind stays where it was when the batch changes.
 """
 
 import math
@@ -22,9 +23,9 @@ from dataclasses import dataclass
 from megatron.config.errors import ConfigError
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.training import TrainingConfig
+from megatron.core.course import UNITS, Course
 
 STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
-UNITS = ("iters", "samples", "tokens")
 
 _SHAPES: Mapping[str, Callable[[float], float]] = {
     "linear": lambda r: 1.0 - r,
@@ -132,54 +133,65 @@ class LearningRateSchedule:
 
     @classmethod
     def from_config(
-        cls,
-        optimizer_config: OptimizerConfig,
-        training_config: TrainingConfig,
-        global_batch_size: int,
-        seq_length: int,
+        cls, optimizer_config: OptimizerConfig, training_config: TrainingConfig, course: Course
     ) -> "LearningRateSchedule":
-        """Build the schedule that the `lr_*` and `train_*` settings describe.
+        """Build the schedule that the `lr_*` and `train_*` settings describe, for a run of this course.
 
-        The unit is that of --lr-decay-*, or of --train-* where no decay length is given: then decay ends with training.
-        An iteration is `global_batch_size` samples, a sample `seq_length` tokens.
+        The unit is that of --lr-decay-*, or of the --train-* that ends the run where no decay length is given: then
+        decay ends with training.
 
         Raises:
             ScheduleError: lengths are missing, given twice, or contradict each other.
         """
-        tokens_per = {"iters": global_batch_size * seq_length, "samples": seq_length, "tokens": 1}
-
-        decay = _given_length(optimizer_config, "lr_decay") or _given_length(training_config, "train")
-        if decay is None:
-            raise ScheduleError(
-                "The length of training is missing; give exactly one of --train-iters, --train-samples and "
-                "--train-tokens."
-            )
-        decay_length, unit = decay
+        decay, unit = _given_length(optimizer_config, "lr_decay") or _end_of_training(training_config, course)
 
         def in_unit(given: tuple[float, str] | None) -> float:
-            return 0.0 if given is None else given[0] * tokens_per[given[1]] / tokens_per[unit]
+            return 0.0 if given is None else course.convert(*given, unit)
 
         warmup = in_unit(_given_length(optimizer_config, "lr_warmup"))
         fraction = optimizer_config.lr_warmup_fraction
         if fraction is not None:
             _require_warmup_fraction(fraction, warmup)
-            warmup = fraction * decay_length
+            warmup = fraction * decay
         return cls(
             peak=optimizer_config.lr,
             minimum=optimizer_config.min_lr,
             warmup=warmup,
-            decay=decay_length,
+            decay=decay,
             style=optimizer_config.lr_decay_style,
             unit=unit,
             warmup_initial=optimizer_config.lr_warmup_init,
-            wsd_decay=in_unit(_given_length(optimizer_config, "lr_wsd_decay")),
+            wsd_decay=_final_decay(_given_length(optimizer_config, "lr_wsd_decay"), decay, unit, course),
             wsd_style=optimizer_config.lr_wsd_decay_style,
         )
 
 
-def _given_length(settings: OptimizerConfig | TrainingConfig, name: str) -> tuple[float, str] | None:
+def _end_of_training(training: TrainingConfig, course: Course) -> tuple[float, str]:
+    """Return (length, unit) of the budget that is spent first."""
+    budgets = _given_lengths(training, "train")
+    if not budgets:
+        raise ScheduleError(
+            "The length of training is missing; give at least one of --train-iters, --train-samples and --train-tokens."
+        )
+    return min(budgets, key=lambda budget: course.convert(budget[0], budget[1], "tokens"))
+
+
+def _final_decay(given: tuple[float, str] | None, decay: float, unit: str, course: Course) -> float:
+    """Return the length in `unit` of the final decay that ends at `decay`."""
+    if given is None:
+        return 0.0
+    length, own_unit = given
+    return decay - course.convert(course.convert(decay, unit, own_unit) - length, own_unit, unit)
+
+
+def _given_lengths(settings: OptimizerConfig | TrainingConfig, name: str) -> list[tuple[float, str]]:
+    """Return (length, unit) of each setting among name_iters, name_samples and name_tokens that is given."""
+    return [(getattr(settings, f"{name}_{unit}"), unit) for unit in UNITS if getattr(settings, f"{name}_{unit}")]
+
+
+def _given_length(settings: OptimizerConfig, name: str) -> tuple[float, str] | None:
     """Return (length, unit) of the one setting among name_iters, name_samples and name_tokens that is given."""
-    given = [(getattr(settings, f"{name}_{unit}"), unit) for unit in UNITS if getattr(settings, f"{name}_{unit}")]
+    given = _given_lengths(settings, name)
     if len(given) > 1:
         flag = "--" + name.replace("_", "-")
         flags = " and ".join(f"{flag}-{unit} ({length})" for length, unit in given)

@@ -68,7 +68,7 @@ def test_parameters_have_the_same_names_and_shapes_with_and_without_fpdt(story: 
 
 
 def test_the_data_start_again_at_another_length_and_the_log_says_so(story: Story) -> None:
-    assert "--seq-length differs from the checkpoint's" in story.long.output
+    assert f"--seq-length ({4 * SEQ_LENGTH}) differs from the checkpoint's ({SEQ_LENGTH})" in story.long.output
     state = json.loads((story.folder / f"long/global_step{SHORT_ITERS + LONG_ITERS}/train_state.json").read_text())
     assert state["data_samples"] == 4 * LONG_ITERS
     assert state["consumed_samples"] == 4 * (SHORT_ITERS + LONG_ITERS)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from megatron.logging.run_history import read_run
 from megatron.program import NOT_FINITE_EXIT_CODE
 from tests.distributed.launcher import REPOSITORY
-from tests.integration.runs import OFFLOADED, PLAIN, Ranks, Run, base_flags, ranks, read_tensors, train
+from tests.integration.runs import OFFLOADED, PLAIN, SEQ_LENGTH, Ranks, Run, base_flags, ranks, read_tensors, train
 
 SCRIPT = REPOSITORY / "tests/integration/bad_samples.py"
 WATCHED = ["--save-interval", "4", "--loss-spike-factor", "2", "--rollback-on-loss-spike", "2"]
@@ -81,3 +82,22 @@ def test_a_run_that_cannot_go_back_ends(
         ended = run.wait()
     assert [rank.exit_code for rank in ended] == [NOT_FINITE_EXIT_CODE] * 2, ended
     assert re.search(f"^error: {said}", ended[0].stderr, re.MULTILINE), ended[0].stderr
+
+
+def test_a_run_goes_back_to_before_a_change_of_batch(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Further than a save interval, too, so that it takes more data than were foreseen."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = [*base_flags(corpus), *WATCHED, "--train-samples", "60"]
+    train([*flags, "--exit-interval", "12", "--save", str(first)], first / "events")
+    shutil.copytree(first / "global_step4", second / "global_step4")
+    (second / "latest").write_text("global_step4")
+    monkeypatch.setenv("BAD_SAMPLES", "50 51")
+    monkeypatch.setenv("WEIGHT", "nan")
+    smaller = ["--global-batch-size", "2", "--load", str(first), "--save", str(second)]
+    run = train([*flags, *smaller], second / "events", script=SCRIPT)
+    assert "going back to iteration 4 and on without samples 16 to 51" in run.output
+    assert read_run(second / "events").train("consumed_tokens")[26] == 60 * SEQ_LENGTH
+    counted = {"iteration": 26, "consumed_samples": 60, "data_samples": 96, "left_out_samples": 36}
+    assert state_of(second, 26).items() >= (counted | {"changes": [[4, 16, 16 * SEQ_LENGTH]]}).items()

@@ -30,8 +30,8 @@ LAYERS: dict[str, set[str]] = {
     "evaluation": {"generation", "model", "core", "config"},
     "arguments": {"config"},
     "batch": {"core"},
-    "train_state": set(),
-    "lengths": {"config"},
+    "train_state": {"core"},
+    "lengths": {"train_state", "config"},
     "loss_by_position": {"fpdt", "logging", "core", "config", "batch"},
 }
 # the files on top of the layers, which may use them all

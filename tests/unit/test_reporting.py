@@ -11,11 +11,14 @@ from megatron import reporting
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import Stream
+from megatron.lengths import Lengths
 from megatron.logging.log_line import Bucket
 from megatron.ops.attention.reference import ReferenceAttention
 from megatron.reporting import Reporter
 from megatron.train_state import TrainState
 from tests.unit.config.commands import parsed
+
+LENGTHS = Lengths(global_batch_size=2, num_microbatches=1, iterations=10, ends_by="--train-iters (10)")
 
 
 class Writer:
@@ -48,11 +51,11 @@ def reporter_of(flags=""):
     stream = Stream(ChunkStore(device, offloading=True), ReferenceAttention(), ParallelState(), 8)
     stream.kept = stream.store.empty((2**28,), torch.float32)  # type: ignore[attr-defined]
     writer = Writer()
-    return Reporter(parsed(flags), context, writer, 128, 10, stream), writer
+    return Reporter(parsed(flags), context, writer, 128, stream), writer
 
 
 def line(reporter, state):
-    reporter.line(state, learning_rate=1e-4, global_batch_size=2, loss_scale=1.0, grad_norm=1.0)
+    reporter.line(state, learning_rate=1e-4, lengths=LENGTHS, loss_scale=1.0, grad_norm=1.0)
 
 
 def iterate(reporter, state, losses):

@@ -35,11 +35,10 @@ def training_has_a_length(run: Run) -> str | None:
 
 
 def training_is_at_least_one_batch(run: Run) -> str | None:
-    training, length = run.config.training, run.config.model.seq_length
-    batch = global_batch_size(run.config, run.world_size)
+    length, batch = run.config.model.seq_length, global_batch_size(run.config, run.world_size)
     for name, least in (("train_samples", batch), ("train_tokens", batch * length)):
         given = value_of(run.config, name)
-        if given is not None and given < least and training.train_iters is None:
+        if given is not None and given < least:
             return f"{shown(run.config, name)} must be at least one global batch, {least}; use {least} or more"
     return None
 
@@ -118,7 +117,6 @@ def rollback_has_checkpoints_and_spikes(run: Run) -> str | None:
 
 
 TRAINING_RULES: tuple[Rule, ...] = (
-    partial(at_most_one, LENGTH, "how long to train"),
     training_has_a_length,
     training_is_at_least_one_batch,
     partial(at_most_one, DECAY, "when the learning-rate decay ends"),

@@ -1,13 +1,14 @@
 """What is read of a checkpoint."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron.checkpointing import CheckpointError
+from megatron.checkpointing import CheckpointError, saved_state, starting_state
 from megatron.train_state import TrainState
-from tests.unit.checkpointing.pretend import CONTEXT, STATE, load, save
+from tests.unit.checkpointing.pretend import CONTEXT, STATE, config, load, save
 
 pytestmark = pytest.mark.usefixtures("only_rank")
 
@@ -58,3 +59,28 @@ def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path: Path, name: str) 
     (path / name).write_text('{"iteration": ')
     with pytest.raises(CheckpointError, match=r"cannot be (read|loaded).*; .*point --load"):
         load(path)
+
+
+def test_counters_of_earlier_versions_are_read_and_unknown_ones_refused(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    counters = json.loads((path / "train_state.json").read_text())
+    earlier = {name: counters[name] for name in counters if name not in ("global_batch_size", "changes")}
+    (path / "train_state.json").write_text(json.dumps(earlier))
+    assert saved_state(path, config()) == STATE
+    (path / "train_state.json").write_text(json.dumps(counters | {"epochs": 3}))
+    with pytest.raises(CheckpointError, match=r"are not those of this version.*'epochs'.*or --finetune"):
+        saved_state(path, config())
+
+
+def test_a_run_starts_with_the_counters_of_rank_0_and_is_warned_of_another_batch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CONTEXT.log, "propagate", True)
+    assert starting_state(None, config("--global-batch-size", "4"), CONTEXT) == TrainState(
+        seq_length=128, global_batch_size=4
+    )
+    path = save(tmp_path)
+    state = starting_state(path, config("--global-batch-size", "4"), CONTEXT)
+    assert (state.iteration, state.data_samples, caplog.messages) == (7, 28, [])
+    starting_state(path, config("--global-batch-size", "8"), CONTEXT)
+    assert "the global batch (8 sequences) differs from the checkpoint's (4)" in caplog.text

@@ -183,7 +183,7 @@ CASES = [
         "--vocab-file (x) has no effect with --tokenizer-type NullTokenizer, which takes --vocab-size",
     ),
     # lengths and data
-    ("--train-tokens 5", 1, "--train-iters (10) and --train-tokens (5) both say how long to train"),
+    ("--train-tokens 5", 1, "--train-tokens (5) must be at least one global batch, 1024; use 1024 or more"),
     (
         "--lr-warmup-iters 5 --lr-warmup-samples 5",
         1,
