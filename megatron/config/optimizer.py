@@ -18,7 +18,8 @@ class OptimizerConfig:
     """Learning rate at which the decay ends."""
 
     lr_decay_style: DecayStyle = "linear"
-    """Shape of the learning rate after warm-up; WSD stays at the peak and decays at the end."""
+    """Shape of the learning rate after warm-up; WSD stays at the peak and decays at the end; inverse-square-root is
+    --lr x sqrt(warm-up / progress), where no warm-up counts as one of one iteration: --lr / sqrt(iteration)."""
 
     lr_decay_iters: int | None = None
     """Iterations until the decay ends, the warm-up included. Default: the end of the training."""

@@ -8,12 +8,14 @@
     constant               1
     linear                 1 - r
     cosine                 (1 + cos(pi r)) / 2
-    inverse-square-root    the rate itself is peak * sqrt(warmup / progress), never below the minimum
+    inverse-square-root    the rate itself is peak * sqrt(warmup / progress), never below the minimum; a warm-up shorter
+                           than the first step, or none, counts as that step: peak / sqrt(iteration)
     WSD                    1 until the last `wsd_decay` of the decay length, then `wsd_style` over r of that part:
                            linear, cosine, exponential (2 * 0.5^r - 1) or minus_sqrt (1 - sqrt(r))
 
 Lengths may be given in iterations, samples or tokens; they are all converted to one unit when the schedule is built,
-along the course of the run, so that a length that is already behind stays where it was when the batch changes.
+along the course of the run, so that a length that is already behind stays where it was when the batch changes. The
+unit makes no difference to the rates: while batch and length stay the same, so do the rates of every iteration.
 """
 
 import math
@@ -51,16 +53,20 @@ def learning_rate(
     warmup_initial: float = 0.0,
     wsd_decay: float = 0.0,
     wsd_style: str = "exponential",
+    first_step: float = 1.0,
 ) -> float:
-    """Return the learning rate at `progress`, which shares its unit with `warmup`, `decay` and `wsd_decay`."""
+    """Return the learning rate at `progress`, which shares its unit with every other length.
+
+    `first_step` is the progress after the first step.
+    """
     if progress < warmup:
         return warmup_initial + (peak - warmup_initial) * progress / warmup
     if style == "constant" or progress <= warmup:
         return peak
-    if progress >= decay:
+    if progress > decay:
         return minimum
     if style == "inverse-square-root":
-        return max(minimum, peak * math.sqrt(max(warmup, 1.0) / max(progress, 1.0)))
+        return max(minimum, peak * math.sqrt(max(warmup, first_step) / max(progress, first_step)))
     if style == "WSD":
         start = decay - wsd_decay
         share = 1.0 if progress <= start else _SHAPES[wsd_style]((progress - start) / wsd_decay)
@@ -86,6 +92,7 @@ class LearningRateSchedule:
     warmup_initial: float = 0.0
     wsd_decay: float = 0.0
     wsd_style: str = "exponential"
+    first_step: float = 1.0
 
     def __post_init__(self) -> None:
         _require_one_of("--lr-decay-style", self.style, STYLES)
@@ -115,8 +122,8 @@ class LearningRateSchedule:
     def at(self, iteration: int, samples: int, tokens: int) -> float:
         """Return the learning rate of the step that brings the counts to `iteration`, `samples` and `tokens`.
 
-        The counts include the step itself: the first step of a warm-up has a rate above zero, the last step of the
-        decay has the minimum.
+        The counts include the step itself: the first step of a warm-up has a rate above zero, and the last step of the
+        decay has the minimum (inverse-square-root has its formula's rate up to there).
         """
         progress = {"iters": iteration, "samples": samples, "tokens": tokens}[self.unit]
         return learning_rate(
@@ -129,6 +136,7 @@ class LearningRateSchedule:
             warmup_initial=self.warmup_initial,
             wsd_decay=self.wsd_decay,
             wsd_style=self.wsd_style,
+            first_step=self.first_step,
         )
 
     @classmethod
@@ -163,6 +171,7 @@ class LearningRateSchedule:
             warmup_initial=optimizer_config.lr_warmup_init,
             wsd_decay=_final_decay(_given_length(optimizer_config, "lr_wsd_decay"), decay, unit, course),
             wsd_style=optimizer_config.lr_wsd_decay_style,
+            first_step=course.convert(1, "iters", unit),
         )
 
 

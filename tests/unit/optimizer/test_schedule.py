@@ -32,6 +32,7 @@ FORMULAS = {
     "constant": lambda i, w: 1.0,
     "linear": lambda i, w: 0.1 + 0.9 * (50 - i) / (50 - w),
     "cosine": lambda i, w: 0.1 + 0.9 * (1 + math.cos(math.pi * (i - w) / (50 - w))) / 2,
+    "inverse-square-root": lambda i, w: max(0.1, math.sqrt(max(w, 1)) / math.sqrt(i)),
     "WSD": lambda i, w: 1.0 if i <= 40 else 0.1 + 0.9 * (2 * 0.5 ** ((i - 40) / 10) - 1),
 }
 
@@ -62,6 +63,14 @@ def test_every_rate_is_that_of_the_formula_whatever_the_unit(style, unit, warmup
     expected = [i / length if i < length else FORMULAS[style](i, length) for i in range(1, 51)]
     end = 1.0 if style == "constant" else 0.1
     assert rates == pytest.approx([*expected, end, end], rel=1e-12)
+
+
+@pytest.mark.parametrize("unit", STEP)
+def test_inverse_square_root_without_warmup_begins_at_the_peak(unit):
+    optimizer = OptimizerConfig(lr=1e-3, lr_decay_style="inverse-square-root")
+    schedule = build(optimizer, TrainingConfig(**{f"train_{unit}": 64 * STEP[unit]}))
+    rates = [schedule.at(i, 4 * i, 400 * i) for i in (1, 2, 4, 64, 65)]
+    assert rates == pytest.approx([1e-3, 1e-3 / math.sqrt(2), 5e-4, 1.25e-4, 0])
 
 
 @pytest.mark.parametrize("style", FORMULAS)
@@ -119,7 +128,7 @@ def test_decay_starts_at_the_peak_falls_and_ends_at_the_minimum(style):
 def test_the_rate_stays_where_the_decay_ended(style):
     schedule = replace(LINEAR, style=style, wsd_decay=10)
     end = 1.0 if style == "constant" else 0.1
-    assert [rate(schedule, i) for i in (110, 111, 10**9)] == pytest.approx([end] * 3)
+    assert [rate(schedule, i) for i in (111, 112, 10**9)] == pytest.approx([end] * 3)
 
 
 @pytest.mark.parametrize(
