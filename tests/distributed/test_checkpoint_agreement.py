@@ -1,5 +1,6 @@
 """Ranks that save and load agree: one rank's error is every rank's, and all choose the same checkpoint."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron.checkpointing import CheckpointError, Saver, choose_checkpoint
+from megatron.checkpointing import CheckpointError, Saver, choose_checkpoint, starting_state
 from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
 from megatron.core.parallel_state import ParallelState
 from megatron.initialize import Context
@@ -65,6 +66,12 @@ def _choose(folder: Path) -> str:
     return chosen.name if chosen else "none"
 
 
+def _starting_iteration(folder: Path) -> int:
+    """From a folder of which every rank has its own."""
+    path = folder / str(dist.get_rank()) / "global_step2"
+    return starting_state(path, config("--global-batch-size", "6"), _context()).iteration
+
+
 def test_every_rank_has_all_results_or_the_same_error(ranks: RankPool) -> None:
     assert ranks.run(_fail_on, 9, num_ranks=3) == ["[0, 1, 2]"] * 3
     assert ranks.run(_fail_on, 1, num_ranks=3) == ["ValueError: a rank has had enough"] * 3
@@ -92,3 +99,11 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(ranks: RankPool, tmp
     assert ranks.run(_choose, tmp_path, num_ranks=2) == ["global_step2"] * 2
     shutil.rmtree(tmp_path / "global_step4")
     assert ranks.run(_choose, tmp_path, num_ranks=3) == ["global_step2"] * 3
+
+
+def test_all_ranks_start_with_the_counters_that_rank_0_read(ranks: RankPool, tmp_path: Path) -> None:
+    for rank in range(3):
+        path = tmp_path / str(rank) / "global_step2"
+        path.mkdir(parents=True)
+        (path / "train_state.json").write_text(json.dumps(TrainState(iteration=2 + rank).to_dict()))
+    assert ranks.run(_starting_iteration, tmp_path, num_ranks=3) == [2] * 3
