@@ -47,8 +47,8 @@ class TrainState:
         if batch_before not in (0, global_batch_size):
             differences.append(
                 f"the global batch ({global_batch_size} sequences) differs from the checkpoint's ({batch_before}): "
-                "--train-samples and --train-tokens stay what they are, in iterations of another size; "
-                f"--global-batch-size {batch_before} continues with the old one"
+                "what is left of --train-iters, --train-samples or --train-tokens is taken in steps of the new size; "
+                f"give --global-batch-size {batch_before} to keep the old one"
             )
         if length_before not in (0, seq_length):
             self.data_samples = 0

@@ -46,7 +46,7 @@ def test_another_batch_continues_in_the_data_and_is_said() -> None:
     state = trained(4, 64)
     (said,) = state.start(8, 64)
     assert said.startswith("the global batch (8 sequences) differs from the checkpoint's (4)")
-    assert "--global-batch-size 4 continues with the old one" in said
+    assert "give --global-batch-size 4 to keep the old one" in said
     assert (state.data_samples, state.changes) == (12, [[3, 12, 768]])
 
 
