@@ -1,4 +1,4 @@
-"""Whether this run can load a checkpoint: the same model, and partitions that DeepSpeed can read."""
+"""Whether this run can load a checkpoint: the same model, and the same partitions unless a change is asked for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def partitioning(self) -> str:
-        """What optimizer states depend on, and weights too at stage 3."""
+        """What optimizer states depend on."""
         return f"{self.num_ranks} ranks, --zero-stage {self.zero_stage}, {self.number_format}"
 
 
@@ -53,8 +53,7 @@ def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_si
             f"--make-vocab-size-divisible-by ask for {own.padded_vocab_size}; use the tokenizer it was trained with."
         )
     weights_alone = config.checkpoint.finetune or config.checkpoint.no_load_optim
-    is_partitioned = not weights_alone or 3 in (written.zero_stage, own.zero_stage)
-    if is_partitioned and not loads_any_layout(path, config) and written.partitioning != own.partitioning:
+    if not weights_alone and not loads_any_layout(path, config) and written.partitioning != own.partitioning:
         raise CheckpointError(
             f"the checkpoint {path} was written with {written.partitioning}, and this run has {own.partitioning}; "
             "add --universal-checkpoint, or start it as it was written."

@@ -45,16 +45,17 @@ def starting_state(path: Path | None, config: Config, context: Context) -> Train
 def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config) -> TrainState:
     """Read what --finetune, --no-load-optim and --no-load-rng leave to be read. Collective over all ranks.
 
-    DeepSpeed unpickles its files: `choose_checkpoint` must have verified them.
+    Each rank reads its own part of the files in `path`. Optimizer states on NVMe are the exception: DeepSpeed reads
+    and unpickles these, so `choose_checkpoint` must have verified them.
     """
     settings = config.checkpoint
     weights_alone = settings.finetune or is_portable(path)
     with_optimizer = not (weights_alone or settings.no_load_optim)
     try:
-        if loads_any_layout(path, config):
-            engine.load_state(open_state(path), with_optimizer)
+        if with_optimizer and engine.states_are_on_nvme and not loads_any_layout(path, config):
+            engine.load_as_written(path.parent, path.name)
         else:
-            engine.load(path.parent, path.name, with_optimizer)
+            engine.load_state(open_state(path), with_optimizer)
         if not (weights_alone or settings.no_load_rng):
             restore_random_state(random_state_path(path, context), context)
         return saved_state(path, config)

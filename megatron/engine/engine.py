@@ -212,15 +212,19 @@ class Engine:
             if path.is_file():
                 writer.add(path)
 
-    def load(self, folder: Path, tag: str, with_optimizer: bool) -> None:
-        """Read weights, and optimizer states if asked. Collective over all ranks. ValueError if nothing is found."""
-        path, _ = self._engine.load_checkpoint(
-            str(folder),
-            tag=tag,
-            load_optimizer_states=with_optimizer,
-            load_lr_scheduler_states=False,
-            load_module_only=not with_optimizer,
-        )
+    @property
+    def states_are_on_nvme(self) -> bool:
+        """Whether DeepSpeed swaps the optimizer states to an NVMe disk, where it alone can read and write them."""
+        return bool(getattr(self._engine.optimizer, "swap_optimizer", False))
+
+    def load_as_written(self, folder: Path, tag: str) -> None:
+        """Read weights and optimizer states of this very layout by DeepSpeed's reader, which unpickles them.
+
+        Collective over all ranks. ValueError if nothing is found. To be used for states on NVMe alone. Without the
+        optimizer states DeepSpeed (0.19.8) would read at stage 3 what `latest` names, whatever the tag, whole on each
+        rank; and it follows `param_groups` and the order of the flat tensors in the files, whatever the settings say.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
         if path is None:
             raise ValueError(f"DeepSpeed found no checkpoint {tag} in {folder}")
 

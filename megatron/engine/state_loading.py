@@ -90,6 +90,8 @@ def load_state(engine: Any, zero_stage: int, source: StateSource, with_moments: 
     _refresh_model(engine.optimizer, zero_stage)
     if with_moments:
         _set_loss_scale(engine.optimizer, source.loss_scale)
+        engine.global_steps = source.step  # what DeepSpeed's monitors and profiler count from
+        engine.global_samples = engine.global_steps * engine.train_batch_size()
 
 
 def _masters(optimizer: Any, zero_stage: int) -> list[Tensor]:
@@ -118,12 +120,23 @@ def _shards(engine: Any, zero_stage: int) -> Iterator[_Shard]:
 
 
 def _partitioned_as_groups(optimizer: Any, names: Mapping[int, str]) -> Iterator[_Shard]:
-    for group, master in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        for parameter in group:
-            fragment = parameter._hp_mapping
-            if fragment is not None:
-                place, count = fragment.hp_fragment_address.start, fragment.lp_fragment_address.numel
-                yield _Shard(names[id(parameter)], fragment.lp_fragment_address.start, count, master, place)
+    """Stages 1 and 2, in the order and at the offsets that the group's flat tensor was made with.
+
+    DeepSpeed's own `_hp_mapping` (0.19.8) takes the model's order, which is another with `round_robin_gradients`.
+    """
+    groups = zip(
+        optimizer.round_robin_bit16_groups,
+        optimizer.round_robin_bit16_offsets,
+        optimizer.single_partition_of_fp32_groups,
+        optimizer.real_dp_process_group,
+        strict=True,
+    )
+    for parameters, offsets, master, process_group in groups:
+        first = dist.get_rank(process_group) * master.numel()
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            start, end = max(offset, first), min(offset + parameter.numel(), first + master.numel())
+            if start < end:
+                yield _Shard(names[id(parameter)], start - offset, end - start, master, start - first)
 
 
 def _partitioned_one_by_one(optimizer: Any, names: Mapping[int, str]) -> Iterator[_Shard]:
@@ -168,8 +181,9 @@ def _refuse_unknown_optimizer(optimizer: Any, zero_stage: int) -> None:
             "weights cannot be loaded into optimizer states on NVMe; use "
             '"offload_optimizer": {"device": "cpu"} in the DeepSpeed JSON.'
         )
-    needed = {0: "state", 1: "update_lp_params", 2: "update_lp_params", 3: "fp32_partitioned_groups_flat"}
-    if not hasattr(optimizer, needed[zero_stage]) or (zero_stage in (1, 2) and not hasattr(optimizer, "bit16_groups")):
+    groups = "round_robin_bit16_groups"
+    needed = {0: "state", 1: groups, 2: groups, 3: "fp32_partitioned_groups_flat"}
+    if not hasattr(optimizer, needed[zero_stage]):
         raise WeightsError(
             f"weights cannot be loaded into DeepSpeed's {type(optimizer).__name__}; leave settings of the DeepSpeed "
             "JSON that choose it (data_types) out."

@@ -6,11 +6,13 @@ What a checkpoint of N ranks holds:
 |-------|-------------------------------|-----------------------------------------------------------------------------|
 | 0     | weights, optimizer            |                                                                             |
 | 1, 2  | weights in the number format  | per group one flat fp32 tensor and its moments: the parameters one after    |
-|       | of training                   | another, cut into N runs of equal length; `param_slice_mappings` says where |
+|       | of training, shapes           | another in the order of the shapes, with the paddings that                  |
+|       |                               | `param_alignment_paddings` tells, cut into N runs                           |
 | 3     | zero_pp_rank_R_... instead:   | per group one flat fp32 tensor and its moments: of each parameter the R-th  |
 |       | shapes, frozen parameters     | of N parts of equal length, the last of them padded, one after another      |
 
-So a parameter is a list of runs of elements in the ranks' flat tensors, in order.
+So a parameter is a list of runs of elements in the ranks' flat tensors, in order. DeepSpeed (0.19.8) also records where
+its parameters are, `param_slice_mappings`. That record is wrong with `round_robin_gradients`, and not read.
 """
 
 from __future__ import annotations
@@ -93,15 +95,15 @@ class DeepSpeedCheckpoint:
             self.loss_scale: Mapping[str, float] = {}
         else:
             states = read_torch_file(optimizer_files[0])["optimizer_state_dict"]
-            self.zero_stage = int(states["zero_stage"])
+            self.zero_stage = int(states.get("zero_stage", 1))  # DeepSpeed's BF16_Optimizer does not say it
             _check_ranks(path, states["partition_count"], len(optimizer_files))
             if self.zero_stage == 3:
                 self._parameters = _partitioned_one_by_one(path, optimizer_files, model)
                 optimizer = states["optimizer_state_dict"]
             else:
-                self._parameters = _partitioned_as_groups(optimizer_files, model)
+                self._parameters = _partitioned_as_groups(path, optimizer_files, model)
                 optimizer = states["base_optimizer_state"]
-            self.loss_scale = loss_scale_state(states["loss_scaler"])
+            self.loss_scale = loss_scale_state(states.get("loss_scaler"))
         trained = set(self._parameters)
         self._parameters |= _untrained(self._model_file, model, trained | set(self.aliases))
         self.step = _step(optimizer)
@@ -194,19 +196,40 @@ def _unpartitioned(file: Path, model: Mapping[str, Any]) -> dict[str, _Parameter
     return parameters
 
 
-def _partitioned_as_groups(files: Sequence[Path], model: Mapping[str, Any]) -> dict[str, _Parameter]:
-    """Stages 1 and 2."""
-    shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
-    parameters = {name: _Parameter(shape) for name, shape in shapes.items()}
-    for file in files:
-        states = read_torch_file(file)["optimizer_state_dict"]
-        is_elastic = isinstance(states["base_optimizer_state"], list)
-        moments: Keys = ("base_optimizer_state",) if is_elastic else ("base_optimizer_state", "state")
-        for group, addresses in enumerate(states["param_slice_mappings"]):
-            places = _places("single_partition_of_fp32_groups", moments, group)
-            for name, address in addresses.items():
-                parameters[name].runs.append(_Run(file, address.start, address.numel, places))
+def _partitioned_as_groups(path: Path, files: Sequence[Path], model: Mapping[str, Any]) -> dict[str, _Parameter]:
+    """Stages 1 and 2. WeightsError where the shapes do not fill the flat tensors."""
+    states = [read_torch_file(file)["optimizer_state_dict"] for file in files]
+    is_elastic = isinstance(states[0]["base_optimizer_state"], list)
+    moments: Keys = ("base_optimizer_state",) if is_elastic else ("base_optimizer_state", "state")
+    parameters: dict[str, _Parameter] = {}
+    for group, shapes in enumerate(model["param_shapes"]):
+        lengths = [state["single_partition_of_fp32_groups"][group].numel() for state in states]
+        paddings = (states[0].get("param_alignment_paddings") or {group: [0] * len(shapes)})[group]
+        places = _places("single_partition_of_fp32_groups", moments, group)
+        offset = 0
+        for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
+            numel = Size(shape).numel()
+            parameters[name] = _Parameter(tuple(shape), runs=list(_cut_runs(files, lengths, offset, numel, places)))
+            offset += numel + padding
+        alignment = 2 * len(files)  # of the flat tensor, whose padding some versions save
+        if -(-offset // alignment) != -(-sum(lengths) // alignment):
+            raise WeightsError(
+                f"{path} has {sum(lengths)} fp32 weights in group {group} where its shapes need {offset}; "
+                "copy the whole checkpoint again."
+            )
     return parameters
+
+
+def _cut_runs(
+    files: Sequence[Path], lengths: Sequence[int], offset: int, numel: int, places: Mapping[str, Keys]
+) -> Iterator[_Run]:
+    """Runs of the elements [offset, offset + numel) of a flat tensor, of which each file has the next `lengths`."""
+    first = 0  # of the file's elements in the flat tensor
+    for file, length in zip(files, lengths, strict=True):
+        start, end = max(offset, first), min(offset + numel, first + length)
+        if start < end:
+            yield _Run(file, start - first, end - start, places)
+        first += length
 
 
 def _partitioned_one_by_one(path: Path, files: Sequence[Path], model: Mapping[str, Any]) -> dict[str, _Parameter]:

@@ -5,7 +5,8 @@
     zero/optimizer_state.pt                         the same, and the state of the fp16 loss scale
 
 DeepSpeed's own converter is read too. From ZeRO-3 it writes bare flat tensors, no step.pt, and the shapes in a copy of
-the model's file.
+the model's file. From ZeRO 1 and 2 with `round_robin_gradients` it (0.19.8) mixes up the parameters; the shapes in its
+copy of the model's file are then in another order than the model's, and that is refused.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class UniversalCheckpoint:
         common = read_torch_file(path / _FOLDER / _COMMON)
         self.names = tuple(sorted(file.parent.name for file in (path / _FOLDER).glob(f"*/{WEIGHTS}.pt")))
         self._shapes = _saved_shapes(path)
+        _refuse_another_order(path)
         self.step: int | None = self._step(common)
         scaler = common.get("loss_scaler")
         self.loss_scale: Mapping[str, float] = dict(scaler) if isinstance(scaler, dict) else loss_scale_state(scaler)
@@ -127,3 +129,15 @@ def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     file = path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     groups = read_torch_file(file)["param_shapes"] if file.is_file() else ()
     return {name: tuple(shape) for group in groups for name, shape in group.items()}
+
+
+def _refuse_another_order(path: Path) -> None:
+    """WeightsError where DeepSpeed's converter took the parameters of ZeRO 1 or 2 in another order than their own."""
+    file = path / "mp_rank_00_model_states.pt"
+    model = read_torch_file(file) if file.is_file() else {}
+    for shapes in model.get("param_shapes") or ():
+        if [name for name in model["module"] if name in shapes] not in ([], list(shapes)):
+            raise WeightsError(
+                f"{path} was converted by DeepSpeed from a checkpoint with round_robin_gradients, whose parameters it "
+                "mixes up; convert that checkpoint with tools/make_universal_checkpoint.py."
+            )

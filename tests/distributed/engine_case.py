@@ -35,10 +35,13 @@ class Layout:
     bf16: bool = False
     step_group: int | None = None
     """Elements of a rank after which ZeRO-3 steps the next by themselves. By default it is a billion."""
+    flat_order: str | None = None
+    """A switch of ZeRO 1 and 2 that places the parameters in the flat tensors otherwise."""
 
     def __str__(self) -> str:
         groups = f"-by{self.step_group}" if self.step_group else ""
-        return f"{self.num_ranks}ranks-zero{self.zero_stage}-{'bf16' if self.bf16 else 'fp32'}{groups}"
+        order = f"-{self.flat_order}" if self.flat_order else ""
+        return f"{self.num_ranks}ranks-zero{self.zero_stage}-{'bf16' if self.bf16 else 'fp32'}{groups}{order}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def build(layout: Layout, seed: int, **zero: Any) -> Engine:
     dtype = torch.bfloat16 if layout.bf16 else torch.float32
     if layout.step_group is not None:
         zero["sub_group_size"] = layout.step_group
+    if layout.flat_order is not None:
+        zero[layout.flat_order] = True
     settings = {
         "train_batch_size": layout.num_ranks,
         "train_micro_batch_size_per_gpu": 1,
@@ -111,8 +116,9 @@ def gather(engine: Engine) -> State:
     """Return the live fp32 weights and moments whole, by DeepSpeed's own means. Collective over all ranks."""
     state: State = {}
     if engine.zero_stage in (1, 2):
-        # DeepSpeed links parameters to moments once, after the first group's first step, when the others have none.
         optimizer = engine._engine.optimizer
+        _link_by_offset(optimizer)
+        # DeepSpeed links parameters to moments once, after the first group's first step, when the others have none.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
@@ -127,6 +133,17 @@ def gather(engine: Engine) -> State:
             for moment in MOMENTS:
                 state[name][moment] = deepspeed.utils.safe_get_full_optimizer_state(parameter, moment)
     return {name: {part: tensor.clone() for part, tensor in parts.items()} for name, parts in state.items()}
+
+
+def _link_by_offset(optimizer: Any) -> None:
+    """Link parameters to their fp32 weights where they are stored.
+
+    DeepSpeed (0.19.8) links them as if their order were the model's, unless there is padding between them.
+    """
+    paddings = optimizer.round_robin_bit16_padding
+    optimizer.round_robin_bit16_padding = [[1] for _ in paddings]
+    optimizer._link_all_hp_params()
+    optimizer.round_robin_bit16_padding = paddings
 
 
 def module_weights(engine: Engine) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from megatron.weights.deepspeed_checkpoint import open_deepspeed_checkpoint
 from megatron.weights.errors import WeightsError
@@ -31,6 +32,9 @@ SAVED = [
 ]
 # As a billion parameters and more of a rank are kept.
 SAVED += [Layout(1, 3, step_group=50), Layout(2, 3, step_group=20)]
+ROUND_ROBIN, ALIGNED = "round_robin_gradients", "parameter_alignment"
+SAVED += [Layout(2, 1, flat_order=ROUND_ROBIN), Layout(2, 2, bf16=True, flat_order=ROUND_ROBIN)]
+SAVED += [Layout(2, 2, flat_order=ALIGNED)]
 # Every stage into every stage, every number of ranks into every other, both formats.
 CHANGES = [
     (Layout(1, 0), Layout(2, 3)),
@@ -54,6 +58,13 @@ CHANGES = [
     (Layout(2, 3, step_group=20), Layout(3, 3)),
     (Layout(1, 3, step_group=50), Layout(2, 3, step_group=20)),
     (Layout(2, 2), Layout(1, 3, step_group=50)),
+    (Layout(2, 1), Layout(2, 1, flat_order=ROUND_ROBIN)),
+    (Layout(2, 1, flat_order=ROUND_ROBIN), Layout(2, 1)),
+    (Layout(2, 1, flat_order=ROUND_ROBIN), Layout(2, 1, flat_order=ROUND_ROBIN)),
+    (Layout(2, 2, bf16=True, flat_order=ROUND_ROBIN), Layout(3, 3, bf16=True)),
+    (Layout(1, 0), Layout(2, 2, flat_order=ROUND_ROBIN)),
+    (Layout(2, 2, flat_order=ALIGNED), Layout(2, 1, flat_order=ROUND_ROBIN)),
+    (Layout(2, 3), Layout(2, 2, flat_order=ALIGNED)),
 ]
 
 
@@ -177,9 +188,7 @@ def test_the_universal_form_is_that_of_deepspeed_s_converter(
     source = open_deepspeed_checkpoint(path_of(folder, layout))
     write_universal_checkpoint(source, tmp_path / "ours")
     assert_equal(UniversalCheckpoint(tmp_path / "ours"), saved[layout].state)
-    tool = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--num_extract_workers", "1"]
-    paths = ["--input_folder", source.path, "--output_folder", tmp_path / "theirs" / TAG, "--num_merge_workers", "1"]
-    subprocess.run([sys.executable, *tool, *paths], check=True, capture_output=True)
+    convert_by_deepspeed(source.path, tmp_path / "theirs" / TAG)
     ours, theirs = UniversalCheckpoint(tmp_path / "ours"), UniversalCheckpoint(tmp_path / "theirs" / TAG)
     assert ours.step == theirs.step == 2
     # From stages 1 and 2 theirs holds tied weights under each of their names, and frozen ones; from stage 3 neither.
@@ -187,6 +196,32 @@ def test_the_universal_form_is_that_of_deepspeed_s_converter(
     owners = {TIED: "embedding.weight"}
     for name, part, tensor in whole(theirs):
         assert torch.equal(tensor, ours.read(owners.get(name, name), part, 0, tensor.numel()).view(tensor.shape)), name
+
+
+def convert_by_deepspeed(path: Path, target: Path) -> None:
+    tool = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--num_extract_workers", "1"]
+    paths = ["--input_folder", path, "--output_folder", target, "--num_merge_workers", "1"]
+    subprocess.run([sys.executable, *tool, *paths], check=True, capture_output=True)
+
+
+def test_a_universal_form_in_which_deepspeed_mixed_up_the_parameters_is_refused(
+    folder: Path, saved: dict[Layout, Trained], tmp_path: Path
+) -> None:
+    convert_by_deepspeed(path_of(folder, Layout(2, 1, flat_order=ROUND_ROBIN)), tmp_path / TAG)
+    with pytest.raises(WeightsError, match="round_robin_gradients, whose parameters it mixes up; convert that"):
+        UniversalCheckpoint(tmp_path / TAG)
+    convert_by_deepspeed(path_of(folder, Layout(2, 2, flat_order=ALIGNED)), tmp_path / "aligned")
+    want = saved[Layout(2, 2, flat_order=ALIGNED)].state
+    for name, part, tensor in whole(UniversalCheckpoint(tmp_path / "aligned")):
+        assert name in (TIED, FROZEN) or torch.equal(tensor, want[name][part]), (name, part)
+
+
+def test_deepspeed_s_own_script_reads_the_same(folder: Path, saved: dict[Layout, Trained]) -> None:
+    for layout in (Layout(2, 1, flat_order=ROUND_ROBIN), Layout(2, 2, flat_order=ALIGNED)):
+        theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder / str(layout)), TAG)
+        ours = open_deepspeed_checkpoint(path_of(folder, layout))
+        assert {*ours.names} - {FROZEN} <= {*theirs}
+        assert [name for name in theirs if name != TIED and not torch.equal(ours.get(name), theirs[name])] == []
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(

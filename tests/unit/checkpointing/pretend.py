@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -22,8 +23,10 @@ CONTEXT = Context(ParallelState(), torch.device("cpu"), torch.float32, logging.g
 class PretendEngine:
     """Writes two files and remembers what it was told to load."""
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.loads: list[tuple[Path, str, bool]] = []
+    def __init__(self, error: Exception | None = None, on_nvme: bool = False) -> None:
+        self.loads: list[tuple[Path, bool]] = []
+        self.loads_by_deepspeed: list[tuple[Path, str]] = []
+        self.states_are_on_nvme = on_nvme
         self._error = error
 
     def save(self, folder: Path, tag: str) -> list[Path]:
@@ -34,8 +37,11 @@ class PretendEngine:
                 raise self._error
         return paths
 
-    def load(self, folder: Path, tag: str, with_optimizer: bool) -> None:
-        self.loads.append((folder, tag, with_optimizer))
+    def load_state(self, source: Path, with_optimizer: bool) -> None:
+        self.loads.append((source, with_optimizer))
+
+    def load_as_written(self, folder: Path, tag: str) -> None:
+        self.loads_by_deepspeed.append((folder, tag))
 
 
 def config(*flags: str) -> Config:
@@ -51,9 +57,11 @@ def save(folder: Path, state: TrainState = STATE, *flags: str) -> Path:
     return saver(folder, *flags).save(folder, state)
 
 
-def load(path: Path, *flags: str) -> tuple[TrainState, PretendEngine]:
-    engine: Any = PretendEngine()
-    return load_checkpoint(path, engine, CONTEXT, config("--load", str(path.parent), *flags)), engine
+def load(path: Path, *flags: str, on_nvme: bool = False) -> tuple[TrainState, PretendEngine]:
+    """Load what holds no tensors: the engine is given the path in place of what opening it gives."""
+    engine: Any = PretendEngine(on_nvme=on_nvme)
+    with patch("megatron.checkpointing.loading.open_state", lambda path: path):
+        return load_checkpoint(path, engine, CONTEXT, config("--load", str(path.parent), *flags)), engine
 
 
 def choose(folder: Path, *flags: str) -> Path | None:

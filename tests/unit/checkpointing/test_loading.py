@@ -21,7 +21,7 @@ def test_loading_restores_the_counters_the_random_state_and_the_optimizer(tmp_pa
     state, engine = load(path)
     assert state == STATE
     assert torch.equal(torch.rand(3), expected)
-    assert engine.loads == [(tmp_path, "global_step7", True)]
+    assert engine.loads == [(path, True)]
 
 
 def test_finetuning_takes_the_weights_alone(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_finetuning_takes_the_weights_alone(tmp_path: Path) -> None:
     state, engine = load(path, "--finetune")
     assert state == TrainState()
     assert torch.equal(torch.get_rng_state(), before)
-    assert engine.loads == [(tmp_path, "global_step7", False)]
+    assert engine.loads == [(path, False)]
 
 
 def test_optimizer_and_random_state_can_each_be_left_out(tmp_path: Path) -> None:
@@ -40,7 +40,16 @@ def test_optimizer_and_random_state_can_each_be_left_out(tmp_path: Path) -> None
     state, engine = load(path, "--no-load-optim", "--no-load-rng")
     assert state == STATE
     assert torch.equal(torch.get_rng_state(), before)
-    assert engine.loads == [(tmp_path, "global_step7", False)]
+    assert engine.loads == [(path, False)]
+
+
+def test_deepspeed_itself_reads_optimizer_states_on_nvme_and_nothing_else(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    _, engine = load(path, on_nvme=True)
+    assert (engine.loads, engine.loads_by_deepspeed) == ([], [(tmp_path, path.name)])
+    for flag in ("--finetune", "--no-load-optim", "--universal-checkpoint"):
+        _, engine = load(path, flag, on_nvme=True)
+        assert (engine.loads, engine.loads_by_deepspeed) == ([(path, flag == "--universal-checkpoint")], [])
 
 
 def test_a_rank_that_the_saving_run_did_not_have_is_told_so(
