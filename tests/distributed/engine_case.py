@@ -5,6 +5,7 @@ which many engines live one after another.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,12 @@ class Model(nn.Module):
         return functional.cross_entropy(self.head(x).float(), tokens[1:], reduction="sum")
 
 
-def build(layout: Layout, seed: int, **zero: Any) -> Engine:
-    """Return an engine over every rank of this process's world."""
+def build(layout: Layout, seed: int, stated: Mapping[str, Any] | None = None) -> Engine:
+    """Return an engine over every rank of this process's world; `stated` stands for a user's DeepSpeed JSON."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     dtype = torch.bfloat16 if layout.bf16 else torch.float32
+    stated = stated or {}
+    zero = {"stage": layout.zero_stage, **stated.get("zero_optimization", {})}
     if layout.step_group is not None:
         zero["sub_group_size"] = layout.step_group
     if layout.flat_order is not None:
@@ -83,9 +86,10 @@ def build(layout: Layout, seed: int, **zero: Any) -> Engine:
     settings = {
         "train_batch_size": layout.num_ranks,
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": layout.zero_stage, **zero},
-        "bf16": {"enabled": layout.bf16},
         "steps_per_print": 10**9,
+        **stated,
+        "zero_optimization": zero,
+        "bf16": {**stated.get("bf16", {}), "enabled": layout.bf16},
     }
     groups, config = (lambda model: parameter_groups(model, 0.1)), OptimizerConfig(lr=1e-2)
     return Engine(

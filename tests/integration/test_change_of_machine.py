@@ -122,10 +122,10 @@ def test_a_training_starts_with_portable_weights(sources: Sources, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
-def test_weights_in_bf16_start_a_training_in_bf16(sources: Sources, tmp_path: Path, stage: int) -> None:
+def test_portable_weights_start_bf16_training_as_finetuning_does(sources: Sources, tmp_path: Path, stage: int) -> None:
     layout = Layout(2, stage)
     sources.train(layout, tmp_path / "first", "--save", str(tmp_path / "checkpoints"), "--bf16")
-    assert run_tool("consolidate_checkpoint", tmp_path / "checkpoints", tmp_path / "weights", "--dtype", "bf16") == 0
+    assert run_tool("consolidate_checkpoint", tmp_path / "checkpoints", tmp_path / "weights") == 0
     load = ["--bf16", "--load", str(tmp_path / "checkpoints"), "--finetune"]
     want = sources.train(layout, tmp_path / "want", *load)
     same = sources.train(layout, tmp_path / "same", "--bf16", "--load", str(tmp_path / "weights"))

@@ -1,6 +1,6 @@
 """Rules for the DeepSpeed JSON: it must agree with the flags, and every key in it must count.
 
-DeepSpeed itself ignores a key that it does not know, so a misspelt one is caught here.
+DeepSpeed itself ignores a key that it does not know, so a misspelt one is caught here, at any depth.
 """
 
 from __future__ import annotations
@@ -11,74 +11,61 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.config.batch import accumulation_steps
-from megatron.config.deepspeed_json import SHARED_SETTINGS, SharedSetting, lookup
+from megatron.config.deepspeed_json import SHARED_SETTINGS, SharedSetting, lookup, zero_stage_run
+from megatron.config.deepspeed_keys import DEEPSPEED_KEYS, Keys
 from megatron.config.rules.common import Rule, Run, flag, listed
 
-HERE = "training here does not use it"
-REFUSED_KEYS = {
-    "activation_checkpointing": "give --deepspeed-activation-checkpointing and --checkpoint-in-cpu",
-    "amp": "give --bf16 or --fp16",
-    "bfloat16": 'call it "bf16"',
-    "curriculum_learning": HERE,
-    "data_efficiency": HERE,
-    "expert_parallel": HERE,
-    "optimizer": "give --lr, --weight-decay, --adam-beta1, --adam-beta2 and --adam-eps",
-    "pipeline": HERE,
-    "progressive_layer_drop": HERE,
-    "scheduler": "give --lr-decay-style, --lr-warmup-iters and the like",
-    "sequence_parallel_size": "give --ds-sequence-parallel-size",
-    "sparse_attention": HERE,
-    "tensor_parallel": HERE,
-    "torch_autocast": "give --bf16 or --fp16",
-}
-PASSED_KEYS = frozenset(
-    {
-        "aio",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-        "compile",
-        "csv_monitor",
-        "data_types",
-        "disable_allgather",
-        "disable_python_gc",
-        "dump_state",
-        "flops_profiler",
-        "fp16",
-        "gradient_accumulation_steps",
-        "gradient_allreduce_op",
-        "gradient_clipping",
-        "gradient_predivide_factor",
-        "log_level",
-        "memory_breakdown",
-        "prescale_gradients",
-        "sparse_gradients",
-        "steps_per_print",
-        "timers",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "wall_clock_breakdown",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    }
-)
-UNSAFE_CHECKPOINT_KEYS = {
-    "use_node_local_storage": "a checkpoint is complete only in a folder that all machines share",
-    "writer": "a checkpoint appears when every file is on the disk, and DeepSpeed's other writers do not wait for that",
-}
 OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 
 
 def json_has_known_keys(run: Run) -> str | None:
-    for key in run.config.deepspeed_json:
-        if key in REFUSED_KEYS:
-            return f'"{key}" in {_file(run)} is not taken from there; remove it: {REFUSED_KEYS[key]}'
-        if key not in PASSED_KEYS:
-            close = difflib.get_close_matches(key, PASSED_KEYS, n=1)
+    return next(_key_faults(run.config.deepspeed_json, DEEPSPEED_KEYS, "", _file(run)), None)
+
+
+def _key_faults(block: Mapping[str, Any], known: Keys, above: str, file: str) -> Iterator[str]:
+    for name, value in block.items():
+        key, path = known.get(name), above + name
+        if isinstance(key, Mapping):
+            if isinstance(value, Mapping):
+                yield from _key_faults(value, key, f"{path}.", file)
+            elif value is not None:
+                yield f'"{path}" ({json.dumps(value)}) in {file} must be an object of {listed(tuple(key), "or")}'
+        elif key is None:
+            honoured = [name for name, key in known.items() if isinstance(key, Mapping) or key.values != ()]
+            close = difflib.get_close_matches(name, honoured, n=1)
             advice = f'did you mean "{close[0]}"?' if close else "remove it"
-            return f'"{key}" in {_file(run)} is not a key that DeepSpeed honours here; {advice}'
+            yield f'"{path}" in {file} is not a key that DeepSpeed honours here; {advice}'
+        elif key.values == ():
+            yield f'"{path}" in {file} is not taken from there; remove it: {key.advice}'
+        elif value != "auto" and not key.allows(value):
+            allowed = " or ".join(json.dumps(allowed) for allowed in key.values or ())
+            yield f'"{path}" ({json.dumps(value)}) in {file} must be {allowed}: {key.advice}; correct it or remove it'
+
+
+def json_keeps_the_gradient_exact(run: Run) -> str | None:
+    """Each condition is one of DeepSpeed's, or what `tests/distributed/test_deepspeed_keys.py` covers."""
+    stated, stage = run.config.deepspeed_json, zero_stage_run(run.config)
+    precision = run.config.precision
+    own = "bf16" if precision.bf16 else "fp16" if precision.fp16 else "fp32"
+    accumulated = lookup(stated, ("data_types", "grad_accum_dtype"))
+    if accumulated not in (None, "auto", own) and (accumulated != "fp32" or stage < 2):
+        allowed = f'"{own}"' if own == "fp32" else f'"{own}", or "fp32" with --zero-stage 2 or 3'
+        return (
+            f'"data_types.grad_accum_dtype" ("{accumulated}") in {_file(run)} must be {allowed}; correct it or '
+            "remove it"
+        )
+    reduced = lookup(stated, ("communication_data_type",))
+    if reduced not in (None, "auto", own, "fp32"):
+        allowed = " or ".join(dict.fromkeys([f'"{own}"', '"fp32"']))
+        return (
+            f'"communication_data_type" ("{reduced}") in {_file(run)} must be {allowed}, so that the sum of '
+            "the gradients loses nothing; correct it or remove it"
+        )
+    if lookup(stated, ("prescale_gradients",)) and stage > 1:
+        return (
+            f'"prescale_gradients" (true) in {_file(run)} needs --zero-stage 0 or 1, and it is {stage}; remove it: the '
+            "gradient is the mean over the ranks either way"
+        )
     return None
 
 
@@ -173,23 +160,16 @@ def cpu_optimizer_agrees_with_json(run: Run) -> str | None:
     )
 
 
-def checkpoints_are_written_here(run: Run) -> str | None:
-    for key, why in UNSAFE_CHECKPOINT_KEYS.items():
-        if lookup(run.config.deepspeed_json, ("checkpoint", key)):
-            return f'"checkpoint.{key}" in {_file(run)} cannot be honoured: {why}; remove it'
-    return None
-
-
 def _file(run: Run) -> str:
     return run.config.deepspeed.deepspeed_config or "the DeepSpeed JSON"
 
 
 DEEPSPEED_RULES: tuple[Rule, ...] = (
     json_has_known_keys,
+    json_keeps_the_gradient_exact,
     json_agrees_with_flags,
     json_agrees_on_accumulation,
     json_leaves_nothing_automatic,
     offload_has_its_zero_stage,
     cpu_optimizer_agrees_with_json,
-    checkpoints_are_written_here,
 )

@@ -1,13 +1,20 @@
 """What DeepSpeed is handed, and what the user's file adds."""
 
 import json
+from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.monitor.config import CSVConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
 from megatron.config import Config, ConfigError, deepspeed_config
 from megatron.config.deepspeed_json import NEVER
+from megatron.config.deepspeed_keys import DEEPSPEED_KEYS, Keys
 from tests.unit.config.commands import complaint, parsed
 
 
@@ -198,12 +205,94 @@ def test_a_missing_file_is_refused(tmp_path):
             "--zero-stage 1 --cpu-optimizer",
             'must be "cpu" with --cpu-optimizer; remove one of the two',
         ),
-        ({"checkpoint": {"writer": {"type": "FAST"}}}, "", '"checkpoint.writer" in '),
-        ({"checkpoint": {"use_node_local_storage": True}}, "", "in a folder that all machines share; remove it"),
+        ({"checkpoint": {"writer": {"type": "FAST"}}}, "", '"checkpoint.writer" ({"type": "FAST"}) in '),
+        ({"checkpoint": {"use_node_local_storage": True}}, "", "in a folder that all machines share; correct it or"),
+        ({"gradient_allreduce_op": "sum"}, "", '("sum") in FILE must be "mean": a sum multiplies the gradient by the'),
+        ({"gradient_predivide_factor": 2.0}, "", '"gradient_predivide_factor" (2.0) in FILE must be 1.0: '),
+        ({"sparse_gradients": False}, "", "is not taken from there; remove it: DeepSpeed 0.19.8 does not have it"),
+        ({"prescale_gradients": "false"}, "", '"prescale_gradients" ("false") in FILE must be false or true'),
+        ({"prescale_gradients": True}, "--zero-stage 2", "needs --zero-stage 0 or 1, and it is 2; remove it"),
+        (
+            {"communication_data_type": "bf16"},
+            "",
+            '"communication_data_type" ("bf16") in FILE must be "fp32" or "fp32"',
+        ),
+        ({"communication_data_type": "fp16"}, "--bf16", 'must be "bf16" or "fp32", so that the sum of the gradients'),
+        (
+            {"data_types": {"grad_accum_dtype": "bf16"}},
+            "",
+            'grad_accum_dtype" ("bf16") in FILE must be "fp32"; ',
+        ),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}},
+            "--bf16 --zero-stage 1",
+            'must be "bf16", or "fp32" with --zero-stage 2 or 3; correct it or remove it',
+        ),
+        (
+            {"bf16": {"bf16_master_weights_and_grads": True}},
+            "--bf16",
+            '_master_weights_and_grads" (true) in ',
+        ),
+        ({"fp16": {"auto_cast": True}}, "--fp16", '"fp16.auto_cast" (true) in FILE must be false'),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "", "the arithmetic with it is not tested here"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "", "(8) in FILE must be 1: the arithmetic"),
+        ({"zero_optimization": {"round_robin_gradient": True}}, "", 'did you mean "round_robin_gradients"?'),
+        ({"zero_optimization": {"cpu_offload": True}}, "", 'write "offload_optimizer"'),
+        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "", 'here; did you mean "device"?'),
+        (
+            {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
+            "",
+            '"zero_optimization.offload_optimizer.ratio" ',
+        ),
+        ({"zero_optimization": {"offload_optimizer": True}}, "", "must be an object of device, nvme_path"),
+        ({"zero_optimization": {"mics_shard_size": 4}}, "", "DeepSpeed 0.19.8 does not have it any more"),
     ],
 )
 def test_a_file_that_contradicts_the_flags_is_refused(tmp_path, stated, flags, message):
-    assert message in complaint(with_json(tmp_path, stated, flags))
+    assert message in complaint(with_json(tmp_path, stated, flags)).replace(str(tmp_path / "ds.json"), "FILE")
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_files_of_upstream_s_scripts_pass(tmp_path, stage):
+    stated = {
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 10,
+        "zero_optimization": {"stage": stage, "elastic_checkpoint": True},
+        "gradient_clipping": 1.0,
+        "prescale_gradients": stage < 2,
+        "fp16": {"enabled": False, "loss_scale": 0, "loss_scale_window": 500, "consecutive_hysteresis": False},
+        "bf16": {"enabled": True},
+        "wall_clock_breakdown": False,
+    }
+    assert complaint(with_json(tmp_path, stated, "--bf16 --global-batch-size 4")) == ""
+
+
+def _names(keys: Keys) -> Iterator[str]:
+    for name, key in keys.items():
+        yield name
+        yield from _names(key) if isinstance(key, Mapping) else ()
+
+
+def test_every_key_of_deepspeed_is_honoured_or_refused_by_name():
+    """As far as its own dataclasses tell; so a new version of DeepSpeed shows what it has added."""
+    models = {
+        ("zero_optimization",): DeepSpeedZeroConfig,
+        ("zero_optimization", "offload_optimizer"): DeepSpeedZeroOffloadOptimizerConfig,
+        ("zero_optimization", "offload_param"): DeepSpeedZeroOffloadParamConfig,
+        ("bf16",): DeepSpeedBF16Config,
+        ("fp16",): DeepSpeedFP16Config,
+        ("csv_monitor",): CSVConfig,
+    }
+    for path, model in models.items():
+        known = reduce(lambda keys, name: keys[name], path, DEEPSPEED_KEYS)
+        theirs = {field.alias or name for name, field in model.model_fields.items()}
+        assert theirs <= set(known), path
+
+
+def test_the_documentation_names_every_key():
+    text = (Path(__file__).parents[3] / "docs" / "deepspeed.md").read_text()
+    assert [name for name in _names(DEEPSPEED_KEYS) if f"`{name}`" not in text] == []
 
 
 def test_agreement_is_fine(tmp_path):
