@@ -215,7 +215,7 @@ def test_a_missing_file_is_refused(tmp_path):
         (
             {"communication_data_type": "bf16"},
             "",
-            '"communication_data_type" ("bf16") in FILE must be "fp32" or "fp32"',
+            '_data_type" ("bf16") in FILE must be "fp32", so',
         ),
         ({"communication_data_type": "fp16"}, "--bf16", 'must be "bf16" or "fp32", so that the sum of the gradients'),
         (
