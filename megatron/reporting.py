@@ -55,7 +55,7 @@ class Reporter:
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
         self._watch = LossWatch(config.logging.loss_spike_factor)
-        self._losses: list[Tensor] = []
+        self._losses: dict[int, Tensor] = {}  # by iteration; not of steps without a label that counts
         self._attention_shares: list[float] = []
         self._started = time.monotonic()
 
@@ -72,9 +72,9 @@ class Reporter:
         self._losses.clear()
         self._attention_shares.clear()
 
-    def add(self, loss: Tensor, attention_share: float) -> None:
+    def add(self, iteration: int, loss: Tensor, attention_share: float) -> None:
         """Count one iteration's mean token loss, a scalar on the device, and the attention left by documents."""
-        self._losses.append(loss)
+        self._losses[iteration] = loss
         self._attention_shares.append(attention_share)
 
     def line(
@@ -85,11 +85,13 @@ class Reporter:
         loss_scale: float,
         grad_norm: float | None,
     ) -> None:
-        """Write the line of the iterations since the last one. Waits for the device."""
-        losses = torch.stack(self._losses).tolist()
+        """Write the line of the iterations since the last one, if any has a loss. Waits for the device."""
+        if not self._losses:
+            return
+        losses = torch.stack([*self._losses.values()]).tolist()
         finite = [loss for loss in losses if math.isfinite(loss)]
         state.nan_iterations += len(losses) - len(finite)
-        for iteration, loss in enumerate(losses, state.iteration - len(losses) + 1):
+        for iteration, loss in zip(self._losses, losses, strict=True):
             if (warning := self._watch.look(iteration, loss)) is not None:
                 self._context.log.warning("%s", warning)
         seconds = (time.monotonic() - self._started) / len(losses)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -38,6 +36,7 @@ from megatron.out_of_memory import Ledger
 from megatron.profiling import StepProfiler
 from megatron.reporting import Reporter
 from megatron.rollback import Rollback
+from megatron.stop_signal import StopSignal
 from megatron.train_state import TrainState
 from megatron.watchdog import EXIT_CODE, Watchdog, WatchedProgress
 
@@ -47,17 +46,6 @@ DatasetsProvider = Callable[[tuple[int, int, int]], Datasets]
 
 _CONTINUE, _EXIT, _ROLL_BACK = 0, 1, 2
 _GO_ON = "earlier checkpoints stand, go on from one of them with --load and --ckpt-step, and a lower --lr or other data"
-
-
-class StopSignal:
-    """Remembers SIGTERM, so that the loop can save before it exits."""
-
-    def __init__(self) -> None:
-        self.received = False
-        signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
 
 
 def pretrain(
@@ -255,6 +243,17 @@ class Training:
         batches = list(islice(stream, self._lengths.num_microbatches))
         num_tokens, attention_share, command = self._agree(batches)
         rate = self._learning_rate()
+        if not num_tokens.item():
+            self._pass_over()
+        elif self._take_step(batches, num_tokens, rate, attention_share):
+            return _ROLL_BACK
+        if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
+            self._reporter.line(state, rate, self._lengths, engine.loss_scale, engine.gradient_norm())
+        return command
+
+    def _take_step(self, batches: Sequence[Batch], num_tokens: Tensor, rate: float, attention_share: float) -> bool:
+        """Take a step and count it; returns whether all ranks are to take it back. Collective over all ranks."""
+        state, engine = self.state, self._engine
         self._progress.start_step(state.iteration + 1, self._num_units())
         with self._profiler.step(state.iteration + 1):
             loss = engine.train_step(self._inputs(batches), num_tokens, rate, self._check)
@@ -262,12 +261,18 @@ class Training:
         dist.all_reduce(loss)
         state.advance(self._lengths.global_batch_size, self._config.model.seq_length)
         if self._rollback.judge(state.iteration, loss / num_tokens):
-            return _ROLL_BACK
-        self._reporter.add(loss / num_tokens, attention_share)
+            return True
+        self._reporter.add(state.iteration, loss / num_tokens, attention_share)
         state.skipped_iterations += engine.step_was_skipped
-        if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
-            self._reporter.line(state, rate, self._lengths, engine.loss_scale, engine.gradient_norm())
-        return command
+        return False
+
+    def _pass_over(self) -> None:
+        """Count a step in which no label counts. It has no gradient, so neither weights nor moments may move."""
+        state, first = self.state, self.state.data_samples
+        state.advance(self._lengths.global_batch_size, self._config.model.seq_length)
+        state.skipped_iterations += 1
+        step = f"iteration {state.iteration} (samples {first} to {state.data_samples - 1})"
+        self._context.log.warning("every label of %s is masked: no step is taken, the weights stay as they are", step)
 
     def _inputs(self, batches: Sequence[Batch]) -> Iterator[ModelInputs]:
         for number, batch in enumerate(batches):
@@ -360,6 +365,9 @@ class Training:
                 totals[1] += batch.num_tokens / self._context.parallel_state.sequence_parallel_size
         self._progress.finish_step()
         dist.all_reduce(totals)
+        if not totals[1].item():
+            self._context.log.warning("every label of the %s data that were read is masked: they have no loss", part)
+            return
         loss = (totals[0] / totals[1]).item()
         self._reporter.evaluation(self.state.iteration, loss, part, by_position.buckets())
 

@@ -43,6 +43,7 @@ TOP_FILES: dict[str, set[str]] = {
     "preflight": ALL_LAYERS | {"initialize", "checkpointing"},
     "reporting": ALL_LAYERS | {"initialize"},
     "watchdog": {"logging"},
+    "stop_signal": set(),
     "finite_check": {"fpdt"},
     "rollback": ALL_LAYERS | {"initialize", "checkpointing"},
     "program": ALL_LAYERS
@@ -69,6 +70,7 @@ TOP_FILES: dict[str, set[str]] = {
         "watchdog",
         "finite_check",
         "rollback",
+        "stop_signal",
     },
 }
 RULES = LAYERS | TOP_FILES

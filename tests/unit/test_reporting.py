@@ -60,8 +60,8 @@ def line(reporter, state):
 
 def iterate(reporter, state, losses):
     for loss in losses:
-        reporter.add(torch.tensor(loss), 1.0)
         state.advance(2, 1024)
+        reporter.add(state.iteration, torch.tensor(loss), 1.0)
 
 
 def test_losses_before_an_evaluation_count_and_its_time_does_not(clock, caplog):
@@ -92,6 +92,20 @@ def test_a_spike_is_warned_of_with_its_own_iteration(clock, caplog):
     clock.now += 1
     line(reporter, state)
     assert caplog.messages == ["the loss of iteration 53 is 3.5000, 1.75 times the mean of the 12 before (2.0000)"]
+
+
+def test_steps_without_a_loss_leave_the_others_and_their_iterations(clock, caplog):
+    (reporter, writer), state = reporter_of(), TrainState()
+    state.advance(2, 1024)
+    clock.now += 1
+    line(reporter, state)
+    assert writer.written == {}
+    iterate(reporter, state, [math.inf, 2.0])
+    state.advance(2, 1024)
+    clock.now += 1
+    line(reporter, state)
+    assert caplog.messages == ["the loss of iteration 2 is inf"]
+    assert writer.written[4]["train/loss"] == 2.0
 
 
 def test_an_evaluation_writes_its_buckets(clock, caplog):
