@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,14 +28,15 @@ def build_adam(
     if on_host:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        if _builds("CPUAdamBuilder"):
+        if _builds("CPUAdamBuilder", "torch's AdamW"):
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     elif device.type == "cuda":
         from deepspeed.ops.adam import FusedAdam
 
-        if _builds("FusedAdamBuilder"):
+        apex_adam = _apex_adam()
+        if _builds("FusedAdamBuilder", "torch's fused AdamW" if apex_adam is None else "apex's FusedAdam"):
             return FusedAdam(groups, adam_w_mode=True, **settings)
-        if (apex_adam := _apex_adam()) is not None:
+        if apex_adam is not None:
             return apex_adam(groups, adam_w_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=device.type == "cuda" and not on_host, **settings)
 
@@ -55,17 +57,35 @@ def set_moments(adam: torch.optim.Optimizer, masters: Iterable[Tensor], step: in
         adam.state[master] = {"step": count, **moments}
 
 
-def _builds(builder_name: str) -> bool:
+def _builds(builder_name: str, substitute: str) -> bool:
     """Whether DeepSpeed can compile and load one of its extensions here; there are many ways in which it may not."""
     from deepspeed.ops import op_builder
 
-    builder = getattr(op_builder, builder_name)()
+    builder = _with_readable_architectures(getattr(op_builder, builder_name)())
     try:
         builder.load(verbose=False)
     except Exception as error:
-        logger.info("%s does not build here (%s); Adam is another", builder.name, str(error).strip().split("\n")[0])
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        logger.info("DeepSpeed's %s does not build here (%s); Adam is %s", builder.name, reason, substitute)
         return False
     return True
+
+
+def _with_readable_architectures(builder: Any) -> Any:
+    """Take the letters off what DeepSpeed's builder has read of TORCH_CUDA_ARCH_LIST: it (0.19.8) knows numbers alone.
+
+    Many images are configured with "9.0a". An elementwise kernel needs none of the instructions that it adds to "9.0".
+    """
+    read = getattr(builder, "compute_capability_args", None)
+    if read is None:  # a builder for another accelerator
+        return builder
+
+    def compute_capability_args(*arguments: Any) -> Any:
+        builder._jit_arch_list = re.sub(r"(?<=\d)[a-z]\b", "", builder._jit_arch_list or "") or None
+        return read(*arguments)
+
+    builder.compute_capability_args = compute_capability_args
+    return builder
 
 
 def _apex_adam() -> Callable[..., torch.optim.Optimizer] | None:

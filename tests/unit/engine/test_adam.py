@@ -1,15 +1,20 @@
 import logging
+import os
 import sys
 import types
 
 import pytest
 import torch
 from deepspeed.ops import op_builder
+from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
+from torch.utils import cpp_extension
 
 from megatron.config import OptimizerConfig
 from megatron.engine import adam
 from megatron.engine.adam import build_adam
 
+ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
 CPU = torch.device("cpu")
 CONFIG = OptimizerConfig(lr=0.01, adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-6)
 
@@ -52,7 +57,7 @@ def test_on_a_cpu_adam_is_torch_s():
 
 
 def test_where_deepspeed_s_host_adam_does_not_build_adam_is_torch_s(monkeypatch):
-    monkeypatch.setattr(adam, "_builds", lambda name: False)
+    monkeypatch.setattr(adam, "_builds", lambda *_: False)
     optimizer = build_adam(groups(), CONFIG, CPU, on_host=True)
     assert type(optimizer) is torch.optim.AdamW
     assert [group["name"] for group in optimizer.param_groups] == ["decay", "no_decay"]
@@ -65,7 +70,7 @@ class ApexAdam:
 
 @pytest.mark.parametrize("installed", [{"apex.optimizers", "amp_C"}, {"apex.optimizers"}, set()])
 def test_on_a_gpu_apex_comes_after_deepspeed_if_it_is_whole(monkeypatch, installed):
-    monkeypatch.setattr(adam, "_builds", lambda name: False)
+    monkeypatch.setattr(adam, "_builds", lambda *_: False)
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: "torch's")
     for name in ("apex", "apex.optimizers", "amp_C"):
         module = types.ModuleType(name) if any(each.startswith(name) for each in installed) else None
@@ -87,16 +92,59 @@ class BrokenBuilder:
         raise RuntimeError("no compiler\nand a long story")
 
 
-def test_an_extension_that_does_not_build_is_said_in_one_line(monkeypatch, caplog):
-    monkeypatch.setattr(op_builder, "CPUAdamBuilder", BrokenBuilder)
+@pytest.mark.parametrize(
+    "builder, on_host, message",
+    [
+        ("CPUAdamBuilder", True, "DeepSpeed's broken_adam does not build here (no compiler); Adam is torch's AdamW"),
+        (
+            "FusedAdamBuilder",
+            False,
+            "DeepSpeed's broken_adam does not build here (no compiler); Adam is torch's fused AdamW",
+        ),
+    ],
+)
+def test_an_extension_that_does_not_build_is_said_with_what_takes_its_place(
+    monkeypatch, caplog, builder, on_host, message
+):
+    monkeypatch.setattr(op_builder, builder, BrokenBuilder)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: settings["fused"])
     with caplog.at_level(logging.INFO, logger="megatron"):
-        assert not adam._builds("CPUAdamBuilder")
-    assert caplog.messages == ["broken_adam does not build here (no compiler); Adam is another"]
+        assert build_adam(groups(), CONFIG, torch.device("cuda"), on_host) is not on_host
+    assert caplog.messages == [message]
+
+
+@pytest.mark.parametrize(
+    "stated, built_for",
+    [
+        ("9.0a", "9.0+PTX"),
+        ("8.0 9.0a+PTX", "8.0;9.0+PTX"),
+        ("8.6;10.0f;12.1a", "8.6;10.0;12.1+PTX"),
+        ("8.0;9.0+PTX", "8.0;9.0+PTX"),
+        (None, "9.0+PTX"),
+    ],
+)
+def test_deepspeed_s_adam_builds_for_the_listed_architectures_with_letters_or_without(monkeypatch, stated, built_for):
+    """All of DeepSpeed's own way to torch's compiler, which is told of the architectures by the environment."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(cpp_extension, "load", lambda **_: seen.append(os.environ[ARCHITECTURES]))
+    monkeypatch.setattr(cpp_extension, "verify_ninja_availability", lambda: None)
+    monkeypatch.setattr(op_builder, "FusedAdamBuilder", FusedAdamBuilder)  # a machine without GPUs has another
+    monkeypatch.setattr(FusedAdamBuilder, "is_compatible", lambda *_: True)
+    monkeypatch.setattr(FusedAdamBuilder, "is_rocm_pytorch", staticmethod(lambda: False))
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.delenv(ARCHITECTURES, raising=False)
+    if stated is not None:
+        monkeypatch.setenv(ARCHITECTURES, stated)
+    assert adam._builds("FusedAdamBuilder", "torch's fused AdamW")
+    assert (seen, os.environ.get(ARCHITECTURES)) == ([built_for], stated)
 
 
 @pytest.mark.parametrize("on_host", [False, True])
 def test_a_learning_rate_set_on_the_groups_is_the_one_used(monkeypatch, on_host):
-    monkeypatch.setattr(adam, "_builds", lambda name: False)
+    monkeypatch.setattr(adam, "_builds", lambda *_: False)
     parameter_groups = groups()
     optimizer = build_adam(parameter_groups, CONFIG, CPU, on_host)
     for group in optimizer.param_groups:
