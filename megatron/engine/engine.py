@@ -220,9 +220,9 @@ class Engine:
     def load_as_written(self, folder: Path, tag: str) -> None:
         """Read weights and optimizer states of this very layout by DeepSpeed's reader, which unpickles them.
 
-        Collective over all ranks. ValueError if nothing is found. To be used for states on NVMe alone. Without the
-        optimizer states DeepSpeed (0.19.8) would read at stage 3 what `latest` names, whatever the tag, whole on each
-        rank; and it follows `param_groups` and the order of the flat tensors in the files, whatever the settings say.
+        Collective over all ranks. ValueError if nothing is found. For states on NVMe alone: DeepSpeed takes the Adam
+        constants and the order of the flat tensors from the files, whatever the settings say. Without the optimizer
+        states it (0.19.8) reads what `latest` names at stage 3, whatever the tag, and all of it on each rank.
         """
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
         if path is None:

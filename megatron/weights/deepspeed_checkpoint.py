@@ -103,6 +103,9 @@ class DeepSpeedCheckpoint:
             else:
                 self._parameters = _partitioned_as_groups(path, optimizer_files, model)
                 optimizer = states["base_optimizer_state"]
+                if isinstance(optimizer, list):  # "elastic" checkpoints keep apex's count of steps apart
+                    group = {"step": states.get("base_optimizer_state_step")}
+                    optimizer = {"state": dict(enumerate(optimizer)), "param_groups": [group]}
             self.loss_scale = loss_scale_state(states.get("loss_scaler"))
         trained = set(self._parameters)
         self._parameters |= _untrained(self._model_file, model, trained | set(self.aliases))
@@ -286,9 +289,6 @@ def _step(optimizer: Any) -> int | None:
     """Steps that Adam counted: in the state of each parameter, or in the group (apex). None without one."""
     if optimizer is None:
         return None
-    if isinstance(optimizer, list):  # "elastic" checkpoints keep the states alone
-        states, group = dict(enumerate(optimizer)), {}
-    else:
-        states, group = optimizer.get("state"), (optimizer.get("param_groups") or [{}])[0]
+    states, group = optimizer.get("state"), (optimizer.get("param_groups") or [{}])[0]
     step = states[0].get("step", group.get("step")) if states else None
     return None if step is None else int(step)

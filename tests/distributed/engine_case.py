@@ -36,13 +36,13 @@ class Layout:
     bf16: bool = False
     step_group: int | None = None
     """Elements of a rank after which ZeRO-3 steps the next by themselves. By default it is a billion."""
-    flat_order: str | None = None
-    """A switch of ZeRO 1 and 2 that places the parameters in the flat tensors otherwise."""
+    switch: str | None = None
+    """A switch of ZeRO 1 and 2 that changes what the files look like."""
 
     def __str__(self) -> str:
         groups = f"-by{self.step_group}" if self.step_group else ""
-        order = f"-{self.flat_order}" if self.flat_order else ""
-        return f"{self.num_ranks}ranks-zero{self.zero_stage}-{'bf16' if self.bf16 else 'fp32'}{groups}{order}"
+        switch = f"-{self.switch}" if self.switch else ""
+        return f"{self.num_ranks}ranks-zero{self.zero_stage}-{'bf16' if self.bf16 else 'fp32'}{groups}{switch}"
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def build(layout: Layout, seed: int, stated: Mapping[str, Any] | None = None) ->
     zero = {"stage": layout.zero_stage, **stated.get("zero_optimization", {})}
     if layout.step_group is not None:
         zero["sub_group_size"] = layout.step_group
-    if layout.flat_order is not None:
-        zero[layout.flat_order] = True
+    if layout.switch is not None:
+        zero[layout.switch] = True
     settings = {
         "train_batch_size": layout.num_ranks,
         "train_micro_batch_size_per_gpu": 1,

@@ -17,8 +17,8 @@ ROUND_ROBIN = "round_robin_gradients"
 CHANGES = [(Layout(2, stage), Layout(2, stage)) for stage in range(4)]
 # As DeepSpeed's own reader does not see.
 CHANGES += [
-    (Layout(2, 1), Layout(2, 1, flat_order=ROUND_ROBIN)),
-    (Layout(2, 2, flat_order=ROUND_ROBIN), Layout(2, 2)),
+    (Layout(2, 1), Layout(2, 1, switch=ROUND_ROBIN)),
+    (Layout(2, 2, switch=ROUND_ROBIN), Layout(2, 2)),
 ]
 
 

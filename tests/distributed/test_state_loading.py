@@ -32,9 +32,9 @@ SAVED = [
 ]
 # As a billion parameters and more of a rank are kept.
 SAVED += [Layout(1, 3, step_group=50), Layout(2, 3, step_group=20)]
-ROUND_ROBIN, ALIGNED = "round_robin_gradients", "parameter_alignment"
-SAVED += [Layout(2, 1, flat_order=ROUND_ROBIN), Layout(2, 2, bf16=True, flat_order=ROUND_ROBIN)]
-SAVED += [Layout(2, 2, flat_order=ALIGNED)]
+ROUND_ROBIN, ALIGNED, ELASTIC = "round_robin_gradients", "parameter_alignment", "elastic_checkpoint"
+SAVED += [Layout(2, 1, switch=ROUND_ROBIN), Layout(2, 2, bf16=True, switch=ROUND_ROBIN)]
+SAVED += [Layout(2, 2, switch=ALIGNED), Layout(2, 1, switch=ELASTIC)]
 # Every stage into every stage, every number of ranks into every other, both formats.
 CHANGES = [
     (Layout(1, 0), Layout(2, 3)),
@@ -58,13 +58,15 @@ CHANGES = [
     (Layout(2, 3, step_group=20), Layout(3, 3)),
     (Layout(1, 3, step_group=50), Layout(2, 3, step_group=20)),
     (Layout(2, 2), Layout(1, 3, step_group=50)),
-    (Layout(2, 1), Layout(2, 1, flat_order=ROUND_ROBIN)),
-    (Layout(2, 1, flat_order=ROUND_ROBIN), Layout(2, 1)),
-    (Layout(2, 1, flat_order=ROUND_ROBIN), Layout(2, 1, flat_order=ROUND_ROBIN)),
-    (Layout(2, 2, bf16=True, flat_order=ROUND_ROBIN), Layout(3, 3, bf16=True)),
-    (Layout(1, 0), Layout(2, 2, flat_order=ROUND_ROBIN)),
-    (Layout(2, 2, flat_order=ALIGNED), Layout(2, 1, flat_order=ROUND_ROBIN)),
-    (Layout(2, 3), Layout(2, 2, flat_order=ALIGNED)),
+    (Layout(2, 1), Layout(2, 1, switch=ROUND_ROBIN)),
+    (Layout(2, 1, switch=ROUND_ROBIN), Layout(2, 1)),
+    (Layout(2, 1, switch=ROUND_ROBIN), Layout(2, 1, switch=ROUND_ROBIN)),
+    (Layout(2, 2, bf16=True, switch=ROUND_ROBIN), Layout(3, 3, bf16=True)),
+    (Layout(1, 0), Layout(2, 2, switch=ROUND_ROBIN)),
+    (Layout(2, 2, switch=ALIGNED), Layout(2, 1, switch=ROUND_ROBIN)),
+    (Layout(2, 3), Layout(2, 2, switch=ALIGNED)),
+    (Layout(2, 1, switch=ELASTIC), Layout(2, 2, switch=ELASTIC)),
+    (Layout(2, 1, switch=ELASTIC), Layout(3, 3)),
 ]
 
 
@@ -207,17 +209,17 @@ def convert_by_deepspeed(path: Path, target: Path) -> None:
 def test_a_universal_form_in_which_deepspeed_mixed_up_the_parameters_is_refused(
     folder: Path, saved: dict[Layout, Trained], tmp_path: Path
 ) -> None:
-    convert_by_deepspeed(path_of(folder, Layout(2, 1, flat_order=ROUND_ROBIN)), tmp_path / TAG)
+    convert_by_deepspeed(path_of(folder, Layout(2, 1, switch=ROUND_ROBIN)), tmp_path / TAG)
     with pytest.raises(WeightsError, match="round_robin_gradients, whose parameters it mixes up; convert that"):
         UniversalCheckpoint(tmp_path / TAG)
-    convert_by_deepspeed(path_of(folder, Layout(2, 2, flat_order=ALIGNED)), tmp_path / "aligned")
-    want = saved[Layout(2, 2, flat_order=ALIGNED)].state
+    convert_by_deepspeed(path_of(folder, Layout(2, 2, switch=ALIGNED)), tmp_path / "aligned")
+    want = saved[Layout(2, 2, switch=ALIGNED)].state
     for name, part, tensor in whole(UniversalCheckpoint(tmp_path / "aligned")):
         assert name in (TIED, FROZEN) or torch.equal(tensor, want[name][part]), (name, part)
 
 
 def test_deepspeed_s_own_script_reads_the_same(folder: Path, saved: dict[Layout, Trained]) -> None:
-    for layout in (Layout(2, 1, flat_order=ROUND_ROBIN), Layout(2, 2, flat_order=ALIGNED)):
+    for layout in (Layout(2, 1, switch=ROUND_ROBIN), Layout(2, 2, switch=ALIGNED)):
         theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder / str(layout)), TAG)
         ours = open_deepspeed_checkpoint(path_of(folder, layout))
         assert {*ours.names} - {FROZEN} <= {*theirs}
