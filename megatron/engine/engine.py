@@ -99,7 +99,7 @@ class Engine:
     ) -> Tensor:
         """Forward, backward and step over this rank's micro-batches; the sum of its token losses, on the device.
 
-        Collective over all ranks. `num_tokens` counts the unmasked tokens of the whole step over all ranks.
+        Collective over all ranks. `num_tokens`, above 0, counts the unmasked tokens of the whole step over all ranks.
         `before_step` is given the result when all gradients are there and the weights are as they were; what it raises
         leaves them so.
         """
