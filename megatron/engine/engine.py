@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from megatron.config import OptimizerConfig
 from megatron.core.ranges import named_range
 from megatron.engine.adam import build_adam
-from megatron.engine.durable_writer import DurableWriter
+from megatron.engine.checkpoint_files import DurableWriter, SafeReader
 from megatron.engine.state_loading import load_state
 from megatron.weights.deepspeed_checkpoint import PARAMETER_GROUPS, TIED_NAMES
 from megatron.weights.source import StateSource
@@ -213,7 +213,11 @@ class Engine:
                 writer.add(path)
 
     def load(self, folder: Path, tag: str, with_optimizer: bool) -> None:
-        """Read weights, and optimizer states if asked. Collective over all ranks. ValueError if nothing is found."""
+        """Read weights, and optimizer states if asked. Collective over all ranks. ValueError if nothing is found.
+
+        Executes nothing that a file may hold: WeightsError for one that names what is not known here.
+        """
+        self._engine.checkpoint_engine = SafeReader(self._engine.checkpoint_engine.zipfile_serialization)
         path, _ = self._engine.load_checkpoint(
             str(folder),
             tag=tag,
