@@ -14,7 +14,7 @@ from torch import nn
 
 from megatron.arguments import parse_args
 from megatron.batch import Batch, Sample, slice_batch
-from megatron.checkpointing import CheckpointError
+from megatron.checkpointing import CheckpointError, only_writer
 from megatron.config import Config, ConfigError, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.errors import DataError
@@ -128,7 +128,7 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
 
     leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
     ledger = Ledger(config, context, padded_vocab_size)
-    with ledger.told_when_memory_runs_out():
+    with only_writer(config.checkpoint, context), ledger.told_when_memory_runs_out():
         pretrain(
             config, context, padded_vocab_size, leaf_modules,
             provide_model, provide_batch, source.provide_datasets, ledger,

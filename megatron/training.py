@@ -68,6 +68,8 @@ def pretrain(
     checkpoint = choose_checkpoint(config.checkpoint, context)
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
+    elif config.checkpoint.load is not None:
+        context.log.info("%s holds no checkpoint yet: a new run starts", config.checkpoint.load)
     state = starting_state(checkpoint, config, context)
     lengths = Lengths.of(config, world_size, state)
     context.log.info("training to iteration %d: %s", lengths.iterations, lengths.left(state))

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from model_arguments import add_verification_argument
 from tqdm import tqdm
 
 from megatron.weights.errors import WeightsError
@@ -37,6 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--max-shard-gb", type=float, default=5, help="size of a file, 10^9 bytes [%(default)s]")
     size.add_argument("--one-file", action="store_true", help="write one file, model.safetensors, however large")
+    add_verification_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     max_bytes = ONE_FILE_BYTES if arguments.one_file else int(arguments.max_shard_gb * 10**9)
     try:
         path = newest_checkpoint(arguments.checkpoint)
-        source = open_state(path)
+        source = open_state(path, with_hashes=not arguments.no_verify_checkpoint)
         with tqdm(total=len(source.names), unit="tensor", disable=None) as bar:
             write_portable(
                 source,

@@ -26,7 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import numpy.typing as npt
-from model_arguments import add_model_arguments, add_tokenizer_arguments, inference_of, num_ids_of, tokenizer_of
+from model_arguments import (
+    add_model_arguments,
+    add_tokenizer_arguments,
+    inference_of,
+    num_ids_of,
+    opened_model_of,
+    tokenizer_of,
+)
 
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.vocabulary import check_tokens
@@ -99,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure_perplexity(arguments: argparse.Namespace) -> None:
     """Print a table, and write it as JSON if asked."""
-    inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), OpenedModel(arguments.load)
+    inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), opened_model_of(arguments)
     longest = max(arguments.contexts) + arguments.scored_tokens
     _refuse_too_long(opened, "--contexts with --scored-tokens", longest)
     documents = list(read_documents(arguments, tokenizer, longest, num_ids_of(opened, tokenizer)))
@@ -136,7 +143,7 @@ def _documents(arguments: argparse.Namespace, tokenizer: Tokenizer, length: int)
 def search_needles(arguments: argparse.Namespace) -> None:
     """Write needle.json and needle.png, and print a table."""
     inference, tokenizer = inference_of(arguments, arguments.isolated_chunks), tokenizer_of(arguments)
-    opened = OpenedModel(arguments.load)
+    opened = opened_model_of(arguments)
     _refuse_too_long(opened, "--lengths", max(arguments.lengths))
     haystack = haystack_of(arguments, tokenizer)
     model = opened.build(inference, max(arguments.lengths), num_ids_of(opened, tokenizer))

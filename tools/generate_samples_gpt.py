@@ -22,13 +22,19 @@ from typing import TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from model_arguments import add_model_arguments, add_tokenizer_arguments, inference_of, num_ids_of, tokenizer_of
+from model_arguments import (
+    add_model_arguments,
+    add_tokenizer_arguments,
+    inference_of,
+    num_ids_of,
+    opened_model_of,
+    tokenizer_of,
+)
 
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.generation.cached_model import CachedModel, check_prompt
 from megatron.generation.errors import GenerationError
 from megatron.generation.generate import Generated, generate
-from megatron.generation.loading import OpenedModel
 from megatron.generation.sampling import Sampling
 from megatron.tokenizer import Tokenizer, TokenizerError
 
@@ -80,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Answer every prompt. ValueError, before weights are read where prompts are given, for what cannot be done."""
     sampling = Sampling(arguments.greedy, arguments.temperature, arguments.top_k, arguments.top_p)
-    inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), OpenedModel(arguments.load)
+    inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), opened_model_of(arguments)
     num_ids = num_ids_of(opened, tokenizer)
     is_given = arguments.prompt is not None or arguments.sample_input_file is not None
     texts = read_prompts(arguments) if is_given else None

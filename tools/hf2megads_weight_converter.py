@@ -22,6 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from model_arguments import add_verification_argument
 
 from megatron.tokenizer import TokenizerError
 from megatron.tokenizer.hugging_face import HFTokenizer
@@ -69,6 +72,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="for a model trained from scratch: the tokenizer.json to go with it; vocabulary and end of text are its",
     )  # fmt: skip
     to_hf.add_argument("--vocab-size", type=int, help="rows to keep [those before the padding, where it is known]")
+    add_verification_argument(to_hf)
     flags = directions.add_parser("flags", help="the flags of pretrain_gpt.py that describe a Hugging Face model")
     flags.add_argument("source", type=Path, help="folder to read")
     arguments = parser.parse_args(argv)
@@ -110,7 +114,7 @@ def to_megatron(arguments: argparse.Namespace, settings: Settings) -> None:
 
 def to_hf(arguments: argparse.Namespace, settings: Settings) -> None:
     """Write a Hugging Face folder."""
-    weights = open_state(arguments.source)
+    weights = open_state(arguments.source, with_hashes=not arguments.no_verify_checkpoint)
     portable = PortableConfig.read(newest_checkpoint(arguments.source), num_rows(weights))
     beside = [arguments.source]
     if arguments.like is not None:

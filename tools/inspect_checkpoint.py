@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from model_arguments import add_verification_argument
 from torch import Size
 
 from megatron.weights.comparison import flattened, form_differences, names_only_in, value_differences
@@ -37,19 +39,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of --save, global_stepN in it, or safetensors")
     parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with this one")
+    add_verification_argument(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        path = newest_checkpoint(arguments.path)
+        path, with_hashes = newest_checkpoint(arguments.path), not arguments.no_verify_checkpoint
         if arguments.diff is None:
-            for line in description(path):
+            for line in description(path, with_hashes):
                 print(line)
             return 0
         found = 0
-        for line in differences(path, newest_checkpoint(arguments.diff)):
+        for line in differences(path, newest_checkpoint(arguments.diff), with_hashes):
             print(line)
             found = 1
         return found
@@ -58,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def description(path: Path) -> Iterator[str]:
+def description(path: Path, with_hashes: bool) -> Iterator[str]:
     """What there is, a line each: kind, run, settings, tensors."""
-    source = open_state(path)
+    source = open_state(path, with_hashes)
     yield f"{path}: {kind_of(path)}{_origin(source)}"
     for file in RUN_FILES:
         yield from (f"{name}: {value}" for name, value in _read_json(path / file).items())
@@ -78,9 +81,9 @@ def description(path: Path) -> Iterator[str]:
     yield f"{len(source.names)} tensors, {total:,} parameters, {num_bytes / MIB:,.1f} MiB"
 
 
-def differences(first_path: Path, second_path: Path) -> Iterator[str]:
+def differences(first_path: Path, second_path: Path, with_hashes: bool) -> Iterator[str]:
     """Lines for what differs; none where nothing does."""
-    first, second = open_state(first_path), open_state(second_path)
+    first, second = (open_state(path, with_hashes) for path in (first_path, second_path))
     yield from (f"only in {first_path}: {name}" for name in names_only_in(first, second))
     yield from (f"only in {second_path}: {name}" for name in names_only_in(second, first))
     yield from form_differences(first, second)

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from model_arguments import add_verification_argument
 from tqdm import tqdm
 
 from megatron.data.atomic_file import atomic_path
@@ -32,6 +34,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of --save, or global_stepN in it")
     parser.add_argument("output", type=Path, help="folder to write to; the checkpoint keeps its name in it")
+    add_verification_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         path = newest_checkpoint(arguments.checkpoint)
-        source = open_state(path)
+        source = open_state(path, with_hashes=not arguments.no_verify_checkpoint)
         companions = [file for pattern in COMPANIONS for file in sorted(path.glob(pattern))]
         target = arguments.output / path.name
         with tqdm(total=len(source.names), unit="tensor", disable=None) as bar:

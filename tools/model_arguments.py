@@ -26,6 +26,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--load", type=Path, required=True, metavar="MODEL",
         help="a training checkpoint of any layout, portable weights, or a Hugging Face folder",
     )  # fmt: skip
+    add_verification_argument(model)
     model.add_argument("--device", help="[cuda where there is a GPU, else cpu]")
     model.add_argument("--dtype", choices=FORMATS, help="number format of weights and cache [bf16; fp32 on the CPU]")
     fpdt = "--ds-sequence-parallel-fpdt"
@@ -38,6 +39,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="with offloading: what may stay on the GPU all the same [%(default)g]",
     )  # fmt: skip
     model.add_argument(f"{fpdt}-host-memory", type=float, metavar="GIB", help="most host memory to take [no limit]")
+
+
+def add_verification_argument(parser: argparse._ActionsContainer) -> None:
+    """Whether what is read is hashed first, under the name that training has."""
+    parser.add_argument(
+        "--no-verify-checkpoint", action="store_true",
+        help="compare only the sizes of the files with the manifest before reading them, not their hashes",
+    )  # fmt: skip
+
+
+def opened_model_of(arguments: argparse.Namespace) -> OpenedModel:
+    """The model that --load names; WeightsError if there is none, or it is not what was written."""
+    return OpenedModel(arguments.load, with_hashes=not arguments.no_verify_checkpoint)
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:

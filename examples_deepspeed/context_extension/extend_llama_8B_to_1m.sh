@@ -15,12 +15,15 @@ stages=(128k 1m)
 output=${OUTPUT:-runs/llama_8B_extended}
 if [[ -z ${OUTPUT:-} && ${MODEL_SCALE:-full} == tiny ]]; then output+=_tiny; fi # the full model does not go on from it
 load=${LOAD:-}
+load_is_made=0
 
 for stage in "${stages[@]}"; do
   settings=()
   for variable in $(compgen -e | grep "_${stage^^}\$" || true); do
     settings+=("${variable%"_${stage^^}"}=${!variable}")
   done
-  env LOAD="$load" OUTPUT="$output/$stage" "${settings[@]}" "$folder/ds_extend_llama_8B_fpdt_$stage.sh" "$@"
+  env LOAD="$load" LOAD_IS_MADE="$load_is_made" OUTPUT="$output/$stage" "${settings[@]}" \
+    "$folder/ds_extend_llama_8B_fpdt_$stage.sh" "$@"
   load=$output/$stage/checkpoints
+  load_is_made=${DRY_RUN:-0}
 done

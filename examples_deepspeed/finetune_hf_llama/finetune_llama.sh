@@ -56,7 +56,10 @@ data+=(--long-samples "$long_samples" --data-cache-path "$output/data")
 if [[ -n $chat_template ]]; then data+=(--chat-template "$chat_template"); fi
 
 # --- convert, train, export; what is there already is not made again --------------------------------------------------
-if [[ ! -d $output/weights ]]; then step "${converter[@]}" to-megatron "$HF_MODEL" "$output/weights"; fi
+if [[ ! -d $output/weights ]]; then
+  step "${converter[@]}" to-megatron "$HF_MODEL" "$output/weights"
+  load_is_made=${DRY_RUN:-0}
+fi
 launch "$@"
 latest=global_stepN
 if [[ ${DRY_RUN:-0} != 1 ]]; then latest=$(<"$output/checkpoints/latest"); fi

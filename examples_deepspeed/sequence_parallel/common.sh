@@ -19,6 +19,7 @@ attention=${ATTENTION:-use-flash-attn}    # the fastest kernel; or use-flash-att
 split=${SPLIT:-99,1,0}                    # shares of the documents for training, validation and test
 model_scale=${MODEL_SCALE:-full}
 program=pretrain_gpt.py
+load_is_made=${LOAD_IS_MADE:-0}           # 1: a step before this one writes LOAD, and a dry run leaves it out
 needed=() # variables that a script cannot do without
 chunk_size=
 num_layers=
@@ -210,6 +211,26 @@ assemble_arguments() {
   fi
 }
 
+# Whether a folder holds weights of any form: safetensors, a checkpoint, or checkpoints.
+holds_weights() {
+  local folder=$1
+  if [[ -f $folder/latest ]]; then
+    folder+=/$(<"$folder/latest")
+  elif compgen -G "$folder/global_step*" >/dev/null; then
+    return
+  fi
+  compgen -G "$folder/model.safetensors*" >/dev/null || [[ -f $folder/zero/optimizer_state.pt ]] ||
+    compgen -G "$folder/*mp_rank_00_model_states.pt" >/dev/null
+}
+
+# LOAD is looked at here, so that a dry run and its plan are not of a run that cannot start.
+check_load() {
+  if [[ $load_is_made != 1 && " ${files[*]} " == *" --finetune "* ]] && ! holds_weights "$LOAD"; then
+    give_up "LOAD ($LOAD) holds no weights; name a folder of checkpoints, one of them (global_stepN), or a folder of\
+ safetensors such as tools/hf2megads_weight_converter.py to-megatron writes"
+  fi
+}
+
 prepare() {
   scale_model
   find_data
@@ -248,6 +269,7 @@ name_gpu() {
 launch() {
   local flags=("${model[@]}" "${parallel[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}")
   flags+=("$@")
+  check_load
   local command=("${launcher[@]}" "$repository/$program" "${flags[@]}")
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${command[@]}"

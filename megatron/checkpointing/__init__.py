@@ -1,6 +1,7 @@
 """Checkpoints that appear only when they are complete, and are loaded only when they are what was written.
 
 DIR/latest                          name of the newest complete checkpoint, written last
+DIR/run.lock                        who writes to the folder, while it does; left over where a run was killed
 DIR/global_stepN/manifest.json      size and hash of every other file; nothing is added after it
 DIR/global_stepN/*.pt               weights and optimizer states, DeepSpeed's
 DIR/global_stepN/random_RANK.pt     random state of a rank
@@ -15,6 +16,7 @@ from megatron.checkpointing.choice import choose_checkpoint, find_checkpoint
 from megatron.checkpointing.compatibility import check_checkpoint
 from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.loading import load_checkpoint, saved_state, starting_state
+from megatron.checkpointing.lock import only_writer
 from megatron.checkpointing.saving import Saver
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "choose_checkpoint",
     "find_checkpoint",
     "load_checkpoint",
+    "only_writer",
     "saved_state",
     "starting_state",
 ]

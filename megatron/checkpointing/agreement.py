@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron.checkpointing.errors import CheckpointError, first_line
+from megatron.checkpointing.errors import CheckpointError
+from megatron.weights.errors import WeightsError, first_line
 
 T = TypeVar("T")
 
@@ -23,7 +24,8 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
         result = work()
     except Exception as error:  # whatever it is, the other ranks must hear of it
         failure = error
-    words = None if failure is None else str(failure) if isinstance(failure, CheckpointError) else first_line(failure)
+    is_one_line = isinstance(failure, CheckpointError | WeightsError)
+    words = None if failure is None else str(failure) if is_one_line else first_line(failure)
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, words))
     for _, words_of_rank in outcomes:

@@ -1,41 +1,46 @@
-"""Which checkpoint a run goes on from: the newest one that is what was written."""
+"""Which checkpoint a run resumes from: the newest one that is what was written."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
 from megatron.checkpointing.errors import CheckpointError
-from megatron.checkpointing.folder import checkpoint_path, checkpoints, iteration_of
-from megatron.checkpointing.manifest import MANIFEST, Manifest, hash_faults, read_manifest, size_faults
+from megatron.checkpointing.folder import checkpoint_path, checkpoints, iteration_of, named_checkpoints
 from megatron.config import CheckpointConfig
 from megatron.initialize import Context
-from megatron.weights.opening import executes_nothing, is_portable, read_latest
+from megatron.weights.errors import first_line
+from megatron.weights.manifest import MANIFEST, Manifest, Selection, find_faults, small_files
+from megatron.weights.opening import holds_weights, is_layout_free, is_portable, read_latest
 
-# Names of the files of a checkpoint that are to be hashed.
-Selection = Callable[[Manifest], list[str]]
+_REMEDY = (
+    "name a folder of checkpoints, one of them (global_stepN) or a folder of safetensors; to start from scratch, leave "
+    "--load out, or name the folder of --save, from which the run resumes once it has saved"
+)
 
 
 def find_checkpoint(settings: CheckpointConfig) -> Path | None:
-    """The checkpoint to load as far as sizes and small files tell; None where there is none yet.
+    """The checkpoint to load as far as sizes and small files tell; None where a new run starts.
 
-    For one process, before anything is allocated. CheckpointError where none of those there can be loaded.
+    For one process, before anything is allocated. CheckpointError or WeightsError where --load finds nothing, or none
+    of those there can be loaded.
     """
-    return _first_good(_candidates(settings), lambda path: _faults(path, settings, _small_files), settings)[0]
+    return _first_good(_candidates(settings), lambda path: _faults(path, settings, small_files), settings)[0]
 
 
 def choose_checkpoint(settings: CheckpointConfig, context: Context) -> Path | None:
     """The checkpoint to load, every file of it verified, the same on all ranks. Collective over all ranks.
 
     A damaged one is passed over for the newest older one, with a warning, unless --ckpt-step asked for it. The ranks
-    share the hashing. CheckpointError where none of those there can be loaded.
+    share the hashing. None where a new run starts; CheckpointError like `find_checkpoint`.
     """
     rank, num_ranks = context.parallel_state.rank, context.parallel_state.world_size
 
     def own_share(manifest: Manifest) -> list[str]:
         by_size = sorted(manifest, key=lambda name: (manifest[name].size_bytes, name))
-        return _small_files(manifest) if settings.no_verify_checkpoint else by_size[rank::num_ranks]
+        return small_files(manifest) if settings.no_verify_checkpoint else by_size[rank::num_ranks]
 
     def faults(path: Path) -> list[str]:
         found = on_all_ranks(lambda: _faults(path, settings, own_share))
@@ -45,24 +50,43 @@ def choose_checkpoint(settings: CheckpointConfig, context: Context) -> Path | No
     chosen, passed_over = _first_good(candidates, faults, settings)
     for reason in passed_over:
         context.log.warning("%s; loading the newest older one, %s, in its place", reason, chosen)
-    if chosen is not None and not (chosen / MANIFEST).is_file() and not executes_nothing(chosen):
+    if chosen is not None and not (chosen / MANIFEST).is_file() and not is_portable(chosen):
         context.log.warning("%s has no %s: it is loaded unverified", chosen, MANIFEST)
     return chosen
 
 
 def _candidates(settings: CheckpointConfig) -> list[Path]:
-    """What may be loaded, best first: the checkpoint asked for; else the one `latest` names, then older ones."""
+    """What may be loaded, best first; empty where a new run starts. CheckpointError where --load finds nothing."""
     if settings.load is None:
         return []
     folder = Path(settings.load)
-    if is_portable(folder):
-        return [folder]
-    if settings.ckpt_step is not None:
-        return [checkpoint_path(folder, settings.ckpt_step)]
+    try:
+        found = _found(folder, settings.ckpt_step)
+    except OSError as error:
+        raise CheckpointError(f"--load ({folder}) cannot be read: {first_line(error)}; {_REMEDY}.") from error
+    if not found and not _is_new_run(settings):
+        what = "holds no checkpoint" if folder.is_dir() else "is a file" if folder.exists() else "is not there"
+        raise CheckpointError(f"--load ({folder}) {what}; {_REMEDY}.")
+    return found
+
+
+def _found(folder: Path, ckpt_step: int | None) -> list[Path]:
+    """The checkpoint asked for; else the one that `latest` names and older ones; else the folder itself."""
+    itself = [Path(os.path.abspath(folder))] if holds_weights(folder) else []
+    if ckpt_step is not None:
+        asked = checkpoint_path(folder, ckpt_step)
+        return itself if itself and itself[0].name == asked.name else [asked]
     latest = read_latest(folder)
-    if latest is None:
-        return checkpoints(folder)
-    return [latest, *(path for path in checkpoints(folder, iteration_of(latest)) if path != latest)]
+    if latest is not None:
+        return [latest, *(path for path in checkpoints(folder, iteration_of(latest)) if path != latest)]
+    return itself or named_checkpoints(folder)
+
+
+def _is_new_run(settings: CheckpointConfig) -> bool:
+    """Whether --load names the folder that the run itself is to write, for a later start to resume from."""
+    if settings.load is None or settings.save is None or settings.finetune:
+        return False
+    return os.path.realpath(settings.load) == os.path.realpath(settings.save)
 
 
 def _first_good(
@@ -86,22 +110,11 @@ def _faults(path: Path, settings: CheckpointConfig, selection: Selection) -> lis
     """What speaks against loading a checkpoint: sizes of all files, and hashes of those selected."""
     if not path.is_dir():
         return [f"{path.name} is missing"]
-    if executes_nothing(path):
+    if (path / MANIFEST).is_file():
+        return find_faults(path, selection)
+    if settings.allow_unverified_checkpoint or is_layout_free(path):
         return []
-    if not (path / MANIFEST).is_file():
-        if settings.allow_unverified_checkpoint:
-            return []
-        return [
-            f"it has no {MANIFEST}, so what loading it would execute cannot be verified; "
-            "give --allow-unverified-checkpoint if you trust it"
-        ]
-    try:
-        manifest = read_manifest(path)
-    except (CheckpointError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return [f"{MANIFEST} is damaged"]
-    return size_faults(path, manifest) or hash_faults(path, manifest, selection(manifest))
-
-
-def _small_files(manifest: Manifest) -> list[str]:
-    """The files that are looked at before anything is allocated; hashing them takes no time."""
-    return [name for name in manifest if name.endswith(".json")]
+    return [
+        f"it has no {MANIFEST}, so its files cannot be verified; give --allow-unverified-checkpoint if you know that "
+        "they are whole"
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
 from megatron.config import Config, describe_mismatch, zero_stage_run
-from megatron.weights.opening import executes_nothing, is_portable
+from megatron.weights.opening import is_layout_free, is_portable
 from megatron.weights.portable import check_portable
 
 
@@ -62,4 +62,4 @@ def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_si
 
 def loads_any_layout(path: Path, config: Config) -> bool:
     """Whether the checkpoint is read whatever wrote it: it was asked for, or its form depends on no layout."""
-    return config.checkpoint.universal_checkpoint or executes_nothing(path)
+    return config.checkpoint.universal_checkpoint or is_layout_free(path)

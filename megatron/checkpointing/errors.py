@@ -5,14 +5,3 @@ from __future__ import annotations
 
 class CheckpointError(Exception):
     """A checkpoint cannot be read or written, or is not of this model."""
-
-
-def first_line(error: BaseException) -> str:
-    """Name an error in one line: by what the operating system said, where that is behind it."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, OSError) and cause.strerror:
-        return f"{cause.strerror} ({cause.filename})" if cause.filename else cause.strerror
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

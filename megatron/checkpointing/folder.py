@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from uuid import uuid4
 
-from megatron.checkpointing.manifest import MANIFEST
 from megatron.data.atomic_file import atomic_path, flush_to_disk, temporary_path
+from megatron.weights.manifest import MANIFEST
 from megatron.weights.opening import LATEST
 
 _CHECKPOINT = re.compile(r"global_step(\d+)(\.[0-9a-f]{32}\.old)?")
@@ -35,10 +35,20 @@ def write_latest(folder: Path, path: Path) -> None:
 
 def checkpoints(folder: Path, last_iteration: int | None = None) -> list[Path]:
     """Complete checkpoints up to an iteration, newest first; of one that was being replaced, the old one too."""
+    return [path for path in named_checkpoints(folder, last_iteration) if (path / MANIFEST).is_file()]
+
+
+def named_checkpoints(folder: Path, last_iteration: int | None = None) -> list[Path]:
+    """What has the name of a checkpoint, whole or not, up to an iteration, newest first.
+
+    One that was being deleted is none once its manifest is gone.
+    """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _CHECKPOINT.fullmatch(path.name)
-        if match and (path / MANIFEST).is_file() and (last_iteration is None or int(match[1]) <= last_iteration):
+        if match is None or (match[2] and not (path / MANIFEST).is_file()):
+            continue
+        if last_iteration is None or int(match[1]) <= last_iteration:
             found.append((-int(match[1]), path.name, path))
     return [path for *_, path in sorted(found)]
 
@@ -58,15 +68,24 @@ def retire(path: Path) -> None:
 def delete_unfinished(folder: Path) -> None:
     """Delete what saves that were killed left."""
     for path in _named(folder, _UNFINISHED):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _delete(path)
 
 
 def delete_retired(folder: Path) -> None:
     """Delete what was retired: the manifest first, so that a half of one is never taken for a checkpoint."""
     for path in _named(folder, _RETIRED):
-        (path / MANIFEST).unlink(missing_ok=True)
-        flush_to_disk(path)
+        if path.is_dir() and not path.is_symlink():
+            (path / MANIFEST).unlink(missing_ok=True)
+            flush_to_disk(path)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder with all that is in it, a file, or a link, whose target is left alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def keep_newest(folder: Path, last_iteration: int, count: int) -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from megatron.checkpointing.agreement import on_first_rank
 from megatron.checkpointing.compatibility import loads_any_layout
-from megatron.checkpointing.errors import CheckpointError, first_line
+from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
 from megatron.checkpointing.random_state import random_state_path, restore_random_state
 from megatron.config import Config, global_batch_size
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
 from megatron.train_state import TrainState
-from megatron.weights.errors import WeightsError
-from megatron.weights.opening import is_portable, open_state
+from megatron.weights.errors import WeightsError, first_line
+from megatron.weights.opening import is_portable, open_verified
 
 
 def saved_state(path: Path, config: Config) -> TrainState:
@@ -45,8 +45,8 @@ def starting_state(path: Path | None, config: Config, context: Context) -> Train
 def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config) -> TrainState:
     """Read what --finetune, --no-load-optim and --no-load-rng leave to be read. Collective over all ranks.
 
-    Each rank reads its own part of the files in `path`. Optimizer states on NVMe are the exception: DeepSpeed reads
-    and unpickles these, so `choose_checkpoint` must have verified them.
+    Each rank reads its own part of the files in `path`; those of optimizer states on NVMe DeepSpeed reads itself.
+    `choose_checkpoint` must have verified the files: they are not hashed again.
     """
     settings = config.checkpoint
     weights_alone = settings.finetune or is_portable(path)
@@ -55,7 +55,7 @@ def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config
         if with_optimizer and engine.states_are_on_nvme and not loads_any_layout(path, config):
             engine.load_as_written(path.parent, path.name)
         else:
-            engine.load_state(open_state(path), with_optimizer)
+            engine.load_state(open_verified(path), with_optimizer)
         if not (weights_alone or settings.no_load_rng):
             restore_random_state(random_state_path(path, context), context)
         return saved_state(path, config)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpointing.errors import CheckpointError
 from megatron.data.atomic_file import flush_to_disk
 from megatron.initialize import Context
+from megatron.weights.torch_files import why_unreadable
 
 
 def random_state_path(checkpoint: Path, context: Context) -> Path:
@@ -26,11 +28,20 @@ def write_random_state(path: Path, context: Context) -> None:
 
 
 def restore_random_state(path: Path, context: Context) -> None:
-    """Take the state up. A rank that the saving run did not have keeps the state it was seeded with."""
+    """Take the state up; CheckpointError if it is damaged.
+
+    A rank that the saving run did not have keeps the state it was seeded with.
+    """
     if not path.is_file():
         context.log.warning("%s is not there: this rank's dropout starts from its seed", path)
         return
-    state = torch.load(path, weights_only=True)
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as error:  # a damaged file shows itself in many ways, all of them inside torch
+        raise CheckpointError(
+            f"{path} cannot be read ({why_unreadable(error)}); name another checkpoint with --ckpt-step, or point "
+            "--load elsewhere."
+        ) from error
     torch.set_rng_state(state["cpu"])
     if context.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], context.device)

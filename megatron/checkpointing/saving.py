@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
 from megatron.checkpointing.compatibility import Layout
-from megatron.checkpointing.errors import CheckpointError, first_line
+from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import write_json
 from megatron.checkpointing.folder import (
     checkpoint_path,
@@ -20,13 +21,14 @@ from megatron.checkpointing.folder import (
     unfinished_path,
     write_latest,
 )
-from megatron.checkpointing.manifest import Manifest, describe_files, size_faults, write_manifest
 from megatron.checkpointing.random_state import random_state_path, write_random_state
 from megatron.config import Config
 from megatron.data.atomic_file import flush_to_disk
 from megatron.engine.engine import Engine
 from megatron.initialize import GIB, Context
 from megatron.train_state import TrainState
+from megatron.weights.errors import first_line
+from megatron.weights.manifest import Manifest, describe_files, size_faults, write_manifest
 
 
 class Saver:
@@ -65,7 +67,7 @@ class Saver:
     def _start(self, unfinished: Path) -> None:
         folder = unfinished.parent
         folder.mkdir(parents=True, exist_ok=True)
-        delete_unfinished(folder)
+        self._tolerate(lambda: delete_unfinished(folder), f"what an earlier save left in {folder}")
         free_bytes = shutil.disk_usage(folder).free
         if free_bytes < self.size_bytes:
             raise CheckpointError(
@@ -95,17 +97,22 @@ class Saver:
         write_manifest(unfinished, manifest)
         for folder in {(unfinished / name).parent for name in manifest} | {unfinished}:
             flush_to_disk(folder)
-        if path.exists():
+        if os.path.lexists(path):  # a link that leads nowhere counts, too
             retire(path)
         os.rename(unfinished, path)
         flush_to_disk(path.parent)
         write_latest(path.parent, path)
 
     def _delete_old_ones(self, folder: Path, iteration: int) -> None:
-        """Now that the new one is there. A failure costs space and no checkpoint, so it is told and no more."""
+        """Delete what --keep-last-n-checkpoints leaves over, now that the new one is there."""
+        count = self._config.checkpoint.keep_last_n_checkpoints
+        if count is not None:
+            self._tolerate(lambda: keep_newest(folder, iteration, count), f"an old checkpoint in {folder}")
+        self._tolerate(lambda: delete_retired(folder), f"an old checkpoint in {folder}")
+
+    def _tolerate(self, delete: Callable[[], None], what: str) -> None:
+        """Delete; a failure costs space and no checkpoint, so it is a warning."""
         try:
-            if self._config.checkpoint.keep_last_n_checkpoints is not None:
-                keep_newest(folder, iteration, self._config.checkpoint.keep_last_n_checkpoints)
-            delete_retired(folder)
+            delete()
         except OSError as error:
-            self._context.log.warning("an old checkpoint in %s cannot be deleted: %s", folder, first_line(error))
+            self._context.log.warning("%s cannot be deleted: %s", what, first_line(error))

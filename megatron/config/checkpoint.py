@@ -11,7 +11,8 @@ class CheckpointConfig:
     """Folder to write checkpoints to."""
 
     load: str | None = None
-    """Folder to continue from; an empty or missing one starts anew."""
+    """What to resume from: a folder of checkpoints, one of them (global_stepN), or a folder of safetensors. It must be
+    there, unless it is --save: then the first start is a new run."""
 
     save_interval: int | None = None
     """Iterations between checkpoints. Default: at the end only."""
@@ -30,7 +31,7 @@ class CheckpointConfig:
     """Compare only the sizes of a checkpoint's files with its manifest before loading it, not their hashes."""
 
     allow_unverified_checkpoint: bool = False
-    """Load a checkpoint that has no manifest. Loading unpickles it, which can execute code: only if you trust it."""
+    """Load a checkpoint that has no manifest, so that nobody can tell whether its files are whole."""
 
     finetune: bool = False
     """Load the weights alone: no optimizer, no random state, iteration 0."""

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from megatron.config import OptimizerConfig
 from megatron.core.ranges import named_range
 from megatron.engine.adam import build_adam
-from megatron.engine.durable_writer import DurableWriter
+from megatron.engine.checkpoint_files import DurableWriter, SafeReader
 from megatron.engine.state_loading import load_state
 from megatron.weights.deepspeed_checkpoint import PARAMETER_GROUPS, TIED_NAMES
 from megatron.weights.source import StateSource
@@ -218,12 +218,14 @@ class Engine:
         return bool(getattr(self._engine.optimizer, "swap_optimizer", False))
 
     def load_as_written(self, folder: Path, tag: str) -> None:
-        """Read weights and optimizer states of this very layout by DeepSpeed's reader, which unpickles them.
+        """Read weights and optimizer states of this very layout by DeepSpeed's reader.
 
-        Collective over all ranks. ValueError if nothing is found. For states on NVMe alone: DeepSpeed takes the Adam
-        constants and the order of the flat tensors from the files, whatever the settings say. Without the optimizer
-        states it (0.19.8) reads what `latest` names at stage 3, whatever the tag, and all of it on each rank.
+        Collective over all ranks. ValueError if nothing is found; WeightsError for a file that names what is not known
+        here, of which nothing is executed. For states on NVMe alone: DeepSpeed takes the Adam constants and the order
+        of the flat tensors from the files, whatever the settings say. Without the optimizer states it (0.19.8) reads
+        what `latest` names at stage 3, whatever the tag, and all of it on each rank.
         """
+        self._engine.checkpoint_engine = SafeReader(self._engine.checkpoint_engine.zipfile_serialization)
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
         if path is None:
             raise ValueError(f"DeepSpeed found no checkpoint {tag} in {folder}")

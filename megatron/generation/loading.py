@@ -36,12 +36,12 @@ class Inference:
 
 
 class OpenedModel:
-    """A model whose tensors are not read yet; WeightsError if there is none at `path`."""
+    """A model whose tensors are not read yet; WeightsError if there is none at `path`, or not as it was written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, with_hashes: bool = True) -> None:
         self.portable: PortableConfig
         self._source: WeightSource
-        self.portable, self._source = open_model(path)
+        self.portable, self._source = open_model(path, with_hashes)
 
     @property
     def num_ids(self) -> int:

@@ -110,7 +110,7 @@ def from_hugging_face(
         WeightsError: as HuggingFaceWeights, or `out` is there.
     """
     weights = HuggingFaceWeights(source, make_vocab_size_divisible_by)
-    with _Progress(out, settings) as writer:
+    with _Progress(out, settings, with_manifest=True) as writer:
         for name in weights.names:
             writer.add(name, weights.get(name))
         weights.portable.write(writer.staging)
@@ -139,7 +139,7 @@ def from_our_names(source: WeightSource, portable: PortableConfig, out: Path, se
     WeightsError if a tensor is absent, unknown or of another shape, or `out` is there.
     """
     shapes = check_ours(source, portable)
-    with _Progress(out, settings) as writer:
+    with _Progress(out, settings, with_manifest=True) as writer:
         for name in shapes:
             writer.add(name, source.get(name))
         portable.write(writer.staging)
@@ -168,7 +168,7 @@ def to_hugging_face(
         )
     family = choose_family(portable, model_type)
     check_ours(source, portable)
-    with _Progress(out, settings) as writer:
+    with _Progress(out, settings, with_manifest=False) as writer:
         for parameter in _parameters(family, portable.model, portable.padded_vocab_size):
             ours = source.get(parameter.ours)
             if parameter.ours in TOKEN_ROWS:
@@ -238,9 +238,9 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 class _Progress:
     """A writer that casts if asked, and reports each shard when it is begun."""
 
-    def __init__(self, out: Path, settings: Settings) -> None:
+    def __init__(self, out: Path, settings: Settings, with_manifest: bool) -> None:
         self._settings = settings
-        self._writer = SafetensorsWriter(out, settings.max_shard_bytes)
+        self._writer = SafetensorsWriter(out, settings.max_shard_bytes, with_manifest)
         self.staging = self._writer.staging
         self._num_reported = 0
 

@@ -14,13 +14,14 @@ from megatron.weights.portable_config import CONFIG_FILE, PortableConfig, read_j
 from megatron.weights.source import WeightSource
 
 
-def open_model(path: Path) -> tuple[PortableConfig, WeightSource]:
+def open_model(path: Path, with_hashes: bool = True) -> tuple[PortableConfig, WeightSource]:
     """Open a model, reading no tensor: portable weights, a training checkpoint, or a folder of Hugging Face's.
 
-    A checkpoint may be of any layout, or of upstream's Megatron-DeepSpeed; `path` may be the folder of `latest`.
+    A checkpoint may be of any layout, or of upstream's Megatron-DeepSpeed; `path` may be the folder of `latest`. Files
+    with a manifest are verified as `open_state` does.
 
     Raises:
-        WeightsError: there is no such model, it is not supported, or it is not whole.
+        WeightsError: there is no such model, it is not supported, or it is not what was written.
     """
     path = newest_checkpoint(path)
     if _is_hugging_face(path):
@@ -29,7 +30,7 @@ def open_model(path: Path) -> tuple[PortableConfig, WeightSource]:
     if is_megatron_deepspeed(path) and not (path / CONFIG_FILE).is_file():
         upstream = MegatronDeepSpeedCheckpoint(path)
         return upstream.config(), upstream
-    source = open_state(path)
+    source = open_state(path, with_hashes)
     return PortableConfig.read(path, num_rows(source)), source
 
 

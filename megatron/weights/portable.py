@@ -1,4 +1,4 @@
-"""Portable weights: safetensors under this package's parameter names, beside the config.json of the model.
+"""Portable weights: safetensors under this package's parameter names, beside the model's config.json and a manifest.
 
 They belong to no run: training starts with them at iteration 0.
 """
@@ -33,7 +33,7 @@ def write_portable(
 
     `report` is called with each name before its tensor is read. WeightsError if something is at `folder` already.
     """
-    with SafetensorsWriter(folder, max_shard_bytes) as writer:
+    with SafetensorsWriter(folder, max_shard_bytes, with_manifest=True) as writer:
         if config_file is not None and config_file.is_file():
             shutil.copyfile(config_file, writer.staging / CONFIG_FILE)
         for name in source.names:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron.data.atomic_file import flush_to_disk, temporary_path
 from megatron.weights.errors import WeightsError
+from megatron.weights.manifest import flush_files, seal_safetensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -109,9 +110,15 @@ class SafetensorsWriter:
     lies in `staging`, where files that belong beside the tensors may be put.
     """
 
-    def __init__(self, folder: str | Path, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> None:
-        """WeightsError if something is there already."""
+    def __init__(
+        self, folder: str | Path, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES, with_manifest: bool = False
+    ) -> None:
+        """Begin a folder, `with_manifest` one that says what the files of tensors must be.
+
+        WeightsError if something is there already.
+        """
         self.folder = Path(folder)
+        self._finish_files = seal_safetensors if with_manifest else flush_files
         if max_shard_bytes < 1:
             raise WeightsError(f"the size of a shard ({max_shard_bytes}) must be 1 byte or more; use for example 5e9.")
         if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
@@ -156,9 +163,7 @@ class SafetensorsWriter:
         if len(names) > 1:
             weight_map = {tensor: names[number] for number, shard in enumerate(self._shards) for tensor in shard}
             self._write_index(weight_map)
-        for file in self.staging.iterdir():
-            flush_to_disk(file)
-        flush_to_disk(self.staging)
+        self._finish_files(self.staging)
         self.staging.rename(self.folder)
         flush_to_disk(self.folder.parent)
 

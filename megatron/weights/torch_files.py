@@ -6,13 +6,14 @@ so neither DeepSpeed nor the version that wrote a file is needed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.weights.errors import WeightsError
+from megatron.weights.errors import WeightsError, first_line
 
 
 class FragmentAddress:
@@ -47,6 +48,9 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     "deepspeed.runtime.zero.config.ZeroStageEnum": ZeroStage,
     "builtins.getattr": _member,
 }
+# How torch says that a pickle names what `weights_only` does not know.
+_REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_REASON = re.compile(r"WeightsUnpickler error:\s*([^\n]+)")
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -79,8 +83,20 @@ def read_torch_file(path: Path) -> Any:
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _STAND_INS.items()]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged file shows itself in many ways, all of them inside torch
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise WeightsError(f"{path} cannot be read ({lines[0]}); copy it again, or name another checkpoint.") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> WeightsError:
+    """What to tell of a file that torch could not read with `weights_only`."""
+    return WeightsError(f"{path} cannot be read ({why_unreadable(error)}); copy it again, or name another checkpoint.")
+
+
+def why_unreadable(error: Exception) -> str:
+    """What torch's error says, without its advice to read the file by running what it names."""
+    refused, reason = _REFUSED.search(str(error)), _REASON.search(str(error))
+    if refused:
+        return f"it names {refused[1]}, which no checkpoint needs and which was not run"
+    return reason[1].strip() if reason else first_line(error)
 
 
 def loss_scale_state(scaler: object) -> dict[str, float]:

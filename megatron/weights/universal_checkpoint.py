@@ -3,6 +3,7 @@
     zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt    one whole parameter and its moments, {"param": tensor}
     zero/NAME/step.pt                               steps that Adam has taken
     zero/optimizer_state.pt                         the same, and the state of the fp16 loss scale
+    manifest.json                                   size and hash of every file; DeepSpeed's converter writes none
 
 DeepSpeed's own converter is read too. From ZeRO-3 it writes bare flat tensors, no step.pt, and the shapes in a copy of
 the model's file. From ZeRO 1 and 2 with `round_robin_gradients` it (0.19.8) mixes up the parameters; the shapes in its
@@ -21,6 +22,7 @@ from torch import Size, Tensor
 
 from megatron.data.atomic_file import flush_to_disk, temporary_path
 from megatron.weights.errors import WeightsError
+from megatron.weights.manifest import seal
 from megatron.weights.source import PARTS, WEIGHTS, StateSource
 from megatron.weights.torch_files import loss_scale_state, read_torch_file
 
@@ -108,8 +110,9 @@ def write_universal_checkpoint(
         torch.save(common, staging / _FOLDER / _COMMON)
         for file in companions:
             shutil.copyfile(file, staging / file.name)
-        flush_to_disk(staging / _FOLDER)
+        seal(staging)
         staging.rename(path)
+        flush_to_disk(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -120,7 +123,6 @@ def _write_parameter(source: StateSource, name: str, folder: Path) -> None:
     for part in source.parts(name):
         tensor = source.read(name, part, 0, Size(shape).numel()).view(shape)
         torch.save({"param": tensor, "cat_dim": 0}, folder / f"{part}.pt")
-        flush_to_disk(folder / f"{part}.pt")
     torch.save(source.step, folder / "step.pt")
 
 

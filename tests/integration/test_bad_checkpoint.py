@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.integration.runs import OFFLOADED, base_flags, ranks, train
+from megatron.weights.manifest import seal
+from tests.integration.runs import OFFLOADED, Ranks, base_flags, ranks, train
 from tests.integration.test_bad_input import assert_one_clear_line, files_below, run_into_error
 
 OPTIMIZER_STATES = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -41,7 +43,39 @@ def _flip_a_byte_of_the_moments(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
+class _Executes:
+    """A pickle that writes a file when it is read by who runs what it names."""
+
+    def __init__(self, file: Path) -> None:
+        self._code = f"open({str(file)!r}, 'w').close()"
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, (self._code,)
+
+
+def _plant_code(name: str) -> Callable[[Path], None]:
+    """Put code into a file, and compute the manifest again as whoever can write there could."""
+
+    def plant(checkpoint: Path) -> None:
+        torch.save({"module": {}, "x": _Executes(checkpoint.parent / "executed")}, checkpoint / name)
+        (checkpoint / "manifest.json").unlink()
+        seal(checkpoint)
+
+    return plant
+
+
+def _lead_latest_out(checkpoint: Path) -> None:
+    shutil.copytree(checkpoint, checkpoint.parent.parent / "elsewhere" / "global_step2")
+    (checkpoint.parent / "latest").write_text("../elsewhere/global_step2")
+
+
 CASES = [
+    Case("a typo", ["--load", "absent"], ["--load (absent) is not there", "name a folder of checkpoints"]),
+    Case("a typo with finetune", ["--load", "absent", "--finetune"], ["--load (absent) is not there"]),
+    Case("latest leads out", [], ["latest holds '../elsewhere/global_step2'"], damage=_lead_latest_out),
+    Case("code in weights", [], ["names exec, which", "not run"], damage=_plant_code("mp_rank_00_model_states.pt")),
+    Case("code in moments", [], [OPTIMIZER_STATES, "names exec, which"], damage=_plant_code(OPTIMIZER_STATES)),
+    Case("code in random", [], ["random_0.pt", "names exec, which"], damage=_plant_code("random_0.pt")),
     Case("another width", ["--hidden-size", "64"], ["--hidden-size is 32 in the checkpoint and 64 in the flags"]),
     Case("counters missing", [], ["train_state.json is missing"], damage=_remove("train_state.json")),
     Case("shard missing", [], [f"{OPTIMIZER_STATES} is missing"], damage=_remove(OPTIMIZER_STATES)),
@@ -94,3 +128,19 @@ def test_a_damaged_shard_of_another_rank_costs_the_steps_since_the_checkpoint_be
     (warning,) = [line for line in resumed.output.splitlines() if line.startswith("WARNING: the checkpoint")]
     assert f"{shard.name} is damaged" in warning
     assert "global_step2, in its place" in warning
+
+
+def test_a_second_run_with_the_same_folder_is_refused_and_the_first_goes_on(corpus: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    flags = [*base_flags(corpus), "--train-iters", "100000", "--save", str(saved), "--save-interval", "1000"]
+    with Ranks(flags) as first:
+        first.wait_for("iteration        1/")
+        before = files_below(tmp_path)
+        words = ["is in use by another run", f"process {first.processes[0].pid} on host", "name another folder"]
+        assert_one_clear_line(run_into_error([*flags, "--load", str(saved), "--lr", "1e-5"], 1)[0], words)
+        assert before <= files_below(tmp_path)
+        first.terminate(0)
+        (ended,) = first.wait()
+    assert ended.exit_code == 0
+    assert (saved / "latest").is_file()
+    assert not (saved / "run.lock").exists()

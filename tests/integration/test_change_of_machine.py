@@ -4,6 +4,7 @@ Losses and gradient norms after the change are those of the undisturbed run to f
 enough for that, which a run with fresh moments shows.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,18 @@ def test_a_run_goes_on_from_the_universal_form(sources: Sources, tmp_path: Path)
     assert run_tool("make_universal_checkpoint", source.checkpoints, tmp_path / "universal") == 0
     load = ["--load", str(tmp_path / "universal"), "--universal-checkpoint"]
     assert_goes_on(sources.train(Layout(2, 3), tmp_path / "events", *load), source.run)
+
+
+def test_shards_that_were_swapped_between_ranks_are_not_gathered(sources: Sources, tmp_path: Path) -> None:
+    shutil.copytree(sources.of(Layout(2, 3)).checkpoints / f"global_step{CHANGE}", tmp_path / "swapped")
+    first, second = sorted((tmp_path / "swapped").glob("*optim_states.pt"))
+    assert first.stat().st_size == second.stat().st_size
+    first.rename(tmp_path / "first")
+    second.rename(first)
+    (tmp_path / "first").rename(second)
+    for tool in ("consolidate_checkpoint", "make_universal_checkpoint"):
+        assert run_tool(tool, tmp_path / "swapped", tmp_path / tool) == 2
+        assert not (tmp_path / tool).exists()
 
 
 def test_fresh_moments_are_not_enough(sources: Sources, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from megatron.config import Config
 from megatron.core.parallel_state import ParallelState
 from megatron.initialize import Context
 from megatron.train_state import TrainState
+from megatron.weights.manifest import seal
+from megatron.weights.source import StateSource
 
 PADDED_VOCAB_SIZE = 128
 MODEL = ["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "8", "--seq-length", "128"]
@@ -43,6 +45,9 @@ class PretendEngine:
     def load_as_written(self, folder: Path, tag: str) -> None:
         self.loads_by_deepspeed.append((folder, tag))
 
+    def load_state(self, source: StateSource, with_optimizer: bool) -> None:
+        assert list(source.names) == ["weight"]
+
 
 def config(*flags: str) -> Config:
     return parse_args([*MODEL, "--lr", "1e-4", *flags])
@@ -66,6 +71,14 @@ def load(path: Path, *flags: str, on_nvme: bool = False) -> tuple[TrainState, Pr
 
 def choose(folder: Path, *flags: str) -> Path | None:
     return choose_checkpoint(config("--load", str(folder), *flags).checkpoint, CONTEXT)
+
+
+def as_deepspeed(path: Path) -> Path:
+    """Give a checkpoint a file by which DeepSpeed's are known, and a manifest that lists it."""
+    (path / "weights.pt").rename(path / "mp_rank_00_model_states.pt")
+    (path / "manifest.json").unlink()
+    seal(path)
+    return path
 
 
 def flip_a_byte(path: Path) -> None:

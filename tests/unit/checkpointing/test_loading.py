@@ -8,7 +8,9 @@ import torch
 
 from megatron.checkpointing import CheckpointError, saved_state, starting_state
 from megatron.train_state import TrainState
-from tests.unit.checkpointing.pretend import CONTEXT, STATE, config, load, save
+from megatron.weights import manifest
+from megatron.weights.manifest import seal
+from tests.unit.checkpointing.pretend import CONTEXT, STATE, as_deepspeed, choose, config, load, save
 
 pytestmark = pytest.mark.usefixtures("only_rank")
 
@@ -93,3 +95,20 @@ def test_a_run_starts_with_the_counters_of_rank_0_and_is_warned_of_another_batch
     assert (state.iteration, state.data_samples, caplog.messages) == (7, 28, [])
     starting_state(path, config("--global-batch-size", "8"), CONTEXT)
     assert "the global batch (8 sequences) differs from the checkpoint's (4)" in caplog.text
+
+
+@pytest.mark.parametrize("flags", [[], ["--universal-checkpoint", "--no-load-optim", "--no-load-rng"]])
+def test_what_was_verified_when_it_was_chosen_is_not_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    path = as_deepspeed(save(tmp_path))
+    torch.save({"module": {"weight": torch.ones(2)}}, path / "mp_rank_00_model_states.pt")
+    (path / "manifest.json").unlink()
+    seal(path)
+    hashed: list[Path] = []
+    sha256 = manifest._sha256
+    monkeypatch.setattr(manifest, "_sha256", lambda file: hashed.append(file) or sha256(file))
+    assert choose(tmp_path, *flags) == path
+    assert sorted(hashed) == sorted(file for file in path.iterdir() if file.name != "manifest.json")
+    load(path, *flags)
+    assert len(set(hashed)) == len(hashed)

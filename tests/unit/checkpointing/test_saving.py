@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from megatron.checkpointing import CheckpointError, find_checkpoint
 from megatron.checkpointing.folder import checkpoints
-from megatron.checkpointing.manifest import hash_faults, read_manifest, size_faults
 from megatron.config import CheckpointConfig, Config
 from megatron.train_state import TrainState
+from megatron.weights.manifest import hash_faults, read_manifest, size_faults
 from tests.unit.checkpointing.pretend import CONTEXT, STATE, save, saver
 
 FILES = {"config.json", "layout.json", "manifest.json", "random_0.pt", "train_state.json", "weights.pt", "moments.pt"}
@@ -93,6 +93,30 @@ class TestWhole:
         save(tmp_path)
         assert names(tmp_path) == others | {"latest", "global_step7"}
 
+    def test_leftovers_that_are_links_or_files_go_and_what_they_lead_to_stays(self, tmp_path: Path) -> None:
+        folder, elsewhere = tmp_path / "saved", save(tmp_path / "elsewhere")
+        folder.mkdir()
+        hexadecimal = "0123456789abcdef" * 2
+        for number, target in enumerate((elsewhere, elsewhere / "config.json", tmp_path / "absent")):
+            for end in ("tmp", "old"):
+                (folder / f"global_step{number}.{hexadecimal}.{end}").symlink_to(target)
+        for end in ("tmp", "old"):
+            (folder / f"global_step9.{hexadecimal}.{end}").touch()
+        (folder / "latest").symlink_to(elsewhere.parent / "latest")
+        (folder / "global_step7").symlink_to(elsewhere)
+        for iteration in (7, 8):
+            path = save(folder, TrainState(iteration=iteration), "--keep-last-n-checkpoints", "1")
+            assert names(folder) == {"latest", path.name}
+            assert not (folder / "latest").is_symlink()
+            assert not path.is_symlink()
+        assert (elsewhere.parent / "latest").read_text() == "global_step7"
+        assert names(elsewhere) == FILES
+
+    def test_a_name_that_leads_nowhere_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "global_step7").symlink_to("absent")
+        assert names(save(tmp_path)) == FILES
+        assert names(tmp_path) == {"latest", "global_step7"}
+
 
 @pytest.mark.usefixtures("only_rank")
 class TestFailure:
@@ -129,6 +153,19 @@ class TestFailure:
         with pytest.raises(CheckpointError, match=r"shard.pt is missing for rank 0; --save must name"):
             save(tmp_path)
         assert names(tmp_path) == set()
+
+    @pytest.mark.parametrize("end", ["tmp", "old"])
+    def test_what_cannot_be_deleted_is_no_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, end: str
+    ) -> None:
+        def refuse(path: Path) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(CONTEXT.log, "propagate", True)
+        (tmp_path / f"global_step3.{'0' * 32}.{end}").mkdir()
+        monkeypatch.setattr(shutil, "rmtree", refuse)
+        save(tmp_path)
+        assert f"{tmp_path} cannot be deleted: Permission denied" in caplog.text
 
     def test_an_old_checkpoint_that_cannot_be_deleted_is_no_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

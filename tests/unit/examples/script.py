@@ -42,12 +42,19 @@ def run_script(script: Path, *arguments: str, num_gpus_found: int = 4, bin_folde
 def run_program(
     script: Path, *arguments: str, num_gpus_found: int = 4, bin_folder: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Start a script for a dry run. CalledProcessError if it refuses."""
+    """Start a script for a dry run in `bin_folder`, where PATHS["LOAD"] holds weights.
+
+    CalledProcessError if it refuses.
+    """
     write_nvidia_smi(bin_folder, num_gpus_found)
+    weights = bin_folder / PATHS["LOAD"]
+    weights.mkdir(parents=True, exist_ok=True)
+    (weights / "model.safetensors").touch()
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment["PATH"] = f"{bin_folder}:{environment['PATH']}"
     return subprocess.run(
         [str(script), *arguments],
+        cwd=bin_folder,
         env={**environment, "DRY_RUN": "1", **variables},
         capture_output=True,
         text=True,

@@ -105,6 +105,34 @@ def test_weights_are_taken_from_elsewhere_until_the_run_has_saved_its_own(tmp_pa
     assert (checkpoint.load, checkpoint.finetune) == (f"{output}/checkpoints", False)
 
 
+WEIGHTS = {
+    "weights": "model.safetensors",
+    "shards": "model.safetensors.index.json",
+    "global_step7": "mp_rank_00_model_states.pt",
+    "partitioned": "zero_pp_rank_0_mp_rank_00_model_states.pt",
+    "universal": "zero/optimizer_state.pt",
+    "checkpoints": "global_step7/manifest.json",
+}
+
+
+@pytest.mark.parametrize("scale", ["", "tiny"], ids=["full", "tiny"])
+def test_load_that_finds_nothing_is_refused_in_a_dry_run_too(tmp_path: Path, scale: str) -> None:
+    (script,) = (script for script in SCRIPTS if "finetune" in script.stem)
+    for name, file in WEIGHTS.items():
+        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / file).touch()
+    scales = {"MODEL_SCALE": scale} if scale else {}
+    for name in ("empty", "typo"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "typo" / "latest").write_text("absent")
+    for good in (*WEIGHTS, "weights/"):
+        command = run_script(script, bin_folder=tmp_path, **PATHS | {"LOAD": good} | scales)
+        assert command.value("--load") == good
+    for bad in ("absent", "empty", "typo", "weights/model.safetensors"):
+        message = complaint(script, tmp_path, **PATHS | {"LOAD": bad} | scales)
+        assert message.startswith(f"LOAD ({bad}) holds no weights; name a folder of checkpoints")
+
+
 def test_the_machines_of_a_hostfile_are_counted(tmp_path: Path) -> None:
     script = ON_ALL_GPUS
     hosts = tmp_path / "hostfile"

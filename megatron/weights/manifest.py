@@ -9,16 +9,21 @@ It tells a damaged file from a whole one; it is no signature, since who can chan
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron.checkpointing.errors import first_line
-from megatron.checkpointing.files import read_json, write_json
+from megatron.data.atomic_file import flush_to_disk
+from megatron.weights.errors import WeightsError, first_line
 
 MANIFEST = "manifest.json"
+# Files that hold tensors or say where they are: one that the manifest does not list is an error.
+_WEIGHT_FILES = ("*.pt", "*.safetensors", "*.safetensors.index.json")
+# Checkpoints inside a folder of weights, which may be the --save of a run as well, are no part of the weights.
+_CHECKPOINTS = "global_step"
 _HASHING_THREADS = 4
 
 T = TypeVar("T")
@@ -35,6 +40,9 @@ class FileEntry:
 Manifest = dict[str, FileEntry]
 """Path below the checkpoint, with forward slashes: what the file must be."""
 
+Selection = Callable[[Manifest], Iterable[str]]
+"""Names of the files of a checkpoint that are to be hashed."""
+
 
 def describe_files(folder: Path, paths: Iterable[Path]) -> Manifest:
     """The entries of files below `folder`, hashed side by side."""
@@ -44,20 +52,58 @@ def describe_files(folder: Path, paths: Iterable[Path]) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write it; the files that it lists must be on the disk already."""
-    write_json(folder / MANIFEST, {"files": {name: asdict(entry) for name, entry in manifest.items()}})
+    """Write it, flushed to the disk; the files that it lists must be on the disk already."""
+    content = {"files": {name: asdict(entry) for name, entry in manifest.items()}}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    flush_to_disk(folder / MANIFEST)
+
+
+def flush_files(folder: Path) -> None:
+    """Flush every file and folder below `folder` to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        flush_to_disk(path)
+
+
+def seal(folder: Path, pattern: str = "*") -> None:
+    """Write the manifest of a folder's files whose names match, and flush everything to the disk."""
+    files = [path for path in folder.rglob(pattern) if path.is_file()]
+    write_manifest(folder, describe_files(folder, files))
+    flush_files(folder)
+
+
+def seal_safetensors(folder: Path) -> None:
+    """Write the manifest of a folder's safetensors and their index; config.json beside them may be edited by hand."""
+    seal(folder, "*.safetensors*")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read it. CheckpointError, TypeError, ValueError, KeyError or AttributeError if it is damaged."""
-    files = read_json(folder / MANIFEST)["files"]
-    return {name: FileEntry(int(entry["size_bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    """Read it; WeightsError if it is damaged."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return {name: FileEntry(int(entry["size_bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise WeightsError(f"{MANIFEST} is damaged ({first_line(error)})") from error
+
+
+def find_faults(folder: Path, select: Selection) -> list[str]:
+    """How the files differ from the manifest: the sizes of all, and the hashes of those selected."""
+    try:
+        manifest = read_manifest(folder)
+    except WeightsError as error:
+        return [str(error)]
+    return size_faults(folder, manifest) or hash_faults(folder, manifest, select(manifest))
+
+
+def small_files(manifest: Manifest) -> list[str]:
+    """Files whose hashing takes no time."""
+    return [name for name in manifest if name.endswith(".json")]
 
 
 def size_faults(folder: Path, manifest: Manifest) -> list[str]:
-    """What is missing, longer or shorter than it must be, or a tensor file that nobody vouches for."""
+    """What is missing, longer or shorter than it must be, or a file of weights that is not listed."""
     faults = [fault for name, entry in sorted(manifest.items()) if (fault := _size_fault(folder / name, name, entry))]
-    strangers = sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*.pt")} - manifest.keys())
+    found = {path.relative_to(folder).as_posix() for pattern in _WEIGHT_FILES for path in folder.rglob(pattern)}
+    strangers = sorted(name for name in found - manifest.keys() if not name.startswith(_CHECKPOINTS))
     return [*faults, *(f"{name} is not listed in {MANIFEST}" for name in strangers)]
 
 
