@@ -37,12 +37,16 @@ LAYERS: dict[str, set[str]] = {
 # the files on top of the layers, which may use them all
 ALL_LAYERS = set(LAYERS)
 TOP_FILES: dict[str, set[str]] = {
-    "initialize": ALL_LAYERS,
+    "activity": set(),
+    "watchdog": {"activity", "logging"},
+    "world": {"watchdog", "config"},
+    "same_settings": {"config"},
+    "interrupts": {"watchdog"},
+    "initialize": ALL_LAYERS | {"watchdog", "world", "same_settings"},
     "checkpointing": ALL_LAYERS | {"initialize"},
-    "execution": ALL_LAYERS | {"initialize"},
+    "execution": ALL_LAYERS | {"initialize", "world"},
     "preflight": ALL_LAYERS | {"initialize", "checkpointing"},
     "reporting": ALL_LAYERS | {"initialize"},
-    "watchdog": {"logging"},
     "finite_check": {"fpdt"},
     "rollback": ALL_LAYERS | {"initialize", "checkpointing"},
     "program": ALL_LAYERS
@@ -56,6 +60,9 @@ TOP_FILES: dict[str, set[str]] = {
         "preflight",
         "reporting",
         "training",
+        "interrupts",
+        "watchdog",
+        "world",
     },
     "profiling": ALL_LAYERS | {"initialize"},
     "out_of_memory": ALL_LAYERS | {"initialize", "execution"},
