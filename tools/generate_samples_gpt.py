@@ -20,6 +20,11 @@ from pathlib import Path
 from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from model_arguments import add_model_arguments, add_tokenizer_arguments, inference_of, num_ids_of, tokenizer_of
@@ -30,6 +35,7 @@ from megatron.generation.errors import GenerationError
 from megatron.generation.generate import Generated, generate
 from megatron.generation.loading import OpenedModel
 from megatron.generation.sampling import Sampling
+from megatron.interrupts import run_tool
 from megatron.tokenizer import Tokenizer, TokenizerError
 
 
@@ -199,4 +205,4 @@ def _formatted(output_format: str, tokenizer: Tokenizer, text: str, prompt: list
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))
