@@ -10,6 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
+
 from megatron.batch import EndOfDocument
 from megatron.config import Config, ConfigError
 from megatron.data.blended_dataset import SampleDataset

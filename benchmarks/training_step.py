@@ -65,7 +65,7 @@ from megatron.config import Config, Recompute, deepspeed_config, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.execution import choose_execution, plan_of
 from megatron.fpdt.stream import Stream
-from megatron.initialize import initialize, world_from_environment
+from megatron.initialize import initialize
 from megatron.logging.accounting import model_flops
 from megatron.logging.device_peak import peak_tflops
 from megatron.model.builder import build_model
@@ -74,6 +74,7 @@ from megatron.optimizer.param_groups import parameter_groups
 from megatron.planner.hardware import GPUS, gpu_like
 from megatron.planner.plan import Plan
 from megatron.tokenizer import pad_vocab_size
+from megatron.world import World
 
 NAME = "training_step"
 COLUMNS = (
@@ -127,7 +128,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parse(parser, argv, QUICK, TINY)
     if arguments.steps < 1:
         parser.error(f"--steps ({arguments.steps}) must be at least 1")
-    _, num_processes = world_from_environment()
+    num_processes = World.from_environment().size
     if arguments.as_one_of is not None and (arguments.as_one_of < 2 or num_processes > 1):
         parser.error(
             f"--as-one-of ({arguments.as_one_of}) plays 2 or more GPUs in a single process, not in {num_processes}; "
@@ -138,7 +139,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    rank, num_gpus = world_from_environment()
+    world = World.from_environment()
+    rank, num_gpus = world.rank, world.size
     if arguments.as_one_of:
         num_gpus = arguments.as_one_of
         init_loopback(num_gpus)

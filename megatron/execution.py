@@ -11,13 +11,14 @@ import torch.distributed as dist
 from megatron.config import Config, ConfigError, offloads
 from megatron.config.parallel import ParallelConfig
 from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, least_bytes, longest_sequence
-from megatron.initialize import Context, local_world_size
+from megatron.initialize import Context
 from megatron.model.builder import Execution
 from megatron.ops.attention import choose_backend
 from megatron.planner.hardware import GIB, Gpu, Machines, gpu_like
 from megatron.planner.job import HALF, Job
 from megatron.planner.memory import ACCURACY
 from megatron.planner.plan import Plan
+from megatron.world import local_world_size
 
 # Of the host memory that is free at the start: page tables, other processes, and what torch pins for its own copies.
 _HOST_HEADROOM = 0.03

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -15,6 +14,9 @@ from megatron.config import Config
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
 from megatron.logging.logger import configure_logging
+from megatron.same_settings import require_same_settings, settings_of
+from megatron.watchdog import Watchdog
+from megatron.world import World, join, local_rank, local_world_size
 
 GIB = 2**30
 SAME_SIZE = 0.95  # GPUs of one kind differ by what their drivers keep
@@ -32,20 +34,11 @@ class Context:
     """A rank's share of the host memory that was free at the start, on the machine with the least."""
     device_memory_bytes: int = 0
     """Memory of the smallest GPU; 0 without GPUs."""
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
     def is_first_rank(self) -> bool:
         return self.parallel_state.rank == 0
-
-
-def world_from_environment() -> tuple[int, int]:
-    """(rank, world size) as the launcher set them; (0, 1) for a process that was started by itself."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_world_size() -> int:
-    """Ranks on this machine, as torchrun or the deepspeed launcher set them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def device_type() -> str:
@@ -60,21 +53,27 @@ def number_format(config: Config) -> torch.dtype:
     return torch.float16 if config.precision.fp16 else torch.float32
 
 
-def initialize(config: Config) -> Context:
-    """Join the process group, take a device and seed the random numbers. Collective over all ranks."""
-    _complete_environment()
-    rank, _ = world_from_environment()
-    log = configure_logging(rank)
+def initialize(config: Config, watchdog: Watchdog | None = None) -> Context:
+    """Join the other ranks, take a device and seed the random numbers. Collective over all ranks.
+
+    The watchdog watches from here on. ConfigError where the launcher's environment cannot be, or ranks differ in what
+    they run with; RankLost where rank 0 does not come.
+    """
+    world = World.from_environment()
+    world.complete_environment()
+    watchdog = watchdog or Watchdog(world.rank, world.size)
+    log = configure_logging(world.rank)
     on_gpu = device_type() == "cuda"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
+    device = torch.device("cuda", local_rank(torch.cuda.device_count())) if on_gpu else torch.device("cpu")
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
-        timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+        _start_process_group(config, world, device, timeout, watchdog)
+    elif on_gpu:
+        torch.cuda.set_device(device)
     # Dropout masks differ between ranks; the weights come from a generator of their own, the same on every rank.
-    torch.manual_seed(config.training.seed + rank)
-    parallel_state = ParallelState.create(config.parallel.ds_sequence_parallel_size)
+    torch.manual_seed(config.training.seed + world.rank)
+    parallel_state = ParallelState.create(config.parallel.ds_sequence_parallel_size, timeout)
+    watchdog.enter("comparing the memory of all ranks")
     # Every rank must come to the same choices.
     device_memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
     host_bytes, smallest, largest = least_over_ranks(
@@ -86,7 +85,31 @@ def initialize(config: Config) -> Context:
             "choose others with CUDA_VISIBLE_DEVICES or the hostfile to use the larger ones in full",
             smallest / GIB, largest / GIB,
         )  # fmt: skip
-    return Context(parallel_state, device, number_format(config), log, host_bytes, smallest)
+    return Context(parallel_state, device, number_format(config), log, host_bytes, smallest, watchdog)
+
+
+def _start_process_group(
+    config: Config, world: World, device: torch.device, timeout: timedelta, watchdog: Watchdog
+) -> None:
+    store = join(world, timeout.total_seconds(), watchdog)
+    if world.size > 1:
+        with watchdog.working("comparing settings, data and code"):
+            settings = settings_of(config, world.size, device.type)
+        require_same_settings(settings, world.rank, world.size, store)
+    watchdog.enter("starting the process group")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+        # The watchdog names the rank that died; NCCL's would abort this one before that, without a name.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
 
 
 def least_over_ranks(host_bytes: int, device_bytes: int, device: torch.device) -> tuple[int, int, int]:
@@ -95,21 +118,3 @@ def least_over_ranks(host_bytes: int, device_bytes: int, device: torch.device) -
     dist.all_reduce(sizes, dist.ReduceOp.MIN)
     host, smallest, largest = sizes.tolist()
     return host, smallest, -largest
-
-
-def connect_store(timeout_seconds: float) -> dist.Store:
-    """A connection of its own to the key-value store that the ranks met at, for a thread of its own."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=timeout_seconds)
-    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
-
-
-def _complete_environment() -> None:
-    """What torch and DeepSpeed read, for a process that no launcher started."""
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -22,7 +24,8 @@ from megatron.execution import choose_execution
 from megatron.finite_check import NotFiniteError
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.fpdt.stream import ProgressReport
-from megatron.initialize import Context, device_type, initialize, world_from_environment
+from megatron.initialize import Context, device_type, initialize
+from megatron.interrupts import end_interrupted, interruptible
 from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.ops.attention import AttentionUnavailable
@@ -31,7 +34,9 @@ from megatron.preflight import DataCheck, Vocabulary, check_inputs
 from megatron.rollback import RollbackError
 from megatron.tokenizer import TokenizerError
 from megatron.training import DatasetsProvider, pretrain
+from megatron.watchdog import EXIT_CODE, SECONDS_FOR_OTHERS, RankLost, Watchdog
 from megatron.weights.errors import WeightsError
+from megatron.world import World
 
 USER_ERRORS = (
     ConfigError,
@@ -47,7 +52,7 @@ USER_ERRORS = (
 )
 # Of a training whose numbers went wrong; 2 of what else a user can mend.
 NOT_FINITE_EXIT_CODE = 5
-SECONDS_FOR_RANK_0 = 10.0
+UNFORESEEN_EXIT_CODE = 1
 
 
 @dataclass(frozen=True)
@@ -72,26 +77,69 @@ def run(
 
     `settle` sets what the program does not leave to the flags.
     """
-    rank, world_size = world_from_environment()
     try:
-        config = settle(parse_args(argv))
-        validate(config, world_size, device_type())
-        vocabulary = check_inputs(config, world_size, check_data)
-        train(config, initialize(config), vocabulary.padded_size, provide_source(config, vocabulary))
-    except USER_ERRORS as error:
-        return report(error, rank)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        world = World.from_environment()
+    except ConfigError as error:
+        return report(error, 0)
+    watchdog = Watchdog(world.rank, world.size)
+    code = 0
+    try:
+        with interruptible(watchdog):
+            config = settle(parse_args(argv))
+            validate(config, world.size, device_type())
+            vocabulary = check_inputs(config, world.size, check_data)
+            context = initialize(config, watchdog)
+            train(config, context, vocabulary.padded_size, provide_source(config, vocabulary))
+    except (Exception, KeyboardInterrupt) as error:
+        code = end_by(error, watchdog)
+    # After an error the other ranks may be gone, and a group of several waits for all.
+    if dist.is_initialized() and (code == 0 or world.size == 1):
+        dist.destroy_process_group()
+    watchdog.close()
+    return code
+
+
+def end_by(error: BaseException, watchdog: Watchdog) -> int:
+    """Say why the run ends, to the user and to the other ranks; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C may come several times
+        return end_interrupted(watchdog)
+    if isinstance(error, RankLost):
+        sys.stderr.write(f"error on rank {watchdog.rank}: {error}\n")
+        return EXIT_CODE
+    if comes_of_a_collective(error):
+        watchdog.wait_for_verdict()
+    if isinstance(error, USER_ERRORS):
+        watchdog.fail(f"stopped: {error}", exit_code_of(error))
+        if watchdog.rank:
+            watchdog.close()  # which rank 0 waits for
+        return report(error, watchdog.rank)
+    watchdog.fail(f"failed: {type(error).__name__}: {error}", UNFORESEEN_EXIT_CODE)
+    traceback.print_exception(error)
+    sys.stderr.write(f"error on rank {watchdog.rank}: it failed in {watchdog.place}, as above\n")
+    return UNFORESEEN_EXIT_CODE
+
+
+def comes_of_a_collective(error: BaseException | None) -> bool:
+    """Whether a collective failed, as it does where another rank has died; the error may be put into other words."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def exit_code_of(error: Exception) -> int:
+    """Of an error that the user can fix."""
+    return NOT_FINITE_EXIT_CODE if isinstance(error, NotFiniteError | RollbackError) else 2
 
 
 def report(error: Exception, rank: int) -> int:
     """Write the error once: other ranks leave time for rank 0 to write it and for the launcher to end them."""
     if rank:
-        time.sleep(SECONDS_FOR_RANK_0)
+        time.sleep(SECONDS_FOR_OTHERS)
     sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error on rank {rank}: {error}\n")
-    return NOT_FINITE_EXIT_CODE if isinstance(error, NotFiniteError | RollbackError) else 2
+    return exit_code_of(error)
 
 
 def train(config: Config, context: Context, padded_vocab_size: int, source: SampleSource) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from megatron.data.splits import parse_split
 from megatron.engine.engine import Engine
 from megatron.finite_check import Finding, FiniteCheck, NotFiniteError, gather, weights_not_finite
 from megatron.fpdt.stream import ProgressReport, Stream
-from megatron.initialize import GIB, Context, connect_store
+from megatron.initialize import GIB, Context
 from megatron.lengths import Lengths
 from megatron.logging.progress import StepProgress, build_progress
 from megatron.logging.writers import build_writer
@@ -38,7 +37,7 @@ from megatron.reporting import Reporter
 from megatron.rollback import Rollback
 from megatron.stop_signal import StopSignal
 from megatron.train_state import TrainState
-from megatron.watchdog import EXIT_CODE, Watchdog, WatchedProgress
+from megatron.watchdog import WatchedProgress
 
 ModelProvider = Callable[[ProgressReport], nn.Module]
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
@@ -65,7 +64,9 @@ def pretrain(
     world_size = context.parallel_state.world_size
     for note in (*config.notes, *default_batch_notes(config, world_size)):
         context.log.info("note: %s", note)
-    checkpoint = choose_checkpoint(config.checkpoint, context)
+    watchdog = context.watchdog
+    with watchdog.working("choosing a checkpoint"):
+        checkpoint = choose_checkpoint(config.checkpoint, context)
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
     elif config.checkpoint.load is not None:
@@ -73,34 +74,36 @@ def pretrain(
     state = starting_state(checkpoint, config, context)
     lengths = Lengths.of(config, world_size, state)
     context.log.info("training to iteration %d: %s", lengths.iterations, lengths.left(state))
-    datasets = provide_datasets(lengths.num_samples(config, state))
+    with watchdog.working("building the data index"):
+        datasets = provide_datasets(lengths.num_samples(config, state))
     wanted = parse_split(config.data.split)[1:]
     for part, share, data in zip(("validation", "test"), wanted, datasets[1:], strict=True):
         if data is None and share and config.training.eval_iters:
             context.log.warning("there are no %s data: --split or --data-path leaves none, so none are evaluated", part)
-    watchdog = _build_watchdog(config, context)
     progress = WatchedProgress(
         build_progress(
             config.logging.progress, context.parallel_state.rank, sys.stdout, config.logging.heartbeat_seconds
         ),
         watchdog,
     )
-    engine = Engine(
-        lambda: provide_model(lambda phase, layer, chunk, _: progress.advance(phase, layer, chunk)),
-        leaf_modules,
-        lambda model: parameter_groups(model, config.optimizer.weight_decay),
-        config.optimizer,
-        deepspeed_config(config, context.parallel_state.world_size),
-        context.dtype,
-        context.device,
-        context.parallel_state.world_size,
-    )
+    with watchdog.working("building the model"):
+        engine = Engine(
+            lambda: provide_model(lambda phase, layer, chunk, _: progress.advance(phase, layer, chunk)),
+            leaf_modules,
+            lambda model: parameter_groups(model, config.optimizer.weight_decay),
+            config.optimizer,
+            deepspeed_config(config, context.parallel_state.world_size),
+            context.dtype,
+            context.device,
+            context.parallel_state.world_size,
+        )
     execution: Any = engine.module.execution
     stream: Stream = execution.stream
     stream.whole_parameters = engine.whole_parameters
     ledger.engine, ledger.stream = engine, stream
     if checkpoint is not None:
-        load_checkpoint(checkpoint, engine, context, config)
+        with watchdog.working(f"loading {checkpoint}"):
+            load_checkpoint(checkpoint, engine, context, config)
         context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
     finite_check = None
     if not config.training.no_check_for_nan_in_loss_and_grad:
@@ -120,34 +123,11 @@ def pretrain(
             progress,
             state,
             Saver(engine, context, config, padded_vocab_size),
-            watchdog,
             finite_check,
         )
-        watchdog.start()
         run.run()
-    except NotFiniteError:
-        raise  # which names the place that matters
-    except Exception:
-        context.log.error("rank %d stopped in %s", context.parallel_state.rank, watchdog.place)
-        raise
     finally:
-        watchdog.close()
         writer.close()
-
-
-def _build_watchdog(config: Config, context: Context) -> Watchdog:
-    """One that ends this process, so that the launcher ends the others."""
-    rank, world_size = context.parallel_state.rank, context.parallel_state.world_size
-
-    def give_up(verdict: str) -> None:
-        sys.stderr.write(f"error on rank {rank}: {verdict}\n")
-        sys.stderr.flush()
-        os._exit(EXIT_CODE)
-
-    # Before the collectives that wait as long give up in their own words.
-    limit = 0.9 * 60 * config.parallel.distributed_timeout_minutes
-    store = connect_store(limit) if world_size > 1 else dist.HashStore()
-    return Watchdog(store, rank, world_size, limit, give_up)
 
 
 class Training:
@@ -166,10 +146,9 @@ class Training:
         progress: StepProgress,
         state: TrainState,
         saver: Saver,
-        watchdog: Watchdog,
         finite_check: FiniteCheck | None,
     ) -> None:
-        self._saver, self._watchdog, self._finite_check = saver, watchdog, finite_check
+        self._saver, self._watchdog, self._finite_check = saver, context.watchdog, finite_check
         self._config, self._context = config, context
         self._stream = stream
         self._engine, self._reporter, self._progress, self.state = engine, reporter, progress, state
@@ -193,7 +172,7 @@ class Training:
         """Train to the end or to a reason to stop; then evaluate on the test part and save."""
         with closing(self._profiler):
             while (outcome := self._train_on()) == _ROLL_BACK:
-                with self._watchdog.resting(f"going back from iteration {self.state.iteration}"):
+                with self._watchdog.working(f"going back from iteration {self.state.iteration}"):
                     self.state = self._rollback.go_back(self.state)
                 self._saved_iteration = self.state.iteration
                 self._plan_steps()
@@ -383,7 +362,7 @@ class Training:
             return
         started = time.monotonic()
         self._check_weights()
-        with self._reporter.pause(), self._watchdog.resting(f"saving iteration {self.state.iteration}"):
+        with self._reporter.pause(), self._watchdog.working(f"saving iteration {self.state.iteration}"):
             path = self._saver.save(Path(self._config.checkpoint.save), self.state)
         self._saved_iteration = self.state.iteration
         gib, seconds = self._saver.size_bytes / GIB, time.monotonic() - started

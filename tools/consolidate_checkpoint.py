@@ -18,10 +18,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
+
 import torch
 from model_arguments import add_verification_argument
 from tqdm import tqdm
 
+from megatron.interrupts import run_tool
 from megatron.weights.errors import WeightsError
 from megatron.weights.opening import newest_checkpoint, open_state
 from megatron.weights.portable import write_portable
@@ -66,4 +72,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -14,8 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
+
 from megatron.arguments import build_parser
 from megatron.config.upstream_flags import OTHER_NAMES
+from megatron.interrupts import run_tool
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "arguments.md"
 HEAD = """# Arguments
@@ -76,4 +82,4 @@ def cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

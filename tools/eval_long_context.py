@@ -22,6 +22,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
@@ -44,6 +49,7 @@ from megatron.evaluation.needle import Cell, Haystack, SyntheticHaystack, TextHa
 from megatron.evaluation.recall import RecallVocabulary
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.generation.loading import OpenedModel
+from megatron.interrupts import run_tool
 from megatron.tokenizer import Tokenizer
 
 QUESTION = "\nThe secret number of {key} is"
@@ -197,4 +203,4 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -20,6 +20,11 @@ from pathlib import Path
 from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from model_arguments import (
@@ -36,6 +41,7 @@ from megatron.generation.cached_model import CachedModel, check_prompt
 from megatron.generation.errors import GenerationError
 from megatron.generation.generate import Generated, generate
 from megatron.generation.sampling import Sampling
+from megatron.interrupts import run_tool
 from megatron.tokenizer import Tokenizer, TokenizerError
 
 
@@ -205,4 +211,4 @@ def _formatted(output_format: str, tokenizer: Tokenizer, text: str, prompt: list
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -26,6 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from model_arguments import add_verification_argument
 
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
+
+from megatron.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
 from megatron.tokenizer.hugging_face import HFTokenizer
 from megatron.weights.errors import WeightsError
@@ -133,4 +139,4 @@ def to_hf(arguments: argparse.Namespace, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -21,6 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,6 +36,7 @@ from megatron.data.atomic_file import atomic_path
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.vocabulary import check_vocabulary
+from megatron.interrupts import run_tool
 from megatron.tokenizer import Tokenizer, TokenizerError, tokenizer_of
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -151,4 +157,4 @@ def _shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

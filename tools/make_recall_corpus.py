@@ -17,10 +17,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
+
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDatasetWriter, smallest_dtype
 from megatron.evaluation.errors import EvaluationError
 from megatron.evaluation.recall import RecallVocabulary, recall_documents
+from megatron.interrupts import run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,4 +79,4 @@ def write_corpus(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

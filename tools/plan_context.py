@@ -24,9 +24,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
+
 from megatron.arguments import parse_args
 from megatron.config import Config, ConfigError, ModelConfig, TokenizerConfig, validate
 from megatron.core.host_memory import available_host_bytes
+from megatron.interrupts import run_tool
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import MODEL_NAMES, named_model
@@ -314,4 +320,4 @@ def draw(plan: Plan, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -15,8 +15,14 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
+
 import numpy as np
 
+from megatron.interrupts import run_tool
 from megatron.logging.run_history import RunHistory, read_run
 
 COLUMNS = 2
@@ -157,4 +163,4 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[RunHistory]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

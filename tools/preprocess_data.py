@@ -18,6 +18,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
+
 from tqdm import tqdm
 
 from megatron.arguments import add_flags, section_of
@@ -26,6 +31,7 @@ from megatron.data.encoding import EncodedBatch, EncoderPlan, encode_batches
 from megatron.data.errors import DataError
 from megatron.data.text_files import INPUT_FORMATS, InputPosition, find_inputs, read_batches
 from megatron.data.workspace import Mark, Note, PartialDataset, Workspace
+from megatron.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
 
 BAD_RECORDS_SHOWN = 5
@@ -219,4 +225,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -20,6 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # what comes next takes seconds to import
+    from megatron.interrupts import end_on_interrupt
+
+    end_on_interrupt()
+
 import sentencepiece
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
@@ -27,6 +32,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from megatron.data.atomic_file import atomic_path
 from megatron.data.errors import DataError
 from megatron.data.text_files import INPUT_FORMATS, find_inputs, read_documents
+from megatron.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
 from megatron.tokenizer.gpt2_bpe import END_OF_DOCUMENT, byte_level_bpe
 from megatron.tokenizer.text import valid_unicode
@@ -179,4 +185,4 @@ def write_hugging_face(vocab: dict[str, int], merges: Sequence[tuple[str, str]],
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

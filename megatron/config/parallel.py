@@ -58,8 +58,8 @@ class ParallelConfig:
     no_pipeline_parallel: bool = False
     """Accepted for Megatron-DeepSpeed's scripts; always the case."""
 
-    distributed_timeout_minutes: int = 30
-    """How long a rank may make no progress, or a collective wait for it, before all end and it is named."""
+    distributed_timeout_minutes: float = 30.0
+    """How long a rank may be missing, silent or without progress: within this time all ranks end and it is named."""
 
     local_rank: int | None = None
     """Set by the launcher."""

@@ -7,6 +7,7 @@ neighbours and their all-to-all stays inside a node wherever it can.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -25,8 +26,8 @@ class ParallelState:
     data_parallel_group: dist.ProcessGroup | None = None
 
     @classmethod
-    def create(cls, sequence_parallel_size: int = 1) -> ParallelState:
-        """Build the groups. Collective: every rank calls it once, with the same size.
+    def create(cls, sequence_parallel_size: int = 1, timeout: timedelta | None = None) -> ParallelState:
+        """Build the groups, whose collectives wait for `timeout`. Collective: every rank calls it once, with the same.
 
         Without an initialised torch.distributed the world is this one process.
         """
@@ -41,18 +42,18 @@ class ParallelState:
             )
         sp = sequence_parallel_size
         dp = world_size // sp
-        sp_group = _own_group(rank, [list(range(d * sp, (d + 1) * sp)) for d in range(dp)])
-        dp_group = _own_group(rank, [list(range(s, world_size, sp)) for s in range(sp)])
+        sp_group = _own_group(rank, [list(range(d * sp, (d + 1) * sp)) for d in range(dp)], timeout)
+        dp_group = _own_group(rank, [list(range(s, world_size, sp)) for s in range(sp)], timeout)
         return cls(world_size, rank, sp, rank % sp, sp_group, dp, rank // sp, dp_group)
 
 
-def _own_group(rank: int, groups: list[list[int]]) -> dist.ProcessGroup | None:
+def _own_group(rank: int, groups: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup | None:
     """The group that holds `rank`; every rank takes part in making every group. Groups of one need no communicator."""
     own = None
     for ranks in groups:
         if len(ranks) == 1:
             continue
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout)
         if rank in ranks:
             own = group
     return own

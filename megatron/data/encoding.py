@@ -1,6 +1,7 @@
 """Texts to tokens in other processes, in the order of the input."""
 
 import os
+import signal
 import threading
 from array import array
 from collections import deque
@@ -146,7 +147,8 @@ def _encode_batch(plan: EncoderPlan, batch: RecordBatch) -> EncodedBatch:
 
 
 def _end_with_parent() -> None:
-    """End this worker when the process that feeds it is killed; it would wait for work for ever."""
+    """End this worker when the process that feeds it is killed or interrupted; it would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all, and the parent answers it
     parent = parent_process()
 
     def watch() -> None:

@@ -115,16 +115,25 @@ class Ranks:
     """Processes of a run that is watched while it goes on. A context manager: what still runs at its end is killed."""
 
     def __init__(
-        self, flags: Sequence[str], num_ranks: int = 1, world_size: int | None = None, script: Path = SCRIPT
+        self,
+        flags: Sequence[str],
+        num_ranks: int = 1,
+        world_size: int | None = None,
+        script: Path = SCRIPT,
+        last_rank: Sequence[str] = (),
+        **environment: str,
     ) -> None:
-        """Start `num_ranks` processes and tell them that they are the first ones of `world_size` (default: all)."""
+        """Start `num_ranks` processes and tell them that they are the first ones of `world_size` (default: all).
+
+        `last_rank` are further flags of the last one.
+        """
         world = {"WORLD_SIZE": str(world_size or num_ranks)}
         meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         settings = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **meeting_point}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, str(script), *flags],
-                env={**os.environ, **settings, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                [sys.executable, str(script), *flags, *(last_rank if rank == num_ranks - 1 else ())],
+                env={**os.environ, **settings, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
                 cwd=REPOSITORY,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

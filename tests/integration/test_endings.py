@@ -1,18 +1,22 @@
 """How long a run is, why it stops early, and what it says on the way."""
 
 import json
+import os
 import re
 import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from megatron.watchdog import EXIT_CODE, LONGEST_INTERVAL_SECONDS
-from tests.distributed.launcher import REPOSITORY
+from megatron.watchdog import EXIT_CODE
+from tests.distributed.launcher import REPOSITORY, free_port
+from tests.integration.corpus import copy_corpus
 from tests.integration.runs import OFFLOADED, SEQ_LENGTH, Ranks, base_flags, ranks, train
 
 HURRIED = REPOSITORY / "tests/integration/hurried.py"
+STRICKEN = REPOSITORY / "tests/integration/stricken.py"
 FIGURES = ("lm loss", "learning rate", "grad norm", "loss scale", "tokens/s/GPU", "model TFLOP/s", "MFU", "HFU")
 ENDLESS = ["--train-iters", "100000"]
 
@@ -84,30 +88,78 @@ def test_the_log_shows_evaluations_heartbeats_and_every_figure(corpus: Path, tmp
     assert "peak GPU memory (GiB): n/a" in line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_a_rank_that_stands_still_is_named_and_the_others_end(corpus: Path, tmp_path: Path, stopped: int) -> None:
-    saved = tmp_path / "saved"
-    flags = [*OFFLOADED, *ranks(2, 3), "--save", str(saved), "--save-interval", "1", *ENDLESS]
-    with Ranks([*base_flags(corpus), *flags, "--distributed-timeout-minutes", "1"], num_ranks=2) as run:
-        run.wait_for("iteration        2/")
-        time.sleep(3 * LONGEST_INTERVAL_SECONDS)  # for each to have told where it is
-        run.processes[stopped].send_signal(signal.SIGSTOP)
-        other = run.processes[1 - stopped]
-        _, error = other.communicate(timeout=200)
-    assert other.returncode == EXIT_CODE, error
-    place = r"(iteration \d+(, (forward|backward) layer \d chunk \d)?|the end of iteration \d+|saving iteration \d+)"
-    # The store is on rank 0.
-    named = [r"rank 0, or the launcher that started it,", rf"rank 1 \(last in {place}\)"][stopped]
-    said = rf"error on rank {1 - stopped}: {named} no longer answers.*; this rank was in {place}"
-    assert re.search(said, error, re.DOTALL), error
-    assert saved_state(saved)["iteration"] >= 1
+ITERATION = r"iteration 2, backward layer \d chunk \d"
+STRIKES = {
+    # Who is struck, how and where; who says so, and how.
+    "1 SIGKILL joining": (0, r"rank\(s\) 1 of 2 did not join within 0.15 minutes"),
+    "1 SIGSTOP building the data index": (0, r"rank 1 \(last in building the data index\) no longer answers"),
+    "1 SIGKILL building the model": (0, r"rank 1 \(last in building the model\) no longer answers"),
+    "0 SIGKILL iteration 2, b": (1, rf"rank 0 \(last in {ITERATION}\), or the launcher .* no longer answers"),
+    "1 SIGSTOP iteration 2, b": (0, rf"rank 1 \(last in {ITERATION}\) no longer answers"),
+    "0 SIGSTOP saving": (1, r"rank 0 \(last in saving iteration 2\), or the launcher .* no longer answers"),
+    "1 RuntimeError saving": (0, r"rank 1 \(last in saving iteration 2\) failed: RuntimeError: stricken"),
+}
 
 
-def test_a_rank_that_fails_says_where_it_was(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strike", STRIKES)
+def test_a_rank_that_dies_hangs_or_fails_is_named_by_the_other(corpus: Path, tmp_path: Path, strike: str) -> None:
+    speaker, said = STRIKES[strike]
+    flags = [*base_flags(corpus), *OFFLOADED, *ranks(2, 3), *ENDLESS, "--save", str(tmp_path), "--save-interval", "2"]
+    limit = ["--distributed-timeout-minutes", "0.2"]
+    with Ranks([*flags, *limit], num_ranks=2, script=STRICKEN, STRIKE=strike) as run:
+        other = run.processes[speaker]
+        _, error = other.communicate(timeout=120)
+        if "Error" in strike:
+            _, traceback = run.processes[1].communicate(timeout=60)
+            assert run.processes[1].returncode == 1
+            assert "RuntimeError: stricken\nerror on rank 1: it failed in saving iteration 2, as above" in traceback
+    assert re.search(f"^error on rank {speaker}: {said}", error, re.MULTILINE), error
+    assert "Traceback" not in error
+    assert other.returncode == (1 if "Error" in strike else EXIT_CODE), error
+
+
+def test_ranks_that_differ_do_not_start(corpus: Path) -> None:
+    other = copy_corpus(corpus, corpus.with_name("other"))
+    data = bytearray(Path(f"{other}.bin").read_bytes())
+    data[100] ^= 1
+    Path(f"{other}.bin").write_bytes(data)
+    with Ranks([*base_flags(corpus), *ENDLESS], num_ranks=2, last_rank=["--data-path", str(other), "--lr", "1"]) as run:
+        first, second = run.wait()
+    assert (first.exit_code, second.exit_code) == (2, 2)
+    fault = "--lr is 0.003 on rank 0 and 1.0 on rank 1 (and 1 more differ: the content of --data-path, its .bin,); "
+    for ended, speaker in ((first, "error"), (second, "error on rank 1")):
+        (line,) = (line for line in ended.stderr.splitlines() if "error" in line)
+        assert line.startswith(f"{speaker}: {fault}")
+        assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("interrupted", [[0, 1], [1]])
+def test_ctrl_c_is_one_line_and_an_exit_code_of_its_own(corpus: Path, interrupted: list[int]) -> None:
     with Ranks([*base_flags(corpus), *OFFLOADED, *ranks(2, 3), *ENDLESS], num_ranks=2) as run:
         run.wait_for("iteration        2/")
-        run.processes[1].kill()
-        stdout, stderr = run.processes[0].communicate(timeout=100)
-    assert run.processes[0].returncode not in (0, None)
-    assert re.search(r"rank 0 stopped in (iteration \d+|the end of iteration)", stdout), stderr
+        for rank in interrupted:
+            run.processes[rank].send_signal(signal.SIGINT)
+        ended = run.wait()
+    assert [each.exit_code for each in ended] == [130, 130]
+    said = "".join(each.stderr for each in ended)
+    assert len(re.findall(r"^interrupted( on rank 1)?$", said, re.MULTILINE)) == 1, said
+    assert "Traceback" not in said
+    assert "error" not in said
+
+
+# It takes half a minute to kill a process that is stopped.
+@pytest.mark.parametrize(
+    "signal_name, exit_code",
+    [pytest.param("SIGSTOP", EXIT_CODE, marks=pytest.mark.slow), ("SIGKILL", 256 - signal.SIGKILL)],
+)
+def test_the_deepspeed_launcher_passes_the_first_exit_code_on(
+    corpus: Path, tmp_path: Path, signal_name: str, exit_code: int
+) -> None:
+    flags = [*base_flags(corpus), *OFFLOADED, *ranks(2, 3), *ENDLESS, "--distributed-timeout-minutes", "0.2"]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STRIKE": f"1 {signal_name} iteration 2, b"}
+    ended = subprocess.run(
+        [*launcher, str(STRICKEN), *flags], env=environment, capture_output=True, text=True, timeout=200, cwd=REPOSITORY
+    )
+    assert ended.returncode == exit_code, ended.stderr
+    assert re.search(rf"^error on rank 0: rank 1 \(last in {ITERATION}\) no longer answers", ended.stderr, re.MULTILINE)

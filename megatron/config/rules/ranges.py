@@ -67,7 +67,7 @@ RANGES = {
     "ds_sequence_parallel_fpdt_checkpoint_interval": COUNT,
     "ds_sequence_parallel_fpdt_device_memory": NOT_NEGATIVE,
     "ds_sequence_parallel_fpdt_host_memory": Range(0, low_open=True, example="64"),
-    "distributed_timeout_minutes": Range(1, example="30"),
+    "distributed_timeout_minutes": Range(0.05, 1e6, example="30"),
     "zero_stage": Range(0, 3, example="0, 1, 2 or 3"),
     "loss_scale": POSITIVE,
     "initial_loss_scale": Range(1, example="65536"),

@@ -252,7 +252,9 @@ def test_steps_without_fpdt_keep_what_is_asked_for(activations):
     ],
 )
 def test_steps_that_cannot_be_measured_are_refused(words, processes, message, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", processes)
+    launcher = {"WORLD_SIZE": processes, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
         training_step.parse_arguments([*words, "--device", "cpu"])
     assert re.search(message, capsys.readouterr().err)

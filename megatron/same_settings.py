@@ -1,0 +1,185 @@
+"""All ranks run with the same settings, data, tokenizer and code, or not at all: otherwise they diverge silently.
+
+Every rank writes what it runs with to the store, as short texts by name. Rank 0 compares them and writes how they
+differ, if they do. Nothing is allocated and no process group is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import megatron
+from megatron.config import Config, ConfigError, config_sections
+
+POLL_SECONDS = 0.1
+SHOWN_CHARACTERS = 200
+
+# What may differ: places on a rank's own machine, and what only the output of one rank shows.
+OWN = frozenset(
+    {"local_rank", "data_cache_path", "tensorboard_dir", "profile_dir", "wandb_save_dir", "progress"}
+    | {"heartbeat_seconds", "deepspeed_config"}
+)
+# Names of files, which may differ where the content is the same.
+DATA = frozenset({"data_path", "train_data_path", "valid_data_path", "test_data_path"})
+FILES = frozenset({"vocab_file", "merge_file", "tokenizer_model", "chat_template"})
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+PACKAGES = ("torch", "deepspeed", "numpy", "triton", "tokenizers", "sentencepiece", "flash-attn", "flash-attn-4")
+# Libraries read these by themselves, and compute otherwise.
+VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
+
+# A file larger than WHOLE_BYTES is judged by its size and by blocks spread evenly over it: 16 MiB of a terabyte.
+WHOLE_BYTES = 2**26
+NUM_BLOCKS, BLOCK_BYTES = 1024, 2**14
+
+
+def require_same_settings(
+    settings: Mapping[str, str], rank: int, world_size: int, store: dist.Store, poll_seconds: float = POLL_SECONDS
+) -> None:
+    """ConfigError on every rank, with a setting that differs and its values, unless all have the same.
+
+    Collective over all ranks, once; how long it may take is the watchdog's business.
+    """
+    own = json.dumps(settings)
+    store.set(f"settings/{rank}", own)
+    if rank == 0:
+        others = (_wait_for(store, f"settings/{other}", poll_seconds) for other in range(1, world_size))
+        store.set("settings/fault", _fault([own, *others]))
+    fault = _wait_for(store, "settings/fault", poll_seconds)
+    # The store is rank 0's, which must not end before the others have read it.
+    store.add("settings/heard", 1)
+    if fault:
+        deadline = time.monotonic() + 10
+        while rank == 0 and store.add("settings/heard", 0) < world_size and time.monotonic() < deadline:
+            time.sleep(poll_seconds)
+        raise ConfigError(fault)
+
+
+def _wait_for(store: dist.Store, key: str, poll_seconds: float) -> str:
+    while not store.check([key]):
+        time.sleep(poll_seconds)
+    return store.get(key).decode()
+
+
+def _fault(texts: Sequence[str]) -> str:
+    """How the settings of some ranks differ from those of rank 0; "" where all are the same."""
+    first = json.loads(texts[0])
+    for text in texts:
+        if text == texts[0]:
+            continue
+        other = json.loads(text)
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        ranks = [rank for rank, each in enumerate(texts) if each == text]
+        more = f" (and {len(names) - 1} more differ: {', '.join(names[1:4])})" if len(names) > 1 else ""
+        return (
+            f"{names[0]} is {_shown(first.get(names[0]))} on rank 0 and {_shown(other.get(names[0]))} on {_all(ranks)}"
+            f"{more}; start all ranks with the same flags, data, tokenizer and code"
+        )
+    return ""
+
+
+def _shown(value: str | None) -> str:
+    text = "not there" if value is None else value
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def _all(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:8]))}{' and others' if len(ranks) > 8 else ''}"
+
+
+def settings_of(config: Config, world_size: int, device: str) -> dict[str, str]:
+    """What a rank runs with: name to text. Reads the data and the tokenizer's files."""
+    settings = {"WORLD_SIZE": str(world_size), "the device": device, **dict(_flags(config))}
+    settings.update({f"the environment's {name}": os.environ.get(name, "not set") for name in VARIABLES})
+    settings.update({"the version of Python": sys.version.split()[0]})
+    settings.update({f"the version of {package}": _version(package) for package in PACKAGES})
+    folder = Path(megatron.__file__).parent
+    sources = {f"megatron/{path.relative_to(folder)}": path for path in sorted(folder.rglob("*.py"))}
+    script = Path(sys.argv[0])
+    if script.is_file():
+        sources[script.name] = script
+    settings.update({f"the code of {name}": content(path) for name, path in sources.items()})
+    return settings
+
+
+def _flags(config: Config) -> Iterator[tuple[str, str]]:
+    for name in config_sections():
+        section = getattr(config, name)
+        for member in fields(section):
+            flag, value = f"--{member.name.replace('_', '-')}", getattr(section, member.name)
+            if member.name in DATA:
+                yield from _dataset_contents(flag, value)
+            elif member.name in FILES:
+                yield f"the content of {flag}", "none" if value is None else content(Path(value))
+            elif member.name not in OWN:
+                yield flag, _text(value)
+    for key, value in sorted(config.deepspeed_json.items()):
+        yield f"{key} of --deepspeed-config", json.dumps(value, sort_keys=True)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return "not set" if value is None else str(value)
+
+
+def _dataset_contents(flag: str, words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Weights as they are, and the content of the files of each dataset."""
+    names = [word for word in words if not _is_number(word)]
+    yield flag, " ".join(word if _is_number(word) else "DATA" for word in words) or "none"
+    for number, name in enumerate(names, start=1):
+        which = f"dataset {number} of {flag}" if len(names) > 1 else flag
+        parts = [path for path in (Path(f"{name}.idx"), Path(f"{name}.bin")) if path.is_file()]
+        for path in parts or [Path(name)]:
+            yield f"the content of {which}" + (f", its {path.suffix}," if parts else ""), content(path)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def content(path: Path) -> str:
+    """Size and hash of a file, whole or in samples, or of the files of a tokenizer in a folder."""
+    if path.is_dir():
+        return ", ".join(f"{name}: {content(path / name)}" for name in TOKENIZER_FILES if (path / name).is_file())
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            for start, num_bytes in _blocks(size):
+                file.seek(start)
+                digest.update(file.read(num_bytes))
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+    return f"{size} bytes with hash {digest.hexdigest()[:12]}"
+
+
+def _blocks(size: int) -> list[tuple[int, int]]:
+    """(start, bytes) of what is read of a file; the first and the last byte are always among them."""
+    if size <= WHOLE_BYTES:
+        return [(0, size)]
+    return [(number * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1), BLOCK_BYTES) for number in range(NUM_BLOCKS)]
