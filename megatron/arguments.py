@@ -3,8 +3,8 @@
 A field's type decides the flag's form, and the string under the field is its --help:
 
     bool                switch                    tuple[str, ...]     one or more words, or with int numbers
-    int, float, str     one value                 Literal[...]        one of these words, in any case
-
+    int, float, str     one value                 Literal[...]        one of these words, in any case; with `ALONE` in
+                                                                      the field's metadata, none is that one
 Underscores and dashes in a flag's name are the same.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import inspect
 import itertools
 import textwrap
@@ -22,14 +21,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, NoReturn, TypeVar
 
-from megatron.config import AUTOMATIC_CHUNK, ChunkSize, Config, ConfigError, config_sections
+from megatron.config import ALONE, AUTOMATIC_CHUNK, ChunkSize, Config, ConfigError, config_sections
 from megatron.config.resolve import resolve
-from megatron.config.upstream_flags import ANY, OTHER_NAMES, UPSTREAM_FLAGS, UpstreamFlag
+from megatron.config.unknown_flags import describe_unknown
+from megatron.config.upstream_flags import ACCEPTED, ALIASES, ANY, Accepted
 
 DESCRIPTION = "Train GPT and LLaMA at ultra-long context: DeepSpeed ZeRO, Ulysses sequence parallelism and FPDT."
 UPSTREAM_PREFIX = "upstream:"
 Section = TypeVar("Section")
 HELP_COLUMN, HELP_WIDTH = 34, 120
+INT64 = 2**63 - 1
 
 
 def parse_args(argv: Sequence[str]) -> Config:
@@ -41,9 +42,9 @@ def parse_args(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: a flag is unknown, missing or malformed, flags contradict each other, or the file is unusable.
     """
-    namespace, unknown = build_parser().parse_known_args([_with_dashes(word) for word in argv])
+    namespace, unknown = build_parser().parse_known_args([_in_own_spelling(word) for word in argv])
     if unknown:
-        raise ConfigError(_describe_unknown(unknown))
+        raise ConfigError(describe_unknown(unknown, _known_flags()))
     given = {name: value for name, value in vars(namespace).items() if not name.startswith(UPSTREAM_PREFIX)}
     _require_flags(given)
     sections = {name: section_of(namespace, section) for name, section in config_sections().items()}
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     for section in config_sections().values():
         add_flags(parser, section)
     group = parser.add_argument_group("Accepted for Megatron's scripts, without effect")
-    for flag in UPSTREAM_FLAGS:
+    for flag in ACCEPTED:
         _add_upstream_flag(group, flag)
     return parser
 
@@ -123,13 +124,14 @@ def _add_flag(group: argparse._ArgumentGroup, member: Field[Any], annotation: An
     elif typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         metavar = "{" + ",".join(map(str, choices)) + "}"
-        group.add_argument(flag, type=_one_of(choices), metavar=metavar, help=text)
+        alone = {"nargs": "?", "const": member.metadata[ALONE]} if ALONE in member.metadata else {}
+        group.add_argument(flag, type=_one_of(choices), metavar=metavar, help=text, **alone)
     else:
         convert, metavar = _PARSERS[kind]
         group.add_argument(flag, type=convert, metavar=metavar, help=text)
 
 
-def _add_upstream_flag(group: argparse._ArgumentGroup, flag: UpstreamFlag) -> None:
+def _add_upstream_flag(group: argparse._ArgumentGroup, flag: Accepted) -> None:
     name, destination = f"--{flag.name}", UPSTREAM_PREFIX + flag.name
     text = flag.why[0].upper() + flag.why[1:] + "."
     if not flag.values:
@@ -138,7 +140,8 @@ def _add_upstream_flag(group: argparse._ArgumentGroup, flag: UpstreamFlag) -> No
         group.add_argument(name, dest=destination, metavar="X", help=text)
     else:
         metavar = "{" + ",".join(flag.values) + "}"
-        group.add_argument(name, dest=destination, type=_one_of(flag.values), metavar=metavar, help=text)
+        convert = _one_of(flag.values, flag.otherwise)
+        group.add_argument(name, dest=destination, type=convert, metavar=metavar, help=text)
 
 
 def _help(member: Field[Any], description: str) -> str:
@@ -176,10 +179,16 @@ class _AsTuple(argparse.Action):
 def _whole_number(text: str) -> int:
     """Read "32", and "3e11" too, as token counts are often written."""
     try:
-        value = float(text)
-        return int(text) if text.lstrip("+-").isdecimal() else _exactly(value)
+        number = int(text) if text.lstrip("+-").isdecimal() else _exactly(float(text))
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one, such as 32") from None
+        raise argparse.ArgumentTypeError(f"{_shortened(text)!r} is not a whole number; give one, such as 32") from None
+    if abs(number) > INT64:
+        raise argparse.ArgumentTypeError(f"{_shortened(text)!r} is too large; give at most {INT64}")
+    return number
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _exactly(value: float) -> int:
@@ -195,12 +204,13 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one, such as 0.1 or 3e-4") from None
 
 
-def _one_of(choices: Sequence[Any]) -> Callable[[str], Any]:
+def _one_of(choices: Sequence[Any], otherwise: str = "") -> Callable[[str], Any]:
     spellings = {str(choice).casefold(): choice for choice in choices}
 
     def parse(text: str) -> Any:
         if text.casefold() not in spellings:
-            raise argparse.ArgumentTypeError(f"{text!r} is not known; use one of {', '.join(map(str, choices))}")
+            reason = otherwise or f"use one of {', '.join(map(str, choices))}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'honoured' if otherwise else 'known'}; {reason}")
         return spellings[text.casefold()]
 
     return parse
@@ -221,12 +231,13 @@ _PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
 _TUPLES: dict[Any, tuple[Callable[[str], Any], str]] = {str: (str, "WORD"), int: (_whole_number, "N")}
 
 
-def _with_dashes(word: str) -> str:
-    """Spell a flag's name with dashes; its value and every other word stay as they are."""
+def _in_own_spelling(word: str) -> str:
+    """Spell a flag's name with dashes and as it is here; its value and every other word stay as they are."""
     if not word.startswith("--"):
         return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
+    name, equals, value = word.removeprefix("--").partition("=")
+    name = name.replace("_", "-")
+    return f"--{ALIASES.get(name, name)}{equals}{value}"
 
 
 def _require_flags(given: dict[str, Any]) -> None:
@@ -240,19 +251,10 @@ def _require_flags(given: dict[str, Any]) -> None:
 
 def _upstream_notes(namespace: argparse.Namespace) -> tuple[str, ...]:
     values = vars(namespace)
-    given = [flag for flag in UPSTREAM_FLAGS if UPSTREAM_PREFIX + flag.name in values]
+    given = [flag for flag in ACCEPTED if UPSTREAM_PREFIX + flag.name in values]
     return tuple(f"--{flag.name} has no effect: {flag.why}" for flag in given)
 
 
-def _describe_unknown(words: Sequence[str]) -> str:
-    """Return the message for words that no flag took, about the first flag among them."""
-    word = next((word for word in words if word.startswith("-")), words[0])
-    name = word.partition("=")[0].removeprefix("--")
-    if not word.startswith("--"):
-        return f"{word!r} belongs to no flag; put it after the flag that it is a value of, or remove it"
-    if name in OTHER_NAMES:
-        return f"--{name} is not a flag here; --{OTHER_NAMES[name]} does its work"
-    known = [member.name.replace("_", "-") for section in config_sections().values() for member in fields(section)]
-    close = difflib.get_close_matches(name, [*known, *(flag.name for flag in UPSTREAM_FLAGS)], n=1)
-    advice = f"did you mean --{close[0]}?" if close else "remove it"
-    return f"--{name} is not a known flag; {advice} (--help lists every flag)"
+def _known_flags() -> list[str]:
+    members = (member.name for section in config_sections().values() for member in fields(section))
+    return [*(name.replace("_", "-") for name in members), *(flag.name for flag in ACCEPTED)]

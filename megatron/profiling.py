@@ -45,7 +45,8 @@ class StepProfiler:
     def __init__(self, settings: LoggingConfig, context: Context) -> None:
         self._context = context
         self._first, self._last = settings.profile_step_start + 1, settings.profile_step_end
-        self._enabled = settings.profile and context.parallel_state.rank in settings.profile_ranks
+        self._enabled = bool(settings.profile) and context.parallel_state.rank in settings.profile_ranks
+        self._with_stack = settings.profile == "pt-full"
         self._folder = Path(settings.profile_dir or settings.tensorboard_dir or ".")
         self._profile: torch.profiler.profile | None = None
         self._started, self._iterations = 0.0, (0, 0)
@@ -67,7 +68,7 @@ class StepProfiler:
         self._synchronize()
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [torch.profiler.ProfilerActivity.CUDA] * (self._context.device.type == "cuda")
-        self._profile = torch.profiler.profile(activities=activities)
+        self._profile = torch.profiler.profile(activities=activities, with_stack=self._with_stack)
         self._profile.start()
         self._started, self._iterations = time.monotonic(), (iteration, iteration)
 

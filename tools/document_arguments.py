@@ -20,7 +20,7 @@ if __name__ == "__main__":  # what comes next takes seconds to import
     end_on_interrupt()
 
 from megatron.arguments import build_parser
-from megatron.config.upstream_flags import OTHER_NAMES
+from megatron.config.upstream_flags import OTHER_NAMES, REFUSED
 from megatron.interrupts import run_tool
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "arguments.md"
@@ -36,6 +36,14 @@ Giving one is an error that names the flag to use.
 
 | Megatron's | here |
 |---|---|
+"""
+REFUSALS = """
+## Flags of Megatron that are refused
+
+They would change the result, and cannot be honoured.
+
+| flag | why | in its place |
+|---|---|---|
 """
 
 
@@ -59,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def page() -> str:
     """The whole page."""
     names = "".join(f"| `--{theirs}` | `--{ours}` |\n" for theirs, ours in sorted(OTHER_NAMES.items()))
-    return HEAD + "".join(sections()) + OTHER + names
+    refusals = "".join(f"| `--{flag.name}` | {flag.why} | {cell(flag.advice)} |\n" for flag in REFUSED)
+    return HEAD + "".join(sections()) + OTHER + names + REFUSALS + refusals
 
 
 def sections() -> Iterator[str]:

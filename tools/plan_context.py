@@ -44,6 +44,7 @@ from megatron.weights.hugging_face import read_hugging_face_config
 DEFAULT_LENGTH = 262144
 DEFAULT_VOCABULARY = 50304
 GPUS_PER_NODE = 8
+LARGEST_COUNT = 2**31 - 1
 SCRIPT_FLAGS = "--"
 # What every run must say and no plan depends on: flags, one of which is needed, and a value for the first.
 STAND_INS = (
@@ -64,9 +65,11 @@ def host_memory(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on; give one, such as 8")
+    """A whole number from 1 to what 32 bits hold."""
+    if not text.isdecimal() or not 1 <= float(text) <= LARGEST_COUNT:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number from 1 to {LARGEST_COUNT}; give one, such as 8"
+        )
     return int(text)
 
 

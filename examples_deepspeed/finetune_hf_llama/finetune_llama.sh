@@ -6,6 +6,7 @@
 #   HF_MODEL=models/Llama-3.1-8B-Instruct DATA_PATH=conversations.jsonl \
 #     examples_deepspeed/finetune_hf_llama/finetune_llama.sh
 #
+#   convert_hf2mds     as first word: convert alone; convert_mds2hf: export alone
 #   DRY_RUN=1          print the commands and the plan of the training, and stop
 #   MODEL_SCALE=tiny   a short training on one or two GPUs, or two processes on the CPU in fp32; for a tiny HF_MODEL
 #
@@ -30,18 +31,14 @@ tokenizer_type=HFTokenizer
 TOKENIZER_MODEL=${TOKENIZER_MODEL:-${HF_MODEL:-}}
 needed=(HF_MODEL)
 
+task=all
+if [[ ${1:-} == convert_hf2mds || ${1:-} == convert_mds2hf ]]; then
+  task=$1
+  shift
+fi
+
 # --- model: as its config.json says -----------------------------------------------------------------------------------
 converter=("${PYTHON:-python3}" "$repository/tools/hf2megads_weight_converter.py")
-
-# Prints a command, or runs it.
-step() {
-  if [[ ${DRY_RUN:-0} == 1 ]]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
 
 scale_model
 find_data
@@ -56,11 +53,12 @@ data+=(--long-samples "$long_samples" --data-cache-path "$output/data")
 if [[ -n $chat_template ]]; then data+=(--chat-template "$chat_template"); fi
 
 # --- convert, train, export; what is there already is not made again --------------------------------------------------
-if [[ ! -d $output/weights ]]; then
+if [[ $task != convert_mds2hf && ! -d $output/weights ]]; then
   step "${converter[@]}" to-megatron "$HF_MODEL" "$output/weights"
   load_is_made=${DRY_RUN:-0}
 fi
-launch "$@"
+if [[ $task == convert_hf2mds ]]; then exit; fi
+if [[ $task == all ]]; then launch "$@"; fi
 latest=global_stepN
 if [[ ${DRY_RUN:-0} != 1 ]]; then latest=$(<"$output/checkpoints/latest"); fi
 export_path=$output/hf_${latest#global_}

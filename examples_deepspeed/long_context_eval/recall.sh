@@ -5,13 +5,23 @@
 #
 # The control sees the same documents, cut at the end of each chunk, and is asked with chunks that do not see each other.
 # It finds what is in the last chunk, and the other model finds everything, also in longer contexts than it was trained
-# at. Every variable below can be set from the environment; Python's programs must be on PATH.
+# at. Every variable below can be set from the environment; Python's programs must be on PATH. With DRY_RUN=1 the
+# commands are printed and nothing is run.
 set -euo pipefail
 
 # --- where -----------------------------------------------------------------------------------------------------------
 OUT=${OUT:-runs/recall}
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-mkdir -p "$OUT"
+
+step() {
+  if [[ ${DRY_RUN:-0} == 1 ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+step mkdir -p "$OUT"
 
 # --- lengths, in tokens ------------------------------------------------------------------------------------------------
 # No answer stands at the end of a chunk, where the control has learned that a document ends.
@@ -63,12 +73,12 @@ train_and_ask() {
   read -ra corpus <<<"$2"
   read -ra training_flags <<<"$3"
   read -ra search <<<"$4"
-  python "$repository/tools/make_recall_corpus.py" --output-prefix "$OUT/$name/data" "${ids[@]}" \
+  step python "$repository/tools/make_recall_corpus.py" --output-prefix "$OUT/$name/data" "${ids[@]}" \
     --documents "$((TRAIN_ITERS * BATCH_SIZE))" --length "$SEQ_LEN" --max-mentions 40 "${corpus[@]}"
-  python "$repository/pretrain_gpt.py" "${model[@]}" "${training[@]}" --ds-sequence-parallel-fpdt "${chunks[@]}" \
+  step python "$repository/pretrain_gpt.py" "${model[@]}" "${training[@]}" --ds-sequence-parallel-fpdt "${chunks[@]}" \
     --tokenizer-type NullTokenizer "${ids[@]}" --data-path "$OUT/$name/data" --split 100,0,0 \
     --save "$OUT/$name/checkpoints" "${training_flags[@]}"
-  python "$repository/tools/eval_long_context.py" needle --load "$OUT/$name/checkpoints" \
+  step python "$repository/tools/eval_long_context.py" needle --load "$OUT/$name/checkpoints" \
     --tokenizer-type NullTokenizer "${ids[@]}" "${chunks[@]}" --lengths "${lengths[@]}" --depths 5 --trials "$TRIALS" \
     --output-dir "$OUT/$name" "${search[@]}"
 }

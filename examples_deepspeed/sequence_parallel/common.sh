@@ -7,6 +7,25 @@
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
+give_up() {
+  echo "$1" >&2
+  exit 2
+}
+
+# Prints a command, or runs it.
+step() {
+  if [[ ${DRY_RUN:-0} == 1 ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+# shellcheck source=examples_deepspeed/sequence_parallel/upstream_names.sh
+. "$repository/examples_deepspeed/sequence_parallel/upstream_names.sh"
+take_upstream_names
+
 # --- values that most scripts leave as they are -----------------------------------------------------------------------
 sequence_parallel=${SEQUENCE_PARALLEL:-}  # GPUs that share one sequence; default: all of them
 num_gpus=${NUM_GPUS:-}                    # per machine; default: all, or those in CUDA_VISIBLE_DEVICES
@@ -32,11 +51,6 @@ log_interval=1
 eval_iters=10
 eval_interval=100
 save_interval=100
-
-give_up() {
-  echo "$1" >&2
-  exit 2
-}
 
 # --- the tiny scale: the same flags with a model that a CPU can train -------------------------------------------------
 scale_model() {
@@ -154,8 +168,15 @@ find_gpus() {
 }
 
 # --- blocks of arguments ----------------------------------------------------------------------------------------------
-# Sets `llama`, `fpdt`, `ulysses`, `zero`, `training` and `files`.
+# Sets `gpt`, `llama`, `fpdt`, `ulysses`, `zero`, `training` and `files`.
 assemble_arguments() {
+  gpt=(
+    --num-layers "$num_layers"
+    --hidden-size "$hidden_size"
+    --num-attention-heads "$num_attention_heads"
+    --seq-length "$seq_len"
+    --max-position-embeddings "$seq_len"
+  )
   llama=(
     --num-layers "$num_layers"
     --hidden-size "$hidden_size"
@@ -268,7 +289,7 @@ name_gpu() {
 # The arguments are further flags of the program, which win over the script's own.
 launch() {
   local flags=("${model[@]}" "${parallel[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}")
-  flags+=("$@")
+  flags+=("${upstream_flags[@]}" "$@")
   check_load
   local command=("${launcher[@]}" "$repository/$program" "${flags[@]}")
   if [[ ${DRY_RUN:-0} == 1 ]]; then

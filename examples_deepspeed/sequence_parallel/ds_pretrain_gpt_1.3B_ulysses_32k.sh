@@ -29,11 +29,7 @@ min_lr=${MIN_LR:-2e-5}
 
 prepare
 model=(
-  --num-layers "$num_layers"
-  --hidden-size "$hidden_size"
-  --num-attention-heads "$num_attention_heads"
-  --seq-length "$seq_len"
-  --max-position-embeddings "$seq_len"
+  "${gpt[@]}"
   --use-rotary-position-embeddings
   --init-method-std 0.013
 )

@@ -30,11 +30,7 @@ min_lr=${MIN_LR:-1.2e-5}
 
 prepare
 model=(
-  --num-layers "$num_layers"
-  --hidden-size "$hidden_size"
-  --num-attention-heads "$num_attention_heads"
-  --seq-length "$seq_len"
-  --max-position-embeddings "$seq_len"
+  "${gpt[@]}"
   --use-rotary-position-embeddings
   --rotary-percent 0.25
   --rotary-position-embeddings-theta 100000000

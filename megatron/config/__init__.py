@@ -10,7 +10,7 @@ from megatron.config.deepspeed import DeepSpeedConfig
 from megatron.config.deepspeed_json import deepspeed_config, offloads, zero_stage_run
 from megatron.config.errors import ConfigError
 from megatron.config.finetuning import FinetuningConfig
-from megatron.config.logging import LoggingConfig
+from megatron.config.logging import ALONE, LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import AUTOMATIC_CHUNK, KEEPING_PRODUCTS, ChunkSize, ParallelConfig, Recompute
@@ -19,6 +19,7 @@ from megatron.config.tokenizer import TokenizerConfig
 from megatron.config.training import TrainingConfig
 
 __all__ = [
+    "ALONE",
     "AUTOMATIC_CHUNK",
     "KEEPING_PRODUCTS",
     "CheckpointConfig",

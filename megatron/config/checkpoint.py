@@ -27,6 +27,12 @@ class CheckpointConfig:
     ckpt_step: int | None = None
     """Iteration of the checkpoint to load. Default: the newest that is whole."""
 
+    load_tag: str | None = None
+    """Checkpoint to load, global_stepN: Megatron-DeepSpeed's spelling of --ckpt-step N."""
+
+    exit_on_missing_checkpoint: bool = False
+    """A --load without a checkpoint is an error in any case; refused where --load is --save, as a run starts there."""
+
     no_verify_checkpoint: bool = False
     """Compare only the sizes of a checkpoint's files with its manifest before loading it, not their hashes."""
 

@@ -9,12 +9,14 @@ from megatron.config.rules.common import Rule, Run
 from megatron.config.rules.deepspeed import DEEPSPEED_RULES
 from megatron.config.rules.effects import EFFECT_RULES
 from megatron.config.rules.model import MODEL_RULES
+from megatron.config.rules.names import NAME_RULES
 from megatron.config.rules.parallel import PARALLEL_RULES
 from megatron.config.rules.ranges import RANGE_RULES
 from megatron.config.rules.training import TRAINING_RULES
 
 RULES: tuple[Rule, ...] = (
     *RANGE_RULES,
+    *NAME_RULES,
     *EFFECT_RULES,
     *MODEL_RULES,
     *PARALLEL_RULES,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ZeroStage = Literal[0, 1, 2, 3]
+RecomputeGranularity = Literal["full", "selective"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,10 @@ class DeepSpeedConfig:
 
     checkpoint_activations: bool = False
     """The same as --deepspeed-activation-checkpointing."""
+
+    recompute_granularity: RecomputeGranularity | None = None
+    """full is the same as --deepspeed-activation-checkpointing; selective is always so, as no attention kernel saves
+    its probabilities for backward."""
 
     checkpoint_in_cpu: bool = False
     """Keep the checkpointed block inputs in host memory; with FPDT see --ds-sequence-parallel-fpdt-offloading."""

@@ -88,12 +88,12 @@ SHARED_SETTINGS = (
         "precision",
         "initial_loss_scale",
         (int,),
-        lambda power: 2.0**power,
+        lambda power: 2.0 ** max(min(power, 1000), -1000),
         fp16_only=True,
     ),
     SharedSetting(("fp16", "loss_scale_window"), "precision", "loss_scale_window", (int,), fp16_only=True),
     SharedSetting(("fp16", "hysteresis"), "precision", "hysteresis", (int,), fp16_only=True),
-    SharedSetting(("fp16", "min_loss_scale"), "precision", "min_loss_scale", _NUMBER, int, fp16_only=True),
+    SharedSetting(("fp16", "min_loss_scale"), "precision", "min_loss_scale", _NUMBER, fp16_only=True),
 )
 
 
@@ -176,9 +176,12 @@ def zero_stage_run(config: Config) -> int:
     """Return the stage to run: in half precision stage 0 runs as stage 1, whose arithmetic is the same.
 
     DeepSpeed 0.19.8 at stage 0 divides half-precision gradients by a loss scale that it never multiplied the loss by.
+    Gradients summed in fp32 run as stage 2: at stage 1 they bring another optimizer, with checkpoints of its own kind.
     """
-    half = config.precision.bf16 or config.precision.fp16
-    return max(config.deepspeed.zero_stage, 1) if half else config.deepspeed.zero_stage
+    if not (config.precision.bf16 or config.precision.fp16):
+        return config.deepspeed.zero_stage
+    in_fp32 = lookup(config.deepspeed_json, ("data_types", "grad_accum_dtype")) == "fp32"
+    return max(config.deepspeed.zero_stage, 2 if in_fp32 else 1)
 
 
 def offloads(config: Config, part: str) -> bool:

@@ -1,10 +1,13 @@
 """What is reported, how often and where to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 ProgressStyle = Literal["auto", "bar", "line", "off"]
+Profile = Literal["pt", "pt-full"]
 PositionBuckets = Literal["powers-of-two", "equal"]
+
+ALONE = "alone"  # key of a field's metadata: the value of its flag where none is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,13 @@ class LoggingConfig:
     loss_spike_factor: float | None = None
     """Warn of an iteration whose loss is more than so many times the mean of the hundred before."""
 
-    profile: bool = False
-    """Write a timeline of some iterations, for Perfetto, and a summary of where the time went."""
+    profile: Profile | None = field(default=None, metadata={ALONE: "pt"})
+    """Write a timeline of some iterations, for Perfetto, and a summary of where the time went; pt-full has the call
+    stacks of Python too. Without a value: pt."""
+
+    profile_steps: str | None = None
+    """First and last iteration to profile, such as 2,3: Megatron-DeepSpeed's spelling of --profile-step-start and
+    --profile-step-end."""
 
     profile_step_start: int = 10
     """Profile the iterations after this one."""

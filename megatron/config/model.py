@@ -78,6 +78,9 @@ class ModelConfig:
     use_rotary_position_embeddings: bool = False
     """Rotary position embeddings (RoPE) in place of a learned table."""
 
+    no_position_embedding: bool = False
+    """No learned table of positions; needs --use-rotary-position-embeddings, with which there is none."""
+
     rotary_percent: float = 1.0
     """Share of each head's width that RoPE rotates."""
 
@@ -163,9 +166,6 @@ class ModelConfig:
     use_flash_attn: bool = False
     """The fastest kernel that is there: the same as --attention-backend auto."""
 
-    use_flash_attn_v1: bool = False
-    """Refused: FlashAttention-1 no longer exists as a package."""
-
     use_flash_attn_v2: bool = False
     """FlashAttention-2, of the flash-attn package or of torch: the same as --attention-backend flash-2."""
 
@@ -174,9 +174,6 @@ class ModelConfig:
 
     use_flash_attn_v4: bool = False
     """flash-attn-4: the same as --attention-backend flash-attn-4."""
-
-    use_flash_attn_triton: bool = False
-    """Refused: there is no attention kernel in Triton here."""
 
     @property
     def block_weights(self) -> int:

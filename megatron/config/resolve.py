@@ -6,7 +6,10 @@ from megatron.config.config import Config
 from megatron.config.deepspeed_json import adopt, read_deepspeed_json
 from megatron.config.errors import ConfigError
 from megatron.config.model import AttentionBackend, ModelConfig
-from megatron.config.rules.common import flag
+from megatron.config.rules.common import Run, flag
+from megatron.config.rules.effects import notes_of
+from megatron.config.rules.ranges import RANGES, in_range
+from megatron.config.spellings import in_own_spelling
 
 # Megatron's flag: the backend that it means, and narrower ones that agree with it.
 FLASH_ATTENTION_VERSIONS: dict[str, tuple[AttentionBackend, ...]] = {
@@ -14,10 +17,7 @@ FLASH_ATTENTION_VERSIONS: dict[str, tuple[AttentionBackend, ...]] = {
     "use_flash_attn_v3": ("flash-attn-3",),
     "use_flash_attn_v4": ("flash-attn-4",),
 }
-FLASH_ATTENTION_REFUSED = {
-    "use_flash_attn_v1": "FlashAttention-1, which no longer exists",
-    "use_flash_attn_triton": "FlashAttention in Triton, which is not here",
-}
+DERIVED_WIDTHS = ("ffn_hidden_size", "num_key_value_heads", "kv_channels", "max_position_embeddings")
 
 
 def resolve(config: Config) -> Config:
@@ -28,28 +28,29 @@ def resolve(config: Config) -> Config:
     """
     if config.deepspeed.deepspeed_config is not None:
         config = adopt(replace(config, deepspeed_json=read_deepspeed_json(config.deepspeed.deepspeed_config)))
-    checkpointing = config.deepspeed.deepspeed_activation_checkpointing or config.deepspeed.checkpoint_activations
+    _require_widths_above_zero(config)
+    config = in_own_spelling(config)
     return replace(
         config,
         model=replace(config.model.resolved(), attention_backend=attention_backend(config.model)),
-        deepspeed=replace(
-            config.deepspeed, deepspeed_activation_checkpointing=checkpointing, checkpoint_activations=checkpointing
-        ),
+        notes=(*config.notes, *notes_of(config)),
     )
+
+
+def _require_widths_above_zero(config: Config) -> None:
+    """Raise for a width of 0 that the user gave: below, 0 stands for a width that follows from others."""
+    for name in DERIVED_WIDTHS:
+        message = in_range(name, RANGES[name], Run(config, 1, "cpu")) if name in config.given else None
+        if message is not None:
+            raise ConfigError(message)
 
 
 def attention_backend(model: ModelConfig) -> AttentionBackend:
     """Return the backend that --attention-backend and the --use-flash-attn flags agree on.
 
     Raises:
-        ConfigError: they do not agree, or ask for what is not here.
+        ConfigError: they do not agree.
     """
-    for name, reason in FLASH_ATTENTION_REFUSED.items():
-        if getattr(model, name):
-            raise ConfigError(
-                f"{flag(name)} asks for {reason}; use --use-flash-attn-v2, or leave the choice to "
-                "--attention-backend auto"
-            )
     versions = [name for name in FLASH_ATTENTION_VERSIONS if getattr(model, name)]
     if not versions:
         return model.attention_backend

@@ -4,11 +4,17 @@ from collections.abc import Sequence
 
 from megatron.tokenizer.errors import TokenizerError
 
+LARGEST_ID = 2**31 - 1  # of a dataset's int32
+
 
 class NullTokenizer:
     """Text such as "3 14 15" stands for ids 0 to vocab_size - 1; one more id, `eod`, ends a document."""
 
     def __init__(self, vocab_size: int) -> None:
+        if vocab_size > LARGEST_ID:
+            raise TokenizerError(
+                f"NullTokenizer got --vocab-size {vocab_size}, and ids of 32 bits end at {LARGEST_ID}; use no more."
+            )
         self.vocab_size = vocab_size + 1
         self.eod = vocab_size
 

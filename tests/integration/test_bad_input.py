@@ -37,7 +37,7 @@ def _write_misspelt_json(corpus: Path, folder: Path) -> None:
 
 
 CASES = [
-    Case("unknown flag", ["--sequence-lenght", "64"], ["--sequence-lenght", "did you mean --seq-length?"]),
+    Case("unknown flag", ["--seq-lenght", "64"], ["--seq-lenght", "did you mean --seq-length?"]),
     Case("unknown tokenizer", ["--tokenizer-type", "WordTokenizer"], ["'WordTokenizer'", "GPT2BPETokenizer"]),
     Case("missing data", ["--data-path", "FOLDER/absent"], ["FOLDER/absent.idx is missing", "preprocess_data.py"]),
     Case("truncated index", ["--data-path", "FOLDER/cut"], ["FOLDER/cut.idx is truncated", "again"], _cut(".idx")),

@@ -65,6 +65,14 @@ def test_the_script_converts_trains_and_exports(tmp_path: Path, hf_model: Path) 
     assert "nothing to train" in again
 
 
+def test_a_dry_run_of_one_task_prints_its_command(tmp_path: Path, hf_model: Path) -> None:
+    variables = settings(hf_model)
+    theirs = {"HF_LLAMA_PATH": variables.pop("HF_MODEL"), "DATASET_PATH": variables.pop("DATA_PATH"), "TP": "1"}
+    for task, command in (("convert_hf2mds", "to-megatron"), ("convert_mds2hf", "to-hf")):
+        (line,) = run(f"{SCRIPT} {task}", tmp_path, **variables | theirs, DRY_RUN="1").splitlines()
+        assert shlex.split(line)[2] == command
+
+
 def test_a_dry_run_prints_all_three_commands(tmp_path: Path, hf_model: Path) -> None:
     convert, train, export = run(str(SCRIPT), tmp_path, **settings(hf_model), DRY_RUN="1").splitlines()
     assert shlex.split(convert)[2:] == ["to-megatron", str(hf_model), "out/weights"]

@@ -11,7 +11,16 @@ from tests.integration.corpus import VOCAB_SIZE
 from tests.integration.shell import run
 
 SCRIPTS = {path.stem: path for path in (REPOSITORY / "examples_deepspeed").rglob("ds_*.sh")}
-NEW, CONTINUED = (sorted(name for name in SCRIPTS if ("pretrain" in name) is new) for new in (True, False))
+# As the 6.7B script for 256K, and that of 1.3B with learned positions, but for sizes and the tied output.
+SAME_AT_THE_TINY_SCALE = {
+    "ds_pretrain_gpt_6.7B_fpdt_32k",
+    "ds_pretrain_gpt_30B_fpdt_32k",
+    "ds_pretrain_gpt_30B_seq_parallel_32k",
+}
+NEW, CONTINUED = (
+    sorted(name for name in set(SCRIPTS) - SAME_AT_THE_TINY_SCALE if ("pretrain" in name) is new)
+    for new in (True, False)
+)
 
 
 def launch(name: str, folder: Path, corpus: Path, **variables: str) -> TrainingRun:

@@ -106,6 +106,13 @@ def test_a_count_that_is_no_whole_number_is_refused(text):
     )
 
 
+@pytest.mark.parametrize("text", ["1e23", "9223372036854775808", "1" * 400])
+def test_a_count_past_64_bits_is_refused(text):
+    told = refusal("--seed", text)
+    assert told.startswith(f"--seed: {text[:40]!r}".removesuffix("'"))
+    assert "is too large; give at most 9223372036854775807" in told
+
+
 def test_a_rate_that_is_no_number_is_refused():
     assert "--lr: 'fast' is not a number; give one, such as 0.1 or 3e-4" in refusal("--lr", "fast")
 
@@ -218,16 +225,12 @@ class TestFlashAttentionFlags:
         told = "--use-flash-attn-v2 and --use-flash-attn-v4 ask for different attention kernels; keep one of them"
         assert refusal(*GPT, "--use-flash-attn-v4", "--use-flash-attn-v2") == told
 
-    @pytest.mark.parametrize(
-        "flag, reason",
-        [
-            ("--use-flash-attn-v1", "FlashAttention-1, which no longer exists"),
-            ("--use-flash-attn-triton", "FlashAttention in Triton, which is not here"),
-        ],
-    )
-    def test_what_is_not_here_is_refused(self, flag, reason):
-        advice = "use --use-flash-attn-v2, or leave the choice to --attention-backend auto"
-        assert refusal(*GPT, flag) == f"{flag} asks for {reason}; {advice}"
+    @pytest.mark.parametrize("flag", ["--use-flash-attn-v1", "--use-flash-attn-triton", "--use-flash-attn-builder"])
+    def test_a_kernel_that_is_not_here_leaves_the_choice_open(self, flag):
+        config = parsed(f"{flag} --attention-backend reference")
+        assert config.model.attention_backend == "reference"
+        assert config.notes[0].startswith(f"{flag} has no effect: attention is exact with every kernel")
+        assert parsed(flag).model.attention_backend == "auto"
 
 
 def test_checkpoint_activations_is_the_same_as_the_deepspeed_flag():

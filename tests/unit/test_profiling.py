@@ -20,9 +20,9 @@ def context(rank=0):
     return SimpleNamespace(parallel_state=state, device=torch.device("cpu"), log=logging.getLogger("profiling test"))
 
 
-def profiler(folder, start=2, end=4, rank=0, ranks=(0,), enabled=True):
+def profiler(folder, start=2, end=4, rank=0, ranks=(0,), kind="pt"):
     settings = LoggingConfig(
-        profile=enabled, profile_step_start=start, profile_step_end=end, profile_ranks=ranks, profile_dir=str(folder)
+        profile=kind, profile_step_start=start, profile_step_end=end, profile_ranks=ranks, profile_dir=str(folder)
     )
     return StepProfiler(settings, context(rank))
 
@@ -36,6 +36,13 @@ def train(profiler, iterations):
 def ranges_in(trace):
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     return {event["name"] for event in events if event.get("cat") == "user_annotation"}
+
+
+@pytest.mark.parametrize(("kind", "has_stacks"), [("pt", False), ("pt-full", True)])
+def test_the_full_kind_alone_has_call_stacks(tmp_path, kind, has_stacks):
+    train(profiler(tmp_path, kind=kind), [3, 4])
+    text = gzip.decompress((tmp_path / "rank0-iterations-3-4.trace.json.gz").read_bytes()).decode()
+    assert ('"python_function"' in text) == has_stacks
 
 
 def test_iterations_after_the_start_up_to_the_end_are_in_one_trace(tmp_path, caplog):
@@ -52,7 +59,7 @@ def test_iterations_after_the_start_up_to_the_end_are_in_one_trace(tmp_path, cap
     assert str(trace) in caplog.text
 
 
-@pytest.mark.parametrize("settings", [{"enabled": False}, {"rank": 1}, {"ranks": (1, 2)}, {"start": 9, "end": 12}])
+@pytest.mark.parametrize("settings", [{"kind": None}, {"rank": 1}, {"ranks": (1, 2)}, {"start": 9, "end": 12}])
 def test_nothing_is_written_where_nothing_is_asked_for(tmp_path, settings):
     train(profiler(tmp_path, **settings), range(1, 7))
     assert list(tmp_path.iterdir()) == []

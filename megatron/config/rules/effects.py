@@ -92,10 +92,15 @@ EFFECTS = (
         "with FPDT unless --ds-sequence-parallel-fpdt-offloading keeps the block inputs on the host",
         "add --ds-sequence-parallel-fpdt-offloading",
     ),
-    Effect(("loss_scale", *DYNAMIC_LOSS_SCALE), lambda config: config.precision.fp16, "without --fp16", "add --fp16"),
+    Effect(
+        ("loss_scale", *DYNAMIC_LOSS_SCALE),
+        lambda config: config.precision.fp16 or config.precision.bf16,
+        "without --fp16",
+        "add --fp16",
+    ),
     Effect(
         DYNAMIC_LOSS_SCALE,
-        lambda config: config.precision.loss_scale is None,
+        lambda config: config.precision.loss_scale is None or config.precision.bf16,
         "beside --loss-scale, which fixes the loss scale",
         "remove --loss-scale (from the DeepSpeed JSON, if it is there)",
     ),
@@ -115,7 +120,7 @@ EFFECTS = (
         ("lr_warmup_init",), _has_warmup, "without a warm-up", "add --lr-warmup-iters, -samples, -tokens or -fraction"
     ),
     Effect(
-        ("save_interval", "keep_last_n_checkpoints"),
+        ("keep_last_n_checkpoints",),
         lambda config: config.checkpoint.save is not None,
         "without --save",
         "add --save",
@@ -123,7 +128,13 @@ EFFECTS = (
     Effect(
         (
             *("finetune", "change_rope", "no_load_optim", "no_load_rng", "universal_checkpoint"),
-            *("ckpt_step", "no_verify_checkpoint", "allow_unverified_checkpoint"),
+            *(
+                "ckpt_step",
+                "load_tag",
+                "exit_on_missing_checkpoint",
+                "no_verify_checkpoint",
+                "allow_unverified_checkpoint",
+            ),
         ),
         lambda config: config.checkpoint.load is not None,
         "without --load",
@@ -166,8 +177,8 @@ EFFECTS = (
         "add --log-loss-by-position equal",
     ),
     Effect(
-        ("profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"),
-        lambda config: config.logging.profile,
+        ("profile_steps", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"),
+        lambda config: config.logging.profile is not None,
         "without --profile",
         "add --profile",
     ),
@@ -178,6 +189,28 @@ EFFECTS = (
         "remove --progress off",
     ),
 )
+
+# Flags that Megatron-DeepSpeed's scripts pass where they count for nothing: noted, with this reason.
+NOTED = (
+    Effect(
+        ("loss_scale", *DYNAMIC_LOSS_SCALE),
+        lambda config: not config.precision.bf16,
+        "with --bf16, which needs no loss scale",
+        "",
+    ),
+    Effect(
+        ("save_interval",),
+        lambda config: config.checkpoint.save is not None,
+        "without --save: nothing will be saved",
+        "",
+    ),
+)
+
+
+def notes_of(config: Config) -> tuple[str, ...]:
+    """Return a log line for each flag that counts for nothing and yet is accepted."""
+    idle = ((effect, given_flags(config, effect.names)) for effect in NOTED if not effect.holds(config))
+    return tuple(f"{shown(config, name)} has no effect {effect.reason}" for effect, names in idle for name in names)
 
 
 def has_effect(effect: Effect, run: Run) -> str | None:

@@ -117,6 +117,16 @@ def sequence_fits_positions(run: Run) -> str | None:
     )
 
 
+def positions_are_given(run: Run) -> str | None:
+    model = run.config.model
+    if not model.no_position_embedding or model.use_rotary_position_embeddings:
+        return None
+    return (
+        "--no-position-embedding would leave the model without positions; add --use-rotary-position-embeddings, or "
+        "remove it for a learned table"
+    )
+
+
 def one_number_format(run: Run) -> str | None:
     if not (run.config.precision.fp16 and run.config.precision.bf16):
         return None
@@ -177,6 +187,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     rope_scaling_borders_are_in_order,
     yarn_has_one_attention_factor,
     sequence_fits_positions,
+    positions_are_given,
     one_number_format,
     device_computes_in_fp16,
     attention_backend_fits_the_device,

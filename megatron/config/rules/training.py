@@ -85,7 +85,7 @@ def there_is_data(run: Run) -> str | None:
 
 def profile_has_iterations_ranks_and_a_folder(run: Run) -> str | None:
     logging = run.config.logging
-    if not logging.profile:
+    if logging.profile is None:
         return None
     if logging.profile_step_end <= logging.profile_step_start:
         return (
@@ -100,6 +100,16 @@ def profile_has_iterations_ranks_and_a_folder(run: Run) -> str | None:
     if not (logging.profile_dir or logging.tensorboard_dir):
         return "--profile has no folder to write to; add --profile-dir or --tensorboard-dir"
     return None
+
+
+def a_missing_checkpoint_can_be_an_error(run: Run) -> str | None:
+    checkpoint = run.config.checkpoint
+    if not checkpoint.exit_on_missing_checkpoint or checkpoint.load != checkpoint.save:
+        return None
+    return (
+        f"--exit-on-missing-checkpoint cannot be honoured where {shown(run.config, 'load')} is --save, as a run starts "
+        "there; remove it, or save to another folder"
+    )
 
 
 def rollback_has_checkpoints_and_spikes(run: Run) -> str | None:
@@ -127,5 +137,6 @@ TRAINING_RULES: tuple[Rule, ...] = (
     loss_scale_starts_at_a_power_of_two,
     there_is_data,
     profile_has_iterations_ranks_and_a_folder,
+    a_missing_checkpoint_can_be_an_error,
     rollback_has_checkpoints_and_spikes,
 )

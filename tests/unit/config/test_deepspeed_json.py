@@ -102,6 +102,23 @@ def test_fp16_carries_the_loss_scale_settings():
     }
 
 
+@pytest.mark.parametrize(("flags", "stage"), [("--bf16", 2), ("--bf16 --zero-stage 1", 2), ("--zero-stage 1", 1)])
+def test_gradients_summed_in_fp32_run_as_stage_2_in_half_precision(tmp_path, flags, stage):
+    config = from_json(tmp_path, {"data_types": {"grad_accum_dtype": "fp32"}}, flags)
+    assert deepspeed_config(config, 2)["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize("power", [5000, 10**30, -5000])
+def test_a_loss_scale_past_what_fp32_holds_is_refused(tmp_path, power):
+    stated = {"fp16": {"enabled": True, "initial_scale_power": power}}
+    assert "--initial-loss-scale (" in complaint(with_json(tmp_path, stated))
+
+
+def test_a_smallest_loss_scale_keeps_its_fraction(tmp_path):
+    stated = {"fp16": {"enabled": True, "min_loss_scale": 1.5}}
+    assert deepspeed_config(from_json(tmp_path, stated), 1)["fp16"]["min_loss_scale"] == 1.5
+
+
 def test_the_file_speaks_where_the_flags_are_silent(tmp_path):
     stated = {
         "train_batch_size": 8,

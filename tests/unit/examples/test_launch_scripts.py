@@ -191,15 +191,19 @@ FULL_LENGTHS = {
     "ds_extend_llama_8B_fpdt_128k": 131_072,
     "ds_extend_llama_8B_fpdt_1m": 1_048_576,
     "ds_finetune_llama_8B_fpdt_128k": 131_072,
+    "ds_pretrain_gpt_1.3B_seq_parallel_32k": 32_768,
     "ds_pretrain_gpt_1.3B_ulysses_32k": 32_768,
+    "ds_pretrain_gpt_30B_fpdt_32k": 131_072,
+    "ds_pretrain_gpt_30B_seq_parallel_32k": 32_768,
     "ds_pretrain_gpt_6.7B_fpdt_256k": 262_144,
+    "ds_pretrain_gpt_6.7B_fpdt_32k": 262_144,
     "ds_pretrain_llama_70B_fpdt_4m": 4_194_304,
     "ds_pretrain_llama_8B_fpdt_2m": 2_097_152,
 }
 
 
 @BY_SCRIPT
-def test_length_and_size_are_what_the_name_says(tmp_path: Path, script: Path) -> None:
+def test_length_and_size_are_those_of_the_script(tmp_path: Path, script: Path) -> None:
     config = parse_args(run_script(script, bin_folder=tmp_path, num_gpus_found=8, **PATHS).flags)
     assert config.model.seq_length == FULL_LENGTHS[script.stem]
     assert config.parallel.ds_sequence_parallel_fpdt == ("fpdt" in script.stem)

@@ -19,6 +19,12 @@ def test_what_is_no_id_of_the_vocabulary_is_refused(word: str) -> None:
         NullTokenizer(100).tokenize(f"1 {word}")
 
 
+def test_ids_that_a_dataset_cannot_hold_are_refused() -> None:
+    assert NullTokenizer(2**31 - 1).eod == 2**31 - 1
+    with pytest.raises(TokenizerError, match="got --vocab-size 2147483648, and ids of 32 bits end at 2147483647"):
+        NullTokenizer(2**31)
+
+
 def test_ids_written_as_text_come_back_unchanged() -> None:
     tokenizer, source = NullTokenizer(50_000), random.Random(1)
     ids = [source.randrange(tokenizer.vocab_size) for _ in range(100_000)]

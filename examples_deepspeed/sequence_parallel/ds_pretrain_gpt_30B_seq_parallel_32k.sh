@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Pretrain a GPT of 30B parameters at 32,768 tokens of context with Ulysses, without FPDT: the model of
+# Megatron-DeepSpeed's script of this name, in bf16. Positions are learned.
+#
+#   DATA_PATH=data/corpus_text_document VOCAB_FILE=tokenizer/vocab.json MERGE_FILE=tokenizer/merges.txt \
+#     examples_deepspeed/sequence_parallel/ds_pretrain_gpt_30B_seq_parallel_32k.sh
+#
+#   DRY_RUN=1          print the command and its plan, and stop
+#   MODEL_SCALE=tiny   the same with a tiny model: on one or two GPUs, or two processes on the CPU in fp32
+#
+# Edit the values below, or set the variable of the same name in capitals, or the variable of Megatron-DeepSpeed's script:
+# seq_len=65536 sp_size=4 global_batch_size=8 ...
+set -euo pipefail
+# shellcheck source=examples_deepspeed/sequence_parallel/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# --- main configuration; common.sh has more ---------------------------------------------------------------------------
+seq_len=${SEQ_LEN:-32768}
+train_tokens=${TRAIN_TOKENS:-300e9}
+warmup_tokens=${WARMUP_TOKENS:-3e9}
+output=${OUTPUT:-runs/gpt_30B_seq_parallel_32k} # checkpoints, log, TensorBoard; a run that is started again continues from here
+tokenizer_type=${TOKENIZER_TYPE:-GPT2BPETokenizer}
+split=${SPLIT:-949,50,1}
+
+# --- model ------------------------------------------------------------------------------------------------------------
+num_layers=64
+hidden_size=6144
+num_attention_heads=64
+lr=${LR:-1e-4}
+min_lr=${MIN_LR:-1e-6}
+
+prepare
+model=("${gpt[@]}" --init-method-std 0.008)
+parallel=("${ulysses[@]}")
+launch "$@"
