@@ -4,13 +4,13 @@ Reading is cheap and goes in order; what a record holds is looked at later, in a
 """
 
 import glob
-import json
 import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from megatron.core.json_text import parse_json
 from megatron.data.errors import DataError
 from megatron.data.packed_files import open_unpacked
 from megatron.data.parquet_files import read_rows
@@ -180,11 +180,10 @@ def _num_bytes(record: Record) -> int:
 
 def _texts_of_line(line: bytes, keys: Sequence[str], where: str) -> list[str]:
     try:
-        document = json.loads(_decode(line, where))
+        document = parse_json(_decode(line, where))
     except DataError:
         raise
-    # ValueError: not JSON, or a number too long for Python; RecursionError: brackets nested too deep.
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(
             f"{where}: not JSON ({error}); every line must be one JSON object; {BAD_RECORD_ADVICE}."
         ) from error

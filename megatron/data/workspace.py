@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron.core.json_text import parse_json
 from megatron.data.atomic_file import atomic_path, publish
 from megatron.data.errors import DataError
 from megatron.data.index_file import write_index
@@ -264,7 +265,7 @@ def _locked(path: Path) -> BinaryIO:
 def _read_json(path: Path) -> Any:
     """The content of a JSON file; None if it is not there or not whole."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text())
     except (OSError, ValueError):
         return None
 

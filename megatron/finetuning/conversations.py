@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.core.json_text import parse_json
 from megatron.data.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -40,11 +41,11 @@ def read_conversations(path: Path) -> Iterator[tuple[int, Conversation]]:
 
 def _parse(line: bytes, where: str) -> Conversation:
     try:
-        return parse_conversation(json.loads(line.decode("utf-8-sig")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: not JSON ({error}); every line must be one JSON object; repair the line.") from error
+        return parse_conversation(parse_json(line.decode("utf-8-sig")))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); every line must be one JSON object; repair the line.") from error
 
 
 def parse_conversation(record: Any) -> Conversation:

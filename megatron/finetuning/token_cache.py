@@ -34,7 +34,7 @@ from megatron.finetuning.conversations import read_conversations
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.tokenizer import TokenizerError
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 TOKENS, SAMPLES = "tokens.bin", "samples.npy"
 SECONDS_BETWEEN_LINES = 30.0
 LOG = logging.getLogger("megatron")

@@ -36,6 +36,8 @@ def test_each_form_is_read(tmp_path: Path, record: dict[str, Any], question: str
     "line, words",
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON (brackets are nested too deep)"),
+        ('{"prompt": ' + "9" * 5000 + "}", "not JSON (Exceeds the limit"),
         ("[1]", "a JSON list; give an object"),
         ({"text": "plain"}, 'keys text; give an object with "messages"'),
         ({"messages": "hello"}, '"messages" is no list'),
