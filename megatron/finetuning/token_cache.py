@@ -3,9 +3,9 @@
     tokens.bin     int32 [num_tokens]       the id of a token of an answer, -1 - id of any other
     samples.npy    int64 [num_samples, 2]   of each conversation, where its tokens end and its line in the file
 
-The folder's name holds what its content depends on: the file (its size and the time of its last change), the tokenizer
-and the chat template. Both files end with their checksum. Nothing of the file but numbers of lines and tokens is kept
-in memory.
+The folder's name holds what its content depends on: the content of the file, the tokenizer and the chat template. So
+an edit that leaves size and time as they were, and a copy elsewhere, are both seen for what they are. Both files end
+with their checksum. Nothing of the file but numbers of lines and tokens is kept in memory.
 """
 
 from __future__ import annotations
@@ -111,13 +111,15 @@ def tokenized(path: Path, cache_dir: Path, encoder: ConversationEncoder, tokeniz
     `tokenizer` is the fingerprint of the encoder's. Of any number of processes that call this at once, on machines that
     share the folder, one works and the others wait. Raises DataError of the file, or if the folder cannot be written.
     """
-    folder = cache_dir / f"{_fingerprint(path, encoder, tokenizer)}-conversations"
+    content = _content_hash(path)
+    settings = (CACHE_VERSION, content, tokenizer, encoder.tokenizer.eod, encoder.template.description)
+    folder = cache_dir / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:32]}-conversations"
     try:
         if not _is_whole(folder):
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _locked(folder.with_suffix(".lock"), f"another process tokenises {path}; waiting for it"):
                 if not _is_whole(folder):
-                    _write(path, folder, encoder)
+                    _write(path, content, folder, encoder)
     except OSError as error:
         raise DataError(
             f"--data-cache-path ({cache_dir}) cannot be used: {error.strerror}; give a folder that can be written."
@@ -136,11 +138,13 @@ def _key(folder: Path, name: str) -> str:
     return f"{folder.name}/{name}"
 
 
-def _fingerprint(path: Path, encoder: ConversationEncoder, tokenizer: str) -> str:
-    status = path.stat()
-    settings = (CACHE_VERSION, str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer,
-                encoder.tokenizer.eod, encoder.template.description)  # fmt: skip
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+def _content_hash(path: Path) -> str:
+    """SHA-256 of a file, at more than a gigabyte per second."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; give a readable file of conversations.") from error
 
 
 @contextmanager
@@ -155,7 +159,7 @@ def _locked(path: Path, while_waiting: str) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, folder: Path, encoder: ConversationEncoder) -> None:
+def _write(path: Path, content: str, folder: Path, encoder: ConversationEncoder) -> None:
     if folder.is_dir():
         LOG.warning("%s is cut short or was changed since it was written; it is made again", folder)
         shutil.rmtree(folder)
@@ -166,6 +170,8 @@ def _write(path: Path, folder: Path, encoder: ConversationEncoder) -> None:
         samples = _write_tokens(path, temporary / TOKENS, encoder)
         if not samples:
             raise DataError(f"{path} holds no conversation; give a file with one JSON object on each line.")
+        if _content_hash(path) != content:
+            raise DataError(f"{path} was changed while it was tokenized; run again once it is whole.")
         np.save(temporary / SAMPLES, np.frombuffer(samples, np.int64).reshape(-1, 2))
         for name in (TOKENS, SAMPLES):
             append_checksum(temporary / name, _key(folder, name))
