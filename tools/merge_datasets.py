@@ -8,14 +8,16 @@ All must hold tokens of one type. A block is in memory at a time, and the output
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron.data.atomic_file import check_output_name
 from megatron.data.errors import DataError
-from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, index_path
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -40,7 +42,7 @@ def find_prefixes(names: Sequence[str]) -> list[Path]:
     prefixes: list[Path] = []
     for name in names:
         folder = Path(name)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             prefixes.append(folder)
             continue
         found = sorted({path.with_suffix("") for path in folder.iterdir() if path.suffix in (".bin", ".idx")})
@@ -52,6 +54,7 @@ def find_prefixes(names: Sequence[str]) -> list[Path]:
 
 def merge(prefixes: Sequence[Path], output: Path) -> None:
     """Write the documents of all `prefixes` to `output`. Raises DataError before anything is written."""
+    check_output_name(index_path(output), "--output-prefix")
     for prefix in prefixes:
         if prefix.absolute() == output.absolute():
             raise DataError(f"--output-prefix ({output}) is among the datasets to merge; name another.")

@@ -30,7 +30,8 @@ from megatron.core.tokens import blocks
 from megatron.data.atomic_file import flush_to_disk, publish, temporary_path
 from megatron.data.checked_file import append_checksum, is_as_written
 from megatron.data.errors import DataError
-from megatron.finetuning.conversations import read_conversations
+from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB
+from megatron.finetuning.conversations import read_conversations, where
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.tokenizer import TokenizerError
 
@@ -73,7 +74,7 @@ class TokenCache:
     """The tokenised conversations of one file."""
 
     path: Path
-    """The file of JSON lines."""
+    """The file of JSON lines, or of one array."""
 
     tokens: npt.NDArray[np.int32]
     samples: npt.NDArray[np.int64]
@@ -85,9 +86,9 @@ class TokenCache:
         start = int(self.samples[index - 1, 0]) if index else 0
         return StoredConversation(self.tokens[start : int(self.samples[index, 0])])
 
-    def line(self, index: int) -> int:
-        """The line of the file that a conversation was read from."""
-        return int(self.samples[index, 1])
+    def where(self, index: int) -> str:
+        """The file and the line, or entry, that a conversation was read from."""
+        return where(self.path, int(self.samples[index, 1]))
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -105,11 +106,18 @@ def tokenizer_fingerprint(flags: TokenizerConfig) -> str:
     return digest.hexdigest()
 
 
-def tokenized(path: Path, cache_dir: Path, encoder: ConversationEncoder, tokenizer: str) -> TokenCache:
+def tokenized(
+    path: Path,
+    cache_dir: Path,
+    encoder: ConversationEncoder,
+    tokenizer: str,
+    max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB,
+) -> TokenCache:
     """The conversations of `path`, tokenised now unless `cache_dir` has them.
 
     `tokenizer` is the fingerprint of the encoder's. Of any number of processes that call this at once, on machines that
-    share the folder, one works and the others wait. Raises DataError of the file, or if the folder cannot be written.
+    share the folder, one works and the others wait. Raises DataError of the file, also for a line or entry of more than
+    `max_document_mb` MiB, or if the folder cannot be written.
     """
     content = _content_hash(path)
     settings = (CACHE_VERSION, content, tokenizer, encoder.tokenizer.eod, encoder.template.description)
@@ -119,7 +127,7 @@ def tokenized(path: Path, cache_dir: Path, encoder: ConversationEncoder, tokeniz
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _locked(folder.with_suffix(".lock"), f"another process tokenises {path}; waiting for it"):
                 if not _is_whole(folder):
-                    _write(path, content, folder, encoder)
+                    _write(path, content, folder, encoder, max_document_mb)
     except OSError as error:
         raise DataError(
             f"--data-cache-path ({cache_dir}) cannot be used: {error.strerror}; give a folder that can be written."
@@ -159,7 +167,7 @@ def _locked(path: Path, while_waiting: str) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, content: str, folder: Path, encoder: ConversationEncoder) -> None:
+def _write(path: Path, content: str, folder: Path, encoder: ConversationEncoder, max_document_mb: int) -> None:
     if folder.is_dir():
         LOG.warning("%s is cut short or was changed since it was written; it is made again", folder)
         shutil.rmtree(folder)
@@ -167,7 +175,7 @@ def _write(path: Path, content: str, folder: Path, encoder: ConversationEncoder)
     temporary = temporary_path(folder)
     temporary.mkdir()
     try:
-        samples = _write_tokens(path, temporary / TOKENS, encoder)
+        samples = _write_tokens(path, temporary / TOKENS, encoder, max_document_mb)
         if not samples:
             raise DataError(f"{path} holds no conversation; give a file with one JSON object on each line.")
         if _content_hash(path) != content:
@@ -181,15 +189,15 @@ def _write(path: Path, content: str, folder: Path, encoder: ConversationEncoder)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_tokens(path: Path, token_path: Path, encoder: ConversationEncoder) -> array[int]:
+def _write_tokens(path: Path, token_path: Path, encoder: ConversationEncoder, max_document_mb: int) -> array[int]:
     """Write the tokens of all conversations; where each ends and its line, one after the other."""
     samples, num_tokens, reported = array("q"), 0, time.monotonic()
     with token_path.open("wb") as file:
-        for line, conversation in read_conversations(path):
+        for line, conversation in read_conversations(path, max_document_mb):
             try:
                 encoded = encoder.encode(conversation)
             except (DataError, TokenizerError) as error:
-                raise DataError(f"{path}, line {line}: {error}") from error
+                raise DataError(f"{where(path, line)}: {error}") from error
             file.write(np.where(encoded.is_answer, encoded.tokens, -1 - encoded.tokens).astype("<i4").tobytes())
             num_tokens += len(encoded.tokens)
             samples.extend((num_tokens, line))
