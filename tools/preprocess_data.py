@@ -59,7 +59,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="seconds between notes from which a run can go on [%(default)s]")  # fmt: skip
     output.add_argument("--restart", action="store_true", help="begin anew where an interrupted run would go on")
     arguments = parser.parse_args(argv)
-    for flag in ("workers", "log_interval", "max_document_mb"):
+    for flag in ("workers", "log_interval"):
         if getattr(arguments, flag) < 1:
             name = flag.replace("_", "-")
             parser.error(f"--{name} ({getattr(arguments, flag)}) must be 1 or more; use for example --{name} 1.")

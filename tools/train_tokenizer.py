@@ -62,8 +62,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-frequency", type=int, help="how often a pair must occur to be merged in GPT-2's BPE [2]")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the tokenizer's files")
     arguments = parser.parse_args(argv)
-    if arguments.max_document_mb < 1:
-        parser.error(f"--max-document-mb ({arguments.max_document_mb}) must be 1 or more; use for example 256.")
     kind = arguments.tokenizer_type
     if arguments.vocab_size < SMALLEST_VOCABULARY[kind]:
         parser.error(

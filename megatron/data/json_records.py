@@ -12,7 +12,7 @@ from typing import BinaryIO
 from megatron.data.errors import DataError
 from megatron.data.packed_files import open_unpacked
 
-DEFAULT_MAX_DOCUMENT_MB = 256
+DEFAULT_MAX_DOCUMENT_MB, LARGEST_MAX_DOCUMENT_MB = 256, 1 << 20
 MIB = 1 << 20
 BYTES_PER_READ = 1 << 16
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -34,6 +34,16 @@ class TooLong:
             f"{where}: more than --max-document-mb ({self.max_bytes // MIB}) MiB; cut it, leave it out, or raise "
             "--max-document-mb to what memory holds several times."
         )
+
+
+def bytes_of(max_document_mb: int) -> int:
+    """The bytes that a record may have. DataError for a limit that is none."""
+    if not 1 <= max_document_mb <= LARGEST_MAX_DOCUMENT_MB:
+        raise DataError(
+            f"--max-document-mb ({max_document_mb}) must be 1 to {LARGEST_MAX_DOCUMENT_MB}; use for example "
+            f"{DEFAULT_MAX_DOCUMENT_MB}."
+        )
+    return max_document_mb * MIB
 
 
 def is_array(path: Path) -> bool:

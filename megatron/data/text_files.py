@@ -16,9 +16,10 @@ from typing import BinaryIO
 from megatron.core.json_text import parse_json
 from megatron.data.errors import DataError
 from megatron.data.json_records import (
+    BYTES_PER_READ,
     DEFAULT_MAX_DOCUMENT_MB,
-    MIB,
     TooLong,
+    bytes_of,
     is_array,
     read_entries,
     read_lines,
@@ -125,13 +126,13 @@ def read_batches(
     .parquet, else jsonl. A record of more than `max_document_mb` MiB is refused when it is looked into. The first file
     whose form may have checksums and that has none is named in a warning. Raises DataError where a file cannot be read.
     """
-    start = start or InputPosition()
+    start, max_bytes = start or InputPosition(), bytes_of(max_document_mb)
     may_warn = True
     for number in range(start.file, len(paths)):
         path = paths[number]
         kind = _format_of(path, input_format)
         first = start.record if number == start.file else 0
-        records = _read_records(path, kind, keys, first, max_document_mb * MIB)
+        records = _read_records(path, kind, keys, first, max_bytes)
         for group, is_last in _grouped(records):
             end = InputPosition(number + 1) if is_last else InputPosition(number, first + len(group))
             yield RecordBatch(str(path), kind, tuple(keys), first, group, end)
@@ -196,8 +197,10 @@ def _read_records(path: Path, kind: str, keys: Sequence[str], skip: int, max_byt
 
 
 def _whole(file: BinaryIO, max_bytes: int) -> Iterator[bytes | TooLong]:
-    content = file.read(max_bytes + 1)
-    yield content if len(content) <= max_bytes else TooLong(max_bytes)
+    content = bytearray()
+    while len(content) <= max_bytes and (block := file.read(BYTES_PER_READ)):  # which reserves no more than that
+        content += block
+    yield bytes(content) if len(content) <= max_bytes else TooLong(max_bytes)
 
 
 def _grouped(records: Iterator[Record]) -> Iterator[tuple[list[Record], bool]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.core.json_text import parse_json
 from megatron.data.errors import DataError
-from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB, MIB, TooLong, is_array, read_entries, read_lines
+from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB, TooLong, bytes_of, is_array, read_entries, read_lines
 from megatron.data.packed_files import open_unpacked
 
 ROLES = ("system", "user", "assistant")
@@ -40,7 +40,7 @@ def read_conversations(
     The file may be packed (.gz, .zst). Raises DataError, naming file and line, where a line is no conversation that
     ends with an answer, or has more than `max_document_mb` MiB.
     """
-    of_array, max_bytes = is_array(path), max_document_mb * MIB
+    of_array, max_bytes = is_array(path), bytes_of(max_document_mb)
     with open_unpacked(path) as file:
         records = read_entries(file, max_bytes, path) if of_array else read_lines(file, max_bytes)
         for number, record in enumerate(records, start=1):

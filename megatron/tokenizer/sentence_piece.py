@@ -10,6 +10,7 @@ from megatron.tokenizer.text import valid_unicode
 
 # Of the library's ModelProto: how the model was trained, and how it changes a text first; every model ends with both.
 TRAINER_SPEC, NORMALIZER_SPEC = 2, 3
+WITH_LENGTH = 2
 END_OF_DOCUMENT_PIECES = ("<eod>", "<EOD>", "<|endoftext|>")
 
 
@@ -58,10 +59,12 @@ class SentencePieceTokenizer:
 
 
 def _fields_of(message: bytes) -> set[int]:
-    """The numbers of the fields of a protobuf message of which each has a length, as the library could read it."""
+    """The numbers of the fields that begin a protobuf message, up to the first without a length of its own."""
     fields, place = set(), 0
     while place < len(message):
         key, place = _varint(message, place)
+        if key & 7 != WITH_LENGTH:  # of an extension, behind all that the library defines
+            break
         length, place = _varint(message, place)
         fields.add(key >> 3)
         place += length

@@ -58,7 +58,7 @@ RANGES = {
     "rope_scaling_mscale_all_dim": POSITIVE,
     "layernorm_epsilon": Range(0, low_open=True, example="1e-5"),
     "make_vocab_size_divisible_by": COUNT,
-    "max_document_mb": Range(1, example="256"),
+    "max_document_mb": Range(1, 2**20, example="256"),
     "prefetch_microbatches": COUNT_OR_NONE,
     "attention_dropout": PROBABILITY,
     "hidden_dropout": PROBABILITY,

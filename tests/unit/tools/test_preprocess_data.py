@@ -117,13 +117,17 @@ def test_a_line_that_is_too_long_is_refused_or_left_out(
         ("preprocess_data", ("--input", "x" * 300, *NUMBERS, "--output-prefix", "x"), "stands for no jsonl"),
         ("preprocess_data", ("--input", "a.jsonl", "--tokenizer-type", "HFTokenizer", "--tokenizer-model", "x" * 300,
                              "--output-prefix", "x"), "--tokenizer-model (xxx"),
+        ("preprocess_data", ("--input", "a.jsonl", *NUMBERS, "--output-prefix", "x", "--max-document-mb", 10**20),
+         "--max-document-mb (100000000000000000000) must be 1 to 1048576; use for example 256"),
+        ("train_tokenizer", ("--input", "a.jsonl", "--vocab-size", 300, "--output-dir", "x", "--max-document-mb", 0),
+         "--max-document-mb (0) must be 1 to 1048576"),
         ("merge_datasets", ("--input", "a", "--output-prefix", "x" * 252), "--output-prefix gives a file"),
         ("merge_datasets", ("--input", "x" * 300, "--output-prefix", "x"), "is missing"),
         ("inspect_dataset", ("x" * 300,), "is missing"),
         ("train_tokenizer", ("--input", "a.jsonl", "--vocab-size", 300, "--output-dir", "x" * 256), "--output-dir"),
     ],
 )  # fmt: skip
-def test_a_name_that_is_too_long_is_one_line_before_anything_is_written(
+def test_a_name_or_a_limit_that_cannot_be_is_one_line_before_anything_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
