@@ -67,7 +67,8 @@ def find_fault(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> s
             return f"merge {number} of {len(merges)}, {' '.join(pair)!r}, {reason}"
         seen.add(pair)
         made.add("".join(pair))
-    unmade = [token for token in vocab if token not in made and not SPECIAL_TOKEN.fullmatch(token)]
+    unmade = [token for token in sorted(vocab, key=vocab.__getitem__) if token not in made]
+    unmade = [token for token in unmade if not SPECIAL_TOKEN.fullmatch(token)]
     if unmade:
         return (
             f"none of the {len(merges)} merges makes {unmade[0]!r} and {len(unmade) - 1} other tokens of the vocabulary"
