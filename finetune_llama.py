@@ -6,10 +6,10 @@ deepspeed --num_gpus 4 finetune_llama.py --load weights/llama --data-path conver
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 if __name__ == "__main__":  # what comes next takes seconds to import
     from megatron.interrupts import end_on_interrupt
@@ -45,8 +45,8 @@ def check_data(config: Config, tokenizer: Tokenizer) -> None:
             "remove it"
         )
     for path in (path for paths in data_paths(config) for path in paths):
-        if not Path(path).is_file():
-            raise DataError(f"{path} is no file; give one or more files of conversations as JSON lines.")
+        if not os.path.isfile(path):
+            raise DataError(f"{path} is no file; give one or more files of conversations, JSON lines or one array.")
 
 
 def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:

@@ -24,7 +24,7 @@ from megatron.program import SampleSource, leave, run
 from megatron.tokenizer import Tokenizer
 from megatron.training import Datasets
 
-FINETUNING_FLAGS = ("chat_template", "long_samples")
+FINETUNING_FLAGS = ("chat_template", "max_document_mb", "long_samples")
 
 
 def main(argv: Sequence[str]) -> int:

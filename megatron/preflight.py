@@ -11,6 +11,7 @@ import torch
 
 from megatron.checkpointing import check_checkpoint, find_checkpoint, saved_state
 from megatron.config import Config, ConfigError, global_batch_size
+from megatron.data.atomic_file import check_output_name
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.splits import parse_data_paths
 from megatron.data.vocabulary import check_document_ends, check_vocabulary
@@ -82,7 +83,8 @@ def check_indexed_data(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def check_writable(flag: str, folder: Path) -> None:
-    """Raise ConfigError unless `folder` is one that can be written, or can be made. Makes nothing."""
+    """Raise ConfigError, or DataError for its name, unless `folder` can be written, or made. Makes nothing."""
+    check_output_name(folder, flag)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         reason = "cannot be written" if existing.is_dir() else "is not a folder"

@@ -13,7 +13,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +80,29 @@ class StepProfiler:
         self._synchronize()
         seconds = time.monotonic() - self._started
         profile.stop()
-        first, last = self._iterations
-        self._folder.mkdir(parents=True, exist_ok=True)
-        stem = self._folder / f"rank{self._context.parallel_state.rank}-iterations-{first}-{last}"
-        trace = f"{stem}.trace.json.gz"
-        profile.export_chrome_trace(trace)
         summary = summarize(kernels_of(profile), ranges_of(profile))
-        summary = {"iterations": [first, last], "seconds": seconds, **summary}
-        Path(f"{stem}.summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        for line in (*lines_of(summary), f"timeline: {trace} (open it in https://ui.perfetto.dev)"):
+        summary = {"iterations": list(self._iterations), "seconds": seconds, **summary}
+        for line in lines_of(summary):
             self._context.log.info("%s", line)
+        self._write(profile, summary)
+
+    def _write(self, profile: torch.profiler.profile, summary: Summary) -> None:
+        """Write trace and summary, and where they are; a training does not end because they cannot be written."""
+        first, last = self._iterations
+        stem = self._folder / f"rank{self._context.parallel_state.rank}-iterations-{first}-{last}"
+        trace, text = Path(f"{stem}.trace.json.gz"), Path(f"{stem}.summary.json")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            text.write_text(json.dumps(summary, indent=2) + "\n")
+            profile.export_chrome_trace(str(trace))
+        except (OSError, RuntimeError) as error:  # RuntimeError: the profiler's own code cannot write
+            for path in (trace, text):
+                with suppress(OSError):
+                    path.unlink()
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            self._context.log.warning("--profile cannot write %s..: %s; training continues without it", stem, reason)
+            return
+        self._context.log.info("timeline: %s (open it in https://ui.perfetto.dev)", trace)
 
     def _synchronize(self) -> None:
         if self._context.device.type == "cuda":

@@ -8,6 +8,7 @@ All must hold tokens of one type. A block is in memory at a time, and the output
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ if __name__ == "__main__":  # what comes next takes seconds to import
 
     end_on_interrupt()
 
+from megatron.data.atomic_file import check_output_name
 from megatron.data.errors import DataError
-from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, index_path
 from megatron.interrupts import run_tool
 
 
@@ -46,7 +48,7 @@ def find_prefixes(names: Sequence[str]) -> list[Path]:
     prefixes: list[Path] = []
     for name in names:
         folder = Path(name)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             prefixes.append(folder)
             continue
         found = sorted({path.with_suffix("") for path in folder.iterdir() if path.suffix in (".bin", ".idx")})
@@ -58,6 +60,7 @@ def find_prefixes(names: Sequence[str]) -> list[Path]:
 
 def merge(prefixes: Sequence[Path], output: Path) -> None:
     """Write the documents of all `prefixes` to `output`. Raises DataError before anything is written."""
+    check_output_name(index_path(output), "--output-prefix")
     for prefix in prefixes:
         if prefix.absolute() == output.absolute():
             raise DataError(f"--output-prefix ({output}) is among the datasets to merge; name another.")

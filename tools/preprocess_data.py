@@ -27,8 +27,11 @@ from tqdm import tqdm
 
 from megatron.arguments import add_flags, section_of
 from megatron.config.tokenizer import TokenizerConfig
+from megatron.data.atomic_file import check_output_name
 from megatron.data.encoding import EncodedBatch, EncoderPlan, encode_batches
 from megatron.data.errors import DataError
+from megatron.data.indexed_dataset import index_path
+from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB
 from megatron.data.text_files import INPUT_FORMATS, InputPosition, find_inputs, read_batches
 from megatron.data.workspace import Mark, Note, PartialDataset, Workspace
 from megatron.interrupts import run_tool
@@ -49,6 +52,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="keys, or columns, of the texts; one dataset for each")  # fmt: skip
     source.add_argument("--skip-bad-lines", action="store_true",
                         help="leave out and count lines, rows and text files that cannot be read")  # fmt: skip
+    source.add_argument("--max-document-mb", type=int, default=DEFAULT_MAX_DOCUMENT_MB,
+                        help="MiB of a line, row or text file; longer ones are bad lines [%(default)s]")  # fmt: skip
     source.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document id")
     add_flags(parser, TokenizerConfig)
     parser.set_defaults(tokenizer_type=TokenizerConfig().tokenizer_type)
@@ -86,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def preprocess(arguments: argparse.Namespace) -> None:
     """Write the datasets that the arguments describe, one per key."""
+    keys = arguments.json_keys if arguments.input_format != "text" else ["text"]
+    prefixes = {key: f"{arguments.output_prefix}_{key}_document" for key in keys}
+    folder = Path(f"{arguments.output_prefix}.preprocessing")
+    for output in (folder, *map(index_path, prefixes.values())):
+        check_output_name(output, "--output-prefix with --json-keys")
     paths = find_inputs(arguments.input, arguments.input_format)
     plan = EncoderPlan(
         section_of(arguments, TokenizerConfig),
@@ -93,13 +103,10 @@ def preprocess(arguments: argparse.Namespace) -> None:
         skip_bad_records=arguments.skip_bad_lines,
     )
     dtype = plan.build().dtype
-    keys = arguments.json_keys if arguments.input_format != "text" else ["text"]
-    folder = Path(f"{arguments.output_prefix}.preprocessing")
     with Workspace(folder, settings_of(arguments), paths, arguments.restart) as workspace:
         run = Run(workspace, plan, paths, keys, arguments)
         if not (workspace.note and workspace.note.is_finished):
             run.write(dtype)
-        prefixes = {key: f"{arguments.output_prefix}_{key}_document" for key in keys}
         mark = run.mark
         workspace.publish(prefixes)
     for prefix, (num_documents, num_tokens) in zip(prefixes.values(), mark.written, strict=True):
@@ -151,7 +158,8 @@ class Run:
             self._workspace.open_dataset(key, dtype, written)
             for key, written in zip(self._keys, self.mark.written, strict=True)
         ]
-        batches = read_batches(self._paths, self._arguments.input_format, self._keys, position)
+        settings = self._arguments
+        batches = read_batches(self._paths, settings.input_format, self._keys, position, settings.max_document_mb)
         last_saved = time.monotonic()
         with ExitStack() as stack:
             for dataset in datasets:

@@ -29,8 +29,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from megatron.data.atomic_file import atomic_path
+from megatron.data.atomic_file import atomic_path, check_output_name
 from megatron.data.errors import DataError
+from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB
 from megatron.data.text_files import INPUT_FORMATS, find_inputs, read_documents
 from megatron.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
@@ -57,6 +58,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input-format", choices=INPUT_FORMATS, default="auto",
                         help="text: each file is a document; auto: .parquet is Parquet, the rest jsonl")  # fmt: skip
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts to learn from")
+    parser.add_argument("--max-document-mb", type=int, default=DEFAULT_MAX_DOCUMENT_MB,
+                        help="MiB that a line, row or text file may have [%(default)s]")  # fmt: skip
     parser.add_argument("--tokenizer-type", choices=SMALLEST_VOCABULARY, default="GPT2BPETokenizer",
                         help="that reads the result [%(default)s]")  # fmt: skip
     parser.add_argument(
@@ -79,8 +82,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
+        check_output_name(arguments.output_dir, "--output-dir")
         paths = find_inputs(arguments.input, arguments.input_format)
-        texts = read_texts(paths, arguments.input_format, arguments.json_keys)
+        texts = read_texts(paths, arguments.input_format, arguments.json_keys, arguments.max_document_mb)
         if arguments.tokenizer_type == "GPT2BPETokenizer":
             vocab, merges = train(texts, arguments.vocab_size, arguments.min_frequency or 2)
             write(vocab, merges, arguments.output_dir)
@@ -99,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_texts(paths: Sequence[Path], input_format: str, keys: Sequence[str]) -> Iterator[str]:
-    for texts, _ in read_documents(paths, input_format, keys):
+def read_texts(paths: Sequence[Path], input_format: str, keys: Sequence[str], max_document_mb: int) -> Iterator[str]:
+    for texts, _ in read_documents(paths, input_format, keys, max_document_mb):
         yield from map(valid_unicode, texts)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pretrain a GPT of 30B parameters at 131,072 tokens of context with FPDT (Ulysses-Offload): the model of
-# Megatron-DeepSpeed's script of this name, in bf16. The name says 32k; FPDT is for more.
+# Pretrain a GPT of 30B parameters at 131,072 tokens of context with FPDT (Ulysses-Offload), in
+# bf16. The name and the widths are those of Megatron-DeepSpeed's scripts of 30B; the length and RoPE are chosen here.
 #
 #   DATA_PATH=data/corpus_text_document VOCAB_FILE=tokenizer/vocab.json MERGE_FILE=tokenizer/merges.txt \
 #     examples_deepspeed/sequence_parallel/ds_pretrain_gpt_30B_fpdt_32k.sh

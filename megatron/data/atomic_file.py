@@ -6,10 +6,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from megatron.data.errors import DataError
+
+MAX_NAME_BYTES = 255
+SHARED_CHARACTERS = 50  # of the final name in a temporary one: with four bytes each, and the rest, it is no longer
+
 
 def temporary_path(path: Path) -> Path:
     """A new name beside `path`, which no other process uses, on this machine or on another that shares the disk."""
-    return path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    return path.with_name(f"{path.name[:SHARED_CHARACTERS]}.{uuid4().hex}.tmp")
+
+
+def check_output_name(path: Path, flag: str) -> None:
+    """Raise DataError, naming `flag`, if a name within `path` is longer than file systems take."""
+    for name in path.parts:
+        num_bytes = len(os.fsencode(name))
+        if num_bytes > MAX_NAME_BYTES:
+            raise DataError(
+                f"{flag} gives a file or folder a name of {num_bytes} bytes, {name[:SHARED_CHARACTERS]}..; at most "
+                f"{MAX_NAME_BYTES} are possible; give a shorter one."
+            )
 
 
 def flush_to_disk(path: Path) -> None:

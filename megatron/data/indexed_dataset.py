@@ -1,5 +1,6 @@
 """Tokens on disk in Megatron's format: PREFIX.bin holds them one after the other, PREFIX.idx says whose they are."""
 
+import os
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
@@ -43,7 +44,7 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         for path in (index_path(prefix), token_path(prefix)):
-            if not path.is_file():
+            if not os.path.isfile(path):  # never raises, as Path.is_file does for a name that is too long
                 raise DataError(
                     f"{path} is missing; a dataset is PREFIX.bin and PREFIX.idx together; give the prefix without an "
                     "ending, or make the dataset with tools/preprocess_data.py."

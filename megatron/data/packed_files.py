@@ -12,7 +12,9 @@ from typing import Any, BinaryIO, cast
 
 from megatron.data.errors import DataError
 
-PACKED_BYTES_PER_READ = 1 << 16
+PACKED_BYTES_PER_READ = 1 << 9  # four of them may stand for 128 KiB, all of which are unpacked at once
+UNPACKED_BYTES_PER_READ = 1 << 16
+ZSTANDARD_MAGIC, CHECKSUM_FLAG = b"\x28\xb5\x2f\xfd", 4
 LARGEST_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes
 
 
@@ -24,6 +26,13 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
             yield file
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error) from error
+
+
+def has_checksum(path: Path) -> bool:
+    """Whether the first frame of a .zst file says that it ends with a checksum of its content; True of other files."""
+    with path.open("rb") as file:
+        head = file.read(len(ZSTANDARD_MAGIC) + 1)
+    return not head.startswith(ZSTANDARD_MAGIC) or bool(head[-1] & CHECKSUM_FLAG)
 
 
 def unreadable(path: Path, error: object) -> DataError:
@@ -44,7 +53,7 @@ def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstandardFile(path), PACKED_BYTES_PER_READ))
+        return cast(BinaryIO, io.BufferedReader(_ZstandardFile(path), UNPACKED_BYTES_PER_READ))
     return path.open("rb")
 
 

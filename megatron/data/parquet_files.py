@@ -1,4 +1,7 @@
-"""Rows of Parquet files, one row group in memory at a time."""
+"""Rows of Parquet files, one row group in memory at a time.
+
+Pages are compared with their checksums, where they have any: writers such as pyarrow leave them out by default.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +11,8 @@ from megatron.data.errors import DataError
 from megatron.data.packed_files import require, unreadable
 
 ROWS_PER_READ = 1024
+LARGEST_HEADER_START = 32  # bytes that hold the first four fields of a page's header
+NEXT_FIELD_INT32 = 0x15
 
 
 def read_rows(path: Path, columns: Sequence[str], skip: int = 0) -> Iterator[tuple[bytes | None, ...]]:
@@ -18,12 +23,53 @@ def read_rows(path: Path, columns: Sequence[str], skip: int = 0) -> Iterator[tup
     arrow: Any = require("pyarrow", f"{path}, a Parquet file,")
     parquet: Any = require("pyarrow.parquet", f"{path}, a Parquet file,")
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             _check_columns(path, file.schema_arrow, columns, arrow)
+            _check_counts(path, file.metadata)
             yield from _rows(path, file, columns, skip, arrow)
     # UnicodeDecodeError: the name of a column, even of one that is not asked for.
     except (arrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         raise unreadable(path, " ".join(str(error).split())) from error
+
+
+def has_checksums(path: Path, columns: Sequence[str]) -> bool:
+    """Whether the pages of columns have checksums, judged by the first of each, in a file that `read_rows` can read."""
+    parquet: Any = require("pyarrow.parquet", f"{path}, a Parquet file,")
+    with path.open("rb") as raw, parquet.ParquetFile(path) as file:
+        if not file.num_row_groups:
+            return True
+        group = file.metadata.row_group(0)
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        for chunk in (chunk for chunk in chunks if chunk.path_in_schema in columns):
+            raw.seek(chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset)
+            if not _header_has_checksum(raw.read(LARGEST_HEADER_START)):
+                return False
+    return True
+
+
+def _header_has_checksum(header: bytes) -> bool:
+    """Whether the header of a page, in Thrift's compact form, has a fourth field behind its type and two sizes.
+
+    Each is a byte that says by how much the number of the field rises and its type, and a number of seven bits a byte.
+    """
+    place = 0
+    for _ in range(3):
+        place += 1
+        while header[place] & 0x80:
+            place += 1
+        place += 1
+    return header[place] == NEXT_FIELD_INT32
+
+
+def _check_counts(path: Path, metadata: Any) -> None:
+    """Raise DataError unless the row groups of a file have as many rows as the file.
+
+    The footer has no checksum, and a reader stops at the rows that it says.
+    """
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    num_rows = sum(group.num_rows for group in groups)
+    if num_rows != metadata.num_rows:
+        raise unreadable(path, f"it says {metadata.num_rows} rows, and its row groups {num_rows}")
 
 
 def _rows(path: Path, file: Any, columns: Sequence[str], skip: int, arrow: Any) -> Iterator[tuple[bytes | None, ...]]:

@@ -4,16 +4,28 @@ Reading is cheap and goes in order; what a record holds is looked at later, in a
 """
 
 import glob
-import json
+import logging
+import os
 import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
+from megatron.core.json_text import parse_json
 from megatron.data.errors import DataError
-from megatron.data.packed_files import open_unpacked
-from megatron.data.parquet_files import read_rows
+from megatron.data.json_records import (
+    BYTES_PER_READ,
+    DEFAULT_MAX_DOCUMENT_MB,
+    TooLong,
+    bytes_of,
+    is_array,
+    read_entries,
+    read_lines,
+)
+from megatron.data.packed_files import has_checksum, open_unpacked
+from megatron.data.parquet_files import has_checksums, read_rows
 
 INPUT_FORMATS = ("auto", "jsonl", "parquet", "text")
 JSON_SUFFIXES = tuple(f".{name}{packing}" for name in ("jsonl", "json") for packing in ("", ".gz", ".zst"))
@@ -23,12 +35,13 @@ SUFFIXES = {
     "parquet": (".parquet",),
     "text": ("",),
 }
-UNITS = {"jsonl": "line", "parquet": "row", "text": "file"}
+UNITS = {"jsonl": "line", "array": "entry", "parquet": "row", "text": "file"}
 BYTES_PER_BATCH = 1 << 18
 RECORDS_PER_BATCH = 1024
+LOG = logging.getLogger("megatron")
 
-Record = bytes | tuple[bytes | None, ...]
-"""A line or a file as it is, or the texts of a row."""
+Record = bytes | tuple[bytes | None, ...] | TooLong
+"""A line, an entry of an array or a file as it is, or the texts of a row; or what stands for one that is too long."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,8 @@ class RecordBatch:
     def texts(self, index: int) -> list[str] | None:
         """The texts of record `index`, one per key; None for an empty line. Raises DataError that names it."""
         record = self.records[index]
+        if isinstance(record, TooLong):
+            raise record.error(self.where(index))
         if isinstance(record, tuple):
             return [
                 _decode(self._present(cell, key, index), self.where(index))
@@ -98,32 +113,43 @@ def find_inputs(inputs: Sequence[str], input_format: str) -> list[Path]:
 
 
 def read_batches(
-    paths: Sequence[Path], input_format: str, keys: Sequence[str], start: InputPosition | None = None
+    paths: Sequence[Path],
+    input_format: str,
+    keys: Sequence[str],
+    start: InputPosition | None = None,
+    max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB,
 ) -> Iterator[RecordBatch]:
     """Yield the records of all files from `start` on; every file ends with a batch, if need be an empty one.
 
-    "jsonl": a line is a JSON object, each key one of its texts. "parquet": a row, each key a column. "text": a file is
-    a document of one text, whatever the keys. "auto": Parquet by the ending .parquet, else jsonl. Raises DataError
-    where a file cannot be read.
+    "jsonl": a line is a JSON object, each key one of its texts, or the file is one array of such objects. "parquet": a
+    row, each key a column. "text": a file is a document of one text, whatever the keys. "auto": Parquet by the ending
+    .parquet, else jsonl. A record of more than `max_document_mb` MiB is refused when it is looked into. The first file
+    whose form may have checksums and that has none is named in a warning. Raises DataError where a file cannot be read.
     """
-    start = start or InputPosition()
+    start, max_bytes = start or InputPosition(), bytes_of(max_document_mb)
+    may_warn = True
     for number in range(start.file, len(paths)):
         path = paths[number]
         kind = _format_of(path, input_format)
         first = start.record if number == start.file else 0
-        records = _read_records(path, kind, keys, first)
+        records = _read_records(path, kind, keys, first, max_bytes)
         for group, is_last in _grouped(records):
             end = InputPosition(number + 1) if is_last else InputPosition(number, first + len(group))
             yield RecordBatch(str(path), kind, tuple(keys), first, group, end)
             first += len(group)
+        if may_warn and not _is_verifiable(path, kind, keys):
+            LOG.warning("%s has no checksums, so that damage to it cannot be seen; no other file is named", path)
+            may_warn = False
 
 
-def read_documents(paths: Sequence[Path], input_format: str, keys: Sequence[str]) -> Iterator[tuple[list[str], int]]:
+def read_documents(
+    paths: Sequence[Path], input_format: str, keys: Sequence[str], max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB
+) -> Iterator[tuple[list[str], int]]:
     """Yield for each document its texts, one per key, and the bytes it took in the input, unpacked.
 
     Formats as in `read_batches`. Raises DataError, naming file and line, where the input is not that.
     """
-    for batch in read_batches(paths, input_format, keys):
+    for batch in read_batches(paths, input_format, keys, max_document_mb=max_document_mb):
         for index in range(len(batch.records)):
             texts = batch.texts(index)
             if texts is not None:
@@ -141,24 +167,40 @@ def read_source(path: Path) -> str | None:
 
 def _matching_files(name: str, suffixes: Sequence[str]) -> list[Path]:
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):  # never raises, as Path.is_file does for a name that is too long
         return [path]
-    candidates = path.rglob("*") if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+    candidates = path.rglob("*") if os.path.isdir(path) else map(Path, glob.glob(name, recursive=True))
     return sorted(file for file in candidates if file.is_file() and file.name.endswith(tuple(suffixes)))
 
 
 def _format_of(path: Path, input_format: str) -> str:
-    if input_format != "auto":
-        return input_format
-    return "parquet" if path.suffix == ".parquet" else "jsonl"
+    if input_format == "auto":
+        input_format = "parquet" if path.suffix == ".parquet" else "jsonl"
+    return "array" if input_format == "jsonl" and is_array(path) else input_format
 
 
-def _read_records(path: Path, kind: str, keys: Sequence[str], skip: int) -> Iterator[Record]:
+def _is_verifiable(path: Path, kind: str, keys: Sequence[str]) -> bool:
+    return has_checksums(path, keys) if kind == "parquet" else path.suffix != ".zst" or has_checksum(path)
+
+
+def _read_records(path: Path, kind: str, keys: Sequence[str], skip: int, max_bytes: int) -> Iterator[Record]:
     if kind == "parquet":
-        yield from read_rows(path, keys, skip)
+        for row in read_rows(path, keys, skip):
+            yield TooLong(max_bytes) if any(len(cell or b"") > max_bytes for cell in row) else row
         return
     with open_unpacked(path) as file:
-        yield from islice(file, skip, None) if kind == "jsonl" else islice([file.read()], skip, None)
+        if kind == "array":
+            records = read_entries(file, max_bytes, path)
+        else:
+            records = read_lines(file, max_bytes) if kind == "jsonl" else _whole(file, max_bytes)
+        yield from islice(records, skip, None)
+
+
+def _whole(file: BinaryIO, max_bytes: int) -> Iterator[bytes | TooLong]:
+    content = bytearray()
+    while len(content) <= max_bytes and (block := file.read(BYTES_PER_READ)):  # which reserves no more than that
+        content += block
+    yield bytes(content) if len(content) <= max_bytes else TooLong(max_bytes)
 
 
 def _grouped(records: Iterator[Record]) -> Iterator[tuple[list[Record], bool]]:
@@ -175,21 +217,20 @@ def _grouped(records: Iterator[Record]) -> Iterator[tuple[list[Record], bool]]:
 
 
 def _num_bytes(record: Record) -> int:
-    return len(record) if isinstance(record, bytes) else sum(len(cell or b"") for cell in record)
+    return sum(len(cell or b"") for cell in record) if isinstance(record, tuple) else len(record)
 
 
 def _texts_of_line(line: bytes, keys: Sequence[str], where: str) -> list[str]:
     try:
-        document = json.loads(_decode(line, where))
+        document = parse_json(_decode(line, where))
     except DataError:
         raise
-    # ValueError: not JSON, or a number too long for Python; RecursionError: brackets nested too deep.
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(
-            f"{where}: not JSON ({error}); every line must be one JSON object; {BAD_RECORD_ADVICE}."
+            f"{where}: not JSON ({error}); every record must be one JSON object; {BAD_RECORD_ADVICE}."
         ) from error
     if not isinstance(document, dict):
-        raise DataError(f"{where}: a JSON {type(document).__name__}; every line must be an object with texts.")
+        raise DataError(f"{where}: a JSON {type(document).__name__}; every record must be an object with texts.")
     texts = [document.get(key) for key in keys]
     for key, text in zip(keys, texts, strict=True):
         if not isinstance(text, str):

@@ -2,7 +2,7 @@
 
     PREFIX.preprocessing/
         lock              held by the process at work
-        inputs.json       every input file with its size and time of change, as they were at the start
+        inputs.json       every input file with its size and times of change, as they were at the start
         note.json         the settings, and the place reached
         KEY.bin           tokens so far, and perhaps some more than the note says
         KEY.sizes         int32, tokens of each document so far
@@ -25,16 +25,20 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron.core.json_text import parse_json
 from megatron.data.atomic_file import atomic_path, publish
 from megatron.data.errors import DataError
 from megatron.data.index_file import write_index
 from megatron.data.indexed_dataset import index_path, token_path
 from megatron.data.text_files import InputPosition
 
-WORKSPACE_VERSION = 1
+WORKSPACE_VERSION = 2
 
-InputStates = list[tuple[str, int, int]]
-"""Name, bytes and time of change (ns) of every input file."""
+InputStates = list[tuple[str, int, int, int]]
+"""Name, bytes, and times (ns) of the last change of content and of anything, of every input file.
+
+A program can set the time of the content back, and not the other one, so that an edit behind the other's back shows.
+"""
 
 
 @dataclass(frozen=True)
@@ -230,11 +234,11 @@ def _mark(content: dict[str, Any]) -> Mark:
 
 def _states_of(paths: Sequence[Path]) -> InputStates:
     status = [(str(path.absolute()), path.stat()) for path in paths]
-    return [(name, each.st_size, each.st_mtime_ns) for name, each in status]
+    return [(name, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for name, each in status]
 
 
 def _states(content: list[Any]) -> InputStates:
-    return [(name, size, time) for name, size, time in content]
+    return [(name, size, modified, changed) for name, size, modified, changed in content]
 
 
 def _open_at(path: Path, num_bytes: int) -> BinaryIO:
@@ -264,7 +268,7 @@ def _locked(path: Path) -> BinaryIO:
 def _read_json(path: Path) -> Any:
     """The content of a JSON file; None if it is not there or not whole."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text())
     except (OSError, ValueError):
         return None
 

@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -24,11 +25,14 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron.config import ConfigError, TokenizerConfig
+from megatron.core.json_text import parse_json
 from megatron.data.errors import DataError
-from megatron.finetuning.conversations import ANSWERING, Conversation
+from megatron.finetuning.conversations import ANSWERING, Conversation, Message
+from megatron.finetuning.time_limit import TimeLimitExceeded, cpu_time_limit
 
 Span = tuple[int, int]  # first character, one past the last
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SECONDS_TO_RENDER = 10.0  # of CPU time; a conversation of a million tokens takes less than one
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class JinjaTemplate:
 
     @cached_property
     def compiled(self) -> jinja2.Template:
-        """The template in a sandbox. Raises jinja2.TemplateError."""
+        """The template in a sandbox. Raises whatever the compiler does."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -106,35 +110,54 @@ class JinjaTemplate:
 
     def _answer(self, conversation: Conversation, turn: int, text: str) -> Span:
         """The characters of `text`, the whole conversation, that the assistant writes in a turn."""
-        answered = self._text(conversation[: turn + 1])
-        prompts = (self._text(conversation[:turn], add_generation_prompt=ask) for ask in (True, False))
-        begin = next((len(prompt) for prompt in prompts if answered.startswith(prompt)), None)
-        if begin is None or not text.startswith(answered):
+        answered, before = self._text(conversation[: turn + 1]), self._text(conversation[:turn])
+        header, tail = self._around_answer(conversation[: turn + 1], answered)
+        prompt = self._text(conversation[:turn], add_generation_prompt=True)
+        is_announced = prompt != before and answered.startswith(prompt)
+        if not is_announced:
+            prompt = before
+        follows = answered.startswith(prompt) and (is_announced or header.startswith(prompt))
+        if not follows or not text.startswith(answered):
             raise DataError(
                 f"the chat template writes turn {turn + 1} in another way when turns follow, so that what the model "
                 "would see there is not what it is trained on; give one line for each answer, or another "
                 "--chat-template."
             )
+        end = len(answered) - len(tail)
+        # Some contents have no header of their own, such as one with a thought where others get an empty one.
+        begins = (len(header), len(prompt)) if answered.startswith(header) else (len(prompt),)
         content = conversation[turn].content.strip()
-        place = answered.find(content, begin)
-        if place < 0:
-            raise DataError(
-                f"the chat template does not write the answer of turn {turn + 1} as it is given; give another "
-                "--chat-template."
-            )
-        if answered[begin:place].strip():
-            begin = place  # what stands before it is the template's and not the model's
-        closed = answered.rstrip()
+        begin = next((begin for begin in begins if answered[begin:end].strip() == content), None)
+        if begin is None or len(prompt) > end or not answered.endswith(tail):
+            raise _changed_answer(turn)
+        if not answered[len(prompt) : begin].strip():
+            begin = len(prompt)  # anything but whitespace there is what the template writes, and not the model
+        closed = tail.rstrip()
         # A template that ends a turn with whitespace alone ends it with that.
-        return begin, len(closed) if len(closed) > place + len(content) else len(answered)
+        return begin, end + len(closed) if closed else len(answered)
+
+    def _around_answer(self, conversation: Conversation, answered: str) -> tuple[str, str]:
+        """What the template writes before and after the content of the last turn, whose text is `answered`.
+
+        It is seen around a mark in the place of the content, so that words which header and content share cannot be
+        mistaken for each other. DataError if the mark is not written once as it is.
+        """
+        mark = next(mark for number in count() if (mark := f"aNsWeR-{number}-") not in answered)
+        header, *tails = self._text((*conversation[:-1], Message(ANSWERING, mark))).split(mark)
+        if len(tails) != 1:
+            raise _changed_answer(len(conversation) - 1)
+        return header, tails[0]
 
     def _text(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         messages = [{"role": message.role, "content": message.content} for message in conversation]
         settings = {"add_generation_prompt": add_generation_prompt, **dict(self.special_tokens)}
         try:
-            return self.compiled.render(messages=messages, tools=None, documents=None, **settings)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise DataError(f"the chat template refuses it: {error}; change the line or --chat-template.") from error
+            with cpu_time_limit(SECONDS_TO_RENDER):
+                return self.compiled.render(messages=messages, tools=None, documents=None, **settings)
+        except (Exception, TimeLimitExceeded) as error:  # a template is a program, which may raise anything
+            raise DataError(
+                f"the chat template refuses it: {_reason(error)}; change the line or --chat-template."
+            ) from error
 
 
 def find_template(flags: TokenizerConfig, chat_template: str | None) -> ChatTemplate:
@@ -155,9 +178,10 @@ def find_template(flags: TokenizerConfig, chat_template: str | None) -> ChatTemp
         return PlainTemplate()
     template = JinjaTemplate(source, _special_tokens(settings))
     try:
-        _ = template.compiled
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"{where} is no Jinja template: {error}; repair it or give another file.") from error
+        with cpu_time_limit(SECONDS_TO_RENDER):  # the compiler computes what is constant
+            _ = template.compiled
+    except (Exception, TimeLimitExceeded) as error:
+        raise ConfigError(f"{where} is no Jinja template: {_reason(error)}; repair it or give another file.") from error
     return template
 
 
@@ -172,9 +196,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}; repair it.") from error
+        settings = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no readable JSON: {error}; repair it.") from error
     return settings if isinstance(settings, dict) else {}
 
 
@@ -201,6 +225,20 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _changed_answer(turn: int) -> DataError:
+    return DataError(
+        f"the chat template does not write the answer of turn {turn + 1} as it is given, once; give another "
+        "--chat-template."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in a template, in one line."""
+    message = " ".join(str(error).split())
+    known = isinstance(error, jinja2.TemplateError | TimeLimitExceeded) and message
+    return message if known else f"{type(error).__name__}: {message}"
 
 
 def _refuse(message: str) -> NoReturn:

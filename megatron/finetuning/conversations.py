@@ -1,4 +1,4 @@
-"""Conversations from lines of JSON, in the three forms in which they are passed around."""
+"""Conversations from lines of JSON, or one JSON array, in the three forms in which they are passed around."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.core.json_text import parse_json
 from megatron.data.errors import DataError
+from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB, TooLong, bytes_of, is_array, read_entries, read_lines
+from megatron.data.packed_files import open_unpacked
 
 ROLES = ("system", "user", "assistant")
 ANSWERING = "assistant"
@@ -24,27 +27,39 @@ class Message:
 Conversation = tuple[Message, ...]
 
 
-def read_conversations(path: Path) -> Iterator[tuple[int, Conversation]]:
-    """Yield the number of each line, from 1, and its conversation; empty lines are passed over.
+def where(path: Path, number: int) -> str:
+    """What to call a line, or an entry of a file that is one array."""
+    return f"{path}, {'entry' if is_array(path) else 'line'} {number}"
 
-    Raises DataError, naming file and line, where a line is no conversation that ends with an answer.
+
+def read_conversations(
+    path: Path, max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB
+) -> Iterator[tuple[int, Conversation]]:
+    """Yield the number of each line or entry, from 1, and its conversation; empty lines are passed over.
+
+    The file may be packed (.gz, .zst). Raises DataError, naming file and line, where a line is no conversation that
+    ends with an answer, or has more than `max_document_mb` MiB.
     """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _parse(line, f"{path}, line {number}")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; give a readable file of JSON lines.") from error
+    of_array, max_bytes = is_array(path), bytes_of(max_document_mb)
+    with open_unpacked(path) as file:
+        records = read_entries(file, max_bytes, path) if of_array else read_lines(file, max_bytes)
+        for number, record in enumerate(records, start=1):
+            if isinstance(record, TooLong):
+                raise record.error(where(path, number))
+            if record.strip():
+                yield number, _parse(record, path, number)
 
 
-def _parse(line: bytes, where: str) -> Conversation:
+def _parse(record: bytes, path: Path, number: int) -> Conversation:
     try:
-        return parse_conversation(json.loads(line.decode("utf-8-sig")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: not JSON ({error}); every line must be one JSON object; repair the line.") from error
+        return parse_conversation(parse_json(record.decode("utf-8-sig")))
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(f"{where(path, number)}: {error}") from error
+    except ValueError as error:
+        raise DataError(
+            f"{where(path, number)}: not JSON ({error}); every line, or entry of one array, must be one JSON object; "
+            "repair it."
+        ) from error
 
 
 def parse_conversation(record: Any) -> Conversation:

@@ -57,7 +57,7 @@ class Conversations:
     def where(self, index: int) -> str:
         """File and line of a conversation."""
         cache, place = self._find(index)
-        return f"{cache.path}, line {cache.line(place)}"
+        return cache.where(place)
 
     def _find(self, index: int) -> tuple[TokenCache, int]:
         for cache in self.caches:
@@ -165,7 +165,10 @@ def build_packed_datasets(config: Config, tokenizer: Tokenizer, num_samples: tup
 
 def _open(paths: Sequence[str], config: Config, encoder: ConversationEncoder) -> Conversations:
     kept, fingerprint = config.data.data_cache_path, tokenizer_fingerprint(config.tokenizer)
-    return Conversations([tokenized(Path(path), Path(kept or f"{path}_cache"), encoder, fingerprint) for path in paths])
+    most = config.finetuning.max_document_mb
+    return Conversations(
+        [tokenized(Path(path), Path(kept or f"{path}_cache"), encoder, fingerprint, most) for path in paths]
+    )
 
 
 def _build_part(

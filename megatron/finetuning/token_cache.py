@@ -3,9 +3,9 @@
     tokens.bin     int32 [num_tokens]       the id of a token of an answer, -1 - id of any other
     samples.npy    int64 [num_samples, 2]   of each conversation, where its tokens end and its line in the file
 
-The folder's name holds what its content depends on: the file (its size and the time of its last change), the tokenizer
-and the chat template. Both files end with their checksum. Nothing of the file but numbers of lines and tokens is kept
-in memory.
+The folder's name holds what its content depends on: the content of the file, the tokenizer and the chat template. So
+an edit that leaves size and time as they were, and a copy elsewhere, are both seen for what they are. Both files end
+with their checksum. Nothing of the file but numbers of lines and tokens is kept in memory.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from megatron.core.tokens import blocks
 from megatron.data.atomic_file import flush_to_disk, publish, temporary_path
 from megatron.data.checked_file import append_checksum, is_as_written
 from megatron.data.errors import DataError
-from megatron.finetuning.conversations import read_conversations
+from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB
+from megatron.finetuning.conversations import read_conversations, where
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.tokenizer import TokenizerError
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 TOKENS, SAMPLES = "tokens.bin", "samples.npy"
 SECONDS_BETWEEN_LINES = 30.0
 LOG = logging.getLogger("megatron")
@@ -73,7 +74,7 @@ class TokenCache:
     """The tokenised conversations of one file."""
 
     path: Path
-    """The file of JSON lines."""
+    """The file of JSON lines, or of one array."""
 
     tokens: npt.NDArray[np.int32]
     samples: npt.NDArray[np.int64]
@@ -85,9 +86,9 @@ class TokenCache:
         start = int(self.samples[index - 1, 0]) if index else 0
         return StoredConversation(self.tokens[start : int(self.samples[index, 0])])
 
-    def line(self, index: int) -> int:
-        """The line of the file that a conversation was read from."""
-        return int(self.samples[index, 1])
+    def where(self, index: int) -> str:
+        """The file and the line, or entry, that a conversation was read from."""
+        return where(self.path, int(self.samples[index, 1]))
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -105,19 +106,28 @@ def tokenizer_fingerprint(flags: TokenizerConfig) -> str:
     return digest.hexdigest()
 
 
-def tokenized(path: Path, cache_dir: Path, encoder: ConversationEncoder, tokenizer: str) -> TokenCache:
+def tokenized(
+    path: Path,
+    cache_dir: Path,
+    encoder: ConversationEncoder,
+    tokenizer: str,
+    max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB,
+) -> TokenCache:
     """The conversations of `path`, tokenised now unless `cache_dir` has them.
 
     `tokenizer` is the fingerprint of the encoder's. Of any number of processes that call this at once, on machines that
-    share the folder, one works and the others wait. Raises DataError of the file, or if the folder cannot be written.
+    share the folder, one works and the others wait. Raises DataError of the file, also for a line or entry of more than
+    `max_document_mb` MiB, or if the folder cannot be written.
     """
-    folder = cache_dir / f"{_fingerprint(path, encoder, tokenizer)}-conversations"
+    content = _content_hash(path)
+    settings = (CACHE_VERSION, content, tokenizer, encoder.tokenizer.eod, encoder.template.description)
+    folder = cache_dir / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:32]}-conversations"
     try:
         if not _is_whole(folder):
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _locked(folder.with_suffix(".lock"), f"another process tokenises {path}; waiting for it"):
                 if not _is_whole(folder):
-                    _write(path, folder, encoder)
+                    _write(path, content, folder, encoder, max_document_mb)
     except OSError as error:
         raise DataError(
             f"--data-cache-path ({cache_dir}) cannot be used: {error.strerror}; give a folder that can be written."
@@ -136,11 +146,13 @@ def _key(folder: Path, name: str) -> str:
     return f"{folder.name}/{name}"
 
 
-def _fingerprint(path: Path, encoder: ConversationEncoder, tokenizer: str) -> str:
-    status = path.stat()
-    settings = (CACHE_VERSION, str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer,
-                encoder.tokenizer.eod, encoder.template.description)  # fmt: skip
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+def _content_hash(path: Path) -> str:
+    """SHA-256 of a file, at more than a gigabyte per second."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; give a readable file of conversations.") from error
 
 
 @contextmanager
@@ -155,7 +167,7 @@ def _locked(path: Path, while_waiting: str) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, folder: Path, encoder: ConversationEncoder) -> None:
+def _write(path: Path, content: str, folder: Path, encoder: ConversationEncoder, max_document_mb: int) -> None:
     if folder.is_dir():
         LOG.warning("%s is cut short or was changed since it was written; it is made again", folder)
         shutil.rmtree(folder)
@@ -163,9 +175,11 @@ def _write(path: Path, folder: Path, encoder: ConversationEncoder) -> None:
     temporary = temporary_path(folder)
     temporary.mkdir()
     try:
-        samples = _write_tokens(path, temporary / TOKENS, encoder)
+        samples = _write_tokens(path, temporary / TOKENS, encoder, max_document_mb)
         if not samples:
             raise DataError(f"{path} holds no conversation; give a file with one JSON object on each line.")
+        if _content_hash(path) != content:
+            raise DataError(f"{path} was changed while it was tokenized; run again once it is whole.")
         np.save(temporary / SAMPLES, np.frombuffer(samples, np.int64).reshape(-1, 2))
         for name in (TOKENS, SAMPLES):
             append_checksum(temporary / name, _key(folder, name))
@@ -175,15 +189,15 @@ def _write(path: Path, folder: Path, encoder: ConversationEncoder) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_tokens(path: Path, token_path: Path, encoder: ConversationEncoder) -> array[int]:
+def _write_tokens(path: Path, token_path: Path, encoder: ConversationEncoder, max_document_mb: int) -> array[int]:
     """Write the tokens of all conversations; where each ends and its line, one after the other."""
     samples, num_tokens, reported = array("q"), 0, time.monotonic()
     with token_path.open("wb") as file:
-        for line, conversation in read_conversations(path):
+        for line, conversation in read_conversations(path, max_document_mb):
             try:
                 encoded = encoder.encode(conversation)
             except (DataError, TokenizerError) as error:
-                raise DataError(f"{path}, line {line}: {error}") from error
+                raise DataError(f"{where(path, line)}: {error}") from error
             file.write(np.where(encoded.is_answer, encoded.tokens, -1 - encoded.tokens).astype("<i4").tobytes())
             num_tokens += len(encoded.tokens)
             samples.extend((num_tokens, line))

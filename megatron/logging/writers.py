@@ -1,15 +1,28 @@
-"""Where metrics go besides the log: TensorBoard, Weights & Biases, both or nowhere, behind one protocol."""
+"""Where metrics go besides the log: TensorBoard, Weights & Biases, both or nowhere, behind one protocol.
+
+A training does not end because its metrics cannot be written, as on a full disk: a warning says so once, and the log
+has them all.
+"""
 
 import importlib.util
+import logging
+import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from megatron.config.errors import ConfigError
 from megatron.config.logging import LoggingConfig
 
+EVENT_FILE_VERSION = "brain.Event:2"
+LOG = logging.getLogger("megatron")
+
 
 class MetricWriter(Protocol):
-    """Takes the scalars of a step."""
+    """Takes the scalars of a step. Both methods raise OSError where they cannot be stored."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Store `metrics` (name to value) under the iteration `step`."""
@@ -19,20 +32,35 @@ class MetricWriter(Protocol):
 
 
 class TensorBoardWriter:
-    """Writes an event file into `directory`."""
+    """Writes an event file into `directory`, without the thread of TensorBoard's own writer, whose errors nobody gets.
+
+    Raises OSError if there can be none.
+    """
 
     def __init__(self, directory: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._summary = SummaryWriter(log_dir=directory)
+        self._event, self._summary = Event, Summary
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time_ns()  # readers take the files of a folder in the order of their names
+        name = f"events.out.tfevents.{now // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{now}"
+        self._file = (folder / name).open("xb")
+        self._records = RecordWriter(self._file)
+        self._add(file_version=EVENT_FILE_VERSION)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._summary.add_scalar(name, value, step)
-        self._summary.flush()
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._add(step=step, summary=self._summary(value=values))
 
     def close(self) -> None:
-        self._summary.close()
+        self._file.close()
+
+    def _add(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._file.flush()
 
 
 def require_wandb(project: str) -> None:
@@ -67,17 +95,35 @@ class WandbWriter:
 
 
 class WriterGroup:
-    """Passes everything on to each of its writers; with none it drops everything."""
+    """Passes everything on to each of its writers; with none it drops everything.
+
+    A writer that raises OSError gets nothing more, with one warning.
+    """
 
     def __init__(self, writers: Sequence[MetricWriter] = ()) -> None:
-        self._writers = tuple(writers)
+        self._writers = list(writers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for writer in self._writers:
-            writer.write(step, metrics)
+        for writer in tuple(self._writers):
+            try:
+                writer.write(step, metrics)
+            except OSError as error:
+                self._drop(writer, error)
 
     def close(self) -> None:
-        for writer in self._writers:
+        for writer in tuple(self._writers):
+            try:
+                writer.close()
+            except OSError as error:
+                self._drop(writer, error)
+
+    def _drop(self, writer: MetricWriter, error: OSError) -> None:
+        LOG.warning(
+            "%s cannot store metrics: %s; training continues without it, and the log has them all",
+            type(writer).__name__, error.strerror or error,
+        )  # fmt: skip
+        self._writers.remove(writer)
+        with suppress(OSError):
             writer.close()
 
 
@@ -87,12 +133,18 @@ def build_writer(logging_config: LoggingConfig, rank: int, run_config: Mapping[s
     `run_config` is shown beside the run where the service has a place for it.
 
     Raises:
-        ConfigError: Weights & Biases is asked for and not installed.
+        ConfigError: Weights & Biases is asked for and not installed, or TensorBoard's folder cannot be written.
     """
     writers: list[MetricWriter] = []
     if rank == 0 and logging_config.wandb_project:
         name, directory = logging_config.wandb_exp_name, logging_config.wandb_save_dir
         writers.append(WandbWriter(logging_config.wandb_project, name, directory, run_config))
     if rank == 0 and logging_config.tensorboard_dir:
-        writers.append(TensorBoardWriter(logging_config.tensorboard_dir))
+        try:
+            writers.append(TensorBoardWriter(logging_config.tensorboard_dir))
+        except OSError as error:
+            folder, reason = logging_config.tensorboard_dir, error.strerror
+            raise ConfigError(
+                f"--tensorboard-dir ({folder}) cannot be written: {reason}; make room, or name another folder."
+            ) from error
     return WriterGroup(writers)

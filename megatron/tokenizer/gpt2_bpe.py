@@ -1,5 +1,11 @@
-"""GPT-2's byte-level byte-pair encoding from vocab.json and merges.txt. Any text goes through unchanged."""
+"""GPT-2's byte-level byte-pair encoding from vocab.json and merges.txt. Any text goes through unchanged.
 
+Neither file holds a checksum, but each determines much of the other: every token is a byte, a special token, or made by
+a merge of two that are made before it, and every merge makes a token. So a file that is cut off shows, and so does a
+file of another pair.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +16,7 @@ from megatron.tokenizer.errors import TokenizerError
 from megatron.tokenizer.text import encode_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
+SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 
 
 class GPT2BPETokenizer:
@@ -31,7 +38,13 @@ class GPT2BPETokenizer:
                 f"--vocab-file ({vocab_file}) lacks {len(missing)} tokens, {missing[0]!r} among them; it must hold all "
                 f"256 bytes and {END_OF_DOCUMENT}; give GPT-2's vocab.json or make one with tools/train_tokenizer.py."
             )
-        self.vocab_size = max(vocab.values()) + 1
+        fault = find_fault(vocab, merges)
+        if fault is not None:
+            raise TokenizerError(
+                f"--merge-file ({merge_file}) does not go with --vocab-file ({vocab_file}): {fault}; fetch both files "
+                "again; for a vocabulary with other special tokens than <..> and [..] use HFTokenizer."
+            )
+        self.vocab_size = len(vocab)
         self.eod = vocab[END_OF_DOCUMENT]
 
     def tokenize(self, text: str) -> list[int]:
@@ -39,6 +52,28 @@ class GPT2BPETokenizer:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def find_fault(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> str | None:
+    """Why a vocabulary and the merges that are to make it are not as they were written; None if they may be."""
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        return f"the {len(vocab)} tokens of the vocabulary do not have the ids 0 to {len(vocab) - 1}, each once"
+    made = set(pre_tokenizers.ByteLevel.alphabet())
+    seen: set[tuple[str, str]] = set()
+    for number, pair in enumerate(merges, start=1):
+        unmade = [part for part in pair if part not in made]
+        if unmade or pair in seen:
+            reason = "is there before" if pair in seen else f"needs {unmade[0]!r}, which none before it makes"
+            return f"merge {number} of {len(merges)}, {' '.join(pair)!r}, {reason}"
+        seen.add(pair)
+        made.add("".join(pair))
+    unmade = [token for token in sorted(vocab, key=vocab.__getitem__) if token not in made]
+    unmade = [token for token in unmade if not SPECIAL_TOKEN.fullmatch(token)]
+    if unmade:
+        return (
+            f"none of the {len(merges)} merges makes {unmade[0]!r} and {len(unmade) - 1} other tokens of the vocabulary"
+        )
+    return None
 
 
 def byte_level_bpe(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:

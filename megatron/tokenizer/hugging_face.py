@@ -1,12 +1,12 @@
 """Any tokenizer.json of the Hugging Face tokenizers library, read without transformers."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 
+from megatron.core.json_text import parse_json
 from megatron.tokenizer.errors import TokenizerError
 from megatron.tokenizer.text import encode_text
 
@@ -82,9 +82,9 @@ def _configured_eos(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not JSON: {error}; repair or remove it.") from error
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} is no readable JSON: {error}; repair or remove it.") from error
     token = config.get("eos_token") if isinstance(config, dict) else None
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None

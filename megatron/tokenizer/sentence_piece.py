@@ -8,6 +8,9 @@ import sentencepiece
 from megatron.tokenizer.errors import TokenizerError
 from megatron.tokenizer.text import valid_unicode
 
+# Of the library's ModelProto: how the model was trained, and how it changes a text first; every model ends with both.
+TRAINER_SPEC, NORMALIZER_SPEC = 2, 3
+WITH_LENGTH = 2
 END_OF_DOCUMENT_PIECES = ("<eod>", "<EOD>", "<|endoftext|>")
 
 
@@ -24,6 +27,12 @@ class SentencePieceTokenizer:
             raise TokenizerError(
                 f"--tokenizer-model ({model_file}) is not a SentencePiece model: {error}; give a tokenizer.model file."
             ) from error
+        # Without them the library splits text otherwise, and does not say so.
+        if not {TRAINER_SPEC, NORMALIZER_SPEC} <= _fields_of(model_file.read_bytes()):
+            raise TokenizerError(
+                f"--tokenizer-model ({model_file}) breaks off before the settings that end a SentencePiece model; "
+                "fetch the file again."
+            )
         self.vocab_size = int(self._processor.get_piece_size())
         self.eod = self._find_eod(model_file)
 
@@ -47,3 +56,25 @@ class SentencePieceTokenizer:
             f"{', '.join(END_OF_DOCUMENT_PIECES)} that is a control piece, which no text can spell; give a model that "
             "was trained with one."
         )
+
+
+def _fields_of(message: bytes) -> set[int]:
+    """The numbers of the fields that begin a protobuf message, up to the first without a length of its own."""
+    fields, place = set(), 0
+    while place < len(message):
+        key, place = _varint(message, place)
+        if key & 7 != WITH_LENGTH:  # of an extension, behind all that the library defines
+            break
+        length, place = _varint(message, place)
+        fields.add(key >> 3)
+        place += length
+    return fields
+
+
+def _varint(message: bytes, place: int) -> tuple[int, int]:
+    """A number in protobuf's form, seven bits a byte, the least first, and the place behind it."""
+    number = shift = 0
+    while message[place] & 0x80:
+        number |= (message[place] & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+    return number | message[place] << shift, place + 1

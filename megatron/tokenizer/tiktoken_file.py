@@ -118,8 +118,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
                 "rank; give Llama 3's original/tokenizer.model or a .tiktoken file, or choose another --tokenizer-type."
             ) from error
     missing = sum(bytes([byte]) not in ranks for byte in range(256))
-    if missing or len(set(ranks.values())) != len(ranks):
-        fault = f"lacks {missing} of the 256 bytes" if missing else "gives two tokens one rank"
+    if missing or sorted(ranks.values()) != list(range(len(ranks))):
+        fault = f"lacks {missing} of the 256 bytes" if missing else "does not give each rank from 0 on to one token"
         raise TokenizerError(f"--tokenizer-model ({path}) {fault}; the file is damaged, fetch it again.")
     return ranks
 

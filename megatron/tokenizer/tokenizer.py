@@ -1,5 +1,6 @@
 """From --tokenizer-type and its files to a tokenizer."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, get_args
@@ -45,16 +46,16 @@ def build_tokenizer(
         raise TokenizerError(f"--tokenizer-type ({tokenizer_type}) is unknown; use one of {allowed}.")
     if tokenizer_type == "GPT2BPETokenizer":
         return GPT2BPETokenizer(
-            _existing(tokenizer_type, "--vocab-file", vocab_file, Path.is_file),
-            _existing(tokenizer_type, "--merge-file", merge_file, Path.is_file),
+            _existing(tokenizer_type, "--vocab-file", vocab_file, os.path.isfile),
+            _existing(tokenizer_type, "--merge-file", merge_file, os.path.isfile),
         )
     if tokenizer_type in ("HFTokenizer", "HuggingFaceTokenizer"):
-        return HFTokenizer(_existing(tokenizer_type, "--tokenizer-model", tokenizer_model, Path.exists))
+        return HFTokenizer(_existing(tokenizer_type, "--tokenizer-model", tokenizer_model, os.path.exists))
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None or vocab_size < 1:
             raise TokenizerError(f"NullTokenizer needs --vocab-size (got {vocab_size}) of 1 or more; add it.")
         return NullTokenizer(vocab_size)
-    model_file = _existing(tokenizer_type, "--tokenizer-model", tokenizer_model, Path.is_file)
+    model_file = _existing(tokenizer_type, "--tokenizer-model", tokenizer_model, os.path.isfile)
     if tokenizer_type == "TikTokenizer":
         return TikTokenizer(model_file, tiktoken_pattern)
     return SentencePieceTokenizer(model_file)

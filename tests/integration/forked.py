@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.distributed.launcher import REPOSITORY, free_port
 
-PRELOADED = ["deepspeed", "torch.utils.tensorboard", "pretrain_gpt"]
+PRELOADED = ["deepspeed", "tensorboard.summary.writer.record_writer", "pretrain_gpt"]
 POLL_SECONDS = 0.005
 
 

@@ -83,9 +83,11 @@ def test_packed_conversations_have_loss_and_gradients_of_those_alone(tmp_path: P
 def test_a_run_that_is_resumed_in_a_later_epoch_takes_the_samples_that_it_would_have(
     conversations: Path, tmp_path: Path
 ) -> None:
+    array = tmp_path / "array.json"  # of the same conversations
+    array.write_text(json.dumps([json.loads(line) for line in conversations.read_text().splitlines()], indent=2))
     data = ["--train-data-path", str(conversations), "--valid-data-path", str(conversations)]
     flags = [*FLAGS, *MODELS["llama"], *data, "--lr-decay-iters", "20", "--global-batch-size", "8"]
-    whole = train([*flags, "--train-iters", "8"], tmp_path / "whole", script=SCRIPT)
+    whole = train([*flags, "--train-data-path", str(array), "--train-iters", "8"], tmp_path / "whole", script=SCRIPT)
     checkpoints = ["--save", str(tmp_path / "saved"), "--load", str(tmp_path / "saved")]
     train([*flags, *checkpoints, "--train-iters", "5"], tmp_path / "first", script=SCRIPT)
     rest = train([*flags, *checkpoints, "--train-iters", "8"], tmp_path / "rest", script=SCRIPT)

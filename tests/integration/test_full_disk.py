@@ -13,6 +13,7 @@ from tests.integration.test_bad_input import assert_one_clear_line
 
 SMALL_FILES = REPOSITORY / "tests/integration/small_files.py"
 SPREAD = [*OFFLOADED, *ranks(2, 3)]
+PAGE_BYTES = 4096
 FREE_BYTES = 100_000  # less than a checkpoint takes
 
 
@@ -68,6 +69,20 @@ def test_a_full_disk_ends_all_and_the_checkpoint_before_stands(corpus: Path, tmp
     ended = go_on(corpus, saved)
     assert_all_ranks_ended(ended, ["global_step3 cannot be saved: No space left on device", f"--load {saved}"])
     assert state_of(saved) == before
+
+
+def test_metrics_and_timeline_on_a_full_disk_do_not_end_the_training(corpus: Path, disk: Path) -> None:
+    with (disk / "ballast").open("wb") as ballast:
+        ballast.write(bytes(shutil.disk_usage(disk).free - PAGE_BYTES))  # the event file takes the last page
+    profile = ["--profile", "--profile-step-start", "1", "--profile-step-end", "2", "--tensorboard-dir", str(disk)]
+    with Ranks([*base_flags(corpus), *profile, "--train-iters", "20", "--log-interval", "1"]) as run:
+        (ended,) = run.wait()
+    assert ended.exit_code == 0
+    lines = [line for line in ended.stdout.splitlines() if "No space left on device" in line]
+    reporters = [line.partition(" cannot ")[0] for line in lines]
+    assert sorted(reporters) == ["WARNING: --profile", "WARNING: TensorBoardWriter"]
+    assert "iteration       20/" in ended.stdout
+    assert "Traceback" not in ended.stdout + ended.stderr
 
 
 def test_a_disk_that_cannot_be_written_is_seen_before_the_training(corpus: Path, disk: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron.config import ConfigError
+from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDatasetWriter
 from megatron.preflight import Vocabulary, check_indexed_data, check_inputs, check_writable
 from megatron.tokenizer import TokenizerError
@@ -31,6 +32,11 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("megatron.preflight.os.access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="cannot be written; name a folder"):
         check_writable("--tensorboard-dir", tmp_path)
+
+
+def test_a_folder_whose_name_is_too_long_is_refused_by_the_flag(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--tensorboard-dir gives a file or folder a name of 256 bytes, xxx"):
+        check_writable("--tensorboard-dir", tmp_path / ("x" * 256) / "run")
 
 
 def test_a_warm_up_that_is_too_long_is_refused_before_anything_is_read() -> None:

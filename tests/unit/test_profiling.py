@@ -1,6 +1,7 @@
 import gzip
 import json
 import logging
+import re
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -75,6 +76,19 @@ def test_a_step_that_fails_leaves_its_trace(tmp_path):
     with pytest.raises(ZeroDivisionError), closing(profiler(tmp_path)) as failing, failing.step(3):
         _ = 1 / 0
     assert (tmp_path / "rank0-iterations-3-3.trace.json.gz").is_file()
+
+
+@pytest.mark.parametrize("ending", ["trace.json.gz", "summary.json"])
+def test_a_full_disk_leaves_out_the_timeline_and_no_part_of_it(tmp_path, caplog, ending):
+    caplog.set_level(logging.INFO)
+    (tmp_path / f"rank0-iterations-3-4.{ending}").symlink_to("/dev/full")
+    train(profiler(tmp_path), range(1, 7))
+    assert list(tmp_path.iterdir()) == []
+    last = caplog.records[-1]
+    assert last.levelname == "WARNING"
+    assert re.fullmatch(
+        r"--profile cannot write .*: No space left on device; training continues without it", last.getMessage()
+    )
 
 
 def test_ranges_within_others_count_once():

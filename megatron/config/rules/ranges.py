@@ -73,6 +73,7 @@ RANGES = {
     "rope_scaling_mscale_all_dim": POSITIVE,
     "layernorm_epsilon": Range(0, low_open=True, example="1e-5"),
     "make_vocab_size_divisible_by": WIDTH,
+    "max_document_mb": Range(1, example="256", ceiling=2**20),
     "prefetch_microbatches": replace(SMALL_COUNT, low=0),
     "attention_dropout": PROBABILITY,
     "hidden_dropout": PROBABILITY,

@@ -7,12 +7,13 @@ import pytest
 
 from megatron.data.errors import DataError
 from megatron.data.packed_files import open_unpacked, require
+from megatron.data.text_files import read_documents
 
 CONTENT = b"".join(b"%d a line of some length\n" % number for number in range(20_000))
 
 
 def zstd(content: bytes) -> bytes:
-    compressed: bytes = pytest.importorskip("zstandard").compress(content)
+    compressed: bytes = pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress(content)
     return compressed
 
 
@@ -60,6 +61,34 @@ def test_a_damaged_stream_in_a_gzip_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.gz cannot be read"):
         read(tmp_path / "a.gz")
+
+
+@pytest.mark.parametrize("has_checksum", [True, False])
+def test_one_file_without_checksums_is_named_once(
+    tmp_path: Path, has_checksum: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    for name in ("a.zst", "b.zst"):
+        content = zstandard.ZstdCompressor(write_checksum=has_checksum).compress(b'{"text": "a"}\n')
+        (tmp_path / name).write_bytes(content)
+    paths = [tmp_path / "a.zst", tmp_path / "b.zst"]
+    assert len(list(read_documents(paths, "jsonl", ["text"]))) == 2
+    expected = [f"{paths[0]} has no checksums, so that damage to it cannot be seen; no other file is named"]
+    assert [record.getMessage() for record in caplog.records] == ([] if has_checksum else expected)
+
+
+@pytest.mark.parametrize("name, pack", PACKED)
+def test_a_bit_changed_anywhere_in_a_file_with_checksums_gives_no_other_text(
+    tmp_path: Path, name: str, pack: Callable[[bytes], bytes]
+) -> None:
+    path, content = tmp_path / name, CONTENT[:2000]
+    whole = pack(content)
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        try:
+            assert read(path) == content, f"byte {place}"
+        except DataError:
+            continue
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(

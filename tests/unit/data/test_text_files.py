@@ -33,8 +33,10 @@ def test_input_that_is_not_there_is_named(tmp_path: Path) -> None:
     "content, message",
     [
         (b'{"text": "a"}\n{"text": ', r"a\.jsonl, line 2: not JSON"),
-        (b'["a"]\n', r"line 1: a JSON list; every line must be an object"),
+        (b'{"text": "a"}\n["a"]\n', r"line 2: a JSON list; every record must be an object"),
         (b'{"body": "a"}\n', r"line 1: no text under the key 'text'; keys found: body; name one by --json-keys"),
+        (b'{"text": ' + b"[" * 100_000 + b"\n", r"line 1: not JSON \(brackets are nested too deep\)"),
+        (b'{"text": ' + b"9" * 5000 + b"}\n", r"line 1: not JSON \(Exceeds the limit"),
         (b'{"text": 3}\n', r"line 1: no text under the key 'text'"),
         (b'{"text": "\xff"}\n', r"line 1: not UTF-8"),
     ],

@@ -1,5 +1,6 @@
 """Three forms of a line, and one clear sentence about any other."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,35 @@ def test_each_form_is_read(tmp_path: Path, record: dict[str, Any], question: str
     assert list(read_conversations(path)) == [(2, (Message("user", question), Message("assistant", "yes")))]
 
 
+def test_a_file_may_be_one_array_and_packed(tmp_path: Path) -> None:
+    records = [{"instruction": "ready?", "input": "", "output": "yes"}, {"messages": [QUESTION, ANSWER]}]
+    expected = [(number, (Message("user", "ready?"), Message("assistant", "yes"))) for number in (1, 2)]
+    path = tmp_path / "alpaca_data.json"
+    path.write_text(json.dumps(records, indent=4))
+    assert list(read_conversations(path)) == expected
+    packed = tmp_path / "lines.jsonl.gz"
+    packed.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
+    assert list(read_conversations(packed)) == expected
+    path.write_text(json.dumps([*records, {"text": "plain"}]))
+    with pytest.raises(DataError, match=r"alpaca_data\.json, entry 3: keys text; give an object with"):
+        list(read_conversations(path))
+
+
+@pytest.mark.parametrize("form", ['{"prompt": "a", "response": "b"}\n%s\n', '[{"prompt": "a", "response": "b"},%s]'])
+def test_a_conversation_that_is_too_long_for_memory_is_named(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "data"
+    path.write_text(form % json.dumps({"prompt": "a" * 2**20, "response": "b"}))
+    with pytest.raises(DataError, match=r"data, (line|entry) 2: more than --max-document-mb \(1\) MiB"):
+        list(read_conversations(path, max_document_mb=1))
+    assert len(list(read_conversations(path, max_document_mb=2))) == 2
+
+
 @pytest.mark.parametrize(
     "line, words",
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON (brackets are nested too deep)"),
+        ('{"prompt": ' + "9" * 5000 + "}", "not JSON (Exceeds the limit"),
         ("[1]", "a JSON list; give an object"),
         ({"text": "plain"}, 'keys text; give an object with "messages"'),
         ({"messages": "hello"}, '"messages" is no list'),

@@ -132,11 +132,29 @@ def test_a_header_that_is_not_in_the_generation_prompt_does_not_count(make_chat:
         ("{% for m in messages %}{{ m.content.upper() }}{% endfor %}", "does not write the answer of turn 2"),
         ("{{ raise_exception('no such chat') }}", "refuses it: no such chat"),
         ("{{ messages[0].content + messages | length | string + messages[-1].content }}", "in another way"),
+        ("{{ 1 / (messages | length - 2) }}", "refuses it: ZeroDivisionError: division by zero; change the line or"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses it: RecursionError: maximum recursion depth"),
+        ("{{ messages[0].content.encode('ascii').decode('x') }}", "refuses it: LookupError: unknown encoding: x;"),
+        ("{{ 'a' * 10 ** 15 }}{{ messages[0].content }}", "refuses it: MemoryError"),
+        ("{% for i in range(messages | length * 99999) %}{% endfor %}", "refuses it: OverflowError: Range too big"),
+        ("{{ raise_exception('two\nlines') }}", "refuses it: two lines; change the line"),
     ],
 )
 def test_a_template_that_cannot_serve_is_refused(make_chat: Callable[[str], Chat], template: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
         encode_with(make_chat("hf chatml"), template)
+
+
+@pytest.mark.parametrize("length", ["99999", "messages | length * 9999"])
+def test_a_template_without_an_end_is_refused(
+    make_chat: Callable[[str], Chat], monkeypatch: pytest.MonkeyPatch, length: str
+) -> None:
+    monkeypatch.setattr("megatron.finetuning.chat_template.SECONDS_TO_RENDER", 0.2)
+    loop = f"{{% for i in range({length}) %}}"
+    template = f"{loop * 3}{'{% endfor %}' * 3}"
+    with pytest.raises(DataError, match=r"refuses it: it takes more than 0\.2 seconds; change the line or"):
+        encode_with(make_chat("hf chatml"), template)
+    assert len(encode_with(make_chat("hf chatml"), CHATML)) > 0
 
 
 def test_an_answer_that_nothing_precedes_has_nothing_to_learn() -> None:

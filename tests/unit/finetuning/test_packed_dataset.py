@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,8 @@ from megatron.batch import Sample, slice_batch
 from megatron.config import TokenizerConfig
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.errors import DataError
-from megatron.finetuning.chat_template import PlainTemplate
+from megatron.finetuning.chat_template import Part, PlainTemplate
+from megatron.finetuning.conversations import Conversation
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.finetuning.packed_dataset import Conversations, PackedDataset, choose
 from megatron.finetuning.token_cache import StoredConversation, TokenCache, tokenized, tokenizer_fingerprint
@@ -183,6 +185,34 @@ def test_a_file_is_tokenised_once_and_again_when_it_changes(tmp_path: Path) -> N
     write(path, PAIRS[:2])
     assert len(cache_of(path)) == 2
     assert len(set((tmp_path / "cache").glob("*-conversations"))) == 2
+
+
+def test_an_edit_that_keeps_size_and_time_is_seen_and_a_copy_is_not_tokenized_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "a")
+    status = path.stat()
+    cache_of(path)
+    copied = path.with_name("copy")
+    shutil.copy(path, copied)
+    assert cache_of(copied).path == copied
+    assert len(list((tmp_path / "cache").glob("*-conversations"))) == 1
+    path.write_text(path.read_text().replace("18", "19"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert cache_of(path)[3].tokens(0, 3).tolist() == [17, 19, END]
+
+
+def test_a_file_that_changes_while_it_is_tokenized_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a")
+
+    class Growing(PlainTemplate):
+        def render(self, conversation: Conversation) -> list[Part]:
+            path.write_text(path.read_text() + "\n")
+            return super().render(conversation)
+
+    encoder = ConversationEncoder(NullTokenizer(END), Growing(names_roles=False))
+    with pytest.raises(DataError, match="a was changed while it was tokenized; run again"):
+        tokenized(path, tmp_path / "cache", encoder, "tokenizer")
+    assert not list((tmp_path / "cache").glob("*-conversations"))
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "samples.npy"])

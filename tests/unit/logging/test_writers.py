@@ -1,3 +1,5 @@
+import errno
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
@@ -6,7 +8,8 @@ import pytest
 
 from megatron.config.errors import ConfigError
 from megatron.config.logging import LoggingConfig
-from megatron.logging.writers import WriterGroup, build_writer
+from megatron.logging.run_history import read_run
+from megatron.logging.writers import TensorBoardWriter, WriterGroup, build_writer
 
 
 class RecordingRun:
@@ -32,6 +35,31 @@ def test_tensorboard_stores_the_scalars(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("lm loss")] == [(3, 2.5), (4, 2.25)]
     assert [(event.step, event.value) for event in events.Scalars("grad norm")] == [(3, 1.0)]
+
+
+def test_a_disk_that_is_full_ends_the_metrics_with_one_warning_and_nothing_else(tmp_path, caplog):
+    first, second = (build_writer(LoggingConfig(tensorboard_dir=str(tmp_path / name)), rank=0) for name in "ab")
+    (broken,), (whole,) = first._writers, second._writers
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), broken._file.fileno())
+    group = WriterGroup([broken, whole])
+    for step in (1, 2, 3):
+        group.write(step, {"lm loss": 1.0})
+    group.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "TensorBoardWriter cannot store metrics: No space left on device; training continues without it, and the log "
+        "has them all"
+    ]
+    assert read_run(tmp_path / "b").series["lm loss"] == {1: 1.0, 2: 1.0, 3: 1.0}
+
+
+def test_a_full_disk_at_the_start_is_refused(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardWriter, "_add", refuse)
+    with pytest.raises(ConfigError, match=r"--tensorboard-dir \(.*\) cannot be written: No space left"):
+        build_writer(LoggingConfig(tensorboard_dir=str(tmp_path)), rank=0)
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -62,3 +62,66 @@ def test_a_broken_vocabulary_is_named(bpe_files: tuple[Path, Path]) -> None:
     bpe_files[0].write_text("{")
     with pytest.raises(TokenizerError, match=r"vocab\.json\) and --merge-file \(.*\) are not a byte-level BPE"):
         build_tokenizer("GPT2BPETokenizer", *map(str, bpe_files))
+
+
+def assert_refused(files: tuple[Path, Path], words: str) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        GPT2BPETokenizer(*files)
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+    assert all(str(file) in message for file in files)
+
+
+@pytest.mark.parametrize("num_bytes", range(len("#version: 0.2\nt h\nth e\nĠ the\na a".encode())))
+def test_merges_that_break_off_anywhere_are_refused(bpe_files: tuple[Path, Path], num_bytes: int) -> None:
+    bpe_files[1].write_bytes(bpe_files[1].read_bytes()[:num_bytes])
+    assert_refused(bpe_files, "")
+
+
+@pytest.mark.parametrize("num_bytes", range(2, 4000, 37))
+def test_a_vocabulary_that_breaks_off_anywhere_is_refused(bpe_files: tuple[Path, Path], num_bytes: int) -> None:
+    bpe_files[0].write_bytes(bpe_files[0].read_bytes()[:-num_bytes])
+    assert_refused(bpe_files, "not a byte-level BPE")
+
+
+@pytest.mark.parametrize(
+    "merges, words",
+    [
+        ("#version: 0.2", "none of the 0 merges makes 'th' and 3 other tokens of the vocabulary"),
+        ("t h\nth e\nĠ the", "none of the 3 merges makes 'aa' and 0 other tokens"),
+        ("t h\nĠ the\nth e\na a", "merge 2 of 4, 'Ġ the', needs 'the', which none before it makes"),
+        ("t h\nth e\nĠ the\nt h\na a", "merge 4 of 5, 't h', is there before"),
+        ("t h\nth e\nĠ the\na a\na b", "not a byte-level BPE: "),
+    ],
+    ids=["none", "one left out", "another order", "one twice", "one too many"],
+)
+def test_merges_that_do_not_make_the_vocabulary_are_refused(
+    bpe_files: tuple[Path, Path], merges: str, words: str
+) -> None:
+    bpe_files[1].write_text(f"{merges}\n")
+    assert_refused(bpe_files, words)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"<|endoftext|>": 259}, "the 261 tokens of the vocabulary do not have the ids 0 to 260, each once"),
+        ({"<|endoftext|>": 400}, "do not have the ids 0 to 260, each once"),
+        ({"left over": 261}, "none of the 4 merges makes 'left over' and 0 other tokens"),
+    ],
+    ids=["one id twice", "a hole", "an unmade token"],
+)
+def test_a_vocabulary_with_other_ids_or_tokens_is_refused(
+    bpe_files: tuple[Path, Path], change: dict[str, int], words: str
+) -> None:
+    bpe_files[0].write_text(json.dumps(json.loads(bpe_files[0].read_text()) | change))
+    assert_refused(bpe_files, words)
+
+
+def test_special_tokens_need_no_merge_wherever_they_stand(bpe_files: tuple[Path, Path]) -> None:
+    special = ["<|endoftext|>", "<|im_start|>", "<file_sep>", "[PAD]"]
+    vocab = [token for token in json.loads(bpe_files[0].read_text()) if token not in special]
+    bpe_files[0].write_text(json.dumps({token: number for number, token in enumerate([*special, *vocab])}))
+    tokenizer = GPT2BPETokenizer(*bpe_files)
+    assert (tokenizer.vocab_size, tokenizer.eod) == (264, 0)

@@ -97,3 +97,12 @@ def test_a_folder_or_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"is not a tokenizer\.json"):
         HFTokenizer(tmp_path)
+
+
+def test_a_file_that_breaks_off_anywhere_is_refused(model_folder: Path) -> None:
+    path = model_folder / "tokenizer.json"
+    whole = path.read_bytes().strip()
+    for num_bytes in range(0, len(whole), 7):
+        path.write_bytes(whole[:num_bytes])
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json\) is not a tokenizer\.json"):
+            HFTokenizer(model_folder)

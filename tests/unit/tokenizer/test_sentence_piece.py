@@ -76,3 +76,15 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(TokenizerError, match=r"tokenizer\.model\) is not a SentencePiece model"):
         SentencePieceTokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_a_model_that_breaks_off_anywhere_is_refused(tmp_path: Path, model_type: str) -> None:
+    path = train(tmp_path / "tokenizer.model", model_type=model_type, normalization_rule_name="identity")
+    whole = path.read_bytes()
+    for num_bytes in range(len(whole)):
+        path.write_bytes(whole[:num_bytes])
+        with pytest.raises(TokenizerError, match=r"\.model\) (breaks off before|is not a SentencePiece)"):
+            SentencePieceTokenizer(path)
+    path.write_bytes(whole)
+    assert SentencePieceTokenizer(path).vocab_size > 3

@@ -165,9 +165,11 @@ def test_a_file_that_would_lose_text_is_refused(tmp_path: Path) -> None:
     path.write_bytes(lines([bytes([k]) for k in range(1, 256)]))
     with pytest.raises(TokenizerError, match="lacks 1 of the 256 bytes; the file is damaged"):
         read_ranks(path)
-    path.write_bytes(lines([bytes([k]) for k in range(256)]) + b"YWE= 7\n")
-    with pytest.raises(TokenizerError, match="gives two tokens one rank"):
-        read_ranks(path)
+    # A rank cut short, two ranks of one token, and a line that is missing.
+    for more in (b"YWE= 25", b"YWE= 256\nYWE= 257\n", b"YWE= 257\n"):
+        path.write_bytes(lines([bytes([k]) for k in range(256)]) + more)
+        with pytest.raises(TokenizerError, match="does not give each rank from 0 on to one token"):
+            read_ranks(path)
 
 
 def test_without_the_package_the_error_says_how_to_install_it(

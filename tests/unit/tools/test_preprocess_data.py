@@ -84,3 +84,68 @@ def test_missing_input_and_missing_tokenizer_files_exit_with_2(tmp_path: Path) -
     assert run_tool("preprocess_data", "--input", tmp_path / "nowhere.jsonl", *NUMBERS, *output) == 2
     source = write_lines(tmp_path / "a.jsonl", {"text": "1"})
     assert run_tool("preprocess_data", "--input", source, "--tokenizer-type", "GPT2BPETokenizer", *output) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("form", ["a.jsonl", "a.json"])
+def test_a_line_that_is_too_long_is_refused_or_left_out(
+    tmp_path: Path, form: str, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = [{"text": "1 2"}, {"text": "3 " * 2**20}, {"text": "4"}]
+    source = tmp_path / form
+    if form == "a.json":
+        source.write_text(json.dumps(documents))
+    else:
+        write_lines(source, *documents)
+    flags = ("--input", source, *NUMBERS, "--workers", workers, "--output-prefix", tmp_path / "out")
+    assert run_tool("preprocess_data", *flags, "--max-document-mb", 1) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{source}, {'entry' if form == 'a.json' else 'line'} 2: more than --max-document-mb (1) MiB; cut it" in line
+    assert run_tool("preprocess_data", *flags, "--max-document-mb", 1, "--skip-bad-lines") == 0
+    assert tokens_of(tmp_path / "out_text_document") == [[1, 2], [4]]
+    assert "1 bad lines were left out" in capsys.readouterr().out
+    assert run_tool("preprocess_data", *flags) == 0
+    assert [len(document) for document in tokens_of(tmp_path / "out_text_document")] == [2, 2**20, 1]
+
+
+@pytest.mark.parametrize(
+    "tool, flags, words",
+    [
+        ("preprocess_data", ("--input", "a.jsonl", *NUMBERS, "--output-prefix", "x" * 238), "of 256 bytes, xxx"),
+        ("preprocess_data", ("--input", "a.jsonl", *NUMBERS, "--output-prefix", "x/" + "é" * 130), "--output-prefix"),
+        ("preprocess_data", ("--input", "a.jsonl", *NUMBERS, "--output-prefix", "x", "--json-keys", "k" * 300), "json"),
+        ("preprocess_data", ("--input", "x" * 300, *NUMBERS, "--output-prefix", "x"), "stands for no jsonl"),
+        ("preprocess_data", ("--input", "a.jsonl", "--tokenizer-type", "HFTokenizer", "--tokenizer-model", "x" * 300,
+                             "--output-prefix", "x"), "--tokenizer-model (xxx"),
+        ("preprocess_data", ("--input", "a.jsonl", *NUMBERS, "--output-prefix", "x", "--max-document-mb", 10**20),
+         "--max-document-mb (100000000000000000000) must be 1 to 1048576; use for example 256"),
+        ("train_tokenizer", ("--input", "a.jsonl", "--vocab-size", 300, "--output-dir", "x", "--max-document-mb", 0),
+         "--max-document-mb (0) must be 1 to 1048576"),
+        ("merge_datasets", ("--input", "a", "--output-prefix", "x" * 252), "--output-prefix gives a file"),
+        ("merge_datasets", ("--input", "x" * 300, "--output-prefix", "x"), "is missing"),
+        ("inspect_dataset", ("x" * 300,), "is missing"),
+        ("train_tokenizer", ("--input", "a.jsonl", "--vocab-size", 300, "--output-dir", "x" * 256), "--output-dir"),
+    ],
+)  # fmt: skip
+def test_a_name_or_a_limit_that_cannot_be_is_one_line_before_anything_is_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tool: str,
+    flags: tuple[object, ...],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "a.jsonl", {"text": "1"})
+    assert run_tool(tool, *flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_the_longest_name_that_fits_is_written(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", {"text": "1"})
+    prefix = tmp_path / ("x" * 237)
+    assert run_tool("preprocess_data", "--input", source, *NUMBERS, "--output-prefix", prefix) == 0
+    assert tokens_of(Path(f"{prefix}_text_document")) == [[1]]

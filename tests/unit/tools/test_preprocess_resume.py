@@ -139,7 +139,11 @@ def test_a_changed_input_that_was_read_is_refused_by_name(
     interrupt_after(tool, monkeypatch, 5)
     tool.main(words(corpus))
     capsys.readouterr()
-    os.utime(corpus / "0.jsonl", ns=(1, 1))
+    first = corpus / "0.jsonl"
+    status = first.stat()
+    first.write_text(first.read_text().replace("9", "8"))
+    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert first.stat().st_size == status.st_size
     assert tool.main(words(corpus)) == 2
     assert "0.jsonl, has changed; give --restart to begin anew" in capsys.readouterr().err
     (corpus / "-.jsonl").write_text('{"a": "1", "b": "1"}\n')
