@@ -4,6 +4,7 @@
     tools/hf2megads_weight_converter.py to-megatron HF_FOLDER OUT
     tools/hf2megads_weight_converter.py to-hf WEIGHTS OUT
     tools/hf2megads_weight_converter.py flags HF_FOLDER
+    tools/hf2megads_weight_converter.py --hf-ckpt-dir HF_FOLDER --save OUT ...             as Megatron-DeepSpeed's
 
 to-megatron turns a Hugging Face folder (config.json and safetensors) into portable weights, which --load takes, and
 prints the flags of pretrain_gpt.py that describe the model; it takes a checkpoint of upstream's Megatron-DeepSpeed as
@@ -22,6 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from upstream_converter import Translation, is_upstream_line, translate
 
 from megatron.tokenizer import TokenizerError
 from megatron.tokenizer.hugging_face import HFTokenizer
@@ -40,8 +44,9 @@ from megatron.weights.hugging_face import (
 )
 from megatron.weights.megatron_deepspeed import MegatronDeepSpeedCheckpoint, is_megatron_deepspeed
 from megatron.weights.opening import newest_checkpoint, open_state
-from megatron.weights.portable_config import PortableConfig, read_json
+from megatron.weights.portable_config import CONFIG_FILE, PortableConfig
 from megatron.weights.safetensors_folder import DEFAULT_MAX_SHARD_BYTES
+from megatron.weights.source import WeightSource
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,17 +76,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--vocab-size", type=int, help="rows to keep [those before the padding, where it is known]")
     flags = directions.add_parser("flags", help="the flags of pretrain_gpt.py that describe a Hugging Face model")
     flags.add_argument("source", type=Path, help="folder to read")
-    arguments = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    translation = translate(argv) if is_upstream_line(argv) else Translation(argv)
+    arguments = parser.parse_args(translation.argv, argparse.Namespace(translation=translation))
     for flag in ("max_shard_size", "make_vocab_size_divisible_by", "vocab_size"):
         value = getattr(arguments, flag, None)
-        if value is not None and value < 1:
-            parser.error(f"--{flag.replace('_', '-')} ({value:g}) must be 1 or more.")
+        if value is not None and not 1 <= value < 2**63:
+            parser.error(f"--{flag.replace('_', '-')} ({value:g}) must be 1 or more, and fit into 63 bits.")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
+        for note in arguments.translation.notes:
+            print(f"note: {note}")
+        arguments.translation.check()
         if arguments.direction == "flags":
             print(" ".join(training_flags(read_hugging_face_config(arguments.source))))
             return 0
@@ -108,14 +118,22 @@ def to_megatron(arguments: argparse.Namespace, settings: Settings) -> None:
     print(f"--load {shlex.quote(str(arguments.out))} {' '.join(training_flags(portable))}")
 
 
+def opened(path: Path) -> tuple[PortableConfig, WeightSource]:
+    """Weights in our names: portable ones, a training checkpoint, or one of upstream's."""
+    if is_megatron_deepspeed(path) and not (path / CONFIG_FILE).is_file():
+        upstream = MegatronDeepSpeedCheckpoint(path)
+        return upstream.config(), upstream
+    weights = open_state(path)
+    return PortableConfig.read(path, num_rows(weights)), weights
+
+
 def to_hf(arguments: argparse.Namespace, settings: Settings) -> None:
     """Write a Hugging Face folder."""
-    weights = open_state(arguments.source)
-    portable = PortableConfig.read(newest_checkpoint(arguments.source), num_rows(weights))
+    portable, weights = opened(newest_checkpoint(arguments.source))
     beside = [arguments.source]
     if arguments.like is not None:
-        like = read_json(arguments.like / "config.json")
-        portable = replace(portable, hugging_face=like, vocab_size=like.get("vocab_size", portable.vocab_size))
+        like = read_hugging_face_config(arguments.like)
+        portable = replace(portable, hugging_face=like.hugging_face, vocab_size=like.vocab_size)
         beside.insert(0, arguments.like)
     if arguments.tokenizer is not None:
         tokenizer = HFTokenizer(arguments.tokenizer)

@@ -1,5 +1,27 @@
 """The error that unusable weights raise."""
 
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class WeightsError(ValueError):
     """A folder of weights cannot be read or written, or is of an unsupported model; one line for its user."""
+
+
+def raise_if_no_room(error: BaseException, target: Path) -> None:
+    """Raise WeightsError that names `target` if a file could not be written whole for want of room.
+
+    torch.save hides what the operating system said behind an error of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            raise WeightsError(
+                f"{target} cannot be written: {cause.strerror}; nothing is left of it; make room, or name another "
+                "folder."
+            ) from error
+        cause = cause.__cause__ or cause.__context__

@@ -258,8 +258,8 @@ class _Progress:
     def __enter__(self) -> _Progress:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *rest: object) -> None:
-        self._writer.__exit__(error_type, *rest)
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        self._writer.__exit__(error_type, error)
 
 
 def _parameters(

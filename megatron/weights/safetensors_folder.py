@@ -16,6 +16,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from megatron.core.strict_json import parse_object
 from megatron.data.atomic_file import flush_to_disk, temporary_path
-from megatron.weights.errors import WeightsError
+from megatron.weights.errors import WeightsError, raise_if_no_room
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -181,16 +182,22 @@ class SafetensorsWriter:
     def discard(self) -> None:
         """Remove what was written."""
         if self._shard is not None:
-            self._shard.file.close()
+            with suppress(OSError):  # what is still buffered may have no room either
+                self._shard.file.close()
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         try:
             if error_type is None:
                 self.close()
+            elif isinstance(error, OSError):
+                raise error
+        except OSError as fault:
+            raise_if_no_room(fault, self.folder)
+            raise
         finally:
             self.discard()
 
