@@ -111,6 +111,12 @@ def to_megatron(arguments: argparse.Namespace, settings: Settings) -> None:
     if is_megatron_deepspeed(arguments.source):
         checkpoint = MegatronDeepSpeedCheckpoint(arguments.source)
         portable = checkpoint.config()
+        divisor = arguments.make_vocab_size_divisible_by
+        if portable.padded_vocab_size % divisor:
+            raise WeightsError(
+                f"--make-vocab-size-divisible-by ({divisor}) must divide the {portable.padded_vocab_size} rows that "
+                "the checkpoint has; leave it out."
+            )
         from_our_names(checkpoint, portable, arguments.out, settings)
     else:
         portable = from_hugging_face(arguments.source, arguments.out, settings, arguments.make_vocab_size_divisible_by)

@@ -287,6 +287,11 @@ def _check(parameters: Sequence[_Parameter], folder: SafetensorsFolder, family: 
     for parameter in parameters:
         for name, shape in zip(parameter.theirs, parameter.their_shapes(), strict=True):
             _check_shape(folder, name, shape)
+            if not folder.dtype(name).is_floating_point:
+                raise WeightsError(
+                    f"the tensor {name!r} holds {str(folder.dtype(name)).removeprefix('torch.')}, and floating-point "
+                    "weights are supported; use a model that is not quantized."
+                )
         used.update(parameter.theirs)
     if not model.untie_embeddings_and_output_weights:
         used |= _TIED_HEADS

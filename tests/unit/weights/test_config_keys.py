@@ -10,6 +10,7 @@ from megatron.arguments import parse_args
 from megatron.config import architecture_fields, validate
 from megatron.model.builder import Execution
 from megatron.weights.hugging_face import Settings, from_hugging_face, training_flags
+from tests.unit.weights.small_families import CASES as UNCHANGED
 from tests.unit.weights.small_families import VOCAB, load_here, our_logits, read_portable, save
 
 LENGTH = 37
@@ -32,6 +33,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 24,
 }  # fmt: skip
 CASES = [
+    *((name, {}) for name in UNCHANGED),
     *((name, {"partial_rotary_factor": 0.5}) for name in ("llama", "mistral", "qwen2", "qwen3")),
     ("llama", rope(rope_type="default", partial_rotary_factor=0.5)),
     ("llama", old_rope()),

@@ -326,6 +326,9 @@ def test_the_tool_takes_the_folder_of_latest(tmp_path, capsys):
     ours = SafetensorsFolder(tmp_path / "ours")
     assert all(torch.equal(ours.get(name), tensor.bfloat16()) for name, tensor in state.items())
     assert run_tool(TOOL, "to-hf", tmp_path / "ours", tmp_path / "hf") == 0
+    words = ("to-megatron", tmp_path / "run", tmp_path / "padded", "--make-vocab-size-divisible-by", "128")
+    assert run_tool(TOOL, *words) == 2
+    assert "(128) must divide the 64 rows that the checkpoint has" in capsys.readouterr().err
 
 
 def test_nothing_that_a_pickle_says_is_run(tmp_path):

@@ -166,6 +166,13 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
     refused(tmp_path / "theirs", "'model.layers.0.mlp.gate_proj.weight' is [44, 32], and config.json asks for [48, 32]")
 
 
+def test_a_quantized_tensor_is_refused(tmp_path):
+    save("llama", tmp_path / "theirs")
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_weights(tmp_path / "theirs", lambda tensors: tensors | {name: tensors[name].to(torch.int8)})
+    refused(tmp_path / "theirs", f"the tensor {name!r} holds int8, and floating-point weights are supported")
+
+
 def test_a_tensor_that_nothing_takes_is_refused(tmp_path):
     save("llama", tmp_path / "theirs")
     edit_weights(tmp_path / "theirs", lambda tensors: tensors | {"model.layers.2.norm.weight": torch.ones(3)})
