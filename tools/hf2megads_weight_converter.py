@@ -82,7 +82,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag in ("max_shard_size", "make_vocab_size_divisible_by", "vocab_size"):
         value = getattr(arguments, flag, None)
         if value is not None and not 1 <= value < 2**63:
-            parser.error(f"--{flag.replace('_', '-')} ({value:g}) must be 1 or more, and fit into 63 bits.")
+            shown = f"{value:g}" if isinstance(value, float) else value
+            parser.error(f"--{flag.replace('_', '-')} ({shown}) must be 1 or more, and fit into 63 bits.")
     return arguments
 
 

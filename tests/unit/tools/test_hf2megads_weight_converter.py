@@ -144,11 +144,17 @@ def test_sizes_below_one_are_refused(tmp_path, capsys, flag):
     assert f"{flag} (0) must be 1 or more" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["nan", "inf", "1e400"])
-def test_a_shard_size_that_is_none_is_refused(tmp_path, capsys, size):
+@pytest.mark.parametrize(
+    "flag, size, shown",
+    [
+        *(("--max-shard-size", size, f"{float(size):g}") for size in ("nan", "inf", "1e400")),
+        *(("--make-vocab-size-divisible-by", str(size), str(size)) for size in (-1, 10**20, 10**400)),
+    ],
+)
+def test_a_size_that_is_none_is_refused(tmp_path, capsys, flag, size, shown):
     with pytest.raises(SystemExit):
-        run_tool(TOOL, "to-megatron", tmp_path, tmp_path / "out", "--max-shard-size", size)
-    assert f"--max-shard-size ({float(size):g}) must be 1 or more" in capsys.readouterr().err
+        run_tool(TOOL, "to-megatron", tmp_path, tmp_path / "out", flag, size)
+    assert f"{flag} ({shown}) must be 1 or more" in capsys.readouterr().err
 
 
 LARGE = {
