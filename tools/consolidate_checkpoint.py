@@ -24,6 +24,7 @@ if __name__ == "__main__":  # what comes next takes seconds to import
     end_on_interrupt()
 
 import torch
+from argument_types import real
 from model_arguments import add_verification_argument
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ from megatron.weights.portable_config import CONFIG_FILE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ONE_FILE_BYTES = 2**62
+SHARD_GB = real(0, "5", open_low=True)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("output", type=Path, help="new folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of floating-point tensors [%(default)s]")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--max-shard-gb", type=float, default=5, help="size of a file, 10^9 bytes [%(default)s]")
+    size.add_argument("--max-shard-gb", type=SHARD_GB, default=5, help="size of a file, 10^9 bytes [%(default)s]")
     size.add_argument("--one-file", action="store_true", help="write one file, model.safetensors, however large")
     add_verification_argument(parser)
     return parser.parse_args(argv)
@@ -51,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    max_bytes = ONE_FILE_BYTES if arguments.one_file else int(arguments.max_shard_gb * 10**9)
+    max_bytes = ONE_FILE_BYTES if arguments.one_file else max(int(arguments.max_shard_gb * 10**9), 1)
     try:
         path = newest_checkpoint(arguments.checkpoint)
         source = open_state(path, with_hashes=not arguments.no_verify_checkpoint)

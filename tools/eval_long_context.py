@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import numpy.typing as npt
+from argument_types import whole
 from model_arguments import (
     add_model_arguments,
     add_tokenizer_arguments,
@@ -80,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     needle.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help=f"tokens {LENGTHS}")
     needle.add_argument("--depths", type=int, default=11, metavar="N", help="from 0%% to 100%% [%(default)s]")
     needle.add_argument("--trials", type=int, default=4, metavar="N", help="needles per square [%(default)s]")
-    needle.add_argument("--seed", type=int, default=1234, help="[%(default)s]")
+    needle.add_argument("--seed", type=whole(0, "1234"), default=1234, help="[%(default)s]")
     needle.add_argument(
         "--isolated-chunks", action="store_true", help="control: no chunk of the context sees another one"
     )

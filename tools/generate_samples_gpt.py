@@ -27,6 +27,7 @@ if __name__ == "__main__":  # what comes next takes seconds to import
     end_on_interrupt()
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from argument_types import whole
 from model_arguments import (
     add_model_arguments,
     add_tokenizer_arguments,
@@ -64,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling.add_argument(
         "--top-p", type=float, default=1.0, help="draw from the likeliest of this probability [1: all]"
     )
-    sampling.add_argument("--seed", type=int, default=1234, help="[%(default)s]")
+    sampling.add_argument("--seed", type=whole(0, "1234"), default=1234, help="[%(default)s]")
     length = sampling.add_mutually_exclusive_group()
     length.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens after a prompt [128]")
     length.add_argument("--out-seq-length", type=int, metavar="N", help="most tokens with the prompt's")

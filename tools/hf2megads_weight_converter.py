@@ -4,6 +4,7 @@
     tools/hf2megads_weight_converter.py to-megatron HF_FOLDER OUT
     tools/hf2megads_weight_converter.py to-hf WEIGHTS OUT
     tools/hf2megads_weight_converter.py flags HF_FOLDER
+    tools/hf2megads_weight_converter.py --hf-ckpt-dir HF_FOLDER --save OUT ...             as Megatron-DeepSpeed's
 
 to-megatron turns a Hugging Face folder (config.json and safetensors) into portable weights, which --load takes, and
 prints the flags of pretrain_gpt.py that describe the model; it takes a checkpoint of upstream's Megatron-DeepSpeed as
@@ -24,12 +25,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from model_arguments import add_verification_argument
-
 if __name__ == "__main__":  # what comes next takes seconds to import
     from megatron.interrupts import end_on_interrupt
 
     end_on_interrupt()
+
+from model_arguments import add_verification_argument
+from upstream_converter import Translation, is_upstream_line, translate
 
 from megatron.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
@@ -49,8 +51,9 @@ from megatron.weights.hugging_face import (
 )
 from megatron.weights.megatron_deepspeed import MegatronDeepSpeedCheckpoint, is_megatron_deepspeed
 from megatron.weights.opening import newest_checkpoint, open_state
-from megatron.weights.portable_config import PortableConfig, read_json
+from megatron.weights.portable_config import CONFIG_FILE, PortableConfig
 from megatron.weights.safetensors_folder import DEFAULT_MAX_SHARD_BYTES
+from megatron.weights.source import WeightSource
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,17 +84,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_verification_argument(to_hf)
     flags = directions.add_parser("flags", help="the flags of pretrain_gpt.py that describe a Hugging Face model")
     flags.add_argument("source", type=Path, help="folder to read")
-    arguments = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    translation = translate(argv) if is_upstream_line(argv) else Translation(argv)
+    arguments = parser.parse_args(translation.argv, argparse.Namespace(translation=translation))
     for flag in ("max_shard_size", "make_vocab_size_divisible_by", "vocab_size"):
         value = getattr(arguments, flag, None)
-        if value is not None and value < 1:
-            parser.error(f"--{flag.replace('_', '-')} ({value:g}) must be 1 or more.")
+        if value is not None and not 1 <= value < 2**63:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            parser.error(f"--{flag.replace('_', '-')} ({shown}) must be 1 or more, and fit into 63 bits.")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
+        for note in arguments.translation.notes:
+            print(f"note: {note}")
+        arguments.translation.check()
         if arguments.direction == "flags":
             print(" ".join(training_flags(read_hugging_face_config(arguments.source))))
             return 0
@@ -111,6 +120,12 @@ def to_megatron(arguments: argparse.Namespace, settings: Settings) -> None:
     if is_megatron_deepspeed(arguments.source):
         checkpoint = MegatronDeepSpeedCheckpoint(arguments.source)
         portable = checkpoint.config()
+        divisor = arguments.make_vocab_size_divisible_by
+        if portable.padded_vocab_size % divisor:
+            raise WeightsError(
+                f"--make-vocab-size-divisible-by ({divisor}) must divide the {portable.padded_vocab_size} rows that "
+                "the checkpoint has; leave it out."
+            )
         from_our_names(checkpoint, portable, arguments.out, settings)
     else:
         portable = from_hugging_face(arguments.source, arguments.out, settings, arguments.make_vocab_size_divisible_by)
@@ -118,14 +133,22 @@ def to_megatron(arguments: argparse.Namespace, settings: Settings) -> None:
     print(f"--load {shlex.quote(str(arguments.out))} {' '.join(training_flags(portable))}")
 
 
+def opened(path: Path, with_hashes: bool) -> tuple[PortableConfig, WeightSource]:
+    """Weights in our names: portable ones, a training checkpoint, or one of upstream's."""
+    if is_megatron_deepspeed(path) and not (path / CONFIG_FILE).is_file():
+        upstream = MegatronDeepSpeedCheckpoint(path)
+        return upstream.config(), upstream
+    weights = open_state(path, with_hashes=with_hashes)
+    return PortableConfig.read(path, num_rows(weights)), weights
+
+
 def to_hf(arguments: argparse.Namespace, settings: Settings) -> None:
     """Write a Hugging Face folder."""
-    weights = open_state(arguments.source, with_hashes=not arguments.no_verify_checkpoint)
-    portable = PortableConfig.read(newest_checkpoint(arguments.source), num_rows(weights))
+    portable, weights = opened(newest_checkpoint(arguments.source), with_hashes=not arguments.no_verify_checkpoint)
     beside = [arguments.source]
     if arguments.like is not None:
-        like = read_json(arguments.like / "config.json")
-        portable = replace(portable, hugging_face=like, vocab_size=like.get("vocab_size", portable.vocab_size))
+        like = read_hugging_face_config(arguments.like)
+        portable = replace(portable, hugging_face=like.hugging_face, vocab_size=like.vocab_size)
         beside.insert(0, arguments.like)
     if arguments.tokenizer is not None:
         tokenizer = HFTokenizer(arguments.tokenizer)

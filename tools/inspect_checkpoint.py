@@ -11,7 +11,6 @@ time is in memory. Exit code of --diff: 0 where nothing differs, 1 where somethi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ if __name__ == "__main__":  # what comes next takes seconds to import
 from model_arguments import add_verification_argument
 from torch import Size
 
+from megatron.core.json_text import parse_object
 from megatron.interrupts import run_tool
 from megatron.weights.comparison import flattened, form_differences, names_only_in, value_differences
 from megatron.weights.deepspeed_checkpoint import DeepSpeedCheckpoint
@@ -129,8 +129,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        return parse_object(path.read_bytes())
+    except ValueError as error:
         raise WeightsError(f"{path} is not a JSON object ({error}); copy it again.") from error
 
 

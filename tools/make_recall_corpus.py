@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from argument_types import whole
 
 if __name__ == "__main__":  # what comes next takes seconds to import
     from megatron.interrupts import end_on_interrupt
@@ -32,7 +35,7 @@ from megatron.interrupts import run_tool
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-prefix", required=True, help="the files are PREFIX.bin and PREFIX.idx")
-    parser.add_argument("--documents", type=int, default=10000, metavar="N", help="[%(default)s]")
+    parser.add_argument("--documents", type=whole(1, "10000"), default=10000, metavar="N", help="[%(default)s]")
     parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of a document [%(default)s]")
     parser.add_argument(
         "--max-mentions", type=int, default=16, metavar="N", help="pairs of a document, 2 to this [%(default)s]"
@@ -42,11 +45,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=ids.vocab_size, help="as NullTokenizer's [%(default)s]")
     parser.add_argument("--num-keys", type=int, default=ids.num_keys, help="ids that are keys [%(default)s]")
     parser.add_argument("--num-values", type=int, default=ids.num_values, help="ids that are values [%(default)s]")
-    parser.add_argument("--seed", type=int, default=1234, help="[%(default)s]")
-    arguments = parser.parse_args(argv)
-    if arguments.documents < 1:
-        parser.error(f"--documents ({arguments.documents}) must be 1 or more.")
-    return arguments
+    parser.add_argument("--seed", type=whole(0, "1234"), default=1234, help="[%(default)s]")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

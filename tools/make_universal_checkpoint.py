@@ -12,6 +12,7 @@ and no process group is needed, and little more memory than the largest tensor t
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,14 +54,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = arguments.output / path.name
         with tqdm(total=len(source.names), unit="tensor", disable=None) as bar:
             write_universal_checkpoint(source, target, companions, report=lambda _: bar.update())
-        with atomic_path(arguments.output / "latest") as latest:
-            latest.write_text(target.name)
+        name_newest(target)
     except (WeightsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{target}: {len(source.names)} tensors with their moments at step {source.step}; go on with")
     print(f"  --load {arguments.output} --universal-checkpoint")
     return 0
+
+
+def name_newest(target: Path) -> None:
+    """Let `latest` name the new checkpoint, which is removed where that fails."""
+    try:
+        with atomic_path(target.parent / "latest") as latest:
+            latest.write_text(target.name)
+    except OSError:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from argument_types import real, whole
 
 from megatron.config.tokenizer import TiktokenPattern, TokenizerConfig
 from megatron.generation.loading import Inference, OpenedModel
@@ -35,10 +36,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(f"{fpdt}-offloading", action="store_true", help="keep chunks and the cache in host memory")
     model.add_argument(
-        f"{fpdt}-device-memory", type=float, default=0, metavar="GIB",
+        f"{fpdt}-device-memory", type=real(0, "40"), default=0, metavar="GIB",
         help="with offloading: what may stay on the GPU all the same [%(default)g]",
     )  # fmt: skip
-    model.add_argument(f"{fpdt}-host-memory", type=float, metavar="GIB", help="most host memory to take [no limit]")
+    model.add_argument(
+        f"{fpdt}-host-memory",
+        type=real(0, "64", open_low=True),
+        metavar="GIB",
+        help="most host memory to take [no limit]",
+    )
 
 
 def add_verification_argument(parser: argparse._ActionsContainer) -> None:
@@ -70,7 +76,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(TiktokenPattern),
         help="models that TikTokenizer splits text as [those that published such a file]",
     )
-    tokenizer.add_argument("--vocab-size", type=int, help="number of ids of NullTokenizer")
+    tokenizer.add_argument("--vocab-size", type=whole(1, "32000"), help="number of ids of NullTokenizer")
 
 
 def tokenizer_of(arguments: argparse.Namespace) -> Tokenizer:

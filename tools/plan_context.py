@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from argument_types import real
 
 if __name__ == "__main__":  # what comes next takes seconds to import
     from megatron.interrupts import end_on_interrupt
@@ -46,6 +49,7 @@ DEFAULT_VOCABULARY = 50304
 GPUS_PER_NODE = 8
 LARGEST_COUNT = 2**31 - 1
 SCRIPT_FLAGS = "--"
+ABOVE_ZERO = real(0, "100", open_low=True)
 # What every run must say and no plan depends on: flags, one of which is needed, and a value for the first.
 STAND_INS = (
     (("--lr",), "1e-4"),
@@ -61,7 +65,7 @@ DESCRIBED_BY_TRAINING = {
 
 def host_memory(text: str) -> float:
     """GiB, or what this machine has free within its control group's limit."""
-    return available_host_bytes() / GIB if text == "here" else float(text)
+    return available_host_bytes() / GIB if text == "here" else ABOVE_ZERO(text)
 
 
 def count(text: str) -> int:
@@ -85,11 +89,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     machine.add_argument("--gpus", type=count, default=1, help="all of them together [%(default)s]")
     machine.add_argument("--gpus-per-node", type=count, default=GPUS_PER_NODE, help="[%(default)s]")
     machine.add_argument("--gpu", choices=GPUS, default="H100", help="[%(default)s]")
-    machine.add_argument("--gpu-memory", type=float, help="GiB [the GPU's]")
+    machine.add_argument("--gpu-memory", type=ABOVE_ZERO, help="GiB [the GPU's]")
     machine.add_argument("--host-memory", type=host_memory, default=1900.0,
                          help="GiB per machine, or `here` for what is free on this one [%(default)s]")  # fmt: skip
-    machine.add_argument("--link", type=float, help="GB/s between a GPU and its host, one way [the GPU's]")
-    machine.add_argument("--network", type=float, default=50, help="GB/s per GPU between machines [%(default)s]")
+    machine.add_argument("--link", type=ABOVE_ZERO, help="GB/s between a GPU and its host, one way [the GPU's]")
+    machine.add_argument("--network", type=ABOVE_ZERO, default=50, help="GB/s per GPU between machines [%(default)s]")
     job = parser.add_argument_group("run, where it is not described by flags of pretrain_gpt.py")
     job.add_argument("--seq-length", type=count, default=DEFAULT_LENGTH, help="tokens [%(default)s]")
     job.add_argument("--chunk-size", type=count, help="tokens over all GPUs of a sequence [the quickest]")
@@ -97,7 +101,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     job.add_argument("--micro-batch-size", type=count, default=1, help="[%(default)s]")
     job.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3, help="[%(default)s]")
     job.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and step on the host")
-    job.add_argument("--device-memory", type=float, default=0.0, metavar="GIB",
+    job.add_argument("--device-memory", type=real(0, "40"), default=0.0, metavar="GIB",
                      help="chunks that may stay on a GPU [%(default)s]")  # fmt: skip
     job.add_argument("--backend", help="attention kernel [the GPU's fastest]")
     output = parser.add_argument_group("output")

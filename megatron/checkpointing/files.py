@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpointing.errors import CheckpointError
+from megatron.core.json_text import parse_object
 from megatron.data.atomic_file import flush_to_disk
 
 
@@ -19,6 +20,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; CheckpointError where there is none."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); point --load at a whole checkpoint.") from error

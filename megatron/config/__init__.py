@@ -3,7 +3,7 @@
 from megatron.config.architecture import architecture_fields, describe_difference, describe_mismatch, with_rope_of
 from megatron.config.batch import accumulation_steps, data_parallel_size, default_batch_notes, global_batch_size
 from megatron.config.checkpoint import CheckpointConfig
-from megatron.config.checks import validate
+from megatron.config.checks import check_architecture, validate
 from megatron.config.config import Config, config_sections
 from megatron.config.data import DataConfig
 from megatron.config.deepspeed import DeepSpeedConfig
@@ -39,6 +39,7 @@ __all__ = [
     "TrainingConfig",
     "accumulation_steps",
     "architecture_fields",
+    "check_architecture",
     "config_sections",
     "data_parallel_size",
     "deepspeed_config",

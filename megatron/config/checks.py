@@ -3,15 +3,21 @@
 A rule may take for granted what the rules above it have checked: single values first, then what they mean together.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
+from megatron.config.architecture import architecture_fields
 from megatron.config.config import Config
 from megatron.config.errors import ConfigError
+from megatron.config.model import ModelConfig
+from megatron.config.optimizer import OptimizerConfig
 from megatron.config.rules.common import Rule, Run
 from megatron.config.rules.deepspeed import DEEPSPEED_RULES
 from megatron.config.rules.effects import EFFECT_RULES
-from megatron.config.rules.model import MODEL_RULES
+from megatron.config.rules.model import ARCHITECTURE_RULES, MODEL_RULES
 from megatron.config.rules.names import NAME_RULES
 from megatron.config.rules.parallel import PARALLEL_RULES
-from megatron.config.rules.ranges import RANGE_RULES
+from megatron.config.rules.ranges import RANGE_RULES, RANGES, in_range
 from megatron.config.rules.training import TRAINING_RULES
 
 RULES: tuple[Rule, ...] = (
@@ -33,8 +39,22 @@ def validate(config: Config, world_size: int, device_type: str) -> None:
     Raises:
         ConfigError: the first rule that is broken, in one line.
     """
-    run = Run(config, world_size, device_type)
-    for rule in RULES:
+    _check(RULES, Run(config, world_size, device_type))
+
+
+def check_architecture(model: ModelConfig) -> None:
+    """Check that a model is one that flags can describe, whatever run it is for.
+
+    Raises:
+        ConfigError: the first rule that is broken, in one line.
+    """
+    names = [name for name in ("max_position_embeddings", *architecture_fields(model)) if name in RANGES]
+    ranges = [partial(in_range, name, RANGES[name]) for name in names]
+    _check((*ranges, *ARCHITECTURE_RULES), Run(Config(model=model, optimizer=OptimizerConfig(lr=1.0)), 1, "cpu"))
+
+
+def _check(rules: Sequence[Rule], run: Run) -> None:
+    for rule in rules:
         message = rule(run)
         if message is not None:
             raise ConfigError(message)

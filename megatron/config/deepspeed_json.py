@@ -120,7 +120,7 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
             f"--deepspeed-config ({path}) cannot be read ({error.strerror}); give the path of a JSON file, or "
             "leave the flag out"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed-config ({path}) is not valid JSON ({error}); correct the file") from error
     if not isinstance(content, dict):
         raise ConfigError(

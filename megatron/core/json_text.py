@@ -1,12 +1,35 @@
 """JSON whose every fault is a ValueError."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
 from typing import Any
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value that a JSON text stands for. ValueError if it is none, also where Python cannot follow its nesting."""
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """The value of a JSON text, by json.loads with `options`. ValueError if it has none, or is nested too deeply."""
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except RecursionError as error:
         raise ValueError("brackets are nested too deep") from error
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that `text` holds.
+
+    ValueError if it holds another value, or names a key twice: readers take the first or the last as they please.
+    """
+    content = parse_json(text, object_pairs_hook=_each_key_once)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__}, and an object is needed")
+    return content
+
+
+def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise ValueError(f"it has the key {twice!r} twice")
+    return content

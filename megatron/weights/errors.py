@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class WeightsError(ValueError):
     """A folder of weights cannot be read or written, or is of an unsupported model; one line for its user."""
@@ -16,3 +21,18 @@ def first_line(error: BaseException) -> str:
         return f"{cause.strerror} ({cause.filename})" if cause.filename else cause.strerror
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def raise_if_no_room(error: BaseException, target: Path) -> None:
+    """Raise WeightsError that names `target` if a file could not be written whole for want of room.
+
+    torch.save hides what the operating system said behind an error of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            raise WeightsError(
+                f"{target} cannot be written: {cause.strerror}; nothing is left of it; make room, or name another "
+                "folder."
+            ) from error
+        cause = cause.__cause__ or cause.__context__

@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron.config import ModelConfig, architecture_fields, describe_difference
 from megatron.weights.errors import WeightsError
 from megatron.weights.families import FAMILIES, family_of
-from megatron.weights.families.family import Family, required
+from megatron.weights.families.family import Family
+from megatron.weights.families.values import count
 from megatron.weights.parameters import TOKEN_ROWS, parameter_shapes
 from megatron.weights.portable_config import CONFIG_FILE, PortableConfig, model_of, read_json
 from megatron.weights.rearrangement import Rearrangement
@@ -80,6 +81,7 @@ class HuggingFaceWeights:
         self.portable = read_hugging_face_config(source, make_vocab_size_divisible_by)
         family = family_of((self.portable.hugging_face or {}).get("model_type"))
         self._folder = SafetensorsFolder(source)
+        _check_num_layers(self.portable.model, self._folder)
         parameters = _parameters(family, self.portable.model, self.portable.vocab_size, self._folder)
         _check(parameters, self._folder, family, self.portable.model)
         self._parameters = {parameter.ours: parameter for parameter in parameters}
@@ -126,9 +128,7 @@ def read_hugging_face_config(source: Path, make_vocab_size_divisible_by: int = 1
     """
     config = read_json(source if source.is_file() else source / CONFIG_FILE)
     model = model_of(family_of(config.get("model_type")).model_fields(config))
-    vocab_size = required(config, "vocab_size")
-    if type(vocab_size) is not int or vocab_size < 1:
-        raise WeightsError(f"config.json has vocab_size {vocab_size!r}, which must be a whole number above 0.")
+    vocab_size = count(config, "vocab_size")
     padded_vocab_size = -(-vocab_size // make_vocab_size_divisible_by) * make_vocab_size_divisible_by
     return PortableConfig(model, vocab_size, padded_vocab_size, config)
 
@@ -199,7 +199,10 @@ def choose_family(portable: PortableConfig, model_type: str | None = None) -> Fa
 
 def _not_expressed(family: Family, model: ModelConfig) -> str:
     """What would be another in a family's model; empty if nothing would."""
-    read_back = model_of(family.model_fields({**family.to_config(model), **family.fixed}))
+    try:
+        read_back = model_of(family.model_fields({**family.to_config(model), **family.fixed}))
+    except WeightsError as error:
+        return str(error)
     return (
         describe_difference(architecture_fields(read_back), architecture_fields(model))
         .replace(" in the checkpoint", " there")
@@ -255,8 +258,8 @@ class _Progress:
     def __enter__(self) -> _Progress:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *rest: object) -> None:
-        self._writer.__exit__(error_type, *rest)
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        self._writer.__exit__(error_type, error)
 
 
 def _parameters(
@@ -278,16 +281,45 @@ def _prefix(family: Family, folder: WeightSource | None) -> str:
     return (found or list(family.prefixes))[0]
 
 
-def _check(parameters: Iterable[_Parameter], folder: WeightSource, family: Family, model: ModelConfig) -> None:
+def _check(parameters: Sequence[_Parameter], folder: SafetensorsFolder, family: Family, model: ModelConfig) -> None:
     """Raise WeightsError unless every tensor is there and in its shape, and none is left over."""
     used: set[str] = set()
     for parameter in parameters:
         for name, shape in zip(parameter.theirs, parameter.their_shapes(), strict=True):
             _check_shape(folder, name, shape)
+            if not folder.dtype(name).is_floating_point:
+                raise WeightsError(
+                    f"the tensor {name!r} holds {str(folder.dtype(name)).removeprefix('torch.')}, and floating-point "
+                    "weights are supported; use a model that is not quantized."
+                )
         used.update(parameter.theirs)
     if not model.untie_embeddings_and_output_weights:
         used |= _TIED_HEADS
+        (embedding,) = next(parameter.theirs for parameter in parameters if parameter.ours == TOKEN_ROWS[0])
+        _check_tied(folder, embedding)
     _refuse_unknown(name for name in folder.names if name not in used and not family.is_buffer(name))
+
+
+def _check_tied(folder: SafetensorsFolder, embedding: str) -> None:
+    """Raise WeightsError if a file that ties the head to the embedding holds another head as well.
+
+    transformers takes such a head since version 5, and drops it before.
+    """
+    for head in sorted(_TIED_HEADS & set(folder.names)):
+        if not folder.same(head, embedding):
+            raise WeightsError(
+                f"config.json has tie_word_embeddings true, and {head!r} differs from {embedding!r}; set "
+                f"tie_word_embeddings to false if the model has a head of its own, or remove {head!r}."
+            )
+
+
+def _check_num_layers(model: ModelConfig, folder: WeightSource) -> None:
+    """Raise WeightsError before a model is described that could not be: each layer has tensors of its own."""
+    if model.num_layers > len(folder.names):
+        raise WeightsError(
+            f"config.json has {model.num_layers} layers, and the weights have {len(folder.names)} tensors; use the "
+            "config.json of these weights."
+        )
 
 
 def check_ours(source: WeightSource, portable: PortableConfig) -> dict[str, tuple[int, ...]]:

@@ -1,17 +1,12 @@
 """Checkpoints of upstream's Megatron-DeepSpeed, as a source of weights in our names.
 
-    mp_rank_00_model_states.pt              "args", "checkpoint_version", and without pipeline parallelism the weights
-    layer_NN-model_00-model_states.pt       with pipeline parallelism: embedding, blocks, norm and head by their number
-
-Queries, keys and values lie as ours do (since checkpoint_version 2.0), and so do gate and up. Files are mapped one at a
-time and read without running what a pickle may hold: a class that it names becomes an inert one.
+Of any ZeRO stage, with tensor and pipeline parallelism or without. Queries, keys and values lie as ours do (since
+checkpoint_version 2.0), and so do gate and up within a rank.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +14,22 @@ import torch
 from torch import Tensor
 
 from megatron.weights.errors import WeightsError
+from megatron.weights.megatron_deepspeed_files import Inert, find_places, has_layer_files, load, main_file
 from megatron.weights.opening import newest_checkpoint
 from megatron.weights.portable_config import PortableConfig, model_of
+from megatron.weights.tensor_parallel import merge, merged_shape
+from megatron.weights.torch_files import MappedFiles
 
-_MODEL_FILE = "mp_rank_00_model_states.pt"
-_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _SUPPORTED = {
-    "tensor_model_parallel_size": (1,),
     "apply_layernorm_1p": (False,),
     "apply_residual_connection_post_layernorm": (False,),
+    "embed_layernorm": (False,),
+    "use_alibi_position_embeddings": (False,),
     "squared_relu": (False,),
     "geglu": (False,),
+    "glu_activation": (None,),
+    "rotary_interleaved": (False,),
     "num_experts": (None, 1, [1]),
     "mlp_type": ("standard",),
 }
@@ -40,62 +39,49 @@ _SIZES = (
     "layernorm_epsilon",
 )  # fmt: skip
 _SWITCHES = ("use_rotary_position_embeddings", "swiglu", "untie_embeddings_and_output_weights")
-# (upstream's names, ours), tried in order
-_RENAMES = (
-    (re.compile(r"^(module\.)?language_model\."), ""),
-    (re.compile(r"^(encoder|transformer)\."), ""),
-    (re.compile(r"^final_layernorm\."), "head.final_layernorm."),
-    (re.compile(r"^output_layer\."), "head.output_layer."),
-    (re.compile(r"(^layers\.\d+)\.attention\."), r"\1.self_attention."),
-)
-_COPIES = ("word_embeddings_for_head.", "inv_freq")  # the embedding once more; what is computed
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies: in a file, under a dotted name."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class MegatronDeepSpeedCheckpoint:
-    """The weights of a folder global_stepN, or of the folder whose `latest` names one. Tensor-parallel size 1."""
+    """The weights of a folder global_stepN, or of the folder whose `latest` names one."""
 
     def __init__(self, path: Path) -> None:
-        """WeightsError if there is no such checkpoint, or its model is not supported."""
+        """WeightsError if there is no such checkpoint, a file of it is missing, or its model is not supported."""
         self.path = newest_checkpoint(path)
-        files = _layer_files(self.path)
-        if not (self.path / _MODEL_FILE).is_file():
-            raise WeightsError(f"{self.path} has no {_MODEL_FILE}, which holds the architecture; copy it there.")
-        content = _load(self.path / _MODEL_FILE)
-        self._arguments = _arguments(self.path, content)
+        file = main_file(self.path)
+        if file is None:
+            raise WeightsError(
+                f"{self.path} has no mp_rank_00_model_states.pt, which holds the architecture; copy it there."
+            )
+        content = load(file)
+        self._arguments = _arguments(file, content)
         version = content.get("checkpoint_version", 3.0)
         if float(version) < 2.0:
             raise WeightsError(f"{self.path} has checkpoint_version {version}, and 2.0 and later are supported.")
-        self._places = _of_layers(files) if files else _of_model(self.path / _MODEL_FILE, content.get("module") or {})
-        if _EMBEDDING not in self._places:
+        self._files = MappedFiles(read=load)
+        self._ranks = find_places(self.path, self._degree("tensor_model_parallel_size"))
+        if self._degree("pipeline_model_parallel_size") > 1 and not has_layer_files(self.path):
+            raise WeightsError(f"{self.path} lacks its layer_NN-model_RR-model_states.pt; copy the files of all ranks.")
+        if _EMBEDDING not in self._ranks[0]:
             raise WeightsError(f"{self.path} holds no weights of a GPT; name a checkpoint global_stepN.")
+        self._check_ranks()
 
     @property
     def names(self) -> Sequence[str]:
         """Names of all parameters, sorted."""
-        return tuple(sorted(self._places))
+        return tuple(sorted(self._ranks[0]))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Sizes of a parameter, without reading it."""
-        return self._places[name].shape
+        return merged_shape(name, self._ranks[0][name].shape, len(self._ranks))
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a parameter, without reading it."""
-        return self._places[name].dtype
+        """Dtype of a parameter, without reading it: at ZeRO-3, which saves the master weights alone, fp32."""
+        return self._ranks[0][name].dtype
 
     def get(self, name: str) -> Tensor:
-        """One parameter, in CPU memory of its own; its file is let go again."""
-        place = self._places[name]
-        return dict(_tensors(_load(place.file)))[place.key].clone()
+        """One parameter, in CPU memory of its own; WeightsError if ranks differ in what they share."""
+        parts = [places[name].read(self._files) for places in self._ranks]
+        return merge(name, parts, bool(self._arguments.get("swiglu", False)))
 
     def config(self) -> PortableConfig:
         """The architecture that upstream's arguments describe; WeightsError for what is not supported."""
@@ -104,14 +90,39 @@ class MegatronDeepSpeedCheckpoint:
             value = values.get(name, allowed[0])
             if value not in allowed:
                 raise WeightsError(f"{self.path} has {name} {value!r}, and {allowed[0]!r} is supported.")
-        num_rows = self._places[_EMBEDDING].shape[0]
+        num_rows = self.shape(_EMBEDDING)[0]
+        expected = values.get("padded_vocab_size") or num_rows
+        if num_rows != expected:
+            raise WeightsError(
+                f"{self.path} has {num_rows} rows in its embedding, and its args say padded_vocab_size {expected}; "
+                "copy the files of one checkpoint."
+            )
         return PortableConfig(model_of(_fields(self.path, values)), num_rows, num_rows)
+
+    def _degree(self, name: str) -> int:
+        degree = self._arguments.get(name, 1)
+        if type(degree) is not int or degree < 1:
+            raise WeightsError(f"{self.path} has {name} {degree!r}, which must be a whole number above 0.")
+        return degree
+
+    def _check_ranks(self) -> None:
+        """WeightsError unless all ranks have the same tensors in the same sizes."""
+        for rank, places in enumerate(self._ranks):
+            for name in sorted(set(places) ^ set(self._ranks[0])):
+                raise WeightsError(f"{self.path} has {name} on one of the tensor-parallel ranks 0 and {rank} alone.")
+            for name, place in places.items():
+                first = self._ranks[0][name]
+                if (place.shape, place.dtype) != (first.shape, first.dtype):
+                    raise WeightsError(
+                        f"{self.path} has {name} in {list(first.shape)} on the tensor-parallel rank 0 and in "
+                        f"{list(place.shape)} on rank {rank}; copy the files of one checkpoint."
+                    )
 
 
 def is_megatron_deepspeed(path: Path) -> bool:
     """Whether a folder looks like a checkpoint of Megatron-DeepSpeed, or of this program, or holds one."""
     path = newest_checkpoint(path)
-    return path.is_dir() and ((path / _MODEL_FILE).is_file() or any(path.glob("layer_*-model_*-model_states.pt")))
+    return path.is_dir() and (main_file(path) is not None or has_layer_files(path))
 
 
 def _fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,98 +145,13 @@ def _fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _layer_files(path: Path) -> list[Path]:
-    """Files of a pipeline's layers by their number; WeightsError if tensors were split over ranks."""
-    found = {}
-    for file in path.glob("layer_*-model_*-model_states.pt"):
-        match = _LAYER_FILE.search(file.name)
-        if match is None:
-            continue
-        if int(match[2]):
-            raise WeightsError(
-                f"{file} is of a model split by tensor parallelism, and tensor-parallel size 1 is supported; merge it "
-                "with Megatron-DeepSpeed's tools first."
-            )
-        found[int(match[1])] = file
-    return [found[number] for number in sorted(found)]
-
-
-def _arguments(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(file: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Upstream's command line, by name."""
     arguments = content.get("args")
-    values = arguments if isinstance(arguments, dict) else vars(arguments) if isinstance(arguments, _Inert) else {}
+    values = arguments if isinstance(arguments, dict) else vars(arguments) if isinstance(arguments, Inert) else {}
     if not values:
         raise WeightsError(
-            f"{path / _MODEL_FILE} has no args of Megatron-DeepSpeed, which describe the architecture; a checkpoint "
+            f"{file} has no args of Megatron-DeepSpeed, which describe the architecture; a checkpoint "
             "of this program is turned into portable weights by tools/consolidate_checkpoint.py."
         )
     return values
-
-
-def _of_model(file: Path, module: Mapping[str, Any]) -> dict[str, _Place]:
-    """A model in one file, nested or flat."""
-    places = {}
-    for key, tensor in _tensors({"module": module}):
-        name = key.removeprefix("module.")
-        for pattern, replacement in _RENAMES:
-            name = pattern.sub(replacement, name)
-        if not any(copy in name for copy in _COPIES):
-            places[name] = _Place(file, key, tuple(tensor.shape), tensor.dtype)
-    return places
-
-
-def _of_layers(files: Sequence[Path]) -> dict[str, _Place]:
-    """A pipeline's layers: what each is, its tensors tell."""
-    places = {}
-    num_blocks = 0
-    for file in files:
-        tensors = dict(_tensors(_load(file)))
-        is_block = any(".query_key_value." in key for key in tensors)
-        rename = _renaming(tensors, num_blocks)
-        num_blocks += is_block
-        for key, tensor in tensors.items():
-            if not any(copy in key for copy in _COPIES):
-                places[rename(key)] = _Place(file, key, tuple(tensor.shape), tensor.dtype)
-    return places
-
-
-def _renaming(tensors: Mapping[str, Tensor], num_blocks: int) -> Callable[[str], str]:
-    """From the names in a layer's file to ours."""
-    if any(".query_key_value." in key for key in tensors):
-        return lambda key: f"layers.{num_blocks}.{re.sub(r'^attention[.]', 'self_attention.', key)}"
-    if "word_embeddings.weight" in tensors:
-        return lambda key: f"embedding.{key}"
-    if any(tensor.dim() == 2 for tensor in tensors.values()):
-        return lambda key: f"head.output_layer.{key.removeprefix('lm_head.')}"
-    return lambda key: f"head.final_layernorm.{key}"
-
-
-def _tensors(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested mappings, each with its dotted name."""
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            yield prefix + key, value
-        elif isinstance(value, Mapping):
-            yield from _tensors(value, f"{prefix}{key}.")
-
-
-class _Inert:
-    """Stands for any class that a pickle names: keeps its attributes and does nothing."""
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-def _load(file: Path) -> Any:
-    """Map a file of torch.save; WeightsError if it is damaged."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        with torch.serialization.safe_globals([(type("Inert", (_Inert,), {}), name) for name in names]):
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged file shows itself in many ways, all of them inside torch
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise WeightsError(f"{file} cannot be read ({lines[0]}); copy it again, or name another checkpoint.") from error

@@ -12,12 +12,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatron.config import ModelConfig, architecture_fields
+from megatron.config import ConfigError, ModelConfig, architecture_fields, check_architecture
+from megatron.core.json_text import parse_object
 from megatron.weights.errors import WeightsError
 
 CONFIG_FILE = "config.json"
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,12 @@ class PortableConfig:
             model = model_of(content["model"])
         except (KeyError, TypeError) as error:
             raise WeightsError(f"{path} is incomplete ({error}); convert the weights again.") from error
-        return cls(model, content.get("vocab_size") or num_rows, num_rows, content.get("hugging_face"))
+        vocab_size, origin = content.get("vocab_size") or num_rows, content.get("hugging_face")
+        if type(vocab_size) is not int or vocab_size < 1:
+            raise WeightsError(f"{path} has vocab_size {vocab_size!r}, which must be a whole number above 0.")
+        if not isinstance(origin, dict | None):
+            raise WeightsError(f"{path} has hugging_face {origin!r}, which must be an object or null.")
+        return cls(model, vocab_size, num_rows, origin)
 
 
 def model_of(architecture: Mapping[str, Any]) -> ModelConfig:
@@ -74,14 +82,32 @@ def model_of(architecture: Mapping[str, Any]) -> ModelConfig:
         raise WeightsError(f"the architecture has {', '.join(sorted(unknown))}, unknown here; use a newer version.")
     kinds = get_type_hints(ModelConfig)
     for name, value in architecture.items():
-        if kinds[name] is int and (type(value) is not int or value < 0):
-            raise WeightsError(f"{name} is {value!r}, which must be a whole number; use the model's own config.json.")
-    return ModelConfig(**{"seq_length": architecture["max_position_embeddings"], **architecture}).resolved()
+        if not _is_of(kinds[name], value):
+            raise WeightsError(f"{name} is {value!r}, which must be {_KINDS.get(kinds[name], 'another value')}.")
+    model = ModelConfig(**{"seq_length": architecture["max_position_embeddings"], **architecture}).resolved()
+    try:
+        check_architecture(model)
+    except ConfigError as error:
+        raise WeightsError(f"the architecture cannot be trained: {error}.") from error
+    return model
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; WeightsError if there is none."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); name a folder that has it.") from error
+
+
+def _is_of(kind: Any, value: object) -> bool:
+    """Whether a value of JSON is one of a field's type, where a whole number may stand for a real one."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(member, value) for member in get_args(kind))
+    if kind is float:
+        return type(value) in (int, float)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**53
+    return type(value) is kind

@@ -12,8 +12,11 @@ shards: so a model of any size passes through with one tensor in memory.
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,8 +24,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron.core.json_text import parse_object
 from megatron.data.atomic_file import flush_to_disk, temporary_path
-from megatron.weights.errors import WeightsError
+from megatron.weights.errors import WeightsError, raise_if_no_room
 from megatron.weights.manifest import flush_files, seal_safetensors
 
 SINGLE_FILE = "model.safetensors"
@@ -44,8 +48,10 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\0]{1,255}")
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100 * 10**6  # the format's own bound
+_COMPARED_BYTES = 2**24
 _RESERVED_HEADER_BYTES = 256 * 1024 - _LENGTH_BYTES
 
 
@@ -94,6 +100,17 @@ class SafetensorsFolder:
         if num_read != stored.end - stored.start:
             raise WeightsError(_cut_off(stored.file, stored.start + num_read, stored.end))
         return tensor
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal bit for bit, a few megabytes of each in memory."""
+        a, b = self._find(first), self._find(second)
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        with a.file.open("rb") as file_of_a, b.file.open("rb") as file_of_b:
+            file_of_a.seek(a.start)
+            file_of_b.seek(b.start)
+            sizes = [min(_COMPARED_BYTES, a.end - start) for start in range(a.start, a.end, _COMPARED_BYTES)]
+            return all(file_of_a.read(size) == file_of_b.read(size) for size in sizes)
 
     def _find(self, name: str) -> _StoredTensor:
         if name not in self._tensors:
@@ -170,16 +187,22 @@ class SafetensorsWriter:
     def discard(self) -> None:
         """Remove what was written."""
         if self._shard is not None:
-            self._shard.file.close()
+            with suppress(OSError):  # what is still buffered may have no room either
+                self._shard.file.close()
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         try:
             if error_type is None:
                 self.close()
+            elif isinstance(error, OSError):
+                raise error
+        except OSError as fault:
+            raise_if_no_room(fault, self.folder)
+            raise
         finally:
             self.discard()
 
@@ -240,30 +263,48 @@ class _ShardWriter:
 def _find_tensors(path: Path) -> dict[str, _StoredTensor]:
     if path.is_file():
         return _read_header(path)
-    if (path / INDEX_FILE).is_file():
-        return _read_shards(path)
-    if (path / SINGLE_FILE).is_file():
-        return _read_header(path / SINGLE_FILE)
+    single, index = path / SINGLE_FILE, path / INDEX_FILE
+    if single.is_file() and index.is_file():
+        raise WeightsError(f"{path} holds both {SINGLE_FILE} and {INDEX_FILE}, two sets of weights; remove one.")
+    if index.is_file():
+        return _read_shards(index)
+    if single.is_file():
+        return _read_header(single)
     what = f"holds neither {SINGLE_FILE} nor {INDEX_FILE}" if path.is_dir() else "is not there"
     raise WeightsError(f"{path} {what}; name a folder of safetensors, which transformers' save_pretrained writes.")
 
 
-def _read_shards(folder: Path) -> dict[str, _StoredTensor]:
-    """Read the headers of all the shards that the index names."""
-    index = folder / INDEX_FILE
+def _read_shards(index: Path) -> dict[str, _StoredTensor]:
+    """Read the headers of all the shards that the index names; their tensors are all part of the weights."""
+    weight_map = _weight_map(index)
+    tensors: dict[str, _StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = index.parent / shard
+        if not file.is_file():
+            raise WeightsError(f"{index} names the shard {shard}, which is not there; copy it into {index.parent}.")
+        for name, tensor in _read_header(file).items():
+            if name in tensors:
+                raise WeightsError(f"{file} and {tensors[name].file} both hold {name!r}; remove the shard of others.")
+            tensors[name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file != index.parent / shard:
+            raise WeightsError(f"{index} names the tensor {name!r} in {shard}, which lacks it; copy both again.")
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Shard by tensor; WeightsError unless each shard is a plain name of a file beside the index."""
     try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = parse_object(index.read_bytes())["weight_map"].items()
+    except (ValueError, KeyError, AttributeError) as error:
         raise WeightsError(f"{index} is not an index of shards ({error!r}); copy it again.") from error
-    shards = {}
-    for name in sorted(set(weight_map.values())):
-        if not (folder / name).is_file():
-            raise WeightsError(f"{index} names the shard {name}, which is not there; copy it into {folder}.")
-        shards[name] = _read_header(folder / name)
-    for tensor, shard in weight_map.items():
-        if tensor not in shards[shard]:
-            raise WeightsError(f"{index} names the tensor {tensor!r} in {shard}, which lacks it; copy both again.")
-    return {tensor: shards[shard][tensor] for tensor, shard in weight_map.items()}
+    for _, shard in weight_map:
+        if not isinstance(shard, str) or not _PLAIN_NAME.fullmatch(shard):
+            raise WeightsError(
+                f"{index} names the shard {shard!r}, which must be the plain name of a file in {index.parent}; copy "
+                "the index again."
+            )
+    return dict(weight_map)
 
 
 def _read_header(path: Path) -> dict[str, _StoredTensor]:
@@ -278,24 +319,38 @@ def _read_header(path: Path) -> dict[str, _StoredTensor]:
     if num_bytes < data:
         raise WeightsError(_cut_off(path, num_bytes, data))
     try:
-        header = json.loads(text)
+        header = parse_object(text)
         header.pop("__metadata__", None)
         tensors = {name: _stored_tensor(path, data, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        needed = _end_without_gaps(tensors, data)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise WeightsError(f"{path} is not a safetensors file that can be read ({error!r}); copy it again.") from error
-    needed = max((tensor.end for tensor in tensors.values()), default=data)
     if num_bytes < needed:
         raise WeightsError(_cut_off(path, num_bytes, needed))
+    if num_bytes > needed:
+        raise WeightsError(f"{path} has {num_bytes} bytes and its header describes {needed}; copy it again.")
     return tensors
 
 
 def _stored_tensor(path: Path, data: int, entry: Mapping[str, Any]) -> _StoredTensor:
     start, end = entry["data_offsets"]
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    num_bytes = dtype.itemsize * torch.Size(shape).numel()
-    if end - start != num_bytes or start < 0:
+    if not all(type(value) is int and value >= 0 for value in (start, end, *shape)):
+        raise ValueError(f"shape {list(shape)} at bytes {start} to {end}")
+    num_bytes = dtype.itemsize * math.prod(shape)
+    if end - start != num_bytes:
         raise ValueError(f"bytes {start} to {end} for a tensor of {num_bytes}")
     return _StoredTensor(path, dtype, shape, data + start, data + end)
+
+
+def _end_without_gaps(tensors: Mapping[str, _StoredTensor], data: int) -> int:
+    """Where the last tensor ends; ValueError unless each begins where another ends, the first of them at `data`."""
+    end = data
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != end:
+            raise ValueError(f"{name} begins at byte {tensor.start - data}, and the one before it ends at {end - data}")
+        end = tensor.end
+    return end
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -61,8 +61,10 @@ class MappedFiles:
     conversion grows to the size of the checkpoint.
     """
 
-    def __init__(self, max_bytes: int = 2**26) -> None:
+    def __init__(self, max_bytes: int = 2**26, read: Callable[[Path], Any] | None = None) -> None:
+        """`read` maps a file; by default `read_torch_file`."""
         self._max_bytes = max_bytes
+        self._read = read or read_torch_file
         self._num_bytes = 0
         self._contents: dict[Path, Any] = {}
 
@@ -73,7 +75,7 @@ class MappedFiles:
             self._contents.clear()
             self._num_bytes = num_bytes
         if path not in self._contents:
-            self._contents[path] = read_torch_file(path)
+            self._contents[path] = self._read(path)
         return self._contents[path]
 
 

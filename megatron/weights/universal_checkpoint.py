@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Size, Tensor
 
 from megatron.data.atomic_file import flush_to_disk, temporary_path
-from megatron.weights.errors import WeightsError
+from megatron.weights.errors import WeightsError, raise_if_no_room
 from megatron.weights.manifest import seal
 from megatron.weights.source import PARTS, WEIGHTS, StateSource
 from megatron.weights.torch_files import loss_scale_state, read_torch_file
@@ -100,6 +101,7 @@ def write_universal_checkpoint(
         raise WeightsError("weights alone do not make a universal checkpoint; start from a checkpoint of training.")
     if path.exists():
         raise WeightsError(f"{path} exists; name a new folder, or remove it.")
+    is_first = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = temporary_path(path)
     try:
@@ -107,14 +109,20 @@ def write_universal_checkpoint(
             report(name)
             _write_parameter(source, name, staging / _FOLDER / name)
         common = {"step": source.step, "loss_scaler": dict(source.loss_scale)}
-        torch.save(common, staging / _FOLDER / _COMMON)
+        _save(common, staging / _FOLDER / _COMMON)
         for file in companions:
             shutil.copyfile(file, staging / file.name)
         seal(staging)
         staging.rename(path)
         flush_to_disk(path.parent)
+    except (OSError, RuntimeError) as error:
+        raise_if_no_room(error, path)
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if is_first:
+            with suppress(OSError):  # which says that something is in it
+                path.parent.rmdir()
 
 
 def _write_parameter(source: StateSource, name: str, folder: Path) -> None:
@@ -122,8 +130,14 @@ def _write_parameter(source: StateSource, name: str, folder: Path) -> None:
     shape = source.shape(name)
     for part in source.parts(name):
         tensor = source.read(name, part, 0, Size(shape).numel()).view(shape)
-        torch.save({"param": tensor, "cat_dim": 0}, folder / f"{part}.pt")
-    torch.save(source.step, folder / "step.pt")
+        _save({"param": tensor, "cat_dim": 0}, folder / f"{part}.pt")
+    _save(source.step, folder / "step.pt")
+
+
+def _save(content: object, path: Path) -> None:
+    """Write a file of torch.save, through a file of ours, which says why it cannot be written."""
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -85,6 +85,8 @@ def rope_scaling_borders_are_in_order(run: Run) -> str | None:
     fast, slow = borders.get(model.rope_scaling_type, ("", ""))
     if not fast or getattr(model, fast) > getattr(model, slow):
         return None
+    if model.rope_scaling_type == "yarn" and getattr(model, fast) == getattr(model, slow):
+        return None  # the border is sharp; llama3 would divide by the distance
     return (
         f"{shown(run.config, fast)} must be above {shown(run.config, slow)}; raise {flag(fast)} or lower {flag(slow)}"
     )
@@ -179,13 +181,17 @@ def attention_dropout_has_a_kernel(run: Run) -> str | None:
     )
 
 
-MODEL_RULES: tuple[Rule, ...] = (
-    heads_divide_hidden_size,
+# What they say depends on the architecture alone.
+ARCHITECTURE_RULES: tuple[Rule, ...] = (
     key_value_heads_divide_heads,
     rotary_width_is_even,
     rope_scaling_has_what_it_needs,
     rope_scaling_borders_are_in_order,
     yarn_has_one_attention_factor,
+)
+MODEL_RULES: tuple[Rule, ...] = (
+    heads_divide_hidden_size,
+    *ARCHITECTURE_RULES,
     sequence_fits_positions,
     positions_are_given,
     one_number_format,

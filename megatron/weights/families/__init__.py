@@ -14,7 +14,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, M
 
 def family_of(model_type: object) -> Family:
     """The family of a model_type; WeightsError if it is not supported."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
         raise WeightsError(f"config.json has model_type {model_type!r}, and {supported} are supported.")
-    return FAMILIES[str(model_type)]
+    return FAMILIES[model_type]

@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron.config import ModelConfig
 from megatron.weights.errors import WeightsError
+from megatron.weights.families.values import HuggingFaceConfig
 from megatron.weights.rearrangement import GroupedHeads, Rearrangement, Same, Stacked, Transposed, TransposedHeads
 
-HuggingFaceConfig = Mapping[str, Any]
 Arrange = Callable[[ModelConfig], Rearrangement]
 
 
@@ -72,12 +72,20 @@ class NeededOfLayers:
 
     def check(self, config: HuggingFaceConfig) -> None:
         """WeightsError unless every layer has the value; an absent key means that it has."""
-        other = sorted(set(config.get(self.key) or ()) - {self.value})
+        values = config.get(self.key) or []
+        if not isinstance(values, list):
+            raise WeightsError(f"config.json has {self.key} {values!r}, and a list or null is supported.")
+        other = sorted({str(value) for value in values} - {self.value})
         if other:
             raise WeightsError(f"config.json has {self.key} with {', '.join(other)}, and {self.value!r} is supported.")
 
 
-_FULL_ATTENTION = NeededOfLayers("layer_types", "full_attention")
+# transformers honours them in every family.
+_NEEDED_BY_ALL: tuple[Needed | NeededOfLayers, ...] = (
+    NeededOfLayers("layer_types", "full_attention"),
+    Needed("is_causal", (True,)),
+    Needed("per_layer_config", (None,)),
+)
 
 
 @dataclass(frozen=True)
@@ -103,30 +111,35 @@ class Family:
     """Keys of config.json with one value for all models of the family."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes an absent key of config.json for, where `to_fields` does not know it."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names that transformers takes for a key of config.json, each with the family's own."""
 
     def model_fields(self, config: HuggingFaceConfig) -> dict[str, Any]:
         """Fields of ModelConfig, of a config.json; WeightsError for what is not supported."""
         if config.get("quantization_config"):
             raise WeightsError("config.json has a quantization_config, and unquantized weights are supported.")
-        config = {**self.defaults, **config}
-        for needed in self.needed:
+        config = {**self.defaults, **self._in_own_names(config)}
+        for needed in (*self.needed, *_NEEDED_BY_ALL):
             needed.check(config)
-        _FULL_ATTENTION.check(config)
-        try:
-            fields = self.to_fields(config)
-            is_grouped = fields["num_attention_heads"] % fields["num_key_value_heads"] == 0
-        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-            if isinstance(error, WeightsError):
-                raise
-            raise WeightsError(
-                f"config.json has a value of the wrong kind ({error}); use the model's own config.json."
-            ) from error
+        fields = self.to_fields(config)
+        is_grouped = fields["num_attention_heads"] % fields["num_key_value_heads"] == 0
         if not is_grouped:
             raise WeightsError(
                 f"config.json has num_key_value_heads {fields['num_key_value_heads']}, which must divide "
                 f"num_attention_heads {fields['num_attention_heads']}; use the model's own config.json."
             )
         return fields
+
+    def _in_own_names(self, config: HuggingFaceConfig) -> HuggingFaceConfig:
+        """The config without aliases; WeightsError if one says something else than the name it stands for."""
+        own = {key: value for key, value in config.items() if key not in self.aliases}
+        for alias, key in self.aliases.items():
+            if alias in config and own.setdefault(key, config[alias]) != config[alias]:
+                raise WeightsError(
+                    f"config.json has {key} {own[key]!r} and {alias} {config[alias]!r}, two names of one setting; "
+                    "remove one of them."
+                )
+        return own
 
     def names(self, ours: str) -> tuple[tuple[str, ...], Arrange]:
         """Their tensors that our parameter is made of, and how. WeightsError if the family has no such parameter."""
@@ -143,11 +156,3 @@ class Family:
     def is_buffer(self, name: str) -> bool:
         """Whether a tensor is computed, and so nobody's weight."""
         return name.endswith(self.buffers) if self.buffers else False
-
-
-def required(config: HuggingFaceConfig, key: str) -> Any:
-    """The value of a key; WeightsError if it is absent or null."""
-    value = config.get(key)
-    if value is None:
-        raise WeightsError(f"config.json has no {key}, which its model_type needs; use the model's own config.json.")
-    return value

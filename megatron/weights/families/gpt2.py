@@ -7,13 +7,12 @@ from typing import Any
 from megatron.config import ModelConfig
 from megatron.weights.families.family import (
     Family,
-    HuggingFaceConfig,
     Module,
     Needed,
-    required,
     transposed,
     transposed_heads,
 )
+from megatron.weights.families.values import HuggingFaceConfig, count, number
 
 _MODULES = {
     "embedding.word_embeddings": Module(("wte",)),
@@ -26,27 +25,31 @@ _MODULES = {
     "layers.*.mlp.dense_4h_to_h": Module(("h.*.mlp.c_proj",), transposed),
     "head.final_layernorm": Module(("ln_f",)),
 }
+_ALIASES = {
+    "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}  # fmt: skip
 _MANAGED = frozenset({
     "vocab_size", "n_layer", "n_embd", "n_inner", "n_head", "n_positions", "n_ctx", "layer_norm_epsilon",
     "activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop", "tie_word_embeddings", "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx", "add_cross_attention",
+    "scale_attn_by_inverse_layer_idx", "add_cross_attention", *_ALIASES,
 })  # fmt: skip
 
 
 def gpt2_fields(config: HuggingFaceConfig) -> dict[str, Any]:
     """Fields of ModelConfig, of GPT-2's config.json."""
-    hidden_size, heads = required(config, "n_embd"), required(config, "n_head")
+    hidden_size, heads = count(config, "n_embd"), count(config, "n_head")
     return {
-        "num_layers": required(config, "n_layer"),
+        "num_layers": count(config, "n_layer"),
         "hidden_size": hidden_size,
-        "ffn_hidden_size": config.get("n_inner") or 4 * hidden_size,
+        "ffn_hidden_size": count(config, "n_inner", 4 * hidden_size),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "kv_channels": hidden_size // heads,
-        "max_position_embeddings": required(config, "n_positions"),
+        "max_position_embeddings": count(config, "n_positions"),
         "use_rotary_position_embeddings": False,
         "normalization": "layernorm",
-        "layernorm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "layernorm_epsilon": number(config, "layer_norm_epsilon", 1e-5, "layernorm_epsilon"),
         "swiglu": False,
         "openai_gelu": True,
         "disable_bias_linear": False,
@@ -86,4 +89,5 @@ GPT2 = Family(
     prefixes=("transformer.", ""),
     buffers=(".attn.bias", ".attn.masked_bias"),
     fixed={"activation_function": "gelu_new", "tie_word_embeddings": True},
+    aliases=_ALIASES,
 )

@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.config import ModelConfig
+from megatron.weights.errors import WeightsError
 from megatron.weights.families import rope
-from megatron.weights.families.family import Family, HuggingFaceConfig, Module, Needed, required
+from megatron.weights.families.family import Family, Module, Needed
+from megatron.weights.families.values import HuggingFaceConfig, count, number, switch
 
 _LAYER = "gpt_neox.layers.*"
 _MODULES = {
@@ -25,30 +27,40 @@ _MODULES = {
 }
 _EXACT_GELU = "gelu"
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
-_THETA, _PERCENT = 10000.0, 0.25
+_PERCENT = 0.25
 
 
 def gpt_neox_fields(config: HuggingFaceConfig) -> dict[str, Any]:
     """Fields of ModelConfig, of a config.json of GPT-NeoX."""
-    heads, hidden_size = required(config, "num_attention_heads"), required(config, "hidden_size")
-    theta, percent = config.get("rotary_emb_base", _THETA), config.get("rotary_pct", _PERCENT)
+    heads, hidden_size = count(config, "num_attention_heads"), count(config, "hidden_size")
     return {
-        "num_layers": required(config, "num_hidden_layers"),
+        "num_layers": count(config, "num_hidden_layers"),
         "hidden_size": hidden_size,
-        "ffn_hidden_size": required(config, "intermediate_size"),
+        "ffn_hidden_size": count(config, "intermediate_size"),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
-        "kv_channels": hidden_size // heads,
-        "max_position_embeddings": required(config, "max_position_embeddings"),
+        "kv_channels": _head_size(config, hidden_size // heads),
+        "max_position_embeddings": count(config, "max_position_embeddings"),
         "normalization": "layernorm",
-        "layernorm_epsilon": config.get("layer_norm_eps", 1e-5),
+        "layernorm_epsilon": number(config, "layer_norm_eps", 1e-5, "layernorm_epsilon"),
         "swiglu": False,
         "openai_gelu": config.get("hidden_act", _EXACT_GELU) in _TANH_GELU,
         "disable_bias_linear": False,
-        "parallel_residual": config.get("use_parallel_residual", True),
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-        **rope.rope_fields(config, theta, percent),
+        "parallel_residual": switch(config, "use_parallel_residual", default=True),
+        "untie_embeddings_and_output_weights": not switch(config, "tie_word_embeddings", default=False),
+        **rope.partial_rope_fields(config, "rotary_emb_base", "rotary_pct", _PERCENT),
     }
+
+
+def _head_size(config: HuggingFaceConfig, derived: int) -> int:
+    """The width of a head. transformers takes a head_dim of config.json for the rotation alone, so it must be that."""
+    given = count(config, "head_dim", derived)
+    if given != derived:
+        raise WeightsError(
+            f"config.json has head_dim {given}, and a head of hidden_size / num_attention_heads = {derived} is "
+            "supported; use the model's own config.json."
+        )
+    return derived
 
 
 def gpt_neox_config(model: ModelConfig) -> dict[str, Any]:
@@ -80,7 +92,7 @@ GPT_NEOX = Family(
     managed=rope.KEYS | {
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
         "max_position_embeddings", "layer_norm_eps", "use_parallel_residual", "tie_word_embeddings",
-        "rotary_emb_base", "rotary_pct", "attention_bias",
+        "rotary_emb_base", "rotary_pct", "attention_bias", "head_dim",
     },
     buffers=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
     fixed={"attention_bias": True},

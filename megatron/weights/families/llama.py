@@ -13,13 +13,12 @@ from megatron.weights.errors import WeightsError
 from megatron.weights.families import rope
 from megatron.weights.families.family import (
     Family,
-    HuggingFaceConfig,
     Module,
     Needed,
     gate_and_up,
     grouped_heads,
-    required,
 )
+from megatron.weights.families.values import HuggingFaceConfig, count, number, switch
 
 MODULES = {
     "embedding.word_embeddings": Module(("model.embed_tokens",)),
@@ -44,20 +43,20 @@ MANAGED = rope.KEYS | {
 
 def llama_fields(config: HuggingFaceConfig) -> dict[str, Any]:
     """Fields of ModelConfig, of a config.json of LLaMA's kind."""
-    heads, hidden_size = required(config, "num_attention_heads"), required(config, "hidden_size")
+    heads, hidden_size = count(config, "num_attention_heads"), count(config, "hidden_size")
     return {
-        "num_layers": required(config, "num_hidden_layers"),
+        "num_layers": count(config, "num_hidden_layers"),
         "hidden_size": hidden_size,
-        "ffn_hidden_size": required(config, "intermediate_size"),
+        "ffn_hidden_size": count(config, "intermediate_size"),
         "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or hidden_size // heads,
-        "max_position_embeddings": required(config, "max_position_embeddings"),
+        "num_key_value_heads": count(config, "num_key_value_heads", heads),
+        "kv_channels": count(config, "head_dim", hidden_size // heads),
+        "max_position_embeddings": count(config, "max_position_embeddings"),
         "normalization": "rmsnorm",
-        "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "layernorm_epsilon": number(config, "rms_norm_eps", 1e-6, "layernorm_epsilon"),
         "swiglu": True,
         "disable_bias_linear": True,
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "untie_embeddings_and_output_weights": not switch(config, "tie_word_embeddings", default=False),
         **rope.rope_fields(config),
     }
 
@@ -82,8 +81,9 @@ def llama_config(model: ModelConfig) -> dict[str, Any]:
 def mistral_fields(config: HuggingFaceConfig) -> dict[str, Any]:
     """Fields of ModelConfig; WeightsError if the sliding window is narrower than the positions that are there."""
     fields = llama_fields(config)
-    window, positions = config.get("sliding_window"), fields["max_position_embeddings"]
-    if window is not None and window < positions:
+    positions = fields["max_position_embeddings"]
+    window = count(config, "sliding_window", positions)
+    if window < positions:
         raise WeightsError(
             f"config.json has sliding_window {window} below max_position_embeddings {positions}, and attention over "
             "the whole context is supported: sliding_window null."

@@ -11,53 +11,118 @@ from typing import Any
 from megatron.config import ModelConfig
 from megatron.config.model import ROPE_SCALING_PARAMETERS
 from megatron.weights.errors import WeightsError
-from megatron.weights.families.family import HuggingFaceConfig
+from megatron.weights.families.values import HuggingFaceConfig, count, number
 
-KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
-_PREFIX = "rope_scaling_"
 _ORIGINAL = "original_max_position_embeddings"
+_SHARE = "partial_rotary_factor"
+_THETA = "rotary_position_embeddings_theta"
+KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", _SHARE, _ORIGINAL})
+_PREFIX = "rope_scaling_"
 _TYPES = {"default": "none"} | {name: name for name in ROPE_SCALING_PARAMETERS if name != "none"}
 # Keys that stand beside a scaling's own, and those that say what is always so here.
-_BESIDE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+_BESIDE = {"rope_type", "type", "rope_theta", _SHARE, "finetuned"}
 _ALWAYS = {"truncate": True}
+_NEEDED = {"factor", "low_freq_factor", "high_freq_factor"}
+_DEFAULT_IF_ZERO = {"beta_fast", "beta_slow"}
+_MSCALES = {"mscale", "mscale_all_dim"}
+_BORDERS = {"yarn": ("beta_fast", "beta_slow"), "llama3": ("high_freq_factor", "low_freq_factor")}
 
 
-def rope_fields(config: HuggingFaceConfig, theta: float = 10000.0, percent: float = 1.0) -> dict[str, Any]:
-    """Fields of ModelConfig, in whichever spelling; theta and percent are the family's where the file is silent.
+def rope_fields(config: HuggingFaceConfig, theta_key: str = "rope_theta") -> dict[str, Any]:
+    """Fields of ModelConfig, in whichever spelling, for a family that rotates whole heads.
 
+    transformers ignores a share of the head that such a family names, and fails with one where there is a scaling.
     WeightsError for a scaling that is not known here, or one that lacks a number or has one too many.
     """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _TYPES:
-        supported = ", ".join(map(repr, _TYPES))
-        raise WeightsError(f"config.json has rope_type {kind!r}, and {supported} are supported.")
-    base: Any = rope.get("rope_theta", config.get("rope_theta", theta))
-    share: Any = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", percent))
+    rope = _parameters(config)
+    kind = _kind(rope)
+    share = rope.get(_SHARE, config.get(_SHARE))
+    if kind != "none" and share not in (None, 1):
+        raise WeightsError(
+            f"config.json has {_SHARE} {share!r} with rope_type {kind!r}, and its model_type rotates whole heads; "
+            f"remove {_SHARE}."
+        )
+    is_unused = "rope_theta" in rope and config.get(theta_key) is None
+    beside = 1e4 if is_unused else number(config, theta_key, 1e4, _THETA)
     return {
         "use_rotary_position_embeddings": True,
-        "rotary_position_embeddings_theta": float(base),
-        "rotary_percent": float(share),
-        "rope_scaling_type": _TYPES[kind],
-        **_scaling_fields(_TYPES[kind], rope, config.get("max_position_embeddings")),
+        _THETA: number(rope, "rope_theta", beside, _THETA),
+        "rotary_percent": 1.0,
+        "rope_scaling_type": kind,
+        **_scaling_fields(kind, rope, config),
     }
 
 
-def _scaling_fields(kind: Any, rope: HuggingFaceConfig, max_position_embeddings: int | None) -> dict[str, Any]:
-    """The numbers of a scaling. The original context is the model's where the scaling does not name it."""
+def partial_rope_fields(config: HuggingFaceConfig, theta_key: str, share_key: str, share: float) -> dict[str, Any]:
+    """The same for a family that rotates a share of each head, under its own names outside `rope_parameters`."""
+    rope = _parameters(config)
+    in_rope = _SHARE in rope
+    percent = number(rope if in_rope else config, _SHARE if in_rope else share_key, share, "rotary_percent")
+    whole = {key: value for key, value in config.items() if key != _SHARE}
+    whole |= {"rope_scaling": None, "rope_parameters": {key: value for key, value in rope.items() if key != _SHARE}}
+    return {**rope_fields(whole, theta_key), "rotary_percent": percent}
+
+
+def _parameters(config: HuggingFaceConfig) -> HuggingFaceConfig:
+    """The object that describes RoPE: as in transformers the older of the two keys, where both hold something."""
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key)
+        if rope is not None and not isinstance(rope, dict):
+            raise WeightsError(f"config.json has {key} {rope!r}, which must be an object or null.")
+        if rope:
+            return rope
+    return {}
+
+
+def _kind(rope: HuggingFaceConfig) -> Any:
+    """Our name of the scaling."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _TYPES:
+        supported = ", ".join(map(repr, _TYPES))
+        raise WeightsError(f"config.json has rope_type {kind!r}, and {supported} are supported.")
+    return _TYPES[kind]
+
+
+def _scaling_fields(kind: Any, rope: HuggingFaceConfig, config: HuggingFaceConfig) -> dict[str, Any]:
+    """The numbers of a scaling.
+
+    The original context is that of the scaling, unless the config names one beside it; with dynamic, transformers takes
+    max_position_embeddings whatever else is named.
+    """
     known = {name.removeprefix(_PREFIX): name for name in ROPE_SCALING_PARAMETERS[kind]}
-    other = {key: value for key, value in rope.items() if key not in known and key not in _BESIDE}
-    for key, value in other.items():
-        if value is not None and _ALWAYS.get(key) != value:
-            raise WeightsError(f"config.json has {key} {value!r} with rope_type {kind!r}, which is not supported.")
-    given = {key: value for key, value in rope.items() if key in known and value is not None}
-    if kind == "dynamic":  # whose own number transformers passes over
-        given.pop(_ORIGINAL, None)
+    _refuse_unknown(kind, rope, set(known) | _BESIDE | {_ORIGINAL})
+    given = {key: rope[key] for key in known if rope.get(key) is not None and key != _ORIGINAL}
+    given = {key: value for key, value in given.items() if value != 0 or key not in _DEFAULT_IF_ZERO}
+    if "attention_factor" in given or not all(given.get(key) for key in _MSCALES):  # what transformers passes over
+        given = {key: value for key, value in given.items() if key not in _MSCALES}
+    for key in _NEEDED & set(known) - set(given):
+        raise WeightsError(f"config.json has rope_type {kind!r} without a {key}; use the model's own config.json.")
+    fields: dict[str, Any] = {known[key]: number(given, key, 1.0, known[key]) for key in given}
+    _check_borders(kind, given)
     if _ORIGINAL in known:
-        given.setdefault(_ORIGINAL, max_position_embeddings)
-    if "factor" in known and "factor" not in given:
-        raise WeightsError(f"config.json has rope_type {kind!r} without a factor; use the model's own config.json.")
-    return {known[key]: value if key == _ORIGINAL else float(value) for key, value in given.items()}
+        positions = count(config, "max_position_embeddings")
+        sources = () if kind == "dynamic" else (rope, config)
+        for source in sources:
+            positions = count(source, _ORIGINAL, positions)
+        fields[known[_ORIGINAL]] = positions
+    return fields
+
+
+def _refuse_unknown(kind: str, rope: HuggingFaceConfig, known: set[str]) -> None:
+    for key, value in rope.items():
+        if key not in known and value is not None and _ALWAYS.get(key) is not value:
+            raise WeightsError(f"config.json has {key} {value!r} with rope_type {kind!r}, which is not supported.")
+
+
+def _check_borders(kind: str, given: HuggingFaceConfig) -> None:
+    """WeightsError if the border of fast dimensions is below that of slow ones; llama3 divides by their distance."""
+    if kind not in _BORDERS:
+        return
+    fast, slow = _BORDERS[kind]
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0}
+    high, low = ({**defaults, **given}[key] for key in (fast, slow))
+    if high < low or (kind == "llama3" and high == low):
+        raise WeightsError(f"config.json has {fast} {high} and {slow} {low}, and {fast} must be the larger one.")
 
 
 def rope_config(model: ModelConfig) -> dict[str, Any]:

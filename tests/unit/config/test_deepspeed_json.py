@@ -152,6 +152,7 @@ def test_auto_says_nothing(tmp_path):
     "content, message",
     [
         ("{", "is not valid JSON"),
+        ('{"a": ' * 100_000, "is not valid JSON"),
         ("[]", "must hold a JSON object, not a list"),
         ({"bf16": True}, '"bf16" (true) in '),
         (

@@ -144,6 +144,19 @@ def test_sizes_below_one_are_refused(tmp_path, capsys, flag):
     assert f"{flag} (0) must be 1 or more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flag, size, shown",
+    [
+        *(("--max-shard-size", size, f"{float(size):g}") for size in ("nan", "inf", "1e400")),
+        *(("--make-vocab-size-divisible-by", str(size), str(size)) for size in (-1, 10**20, 10**400)),
+    ],
+)
+def test_a_size_that_is_none_is_refused(tmp_path, capsys, flag, size, shown):
+    with pytest.raises(SystemExit):
+        run_tool(TOOL, "to-megatron", tmp_path, tmp_path / "out", flag, size)
+    assert f"{flag} ({shown}) must be 1 or more" in capsys.readouterr().err
+
+
 LARGE = {
     "model_type": "llama", "vocab_size": 4000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
     "num_attention_heads": 16, "max_position_embeddings": 2048,

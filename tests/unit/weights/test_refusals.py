@@ -1,6 +1,7 @@
 """What cannot be converted is refused before anything is written, by name, with the value and what is supported."""
 
 import json
+import math
 import re
 
 import pytest
@@ -44,6 +45,20 @@ def edit_weights(folder, change):
             writer.add(name, tensor)
 
 
+def _scaling(**values):
+    """Changes of config.json to a scaling; a value of ... leaves a key out."""
+    return {"rope_parameters": {"rope_theta": 500.0} | {key: v for key, v in values.items() if v is not ...}}
+
+
+def _yarn(**changes):
+    return _scaling(**{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24} | changes)
+
+
+def _llama3(**changes):
+    values = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24}
+    return _scaling(rope_type="llama3", **values | changes)
+
+
 @pytest.mark.parametrize(
     "name, changes, message",
     [
@@ -56,8 +71,54 @@ def edit_weights(folder, change):
         ("llama", {"hidden_size": ...}, "has no hidden_size, which its model_type needs"),
         ("llama", {"vocab_size": "61"}, "vocab_size '61', which must be a whole number above 0"),
         ("llama", {"vocab_size": None}, "has no vocab_size"),
-        ("llama", {"hidden_size": "wide"}, "hidden_size is 'wide', which must be a whole number"),
-        ("llama", {"hidden_size": "wide", "head_dim": None}, "has a value of the wrong kind"),
+        ("llama", {"hidden_size": "wide"}, "hidden_size 'wide', which must be a whole number above 0"),
+        ("llama", {"num_hidden_layers": 2.0}, "num_hidden_layers 2.0, which must be a whole number above 0"),
+        ("llama", {"num_hidden_layers": 10**6}, "has 1000000 layers, and the weights have 21 tensors"),
+        ("llama", {"hidden_size": 10**4000}, f"hidden_size 1{'0' * 59}..., which must be a whole number"),
+        ("llama", {"hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1}, "too large to exist"),
+        ("llama", {"head_dim": 0}, "head_dim 0, which must be a whole number above 0"),
+        ("llama", {"num_key_value_heads": 0}, "num_key_value_heads 0, which must be a whole number above 0"),
+        ("llama", {"num_attention_heads": True}, "num_attention_heads True, which must be a whole number"),
+        ("llama", {"max_position_embeddings": -1}, "max_position_embeddings -1, which must be a whole number"),
+        *(
+            ("llama", {"rms_norm_eps": value}, f"rms_norm_eps {value!r}, which must be a number above 0")
+            for value in (math.nan, math.inf, -1, 0.0, "x", None, [1])
+        ),
+        ("gpt2", {"layer_norm_epsilon": math.nan}, "layer_norm_epsilon nan, which must be a number above 0"),
+        ("pythia", {"layer_norm_eps": "1e-5"}, "layer_norm_eps '1e-5', which must be a number above 0"),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings 'false', which must be true or false"),
+        ("llama", {"tie_word_embeddings": None}, "tie_word_embeddings None, which must be true or false"),
+        ("pythia", {"use_parallel_residual": "false"}, "use_parallel_residual 'false', which must be true or false"),
+        *(
+            ("llama", {"rope_parameters": None, "rope_theta": value}, f"rope_theta {value!r}, which must be a number")
+            for value in (math.nan, math.inf, -1, 1, "1e4", None)
+        ),
+        ("llama", {"rope_theta": -1}, "rope_theta -1, which must be a number above 1"),
+        ("llama", {"rope_parameters": {"rope_theta": math.nan}}, "rope_theta nan, which must be a number above 1"),
+        ("llama", {"rope_parameters": [1]}, "rope_parameters [1], which must be an object or null"),
+        ("llama", {"rope_parameters": {"rope_type": ["x"]}}, "rope_type ['x']"),
+        ("llama", _yarn(factor="4"), "factor '4', which must be a number at least 1"),
+        ("llama", _yarn(factor=math.nan), "factor nan, which must be a number at least 1"),
+        ("llama", _yarn(factor=...), "rope_type 'yarn' without a factor"),
+        ("llama", _yarn(beta_fast=-2.0), "beta_fast -2.0, which must be a number above 0"),
+        ("llama", _yarn(beta_fast=1.0, beta_slow=3.0), "beta_fast 1.0 and beta_slow 3.0, and beta_fast must be the"),
+        ("llama", _yarn(attention_factor=0), "attention_factor 0, which must be a number above 0"),
+        ("llama", _yarn(original_max_position_embeddings=2.5), "original_max_position_embeddings 2.5, which must be"),
+        ("llama", _yarn(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 with rope_type 'yarn', and its model_"),
+        ("llama", _yarn(truncate=False), "truncate False with rope_type 'yarn', which is not supported"),
+        ("llama", _llama3(low_freq_factor=4.0), "high_freq_factor 4.0 and low_freq_factor 4.0, and high_freq_factor m"),
+        ("llama", _llama3(low_freq_factor=...), "rope_type 'llama3' without a low_freq_factor"),
+        ("llama", {"head_dim": 11}, "the width of a head (11) must be even"),
+        ("pythia", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "dimensions is 3, which must be even"),
+        ("pythia", {"rope_parameters": None, "rotary_pct": math.nan}, "rotary_pct nan, which must be a number above 0"),
+        ("pythia", {"head_dim": 4}, "head_dim 4, and a head of hidden_size / num_attention_heads = 8 is supported"),
+        ("llama", {"is_causal": False}, "is_causal False, and True is supported"),
+        ("qwen3", {"per_layer_config": {"0": {"rms_norm_eps": 0.5}}}, "per_layer_config {'0': {'rms_norm_eps': 0.5}}"),
+        ("llama", {"layer_types": 3}, "layer_types 3, and a list or null is supported"),
+        ("llama", {"model_type": ["llama"]}, "model_type ['llama'], and llama, mistral"),
+        ("mistral", {"sliding_window": math.nan}, "sliding_window nan, which must be a whole number"),
+        ("gpt2", {"num_attention_heads": 2}, "n_head 4 and num_attention_heads 2, two names of one setting"),
+        ("gpt2", {"n_inner": 0}, "n_inner 0, which must be a whole number above 0"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3, which must divide num_attention_heads 4"),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type 'su'"),
@@ -80,12 +141,15 @@ def test_an_unsupported_config_is_refused_by_name_and_value(tmp_path, name, chan
     refused(tmp_path / "theirs", message)
 
 
-@pytest.mark.parametrize("text", [None, "", "[1]", "{"])
+DEEP = '{"a": ' * 100_000
+
+
+@pytest.mark.parametrize("text", [None, "", "[1]", "{", '{"hidden_size": 32, "hidden_size": 32}', DEEP, "\udce9"])
 def test_a_config_that_is_none_is_refused(tmp_path, text):
     save("llama", tmp_path / "theirs")
     (tmp_path / "theirs" / "config.json").unlink()
     if text is not None:
-        (tmp_path / "theirs" / "config.json").write_text(text)
+        (tmp_path / "theirs" / "config.json").write_text(text, errors="surrogateescape")
     refused(tmp_path / "theirs", "config.json cannot be read")
 
 
@@ -102,6 +166,13 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
     refused(tmp_path / "theirs", "'model.layers.0.mlp.gate_proj.weight' is [44, 32], and config.json asks for [48, 32]")
 
 
+def test_a_quantized_tensor_is_refused(tmp_path):
+    save("llama", tmp_path / "theirs")
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_weights(tmp_path / "theirs", lambda tensors: tensors | {name: tensors[name].to(torch.int8)})
+    refused(tmp_path / "theirs", f"the tensor {name!r} holds int8, and floating-point weights are supported")
+
+
 def test_a_tensor_that_nothing_takes_is_refused(tmp_path):
     save("llama", tmp_path / "theirs")
     edit_weights(tmp_path / "theirs", lambda tensors: tensors | {"model.layers.2.norm.weight": torch.ones(3)})
@@ -112,9 +183,7 @@ def test_a_tensor_that_nothing_takes_is_refused(tmp_path):
     "name, harmless",
     [
         ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
-        ("llama-tied", "lm_head.weight"),
         ("gpt2", "transformer.h.1.attn.bias"),
-        ("gpt2", "lm_head.weight"),
         ("pythia", "gpt_neox.layers.1.attention.masked_bias"),
     ],
 )
@@ -122,6 +191,23 @@ def test_tensors_of_older_files_that_are_computed_are_passed_over(tmp_path, name
     save(name, tmp_path / "theirs")
     edit_weights(tmp_path / "theirs", lambda tensors: tensors | {harmless: torch.ones(3)})
     from_hugging_face(tmp_path / "theirs", tmp_path / "out", Settings())
+
+
+@pytest.mark.parametrize(
+    "name, embedding, head",
+    [
+        ("llama-tied", "model.embed_tokens.weight", "lm_head.weight"),
+        ("gpt2", "transformer.wte.weight", "lm_head.weight"),
+        ("gpt-neox-tied", "gpt_neox.embed_in.weight", "embed_out.weight"),
+    ],
+)
+def test_a_tied_head_may_stand_in_the_file_if_it_is_the_embedding(tmp_path, name, embedding, head):
+    save(name, tmp_path / "theirs")
+    edit_weights(tmp_path / "theirs", lambda tensors: tensors | {head: tensors[embedding].clone()})
+    from_hugging_face(tmp_path / "theirs", tmp_path / "ours", Settings())
+    for other in (lambda t: t + torch.zeros_like(t).index_fill(0, torch.tensor(3), 0.1), lambda t: t[:-1]):
+        edit_weights(tmp_path / "theirs", lambda tensors, other=other: tensors | {head: other(tensors[embedding])})
+        refused(tmp_path / "theirs", f"tie_word_embeddings true, and {head!r} differs from {embedding!r}; set")
 
 
 def test_names_without_the_outer_module_are_read(tmp_path):
@@ -181,6 +267,32 @@ def test_a_config_of_other_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {"shape": "round", "max_position_embeddings": 4}}))
     with pytest.raises(WeightsError, match="the architecture has shape, unknown here"):
         PortableConfig.read(tmp_path, 61)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"swiglu": "false"}, "swiglu is 'false', which must be true or false"),
+        ({"layernorm_epsilon": math.nan}, "--layernorm-epsilon (nan) must be above 0"),
+        ({"layernorm_epsilon": "x"}, "layernorm_epsilon is 'x', which must be a number"),
+        ({"num_layers": 2.0}, "num_layers is 2.0, which must be a whole number"),
+        ({"num_key_value_heads": 3}, "--num-key-value-heads (3) must divide --num-attention-heads (4)"),
+        ({"normalization": "none"}, "normalization is 'none', which must be another value"),
+    ],
+)
+def test_a_damaged_architecture_is_refused(ours, changes, message):
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps(config | {"model": config["model"] | changes}))
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        read_portable(ours)
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": "61"}, {"vocab_size": -1}, {"hugging_face": [1]}])
+def test_a_damaged_vocabulary_or_origin_is_refused(ours, changes):
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(WeightsError, match="which must be"):
+        read_portable(ours)
 
 
 def test_another_rope_is_refused_unless_it_is_asked_for(ours):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron.weights.errors import WeightsError
@@ -182,7 +183,9 @@ def test_an_index_that_names_what_its_shard_lacks_is_refused(sharded):
         SafetensorsFolder(sharded)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}, "weight_map": {}}', '{"a": ' * 100_000]
+)
 def test_an_index_that_is_none_is_refused(sharded, text):
     (sharded / INDEX_FILE).write_text(text)
     with pytest.raises(WeightsError, match="is not an index of shards"):
@@ -213,8 +216,82 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(sharded):
         folder.get("t5")
 
 
-def test_a_header_whose_offsets_do_not_fit_is_refused(tmp_path):
-    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}).encode()
-    (tmp_path / SINGLE_FILE).write_bytes(len(header).to_bytes(8, "little") + header + b"0000")
-    with pytest.raises(WeightsError, match="bytes 0 to 4 for a tensor of 8"):
+def write_raw(folder, header, data=bytes(16)):
+    """One file with a header of our own making."""
+    text = header if isinstance(header, str) else json.dumps(header)
+    (folder / SINGLE_FILE).write_bytes(len(text).to_bytes(8, "little") + text.encode() + data)
+
+
+def entry(start, end, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ({"a": entry(0, 4), "b": entry(4, 12)}, "bytes 0 to 4 for a tensor of 8"),
+        ({"a": entry(0, 8), "b": entry(0, 8)}, "b begins at byte 0, and the one before it ends at 8"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, "b begins at byte 4, and the one before it ends at 8"),
+        ({"a": entry(0, 4, [1]), "b": entry(8, 16)}, "b begins at byte 8, and the one before it ends at 4"),
+        ({"b": entry(8, 16)}, "b begins at byte 8, and the one before it ends at 0"),
+        ({"a": entry(0, 8)}, "and its header describes"),
+        ({"a": entry(-8, 0), "b": entry(0, 16, [4])}, r"shape \[2\] at bytes -8 to 0"),
+        ({"a": entry(0.0, 16.0, [4])}, r"at bytes 0.0 to 16.0"),
+        ({"a": entry(0, 16, [-2, -2])}, r"shape \[-2, -2\]"),
+        ({"a": entry(0, 16, [2**62, 4])}, "bytes 0 to 16 for a tensor of"),
+        (json.dumps({"a": entry(0, 8), "b": entry(8, 16)}).replace("b", "a"), "the key 'a' twice"),
+        ('{"a": ' * 100_000, "nested too deep"),
+    ],
+)
+def test_a_header_that_is_not_of_the_format_is_refused_as_by_the_safetensors_package(tmp_path, header, message):
+    write_raw(tmp_path, header)
+    with pytest.raises(WeightsError, match=message) as error:
         SafetensorsFolder(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / SINGLE_FILE)
+
+
+def test_empty_tensors_lie_between_others(tmp_path):
+    header = {"c": entry(8, 16), "b": entry(8, 8, [0, 3]), "a": entry(0, 8)}
+    write_raw(tmp_path, header)
+    assert SafetensorsFolder(tmp_path).names == tuple(load_file(tmp_path / SINGLE_FILE)) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    "shard", ["../model.safetensors", "/{}/x", "..", ".", "a/b", "a\\b", "", "x" * 256, "a\0b", 3, None]
+)
+def test_a_shard_that_is_no_plain_name_is_refused(sharded, shard):
+    (sharded.parent / SINGLE_FILE).write_bytes((sharded / "model-00001-of-00003.safetensors").read_bytes())
+    index = json.loads((sharded / INDEX_FILE).read_text())
+    index["weight_map"]["t0"] = shard
+    (sharded / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match="which must be the plain name of a file in"):
+        SafetensorsFolder(sharded)
+
+
+def test_shards_may_be_links_as_in_hugging_face_s_cache(sharded):
+    blob = sharded.parent / "blob"
+    (sharded / "model-00001-of-00003.safetensors").rename(blob)
+    (sharded / "model-00001-of-00003.safetensors").symlink_to(blob)
+    assert torch.equal(SafetensorsFolder(sharded).get("t0"), torch.zeros(4))
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded):
+    shards = [sharded / f"model-0000{number}-of-00003.safetensors" for number in (1, 2)]
+    shards[0].write_bytes(shards[1].read_bytes())
+    with pytest.raises(WeightsError, match="both hold 't2'"):
+        SafetensorsFolder(sharded)
+
+
+def test_a_tensor_that_the_index_does_not_name_is_part_of_the_weights(sharded):
+    index = json.loads((sharded / INDEX_FILE).read_text())
+    del index["weight_map"]["t1"]
+    (sharded / INDEX_FILE).write_text(json.dumps(index))
+    assert SafetensorsFolder(sharded).names == tuple(f"t{number}" for number in range(6))
+
+
+def test_two_sets_of_weights_in_one_folder_are_refused(sharded):
+    (sharded / SINGLE_FILE).write_bytes((sharded / "model-00001-of-00003.safetensors").read_bytes())
+    with pytest.raises(WeightsError, match=r"holds both model.safetensors and model.safetensors.index.json"):
+        SafetensorsFolder(sharded)
