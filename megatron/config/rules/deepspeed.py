@@ -48,8 +48,8 @@ def json_keeps_the_gradient_exact(run: Run) -> str | None:
     precision = run.config.precision
     own = "bf16" if precision.bf16 else "fp16" if precision.fp16 else "fp32"
     accumulated = lookup(stated, ("data_types", "grad_accum_dtype"))
-    if accumulated not in (None, "auto", own) and (accumulated != "fp32" or stage < 2):
-        allowed = f'"{own}"' if own == "fp32" else f'"{own}", or "fp32" with --zero-stage 2 or 3'
+    if accumulated not in (None, "auto", own, "fp32"):
+        allowed = " or ".join(dict.fromkeys([f'"{own}"', '"fp32"']))
         return (
             f'"data_types.grad_accum_dtype" ("{accumulated}") in {_file(run)} must be {allowed}; correct it or '
             "remove it"

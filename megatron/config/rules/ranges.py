@@ -33,6 +33,9 @@ class Range:
         """Return what a value must be that this one is not."""
         if self.ceiling < value < math.inf:
             return f"at most {self.ceiling}"
+        return str(self)
+
+    def __str__(self) -> str:
         low = f"{'above' if self.low_open else 'at least'} {self.low:g}"
         return low if self.high == math.inf else f"{low} and {'below' if self.high_open else 'at most'} {self.high:g}"
 

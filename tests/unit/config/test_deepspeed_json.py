@@ -242,9 +242,9 @@ def test_a_missing_file_is_refused(tmp_path):
             'grad_accum_dtype" ("bf16") in FILE must be "fp32"; ',
         ),
         (
-            {"data_types": {"grad_accum_dtype": "fp32"}},
-            "--bf16 --zero-stage 1",
-            'must be "bf16", or "fp32" with --zero-stage 2 or 3; correct it or remove it',
+            {"data_types": {"grad_accum_dtype": "fp16"}},
+            "--bf16",
+            'must be "bf16" or "fp32"; correct it or remove it',
         ),
         (
             {"bf16": {"bf16_master_weights_and_grads": True}},
