@@ -48,15 +48,14 @@ def json_keeps_the_gradient_exact(run: Run) -> str | None:
     precision = run.config.precision
     own = "bf16" if precision.bf16 else "fp16" if precision.fp16 else "fp32"
     accumulated = lookup(stated, ("data_types", "grad_accum_dtype"))
+    allowed = " or ".join(dict.fromkeys([f'"{own}"', '"fp32"']))
     if accumulated not in (None, "auto", own, "fp32"):
-        allowed = " or ".join(dict.fromkeys([f'"{own}"', '"fp32"']))
         return (
             f'"data_types.grad_accum_dtype" ("{accumulated}") in {_file(run)} must be {allowed}; correct it or '
             "remove it"
         )
     reduced = lookup(stated, ("communication_data_type",))
     if reduced not in (None, "auto", own, "fp32"):
-        allowed = " or ".join(dict.fromkeys([f'"{own}"', '"fp32"']))
         return (
             f'"communication_data_type" ("{reduced}") in {_file(run)} must be {allowed}, so that the sum of '
             "the gradients loses nothing; correct it or remove it"

@@ -75,7 +75,11 @@ def _llama3(**changes):
         ("llama", {"num_hidden_layers": 2.0}, "num_hidden_layers 2.0, which must be a whole number above 0"),
         ("llama", {"num_hidden_layers": 10**6}, "--num-layers (1000000) must be at most 65536"),
         ("llama", {"hidden_size": 10**4000}, f"hidden_size 1{'0' * 59}..., which must be a whole number"),
-        ("llama", {"hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1}, "--hidden-size (2147483647) must be at most 16777216"),
+        (
+            "llama",
+            {"hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1},
+            "--hidden-size (2147483647) must be at most",
+        ),
         ("llama", {"head_dim": 0}, "head_dim 0, which must be a whole number above 0"),
         ("llama", {"num_key_value_heads": 0}, "num_key_value_heads 0, which must be a whole number above 0"),
         ("llama", {"num_attention_heads": True}, "num_attention_heads True, which must be a whole number"),
