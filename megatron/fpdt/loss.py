@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.ranges import LOSS, named_range
-from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, GradientSums, Stream
+from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, Stream
 from megatron.ops.cross_entropy import cross_entropy_with_gradient, token_losses
-from megatron.ops.gradient_sum import accumulation_dtype
+from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
 
 # With fewer, a product takes less time than the fp32 sum of the weight's gradient that it is added to.
 TILE_LOGITS = 2**27
@@ -125,7 +125,9 @@ def _tile_loss(
         loss, dlogits = cross_entropy_with_gradient(logits, labels, mask)
         dnormed = (dlogits @ weight).view_as(normed)
         if weight.requires_grad:
-            gradients[0].add_product(dlogits, flat)
+            weight_sum = gradients.of(weight)
+            assert weight_sum is not None
+            weight_sum.add_product(dlogits, flat)
     dx, *dnorm = torch.autograd.grad(normed, [x, *norm_parameters], dnormed)
     gradients.add([None, *dnorm])
     return loss, dx

@@ -1,8 +1,8 @@
-"""Replay of random numbers: what a dropout mask was in the forward pass, it is again when that work is recomputed."""
+"""Replay of random numbers: a dropout mask that the forward pass drew is drawn again when that work is recomputed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,29 +10,40 @@ from torch import Tensor
 
 
 class RandomStates:
-    """State of the device's default generator at each chunk, recorded in forward order and replayed in any order.
+    """States of the device's default generator by key, recorded in the forward pass and replayed in any order.
 
-    Both states live on the host: recording and replaying never wait for the device.
+    They live on the host: recording and replaying never wait for the device.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
         self._device = device
         self._enabled = enabled
-        self._states: list[Tensor] = []
+        self._states: dict[Hashable, Tensor] = {}
 
-    def record(self) -> None:
-        """Remember the state for the next chunk."""
+    def record(self, key: Hashable) -> None:
+        """Remember the state that the work of `key` begins with."""
         if self._enabled:
-            self._states.append(self._get())
+            self._states[key] = self._get()
 
     @contextmanager
-    def replay(self, chunk: int) -> Iterator[None]:
-        """Run with the state recorded for `chunk`, and leave the generator as it was found."""
+    def replay(self, key: Hashable) -> Iterator[None]:
+        """Run with the state recorded for `key`, and leave the generator as it was found."""
+        with self.preserved():
+            self.continue_with(key)
+            yield
+
+    def continue_with(self, key: Hashable) -> None:
+        """Within `replay`: from here on the work of `key`."""
+        if self._enabled:
+            self._set(self._states[key])
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Leave the generator as it was found."""
         if not self._enabled:
             yield
             return
         current = self._get()
-        self._set(self._states[chunk])
         try:
             yield
         finally:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from megatron.config import Recompute
 from megatron.core.collectives import Exchange, heads_to_tokens, start_tokens_to_heads
 from megatron.core.parallel_state import ParallelState
-from megatron.core.ranges import TOKEN_WISE, named_range
+from megatron.core.ranges import named_range
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.store import ChunkStore
 from megatron.ops.attention import AttentionBackend
-from megatron.ops.gradient_sum import GradientSum
 
 BACKWARD_RUNS_ONCE = (
     "a streamed backward pass runs once: what the forward pass kept is gone, whatever retain_graph says"
@@ -58,38 +56,24 @@ def already_whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[
     return nullcontext()
 
 
-class StreamedModule(Protocol):
-    """What follows the attention in a block."""
+class Layer(Protocol):
+    """What a module must be to be streamed.
+
+    `forward` takes x [S, B, h] and positions [B, S] of any tokens, calls a `StreamedAttention` once, and returns
+    y [S, B, h]. All else that it does is token-wise.
+    """
 
     layer_number: int
 
-    def after(self, x_SBh: Tensor, o_SBHD: Tensor, output_needed: bool = True) -> tuple[Tensor, Tensor]:
-        """Token-wise: two addends of the block's output [S, B, h].
-
-        With output_needed=False their values may be anything; their gradients are what counts.
-        """
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-
-class CausalBlock(StreamedModule, Protocol):
-    """What a module must be to be streamed."""
-
-    softmax_scale: float
+    @property
+    def forward(self) -> Callable[..., Tensor]: ...
 
     @property
     def uses_dropout(self) -> bool:
-        """Whether `after` draws random numbers now."""
+        """Whether it draws random numbers now."""
         ...
 
-    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Token-wise: q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values."""
-        ...
-
-    def weights_of_kept_products(self, recompute: Recompute) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Weights of the linear layers in `before` and in `after` that are not to be recomputed."""
-        ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @dataclass
@@ -132,20 +116,6 @@ class Stream:
         sequence_length = x_SBh.shape[0] * size
         return SequenceLayout(sequence_length, min(self.chunk_length, sequence_length), size)
 
-    def output(
-        self,
-        block: StreamedModule,
-        x_SBh: Tensor,
-        o_SBHD: Tensor,
-        kept: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> Tensor:
-        """The block's output for one chunk, slice by slice; all but the first within `kept`."""
-        y = torch.empty_like(x_SBh)
-        for s in self.slices(len(x_SBh)):
-            with kept() if s.start else nullcontext(), named_range(TOKEN_WISE):
-                torch.add(*block.after(x_SBh[s], o_SBHD[s]), out=y[s])
-        return y
-
     def start_tokens_to_heads(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
         """Ulysses all-to-all of one chunk, under way."""
         return start_tokens_to_heads(tensors, self.parallel_state.sequence_parallel_group, parts)
@@ -171,9 +141,10 @@ class Stream:
         """A small input (tokens, labels, positions of one chunk) on the compute device."""
         return tensor.to(self.store.device, non_blocking=True)
 
-    def slices(self, num_tokens: int) -> Iterator[slice]:
-        """Slices of a chunk's local tokens for token-wise work."""
-        return (slice(start, start + self.slice_length) for start in range(0, num_tokens, self.slice_length))
+    def numbered_slices(self, x_cBh: Tensor) -> Iterator[tuple[int, slice]]:
+        """Slices of a chunk's local tokens for token-wise work, numbered from 0."""
+        starts = range(0, len(x_cBh), self.slice_length)
+        return enumerate(slice(start, start + self.slice_length) for start in starts)
 
 
 def _one_ahead(rows: Iterator[Row]) -> Iterator[Row]:
@@ -181,41 +152,3 @@ def _one_ahead(rows: Iterator[Row]) -> Iterator[Row]:
     while ahead:
         ahead.extend(islice(rows, 1))
         yield ahead.popleft()
-
-
-class GradientSums:
-    """Sums of parameter gradients over chunks. Linear layers that run within `collecting` add theirs by themselves."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = parameters
-        self._sums = [GradientSum() for _ in parameters]
-
-    def __getitem__(self, index: int) -> GradientSum:
-        return self._sums[index]
-
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Hang each sum on its parameter, where `megatron.ops.linear` looks for it."""
-        for parameter, gradient_sum in zip(self.parameters, self._sums, strict=True):
-            parameter.gradient_sum = gradient_sum  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            for parameter in self.parameters:
-                del parameter.gradient_sum  # type: ignore[attr-defined]
-
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one contribution per parameter; None where there is none."""
-        for gradient_sum, gradient in zip(self._sums, gradients, strict=True):
-            if gradient is not None:
-                gradient_sum.add(gradient)
-
-    def result(self, scale: Tensor | None = None) -> list[Tensor | None]:
-        """The sums in the dtypes of the parameters, times `scale` where it is given; the sums end here."""
-        results: list[Tensor | None] = []
-        for parameter, gradient_sum in zip(self.parameters, self._sums, strict=True):
-            total, gradient_sum.total = gradient_sum.total, None
-            if total is not None and scale is not None:
-                total.mul_(scale)
-            results.append(None if total is None else total.to(parameter.dtype))
-        return results

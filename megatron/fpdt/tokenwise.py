@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from megatron.core.ranges import TOKEN_WISE, named_range
 from megatron.fpdt.random_state import RandomStates
-from megatron.fpdt.stream import GradientSums, Stream
+from megatron.fpdt.stream import Stream
+from megatron.ops.gradient_sum import GradientSums
 
 
 class TokenEmbedding(Protocol):
@@ -63,7 +64,7 @@ class _StreamedEmbedding(torch.autograd.Function):
         x = store.empty((tokens.shape[1], tokens.shape[0], module.hidden_size), dtype)
         inputs_ahead = store.prefetch(zip(tokens.split(lengths, 1), positions.split(lengths, 1), strict=True))
         for i, (chunk, inputs) in enumerate(zip(x.split(lengths), inputs_ahead, strict=True)):
-            states.record()
+            states.record(i)
             with named_range(TOKEN_WISE):
                 store.put(chunk, stream.noted("forward", "output of the embedding", None, i, module.embed(*inputs)))
         if keep:

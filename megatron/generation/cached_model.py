@@ -3,10 +3,10 @@
     for each chunk of the prompt, or each new token:
         x = embed(tokens)
         for each layer:
-            q, kv = before(x)
+            run it up to its attention call: q, kv
             o     = attention merged over the new tokens themselves and the cached parts, fetched one ahead
             kv   -> cache
-            x     = sum of after(x, o)
+            x     = the rest of it, given o
 
 A chunk goes through all layers before the next begins, so that nothing but the cache grows with the sequence, and the
 cache rests where the model's store keeps it: in host memory when offloading. The parts of the next layer are on their
@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from megatron.fpdt.attention_tiles import attend, attend_one_token
+from megatron.fpdt.block import StreamedBlock
 from megatron.fpdt.plan import Tile
 from megatron.fpdt.store import Prefetch
+from megatron.fpdt.streamed_layer import StreamedLayer, joined
 from megatron.generation.cache import BUFFER_TOKENS, KeyValueCache
 from megatron.generation.errors import GenerationError
-from megatron.model.builder import StreamedExecution
+from megatron.model.streamed import StreamedExecution
 from megatron.model.transformer import GPTModel, TransformerLayer
 from megatron.ops.attention import choose_backend_for_few_queries
 
@@ -82,18 +84,16 @@ class CachedModel:
         [C, B, h] on the compute device, as `logits` takes it. Attention runs sequence by sequence, as each has a
         length of its own; what is token-wise runs on all at once.
         """
-        stream, layers = self.stream, cast(Sequence[TransformerLayer], self.model.layers)
+        stream, blocks = self.stream, [cast(StreamedBlock, layer.forward) for layer in self.model.layers]
         starts_B1 = torch.tensor([[cache.length] for cache in caches])
         tokens_BC, positions_BC = (
             stream.on_device(t) for t in (tokens_BC, starts_B1 + torch.arange(tokens_BC.shape[1]))
         )
-        groups = [[part] for layer in range(len(layers)) for cache in caches for part in cache.parts(layer)]
+        groups = [[part] for layer in range(len(blocks)) for cache in caches for part in cache.parts(layer)]
         parts_ahead = stream.store.prefetch(groups, ahead=False)
         x_CBh = self.model.embedding.embed(tokens_BC, positions_BC)
-        for number, layer in enumerate(layers):
-            q_CBHD, kv_CBKD = layer.before(x_CBh, positions_BC)
-            o_CBHD = self._attend(number, layer, caches, q_CBHD, kv_CBKD, parts_ahead)
-            x_CBh = stream.output(layer, x_CBh, o_CBHD)
+        for number, block in enumerate(blocks):
+            x_CBh = self._run_layer(number, block.layer, caches, x_CBh, positions_BC, parts_ahead)
         for cache in caches:
             cache.advance(tokens_BC.shape[1])
         stream.store.let_go()
@@ -106,10 +106,32 @@ class CachedModel:
         logits_CBV = head.output_layer(head.final_layernorm(x_CBh))[..., : self.num_ids]
         return logits_CBV.to(torch.promote_types(x_CBh.dtype, torch.float32))
 
+    def _run_layer(
+        self,
+        number: int,
+        layer: StreamedLayer,
+        caches: Sequence[KeyValueCache],
+        x_CBh: Tensor,
+        positions_BC: Tensor,
+        parts_ahead: Prefetch,
+    ) -> Tensor:
+        slices = [layer.start(x_CBh[s], positions_BC[:, s]) for _, s in self.stream.numbered_slices(x_CBh)]
+        try:
+            q_CBHD, kv_CBKD = (
+                joined([each.call.q_cBHD for each in slices]),
+                joined([each.call.kv_cBKD for each in slices]),
+            )
+            o_CBHD = self._attend(number, slices[0].call.scale, caches, q_CBHD, kv_CBKD, parts_ahead)
+            parts = zip(slices, o_CBHD.split(self.stream.slice_length), strict=True)
+            return joined([each.finish(o_cBHD) for each, o_cBHD in parts])
+        finally:
+            for each in slices:
+                each.close()
+
     def _attend(
         self,
         number: int,
-        layer: TransformerLayer,
+        scale: float,
         caches: Sequence[KeyValueCache],
         q_CBHD: Tensor,
         kv_CBKD: Tensor,
@@ -118,7 +140,7 @@ class CachedModel:
         outputs = []
         for cache, q_C1HD, kv_C1KD in zip(caches, q_CBHD.split(1, 1), kv_CBKD.split(1, 1), strict=True):
             row = _row(len(cache.parts(number)))
-            outputs.append(self._attend_row(layer.softmax_scale, row, q_C1HD, kv_C1KD, parts_ahead))
+            outputs.append(self._attend_row(scale, row, q_C1HD, kv_C1KD, parts_ahead))
             cache.add(number, kv_C1KD)
         return torch.cat(outputs, 1)
 

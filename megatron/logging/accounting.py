@@ -12,9 +12,9 @@ Where documents share a sequence, S^2 is the sum of the squares of their lengths
 Hardware FLOPs add the forward work that the backward pass runs again, so that the two are never confused:
 
     activation checkpointing    every layer, attention included
-    the streamed block          `before`, and `after` up to its last product (with it where there is dropout), without
-                                the products that were kept; and the whole `after` of each block above which an
-                                input is rebuilt. With a parallel residual attention's product is a last one too
+    the streamed block          every product but the last, without those that were saved; and those after attention
+                                of each block above which an input is rebuilt. With a parallel residual attention's
+                                product is a last one too
 
 The head and the loss run once on every path.
 
@@ -79,8 +79,8 @@ def flops_of_streaming(
 ) -> int:
     """Return what the streamed blocks run again for one sequence.
 
-    Of products that are not to be recomputed, those in `after` are kept of all but the first `slice_length` tokens of
-    a rank in each chunk. Keys and values that are made anew are those of all chunks but the last.
+    Of products that are not to be recomputed, those after attention are saved of all but the first `slice_length`
+    tokens of a rank in each chunk. Keys and values are recomputed of all chunks but the last.
     """
     seq_length = layout.sequence_length
     first_slices = seq_length - layout.sequence_parallel_size * layout.tokens_after(slice_length)
@@ -89,15 +89,13 @@ def flops_of_streaming(
     first, last = matrix * (2 if model.swiglu else 1), matrix
     dense = 2 * model.hidden_size * query_width
     before = forward_flops(model, 0, seq_length).token_wise // model.num_layers - seq_length * (dense + first + last)
-    inner, outer = (0, dense + last) if model.parallel_residual else (dense, last)
+    inner = 0 if model.parallel_residual else dense
     again = {
         "kv": before + before * (seq_length - layout.chunk_lengths[-1]) // seq_length + seq_length * (inner + first),
         "all": before + seq_length * (inner + first),
         "mlp": first_slices * inner + seq_length * first,
         "none": first_slices * (inner + first),
     }[recompute]
-    if model.hidden_dropout:
-        again += seq_length * outer
     rebuilt_blocks = model.num_layers - -(-model.num_layers // checkpoint_interval)
     return model.num_layers * again + rebuilt_blocks * seq_length * (dense + first + last)
 

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from megatron.config import ModelConfig, Recompute
-from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
-from megatron.fpdt.block import stream_block
-from megatron.fpdt.loss import stream_loss
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import ProgressReport, Stream, no_report
-from megatron.fpdt.tokenwise import stream_embedding
 from megatron.model.initialization import Initializer
 from megatron.model.plain import PlainExecution
+from megatron.model.streamed import StreamedExecution
 from megatron.model.transformer import GPTModel
 from megatron.ops.attention import choose_backend
-
-if TYPE_CHECKING:
-    from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 
 
 @dataclass(frozen=True)
@@ -44,25 +36,6 @@ class Execution:
     recompute: bool = False
     checkpoint_in_cpu: bool = False
     documents: bool = False
-
-
-class StreamedExecution:
-    """Runs every piece chunk by chunk; the residual stream rests on the store's tier."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.store = stream.store
-
-    def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
-        return stream_embedding(self.stream, module, tokens_BS, positions_BS, anchor)
-
-    def block(
-        self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None
-    ) -> Tensor:
-        return stream_block(self.stream, module, x_SBh, positions_BS, documents)
-
-    def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        return stream_loss(self.stream, module, x_SBh, labels_BS, mask_BS)
 
 
 def build_execution(
@@ -117,4 +90,7 @@ def build_model(
         residual_std=config.init_method_std / (2 * config.num_layers) ** 0.5,
     )
     how = build_execution(config, parallel_state, execution, dtype, device, report)
-    return GPTModel(config, padded_vocab_size, initializer, how)
+    model = GPTModel(config, padded_vocab_size, initializer, how)
+    for layer in model.layers:
+        how.attach(layer)  # type: ignore[arg-type]
+    return model

@@ -5,11 +5,14 @@ S tokens, B batch, h hidden size, H query heads, K key/value heads, D head size,
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
+from megatron.core.documents import Documents
 from megatron.model.initialization import Initializer
 from megatron.model.rotary import build_rotary
 from megatron.ops.linear import linear
@@ -33,8 +36,8 @@ class Linear(nn.Module):
         self.weight = initializer.normal(outputs, inputs, into_residual=into_residual) if weight is None else weight
         self.bias = initializer.zeros(outputs) if bias else None
 
-    def forward(self, x: Tensor, output_needed: bool = True) -> Tensor:
-        return linear(x, self.weight, self.bias, output_needed)
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -55,15 +58,32 @@ def build_norm(config: ModelConfig, initializer: Initializer, size: int | None =
     return norm(size, eps=config.layernorm_epsilon, dtype=initializer.dtype, device=initializer.device)
 
 
+class CoreAttention(Protocol):
+    """Causal attention between the projections: Ulysses' (megatron.model.plain), or FPDT's (megatron.fpdt.seam)."""
+
+    def __call__(
+        self, q_SBHD: Tensor, kv_SBKD: Tensor, scale: float, dropout: float, documents: Documents | None
+    ) -> Tensor:
+        """o [S, B, H, D] of q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values, of this rank's tokens.
+
+        A token attends to those before it, in its own document where `documents` are given.
+        """
+        ...
+
+
 class SelfAttention(nn.Module):
-    """Projections around attention.
+    """Projections around `core_attention`.
 
     Rows of `query_key_value`: for each key/value head its H/K query heads, the key, the value. Where queries and keys
     are normalised, each kind has one norm for all its heads.
     """
 
+    core_attention: CoreAttention
+    """Set by the way of executing that the builder chooses."""
+
     def __init__(self, config: ModelConfig, initializer: Initializer) -> None:
         super().__init__()
+        self.dropout, self.softmax_scale = config.attention_dropout, config.kv_channels**-0.5
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_size = config.kv_channels
         bias = not config.disable_bias_linear
@@ -74,6 +94,13 @@ class SelfAttention(nn.Module):
         )
         self.dense = Linear(self.num_heads * self.head_size, config.hidden_size, initializer, bias, into_residual=True)
         self.rotary = build_rotary(config)
+
+    def forward(self, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None) -> Tensor:
+        """[S, B, h]."""
+        q, kv = self.project(x_SBh, positions_BS)
+        dropout = self.dropout if self.training else 0.0
+        o_SBHD = self.core_attention(q, kv, self.softmax_scale, dropout, documents)
+        return self.dense(o_SBHD.flatten(2))
 
     def project(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
         """q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values.
@@ -100,10 +127,8 @@ class MLP(nn.Module):
         self.dense_h_to_4h = Linear(config.hidden_size, width * (2 if self.swiglu else 1), initializer, bias)
         self.dense_4h_to_h = Linear(width, config.hidden_size, initializer, bias, into_residual=True)
 
-    def forward(self, x_SBh: Tensor, output_needed: bool = True) -> Tensor:
-        """[S, B, h]; with output_needed=False, gradients alone are meant (megatron.ops.linear)."""
-        hidden_SBf = self.dense_h_to_4h(x_SBh)
-        return self.dense_4h_to_h(self._activate(hidden_SBf), output_needed)
+    def forward(self, x_SBh: Tensor) -> Tensor:
+        return self.dense_4h_to_h(self._activate(self.dense_h_to_4h(x_SBh)))
 
     def _activate(self, hidden_SBf: Tensor) -> Tensor:
         return swiglu(hidden_SBf) if self.swiglu else F.gelu(hidden_SBf, approximate=self.gelu_approximation)

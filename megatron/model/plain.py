@@ -5,7 +5,7 @@ Embedding and head are the streamed ones, with one chunk: logits are never whole
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,73 +32,88 @@ if TYPE_CHECKING:
 
 
 class PlainExecution:
-    """Runs each block at once, its activations kept, recomputed, or recomputed from inputs in host memory."""
+    """Runs each layer at once, its activations saved, recomputed, or recomputed from inputs in host memory."""
 
     def __init__(self, stream: Stream, recompute: bool = False, checkpoint_in_cpu: bool = False) -> None:
-        """`stream` rests on the device and has one chunk; it runs embedding and head."""
+        """`stream` is stored on the device and has one chunk; it runs embedding and head."""
         self.stream = stream
         self.store = stream.store
         self._recompute = recompute
         self._checkpoint_in_cpu = checkpoint_in_cpu
 
+    def attach(self, layer: TransformerLayer) -> None:
+        """Execute a layer from now on."""
+        number = layer.layer_number
+        layer.self_attention.core_attention = UlyssesAttention(self.stream, number)
+        layer.forward = partial(self._run, number, partial(self._run_layer, number, layer.forward))  # type: ignore[method-assign]
+
     def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
         return stream_embedding(self.stream, module, tokens_BS, positions_BS, anchor)
-
-    def block(
-        self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None
-    ) -> Tensor:
-        positions_BS = self.stream.on_device(positions_BS)
-        self._note_gradients(module, (INPUT,), x_SBh)
-        sequence = (0, x_SBh.shape[0] * self.stream.parallel_state.sequence_parallel_size)
-        regions = WHOLE_TILE if documents is None else documents.regions(sequence, sequence)
-        if not (self._recompute and torch.is_grad_enabled()):
-            return self._run(module, x_SBh, positions_BS, regions)
-        if not self._checkpoint_in_cpu:
-            return checkpoint(self._run, module, x_SBh, positions_BS, regions, use_reentrant=False)
-        with torch.autograd.graph.save_on_cpu(pin_memory=x_SBh.is_cuda):
-            return checkpoint(self._run, module, x_SBh, positions_BS, regions, use_reentrant=False)
 
     def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
         return stream_loss(self.stream, module, x_SBh, labels_BS, mask_BS)
 
     def _run(
-        self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, regions: tuple[Region, ...]
+        self,
+        layer_number: int,
+        layer: Callable[..., Tensor],
+        x_SBh: Tensor,
+        positions_BS: Tensor,
+        documents: Documents | None = None,
     ) -> Tensor:
-        with self.stream.piece("forward", module.layer_number, 0, 1):
-            return self._run_layer(module, x_SBh, positions_BS, regions)
+        """Run a layer, with activation checkpointing or without."""
+        args = x_SBh, self.stream.on_device(positions_BS), documents
+        note_gradients(self.stream, layer_number, (INPUT,), x_SBh)
+        if not (self._recompute and torch.is_grad_enabled()):
+            return layer(*args)
+        if not self._checkpoint_in_cpu:
+            return checkpoint(layer, *args, use_reentrant=False)
+        with torch.autograd.graph.save_on_cpu(pin_memory=x_SBh.is_cuda):
+            return checkpoint(layer, *args, use_reentrant=False)
 
-    def _run_layer(
-        self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, regions: tuple[Region, ...]
+    def _run_layer(self, layer_number: int, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+        with self.stream.piece("forward", layer_number, 0, 1), named_range(TOKEN_WISE):
+            return self.stream.noted("forward", OUTPUT, layer_number, 0, forward(*args))
+
+
+class UlyssesAttention:
+    """All-to-all, causal attention over all tokens of the sequence for this rank's heads, all-to-all back."""
+
+    def __init__(self, stream: Stream, layer_number: int) -> None:
+        self._stream, self._layer_number = stream, layer_number
+
+    def __call__(
+        self, q_SBHD: Tensor, kv_SBKD: Tensor, scale: float, dropout: float, documents: Documents | None
     ) -> Tensor:
-        group = self.stream.parallel_state.sequence_parallel_group
-        size = self.stream.parallel_state.sequence_parallel_size
-        with named_range(TOKEN_WISE):
-            q, kv = module.before(x_SBh, positions_BS)
-        self._note(module, PROJECTED, q, kv)
-        q, kv = differentiable_tokens_to_heads([q, repeat_key_value_heads(kv, size)], group, QUERIES_KEYS_VALUES)
+        """As megatron.model.layers.CoreAttention."""
+        parallel_state = self._stream.parallel_state
+        group, size = parallel_state.sequence_parallel_group, parallel_state.sequence_parallel_size
+        sequence = (0, len(q_SBHD) * size)
+        regions = WHOLE_TILE if documents is None else documents.regions(sequence, sequence)
+        self._note(PROJECTED, q_SBHD, kv_SBKD)
+        projected = [q_SBHD, repeat_key_value_heads(kv_SBKD, size)]
+        q, kv = differentiable_tokens_to_heads(projected, group, QUERIES_KEYS_VALUES)
         k, v = kv.chunk(2, 2)
-        dropout = module.attention_dropout if module.training else 0.0
         o = (
-            _attention_with_dropout(q, k, v, dropout, module.softmax_scale, regions)
+            _attention_with_dropout(q, k, v, dropout, scale, regions)
             if dropout
-            else _CausalAttention.apply(q, k, v, self.stream.attention, module.softmax_scale, regions)
+            else _CausalAttention.apply(q, k, v, self._stream.attention, scale, regions)
         )
-        self._note(module, (ATTENTION_OUTPUT,), o)
-        (o,) = differentiable_heads_to_tokens([o], group)
-        with named_range(TOKEN_WISE):
-            residual, branch = module.after(x_SBh, o)
-            return self.stream.noted("forward", OUTPUT, module.layer_number, 0, residual + branch)
+        self._note((ATTENTION_OUTPUT,), o)
+        return differentiable_heads_to_tokens([o], group)[0]
 
-    def _note(self, module: TransformerLayer, names: Sequence[str], *values: Tensor) -> None:
+    def _note(self, names: Sequence[str], *values: Tensor) -> None:
         """Show what was computed, and later its gradients, to those who take notes."""
         for what, value in zip(names, values, strict=True):
-            self.stream.note("forward", what, module.layer_number, 0, value)
-        self._note_gradients(module, names, *values)
+            self._stream.note("forward", what, self._layer_number, 0, value)
+        note_gradients(self._stream, self._layer_number, names, *values)
 
-    def _note_gradients(self, module: TransformerLayer, names: Sequence[str], *values: Tensor) -> None:
-        for what, value in zip(names, values, strict=True):
-            if value.requires_grad:
-                value.register_hook(partial(self.stream.note, "backward", what, module.layer_number, 0))
+
+def note_gradients(stream: Stream, layer_number: int, names: Sequence[str], *values: Tensor) -> None:
+    """Show the gradients of values to those who take notes."""
+    for what, value in zip(names, values, strict=True):
+        if value.requires_grad:
+            value.register_hook(partial(stream.note, "backward", what, layer_number, 0))
 
 
 def _attention_with_dropout(

@@ -1,12 +1,12 @@
 """GPT and LLaMA: embedding, pre-norm blocks, norm, head and loss.
 
-    q, kv = before(x, positions)          norm, projection, rotary embedding        token-wise
-    o     = causal attention(q, k, v)     the only place where tokens meet
-    y     = sum of after(x, o)            projection, residual, norm, MLP, residual  token-wise
+    a = x + attention(norm(x), positions)
+    y = a + mlp(norm(a))                     mlp(norm(x)) with a parallel residual
 
-With a parallel residual the MLP's norm sees x itself, and not what attention has added to it.
+The modules know their arithmetic. Whether they run at once or chunk by chunk is chosen in megatron.model.builder: the
+`execution` of embedding and head, and the `core_attention` of the layers.
 
-The modules know their arithmetic. How it is run, at once or as a stream of chunks, is their `execution`.
+    S tokens, B batch, h hidden size, H query heads, K key/value heads, D head size
 """
 
 from __future__ import annotations
@@ -17,23 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config import KEEPING_PRODUCTS, ModelConfig, Recompute
+from megatron.config import ModelConfig
 from megatron.core.documents import Documents
 from megatron.model.initialization import Initializer
 from megatron.model.layers import MLP, Embedding, Linear, SelfAttention, build_norm
 
 
 class ModelExecution(Protocol):
-    """Runs the pieces of a model on this rank's tokens. What rests where between them is its own business."""
+    """Runs the pieces of a model on this rank's tokens. Where tensors are stored between them is its own business."""
 
     def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
         """The residual stream [S/p, B, h]."""
-        ...
-
-    def block(
-        self, module: TransformerLayer, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None
-    ) -> Tensor:
-        """The residual stream after one block."""
         ...
 
     def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
@@ -75,15 +69,10 @@ class TokenEmbedding(nn.Module):
 class TransformerLayer(nn.Module):
     """One pre-norm block. `layer_number` counts from 1."""
 
-    def __init__(
-        self, config: ModelConfig, layer_number: int, initializer: Initializer, execution: ModelExecution
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer_number: int, initializer: Initializer) -> None:
         super().__init__()
-        self.execution = execution
         self.layer_number, self.dropout = layer_number, config.hidden_dropout
-        self.attention_dropout = config.attention_dropout
         self.parallel_residual = config.parallel_residual
-        self.softmax_scale = config.kv_channels**-0.5
         self.input_layernorm = build_norm(config, initializer)
         self.self_attention = SelfAttention(config, initializer)
         self.post_attention_layernorm = build_norm(config, initializer)
@@ -93,33 +82,13 @@ class TransformerLayer(nn.Module):
     def uses_dropout(self) -> bool:
         return self.training and self.dropout > 0
 
-    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values."""
-        return self.self_attention.project(self.input_layernorm(x_SBh), positions_BS)
-
-    def after(self, x_SBh: Tensor, o_SBHD: Tensor, output_needed: bool = True) -> tuple[Tensor, Tensor]:
-        """The two addends [S, B, h] of the block's output: the residual stream after attention, and the MLP's branch.
-
-        With output_needed=False they pass gradients on, and their values have no meaning.
-        """
-        # A dropout mask depends on how its tensor lies in memory, so that one must be the same whenever it is drawn.
-        output_needed = output_needed or self.uses_dropout
-        attention_SBh = self.self_attention.dense(o_SBHD.flatten(2), output_needed or not self.parallel_residual)
-        y_SBh = x_SBh + F.dropout(attention_SBh, self.dropout, self.training)
-        mlp_input_SBh = x_SBh if self.parallel_residual else y_SBh
-        branch_SBh = self.mlp(self.post_attention_layernorm(mlp_input_SBh), output_needed)
-        return y_SBh, F.dropout(branch_SBh, self.dropout, self.training)
-
-    def weights_of_kept_products(self, recompute: Recompute) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Weights of the linear layers in `before` and in `after` that are not to be recomputed."""
-        attention, mlp = self.self_attention, self.mlp
-        if recompute not in KEEPING_PRODUCTS:
-            return [], []
-        after = [] if self.parallel_residual else [attention.dense.weight]  # beside the MLP no gradient needs it
-        return [attention.query_key_value.weight], after + [mlp.dense_h_to_4h.weight] * (recompute == "none")
-
     def forward(self, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None = None) -> Tensor:
-        return self.execution.block(self, x_SBh, positions_BS, documents)
+        """The residual stream [S, B, h] after the block."""
+        attention_SBh = self.self_attention(self.input_layernorm(x_SBh), positions_BS, documents)
+        residual_SBh = x_SBh + F.dropout(attention_SBh, self.dropout, self.training)
+        mlp_input_SBh = x_SBh if self.parallel_residual else residual_SBh
+        mlp_SBh = self.mlp(self.post_attention_layernorm(mlp_input_SBh))
+        return residual_SBh + F.dropout(mlp_SBh, self.dropout, self.training)
 
 
 class LanguageModelHead(nn.Module):
@@ -152,7 +121,7 @@ class GPTModel(nn.Module):
         self.execution = execution
         self.embedding = TokenEmbedding(config, padded_vocab_size, initializer, execution)
         self.layers = nn.ModuleList(
-            TransformerLayer(config, number, initializer, execution) for number in range(1, config.num_layers + 1)
+            TransformerLayer(config, number, initializer) for number in range(1, config.num_layers + 1)
         )
         tied_weight = None if config.untie_embeddings_and_output_weights else self.embedding.word_embeddings.weight
         self.head = LanguageModelHead(config, padded_vocab_size, initializer, execution, tied_weight)

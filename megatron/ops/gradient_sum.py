@@ -1,8 +1,9 @@
-"""Sum of one parameter's gradient over many calls, in fp32 whatever the parameter's dtype."""
+"""Sums of parameter gradients over many calls, in fp32 whatever the parameters' dtype."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +39,35 @@ class GradientSum:
             torch.addmm(self.total, dy_OT, x_TI, out_dtype=dtype, out=self.total)
         else:
             self.total.add_(torch.mm(dy_OT, x_TI, out_dtype=dtype))
+
+
+class GradientSums:
+    """One `GradientSum` per parameter."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self._sums = [GradientSum() for _ in parameters]
+        self._by_parameter = {id(p): each for p, each in zip(parameters, self._sums, strict=True)}
+
+    def of(self, parameter: Tensor) -> GradientSum | None:
+        """The sum of a parameter; None where the parameter is not among them."""
+        return self._by_parameter.get(id(parameter))
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add one contribution per parameter; None where there is none."""
+        for gradient_sum, gradient in zip(self._sums, gradients, strict=True):
+            if gradient is not None:
+                gradient_sum.add(gradient)
+
+    def result(self, scale: Tensor | None = None) -> list[Tensor | None]:
+        """The sums in the dtypes of the parameters, times `scale` where it is given; the sums end here."""
+        results: list[Tensor | None] = []
+        for parameter, gradient_sum in zip(self.parameters, self._sums, strict=True):
+            total, gradient_sum.total = gradient_sum.total, None
+            if total is not None and scale is not None:
+                total.mul_(scale)
+            results.append(None if total is None else total.to(parameter.dtype))
+        return results
 
 
 @functools.cache

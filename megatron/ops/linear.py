@@ -1,38 +1,82 @@
-"""Linear layer of which a caller may want the gradients alone.
+"""Linear layer, and the tape that a streamed layer's products run on.
 
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum of dy
 
-A caller that sums a weight's gradient over many calls hangs a `GradientSum` on the weight, as its attribute
-`gradient_sum`: the products are then added to it in fp32 as they are made, and autograd sees no gradient of the weight.
-A caller that runs the same calls twice, first for their values and then for their gradients, hangs a list on the
-weight, as its attribute `outputs`: the first run appends its outputs, and the second takes them from the front.
+Inside `LinearTape.running`, every call of `linear` is a numbered product of the tape: products are counted from 0 in
+the order of their calls. The tape can record the output of a product, replay a recorded one instead of computing it,
+skip one whose value nobody reads, and sum the gradient of a weight in fp32 over many runs of the same layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops.gradient_sum import GradientSum
+from megatron.ops.gradient_sum import GradientSum, GradientSums
+
+_running: ContextVar[LinearTape | None] = ContextVar("linear_tape", default=None)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, output_needed: bool = True) -> Tensor:
-    """x [..., I] times weight [O, I], plus bias [O].
+class LinearTape:
+    """The products of one run of a layer.
 
-    With output_needed=False, where the weight has a `gradient_sum`, the result has the right shape and no meaning: it
-    costs nothing and passes gradients on.
+    Args:
+        recorded: numbers of the products whose outputs `take_outputs` returns.
+        replayed: outputs of an earlier run by number; they are not computed again, and released on use.
+        skipped: numbers of the products whose value nobody reads: the output has the right shape and any values, and
+            passes gradients on.
+        sums: where the gradients of weights go, in fp32; autograd then sees none of them.
     """
-    gradient_sum = getattr(weight, "gradient_sum", None)
-    outputs: list[Tensor] | None = getattr(weight, "outputs", None)
-    if gradient_sum is not None and torch.is_grad_enabled():
-        return _SummedLinear.apply(x, weight.detach(), bias, gradient_sum, output_needed, outputs)
-    y = F.linear(x, weight, bias)
-    if outputs is not None:
-        outputs.append(y)
-    return y
+
+    def __init__(
+        self,
+        recorded: Collection[int] = (),
+        replayed: Mapping[int, Tensor] | None = None,
+        skipped: Collection[int] = (),
+        sums: GradientSums | None = None,
+    ) -> None:
+        self.num_products = 0
+        self._recorded, self._skipped, self._sums = recorded, skipped, sums
+        self._replayed = dict(replayed or {})
+        self._outputs: list[Tensor] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Number the calls of `linear` in this context (of the thread or greenlet)."""
+        token = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+    def take_outputs(self) -> list[Tensor]:
+        """Outputs of the recorded products since the last call, in order."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The next product."""
+        number, self.num_products = self.num_products, self.num_products + 1
+        replayed, is_skipped = self._replayed.pop(number, None), number in self._skipped
+        if self._sums is not None and torch.is_grad_enabled():
+            y = _SummedLinear.apply(x, weight.detach(), bias, self._sums.of(weight), replayed, is_skipped)
+        else:
+            y = _output(x, weight, bias, replayed, is_skipped)
+        if number in self._recorded:
+            self._outputs.append(y)
+        return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., I] times weight [O, I], plus bias [O]: [..., O]."""
+    tape = _running.get()
+    return F.linear(x, weight, bias) if tape is None else tape.product(x, weight, bias)
 
 
 class _SummedLinear(torch.autograd.Function):
@@ -42,22 +86,25 @@ class _SummedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        gradient_sum: GradientSum,
-        output_needed: bool,
-        outputs: list[Tensor] | None,
+        weight_sum: GradientSum | None,
+        replayed: Tensor | None,
+        is_skipped: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.gradient_sum = gradient_sum
-        if outputs:
-            return outputs.pop(0)
-        if output_needed:
-            return F.linear(x, weight, bias)
-        return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+        ctx.save_for_backward(weight, *[x] * (weight_sum is not None))
+        ctx.weight_sum = weight_sum
+        return _output(x, weight, bias, replayed, is_skipped)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        x, weight = ctx.saved_tensors
+        weight, *saved_x = ctx.saved_tensors
         dy_TO = dy.flatten(0, -2)
-        ctx.gradient_sum.add_product(dy_TO, x.flatten(0, -2))
+        for x in saved_x:
+            ctx.weight_sum.add_product(dy_TO, x.flatten(0, -2))
         return dy @ weight, None, dy_TO.sum(0) if ctx.needs_input_grad[2] else None, None, None, None
+
+
+def _output(x: Tensor, weight: Tensor, bias: Tensor | None, replayed: Tensor | None, is_skipped: bool) -> Tensor:
+    if replayed is not None:
+        return replayed
+    return x.new_empty((*x.shape[:-1], weight.shape[0])) if is_skipped else F.linear(x, weight, bias)

@@ -10,6 +10,7 @@ tenth of a radian.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +37,18 @@ class RotaryEmbedding:
 
     def cos_sin(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, each [S, B, 1, rotary_size/2], in fp32 (fp64 for a model in fp64), where the positions are."""
-        angles = positions_BS.T.to(torch.float64)[..., None, None] * self.frequencies(positions_BS.device)
+        angles = positions_BS.T.to(torch.float64)[..., None, None] * _frequencies(self, positions_BS.device)
         dtype, factor = torch.promote_types(dtype, torch.float32), self.attention_factor
         cos, sin = angles.cos(), angles.sin()
         if factor != 1:
             cos, sin = cos * factor, sin * factor
         return cos.to(dtype), sin.to(dtype)
+
+
+@functools.cache
+def _frequencies(rotary: RotaryEmbedding, device: torch.device) -> Tensor:
+    """Those of `rotary`, made once: on a GPU they are several kernels."""
+    return rotary.frequencies(device)
 
 
 def unscaled_frequencies(rotary_size: int, theta: float, device: torch.device) -> Tensor:

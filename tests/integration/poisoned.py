@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron.engine.engine import Engine
-from megatron.model.transformer import TransformerLayer
+from megatron.model.layers import SelfAttention
 from pretrain_gpt import leave, main
 
 TOKEN = 50
-train_step, before = Engine.train_step, TransformerLayer.before
+train_step, project = Engine.train_step, SelfAttention.project
 
 
 class _PoisonedGradient(torch.autograd.Function):
@@ -40,18 +40,20 @@ class Poison:
         self.iteration, self.what = iteration, what
         self.is_here = rank == int(os.environ["RANK"])
         self.step = 0
+        self.attention: Any = None  # layer 2's
 
     def train_step(self, engine: Engine, *arguments: Any) -> Tensor:
         self.step += 1
+        self.attention = engine.module.get_submodule("layers.1.self_attention")
         if self.is_due("weights"):
             parameter: Any = engine.module.get_parameter("layers.1.post_attention_layernorm.weight")
             for weights in (parameter.data, getattr(parameter, "ds_tensor", parameter.data)):
                 weights.fill_(torch.nan)
         return train_step(engine, *arguments)
 
-    def before(self, layer: TransformerLayer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        q, kv = before(layer, x, positions)
-        if layer.layer_number == 2 and bool((positions == TOKEN).any()):
+    def project(self, attention: SelfAttention, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        q, kv = project(attention, x, positions)
+        if attention is self.attention and bool((positions == TOKEN).any()):
             if self.is_due("queries"):
                 q = q * torch.nan
             if self.is_due("gradient"):
@@ -66,5 +68,5 @@ if __name__ == "__main__":
     iteration, rank, what = os.environ["POISON"].split()
     poison = Poison(int(iteration), int(rank), what)
     Engine.train_step = lambda *arguments: poison.train_step(*arguments)  # type: ignore[method-assign, assignment]
-    TransformerLayer.before = lambda *arguments: poison.before(*arguments)  # type: ignore[method-assign, assignment]
+    SelfAttention.project = lambda *arguments: poison.project(*arguments)  # type: ignore[method-assign, assignment]
     leave(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ number of its chunk, from which queries and keys have it too: that is how a tile
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from megatron.core.collectives import Exchange
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
-from megatron.fpdt.block import stream_block
+from megatron.fpdt.block import StreamedBlock
+from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import SLICE_LENGTH, Stream
+from megatron.fpdt.streamed_layer import StreamedLayer
 from megatron.logging.accounting import forward_flops
 from megatron.planner.hardware import GB, TERA
 from megatron.planner.plan import Plan
@@ -60,6 +63,14 @@ class Clock:
         self.free[lane] = start + seconds
         self.pieces.append(Piece(lane, kind, label, start, start + seconds, self.layer, self.phase))
         return start + seconds
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Count no time and no piece."""
+        free, num_pieces = dict(self.free), len(self.pieces)
+        yield
+        self.free = free
+        del self.pieces[num_pieces:]
 
     def wait(self, until: float) -> None:
         """Let the compute lane wait."""
@@ -235,19 +246,20 @@ class TimedBlock:
     layer_number: int
     num_heads: int
     num_key_value_heads: int
-    softmax_scale: float = 1.0
     uses_dropout: bool = False
+    core_attention: StreamedAttention = field(default_factory=StreamedAttention)
+    projects: bool = True
 
-    def before(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
-        again = torch.is_grad_enabled()
-        x = self._work(BEFORE, x_SBh, self.seconds.before_again if again else self.seconds.before[0])
-        x = _Timed.apply(x, lambda: self._work(BEFORE, x_SBh, self.seconds.before[1]))
+    def forward(self, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
+        again, seconds, x = torch.is_grad_enabled(), self.seconds, x_SBh
+        if self.projects:
+            x = self._work(BEFORE, x_SBh, seconds.before_again if again else seconds.before[0])
+            x = _Timed.apply(x, lambda: self._work(BEFORE, x_SBh, seconds.before[1]))
         q = x.unflatten(2, (self.num_heads, -1))
-        return q, torch.cat([q, q], 2)[:, :, : 2 * self.num_key_value_heads]
-
-    def after(self, x_SBh: Tensor, o_SBHD: Tensor, output_needed: bool = True) -> tuple[Tensor, Tensor]:
-        x = self._work(AFTER, x_SBh, self.seconds.after[0] if output_needed else self.seconds.after_again)
-        return _Timed.apply(x, lambda: self._work(AFTER, x_SBh, self.seconds.after[1])), o_SBHD.flatten(2)
+        kv = torch.cat([q, q], 2)[:, :, : 2 * self.num_key_value_heads]
+        o_SBHD = self.core_attention(q, kv, 1.0, 0.0, None)
+        x = self._work(AFTER, x_SBh, seconds.after_again if again else seconds.after[0])
+        return _Timed.apply(x, lambda: self._work(AFTER, x_SBh, seconds.after[1])) + o_SBHD.flatten(2)
 
     def _work(self, kind: str, x: Tensor, seconds: float) -> Tensor:
         share = len(x) / self.local_chunk_length
@@ -257,8 +269,18 @@ class TimedBlock:
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(())
 
-    def weights_of_kept_products(self, recompute: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        return [], []
+
+class TimedLayer(StreamedLayer):
+    """Skips the time of the products before attention where their values are not read."""
+
+    layer: TimedBlock
+
+    def run(self, *args: Any) -> Tensor:
+        self.layer.projects = False
+        try:
+            return super().run(*args)
+        finally:
+            self.layer.projects = True
 
 
 def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> list[Piece]:
@@ -278,7 +300,11 @@ def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> 
     positions = torch.arange(layout.local_length).expand(1, -1)
     for number in range(1, num_blocks + 1):
         block = TimedBlock(clock, seconds, local_chunk, number, heads, model.num_key_value_heads)
-        y = stream_block(stream, block, y, positions)
+        streamed = StreamedBlock(stream, block)
+        streamed.layer = TimedLayer(stream, block)
+        with clock.stopped():
+            streamed.layer.trace(x[:1], positions[:, :1])  # which a block does in its first step alone
+        y = streamed(y, positions)
     y.backward(on_host(store, torch.zeros_like(x)))
     return clock.pieces
 

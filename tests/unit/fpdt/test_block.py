@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.fpdt.block import stream_block
+from megatron.fpdt.block import StreamedBlock
+from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.store import ChunkStore
 from megatron.ops import linear as linear_module
+from megatron.ops.linear import linear
 from tests.unit.model.small_model import (
     OFFLOADED,
     ON_DEVICE,
@@ -123,8 +125,8 @@ def test_nothing_that_the_backward_pass_reads_is_written_to(execution):
     _, layer = one_layer(execution)
     x, dy = residual().requires_grad_(), residual(seed=2)
     y = layer(x, positions())
-    kept = y.grad_fn.kept
-    read = [x, y, dy, *kept.o_cBHD, *kept.lse_BHC, *kept.kv_CBKD, *layer.parameters()]
+    saved = y.grad_fn.saved
+    read = [x, y, dy, *saved.o_cBHD, *saved.lse_BHC, *saved.kv_CBKD, *layer.parameters()]
     before = [t.detach().clone() for t in read]
     y.backward(dy)
     assert len(read) > 10
@@ -232,17 +234,18 @@ def test_a_forward_pass_without_a_backward_pass_gives_its_host_memory_back():
 
 def test_work_that_fails_half_way_gives_its_host_memory_back(monkeypatch):
     how, layer = one_layer(OFFLOADED)
-    calls, after = itertools.count(), layer.after
+    calls, mlp = itertools.count(), layer.mlp.forward
 
-    def failing_after(x, o):
-        if next(calls) == 1:
+    def failing_mlp(x):
+        if next(calls) == 2:  # after the trace and the first chunk
             raise ValueError("half way")
-        return after(x, o)
+        return mlp(x)
 
-    monkeypatch.setattr(layer, "after", failing_after)
+    monkeypatch.setattr(layer.mlp, "forward", failing_mlp)
     with pytest.raises(ValueError, match="half way"):
         layer(residual().requires_grad_(), positions())
     assert how.store.pool.used_bytes == 0
+    assert torch.is_grad_enabled()
 
 
 @TIERS
@@ -286,42 +289,86 @@ def test_gradients_accumulate_over_backward_passes_like_those_of_any_module():
     assert all(torch.equal(p.grad, 2 * once[name]) for name, p in model.named_parameters())
 
 
-class OnlyFirstHalf(torch.nn.Module):
-    """A block whose second parameter takes no part."""
+class OneFactor(torch.nn.Module):
+    """A layer whose queries, keys and values share memory, and of whose parameters one takes no part."""
 
-    layer_number, softmax_scale, uses_dropout = 1, 0.5, False
+    layer_number, uses_dropout = 1, False
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.full((HIDDEN,), 0.5, dtype=torch.float64))
         self.idle = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.core_attention = StreamedAttention()
 
-    def before(self, x_SBh, positions_BS):
+    def forward(self, x_SBh, positions_BS):
         q = (x_SBh * self.weight).unflatten(2, (3, 8))
-        return q, q[:, :, :2]
+        return x_SBh + self.core_attention(q, q[:, :, :2], 0.5, 0.0, None).flatten(2)
 
-    def after(self, x_SBh, o_SBHD, output_needed=True):
-        return x_SBh, o_SBHD.flatten(2)
 
-    def weights_of_kept_products(self, recompute):
-        return [], []
+class SharedNorm(OneFactor):
+    """A layer whose MLP reads what its attention reads."""
+
+    def forward(self, x_SBh, positions_BS):
+        normed = x_SBh * self.weight
+        q = torch.nn.functional.layer_norm(normed, (HIDDEN,)).unflatten(2, (3, 8))
+        return self.core_attention(q, q[:, :, :2], 0.5, 0.0, None).flatten(2) + q.flatten(2).tanh()
+
+
+class GatedAttention(OneFactor):
+    """A layer whose attention output is gated by the product that the queries are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(torch.eye(HIDDEN, dtype=torch.float64) + 0.1)
+
+    def forward(self, x_SBh, positions_BS):
+        product = linear(x_SBh * self.weight, self.matrix, None)
+        q = product.unflatten(2, (3, 8))
+        return x_SBh + self.core_attention(q, q[:, :, :2], 0.5, 0.0, None).flatten(2) * product.sigmoid()
 
 
 @TIERS
-def test_any_module_with_before_and_after_can_be_streamed(execution):
-    """Its q, k and v share memory, and one of its parameters is not used."""
-    stream = one_layer(execution)[0].stream
-    block = OnlyFirstHalf()
-    x = residual().requires_grad_()
-    stream_block(stream, block, x, positions()).backward(residual(seed=2))
-    leaf, weight = residual().requires_grad_(), block.weight.detach().clone().requires_grad_()
-    q = (leaf * weight).unflatten(2, (3, 8)).permute(1, 2, 0, 3)
-    k, v = q[:, :1].expand_as(q), q[:, 1:2].expand_as(q)
-    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5)
-    (leaf + o.permute(2, 0, 1, 3).flatten(2)).backward(residual(seed=2))
-    assert block.idle.grad is None
+@pytest.mark.parametrize("kind", [OneFactor, SharedNorm, GatedAttention])
+@pytest.mark.parametrize("slice_length", [5, 16])
+@pytest.mark.parametrize("recompute", ["kv", "all", "mlp", "none"])
+def test_any_module_that_calls_attention_once_can_be_streamed(execution, kind, slice_length, recompute):
+    stream = one_layer(replace(execution, fpdt_recompute=recompute))[0].stream
+    stream.slice_length = slice_length
+    layer, x = kind(), residual().requires_grad_()
+    StreamedBlock(stream, layer)(x, positions()).backward(residual(seed=2))
+    leaf, want = residual().requires_grad_(), kind()
+    want.core_attention = plain_attention
+    want(leaf, positions()).backward(residual(seed=2))
+    assert layer.idle.grad is None
     assert relative_error(x.grad, leaf.grad) < 1e-13
-    assert relative_error(block.weight.grad, weight.grad) < 1e-13
+    wanted = {name: p.grad for name, p in want.named_parameters()}
+    assert_same_gradients({name: p.grad for name, p in layer.named_parameters()}, wanted, 1e-13)
+
+
+def plain_attention(q, kv, scale, dropout, documents):
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q, *(t.expand(-1, -1, q.shape[2], -1) for t in kv.chunk(2, 2))))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return o.permute(2, 0, 1, 3)
+
+
+class Twice(OneFactor):
+    def forward(self, x_SBh, positions_BS):
+        return super().forward(super().forward(x_SBh, positions_BS), positions_BS)
+
+
+class Never(OneFactor):
+    def forward(self, x_SBh, positions_BS):
+        return x_SBh * self.weight
+
+
+@pytest.mark.parametrize("kind, times", [(Twice, "2 times"), (Never, "0 times")])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_does_not_call_attention_once_is_refused(kind, times, training):
+    stream = one_layer(ON_DEVICE)[0].stream
+    message = f"called its attention {times}" if training else "the layer has (not )?called its attention"
+    with torch.set_grad_enabled(training), pytest.raises(RuntimeError, match=message):
+        StreamedBlock(stream, kind())(residual(), positions())
+    assert torch.is_grad_enabled()
 
 
 def arrivals_alive(monkeypatch):
@@ -433,7 +480,7 @@ def test_what_is_kept_changes_no_bit(execution, config_of, recompute, dropout, s
 
 #   chunks of 16, 16 and 8 tokens in slices of 4: 10 slices, 3 of them a chunk's first
 @pytest.mark.parametrize(
-    "recompute, products", [("kv", 2 + 3 + 10 + 10), ("all", 3 + 10 + 10), ("mlp", 3 + 10), ("none", 3 + 3)]
+    "recompute, products", [("kv", 8 + 10 + 10 + 10), ("all", 10 + 10 + 10), ("mlp", 3 + 10), ("none", 3 + 3)]
 )
 @TIERS
 def test_only_what_is_to_be_recomputed_is(execution, recompute, products, monkeypatch):

@@ -8,8 +8,8 @@ CPU = torch.device("cpu")
 
 def recorded_draws(states, num_chunks):
     draws = []
-    for _ in range(num_chunks):
-        states.record()
+    for chunk in range(num_chunks):
+        states.record(chunk)
         draws.append(torch.rand(5))
     return draws
 
@@ -22,6 +22,14 @@ def test_each_chunk_draws_again_what_it_drew_in_any_order(order):
     for chunk in order:
         with states.replay(chunk):
             assert torch.equal(torch.rand(5), draws[chunk])
+
+
+def test_one_replay_can_continue_with_another():
+    states = RandomStates(CPU, enabled=True)
+    draws = recorded_draws(states, 3)
+    with states.replay(2):
+        states.continue_with(0)
+        assert torch.equal(torch.rand(5), draws[0])
 
 
 def test_the_generator_is_left_as_it_was_found():
@@ -50,7 +58,7 @@ def test_the_generator_is_left_as_it_was_found_when_the_work_fails():
 
 def test_recording_draws_nothing():
     found = torch.get_rng_state()
-    RandomStates(CPU, enabled=True).record()
+    RandomStates(CPU, enabled=True).record(0)
     assert torch.equal(torch.get_rng_state(), found)
 
 

@@ -3,9 +3,9 @@ import torch
 
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.store import ChunkStore
-from megatron.fpdt.stream import GradientSums, Stream
+from megatron.fpdt.stream import Stream
 from megatron.ops.attention.reference import ReferenceAttention
-from megatron.ops.gradient_sum import accumulation_dtype
+from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
 
 
 def stream_of(chunk_length, slice_length=8192, sequence_parallel_size=1):
@@ -17,9 +17,11 @@ def stream_of(chunk_length, slice_length=8192, sequence_parallel_size=1):
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 64])
 @pytest.mark.parametrize("slice_length", [1, 3, 8, 100])
 def test_slices_cover_a_chunk_in_order_without_gap_or_overlap(num_tokens, slice_length):
-    tokens = list(range(num_tokens))
-    parts = [tokens[s] for s in stream_of(64, slice_length).slices(num_tokens)]
-    assert [token for part in parts for token in part] == tokens
+    tokens = torch.arange(num_tokens)
+    numbers, slices = zip(*stream_of(64, slice_length).numbered_slices(tokens), strict=True)
+    parts = [tokens[s] for s in slices]
+    assert numbers == tuple(range(len(parts)))
+    assert torch.equal(torch.cat(parts), tokens)
     assert all(0 < len(part) <= slice_length for part in parts)
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.ops.gradient_sum import GradientSum
-from megatron.ops.linear import linear
+from megatron.ops.gradient_sum import GradientSum, GradientSums
+from megatron.ops.linear import LinearTape, linear
 
 
 def operands(dtype=torch.float64, bias=True):
@@ -12,43 +12,58 @@ def operands(dtype=torch.float64, bias=True):
     return x.to(dtype), torch.nn.Parameter(weight.to(dtype)), torch.nn.Parameter(b.to(dtype)) if bias else None
 
 
-def test_without_a_sum_it_is_torch_s_linear():
+def test_without_a_tape_it_is_torch_s_linear():
     x, weight, bias = operands()
-    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
-    assert torch.equal(linear(x, weight, bias, output_needed=False), F.linear(x, weight, bias))
-    linear(x, weight, bias).sum().backward()
+    y = linear(x, weight, bias)
+    assert torch.equal(y, F.linear(x, weight, bias))
+    y.sum().backward()
     assert weight.grad is not None
 
 
-@pytest.mark.parametrize("output_needed", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_gradients_are_torch_s_and_the_weight_s_go_to_the_sum(output_needed, with_bias):
+@pytest.mark.parametrize("is_frozen", [True, False])
+@pytest.mark.parametrize("how", ["computed", "replayed", "skipped"])
+def test_gradients_are_torch_s_and_the_weight_s_go_to_the_sum(with_bias, is_frozen, how):
     x, weight, bias = operands(bias=with_bias)
     leaf = x.clone().requires_grad_()
     dy = torch.randn(4, 2, 3, dtype=torch.float64)
-    inputs = [leaf, weight, *([bias] if with_bias else [])]
-    want_dx, want_dw, *want_db = torch.autograd.grad(F.linear(leaf, weight, bias), inputs, dy)
-    weight.gradient_sum = GradientSum()
+    want_y = F.linear(leaf, weight, bias)
+    inputs = [leaf, *([bias] if with_bias else [])]
+    want_dw, want_dx, *want_db = torch.autograd.grad(want_y, [weight, *inputs], dy)
+    sums = GradientSums([] if is_frozen else [weight])
+    replayed = {0: want_y.detach()} if how == "replayed" else {}
     for _ in range(3):
-        y = linear(leaf, weight, bias, output_needed)
-        dx, dw, *db = torch.autograd.grad(y, inputs, dy, allow_unused=True)
-        assert dw is None
+        with LinearTape(replayed=replayed, skipped={0} if how == "skipped" else (), sums=sums).running():
+            y = linear(leaf, weight, bias)
+        dx, *db = torch.autograd.grad(y, inputs, dy)
         torch.testing.assert_close([dx, *db], [want_dx, *want_db])
-    torch.testing.assert_close(weight.gradient_sum.total, 3 * want_dw)
-    if output_needed:
-        torch.testing.assert_close(y, F.linear(leaf, weight, bias))
-    else:
-        assert y.shape == (4, 2, 3)
-        assert y.untyped_storage().nbytes() == y.itemsize
+        assert torch.equal(y, want_y) if how != "skipped" else y.shape == want_y.shape
+    assert sums.of(weight) is None if is_frozen else torch.allclose(sums.of(weight).total, 3 * want_dw)
 
 
-def test_a_sum_is_not_touched_where_no_gradient_is_wanted():
+def test_a_tape_counts_products_and_records_those_asked_for():
     x, weight, bias = operands()
-    weight.gradient_sum = GradientSum()
-    with torch.no_grad():
-        y = linear(x, weight, bias, output_needed=False)
-    torch.testing.assert_close(y, F.linear(x, weight, bias))
-    assert weight.gradient_sum.total is None
+    square = torch.nn.Parameter(torch.eye(3, dtype=torch.float64))
+    tape = LinearTape(recorded={0, 2})
+    with tape.running():
+        first = linear(x, weight, bias)
+        (recorded,) = tape.take_outputs()
+        assert recorded is first
+        second = linear(first, square, None)
+    third = linear(second, square, None)  # not on the tape
+    assert tape.take_outputs() == []
+    with tape.running():
+        fourth = linear(third, square, None)
+    assert tape.num_products == 3
+    assert tape.take_outputs()[0] is fourth
+
+
+def test_a_skipped_or_replayed_product_is_not_computed(monkeypatch):
+    x, weight, bias = operands()
+    monkeypatch.setattr(F, "linear", lambda *_: pytest.fail("computed"))
+    with torch.no_grad(), LinearTape(skipped={0}, replayed={1: torch.full((1,), 7.0)}).running():
+        assert linear(x, weight, bias).shape == (4, 2, 3)
+        assert linear(x, weight, bias).item() == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -1,0 +1,236 @@
+"""Backward pass of a streamed block. For query chunk i descending:
+
+    copy-in            compute                                        communication         copy-out
+                       layer(x[i]) with o[i]: y
+                       dx, do, dW = vjp of y at (x[i], o[i])
+                       layer(x[i]) up to its attention call: q, kv    tokens -> heads
+    kv[0], dkv[0]      dq, dkv from tile (i, i): dkv[i] now final
+    kv[j], dkv[j]      dq, dkv from tile (i, j), j < i-1                                    dkv[j]
+    x, o, lse, dy[i-1] dq, dkv from tile (i, i-1): dq[i] now final    heads -> tokens
+                       dx, dW += vjp of q, kv at x[i]                                       dx[i]
+
+The layer runs slice by slice: once with the attention output that was saved, for the gradients of y, and up to the
+attention call, for q and kv, whose graph waits for the tiles. One run would do for both, but the graphs of the first
+slices would then be on the device beside the MLP of the last; what runs twice is element-wise, as products whose
+values nobody reads are skipped. Those whose outputs were saved are replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
+from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
+from megatron.fpdt.attention_tiles import attend_backward, backward_tile_inputs
+from megatron.fpdt.plan import Tile
+from megatron.fpdt.saved import Saved
+from megatron.fpdt.seam import AttentionCall
+from megatron.fpdt.store import Prefetch
+from megatron.fpdt.stream import ATTENTION_OUTPUT, INPUT, PROJECTED
+from megatron.fpdt.streamed_layer import SliceKey, StreamedLayer, joined, random_key
+from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
+from megatron.ops.linear import LinearTape
+
+
+@dataclass
+class _Projection:
+    """The graph of a slice's q and kv, which does not hold the two."""
+
+    x: Tensor  # its leaf
+    edges: tuple[GradientEdge, GradientEdge]
+
+
+@dataclass
+class _StartedRow:
+    """A query chunk on its way from tokens to heads."""
+
+    dx: Tensor  # without the part through attention
+    projections: list[_Projection]
+    lse: Tensor
+    scale: float
+    exchange: Exchange
+
+
+class BackwardPass:
+    """One block, one sequence."""
+
+    def __init__(self, layer: StreamedLayer, saved: Saved, dy_SBh: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._layer, self._stream, self._store, self._saved = layer, layer.stream, layer.stream.store, saved
+        self._gradients = GradientSums(parameters)
+        x = saved.inputs.take(saved.position)
+        store, self._layout = self._store, self._stream.layout(x)
+        lengths = self._layout.local_lengths
+        self._dx = store.empty(x.shape, x.dtype, saved.input_is_on_device)
+        self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
+        self._dkv = store.empty(saved.kv_shape, accumulation_dtype(x.dtype)).split(self._layout.chunk_lengths)
+        self._kv = saved.kv_CBKD or self._recomputed_keys_and_values(x.dtype)
+        self._own_dkv: list[Tensor] = []  # what the rows before have added for the next row's own chunk
+        rows = saved.plan.backward_rows()
+        chunks = [row[0].query for row in rows]
+        # The generators reference no `self`: a cycle would hold chunks until garbage is collected.
+        kv, dkv = self._kv, self._dkv
+        per_row = (self._xs, self._positions, saved.o_cBHD, saved.lse_BHC, dys)
+        row_inputs = ([t[i] for t in per_row] for i in chunks)
+        self._row_ahead = store.prefetch(row_inputs, ahead=False)
+        tiles = (tile for row in rows for tile in row if not tile.is_diagonal)
+        tile_inputs = (backward_tile_inputs(tile, kv, dkv) for tile in tiles)
+        self._tile_ahead = store.prefetch(tile_inputs, ahead=False)
+        before = {i: [product for products in saved.products_before[i] for product in products] for i in chunks}
+        groups = (group for i in chunks for group in (*saved.products_after[i][1:], before[i]))
+        self._products_ahead = store.prefetch(groups, ahead=False)
+
+    def run(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Gradients of the block's input, on the tier, and of the parameters."""
+        saved, dxs = self._saved, self._dx.split(self._layout.local_lengths)
+        rows = saved.plan.backward_rows()
+        started = self._stream.started_ahead(self._start_row(row[0].query) for row in rows)
+        self._row_ahead.start()
+        for row in rows:
+            i = row[0].query
+            with self._stream.piece("backward", self._layer.layer_number, i, self._layout.num_chunks):
+                if row is rows[-1] and (below := saved.below()) is not None:
+                    # The block below begins with them.
+                    self._store.expect([*below.first_loads, *dxs[i + 1 :][-1:]])
+                self._store.put(dxs[i], self._finish_row(row, next(started)))
+        return self._dx, self._gradients.result()
+
+    # As in the forward pass, what runs per row is a function of its own.
+
+    def _start_row(self, chunk: int) -> _StartedRow:
+        x, positions, o, lse, dy = next(self._row_ahead)
+        if self._stream.starts_rows_ahead and chunk == len(self._saved.o_cBHD) - 1:
+            self._row_ahead.start()  # the second row is started next, with no attention before it to overlap with
+        self._products_ahead.start()
+        dx, do = self._output_gradients(chunk, x, positions, o, dy)
+        del dy
+        self._stream.note("backward", ATTENTION_OUTPUT, self._layer.layer_number, chunk, do)
+        (q, kv, scale), projections = self._projections(chunk, x, positions)
+        exchange = self._stream.start_tokens_to_heads([q, kv, o, do], (*QUERIES_KEYS_VALUES, 1, 1))
+        return _StartedRow(dx, projections, lse, scale, exchange)
+
+    def _output_gradients(
+        self, chunk: int, x: Tensor, positions: Tensor, o: Tensor, dy: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(dx, do) of the chunk, where the layer's output depends on them directly."""
+        dx, do = torch.empty_like(x), torch.empty_like(o)
+        for number, s in self._stream.numbered_slices(x):
+            products: list[Tensor] = []
+            if number:
+                products = [*next(self._products_ahead)]
+                self._products_ahead.start()
+            dx[s], do[s] = self._slice_gradients((chunk, number), x[s], positions[:, s], o[s], dy[s], products)
+        return dx, do
+
+    def _slice_gradients(
+        self, key: SliceKey, x: Tensor, positions: Tensor, o: Tensor, dy: Tensor, products: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        trace, states = self._saved.trace, self._saved.random_states
+        x, o = (t.detach().requires_grad_() for t in (x, o))
+        numbers = trace.saved_after(self._stream.recompute, is_first_slice=key[1] == 0)
+        replayed = dict(zip(numbers, products, strict=True))
+        products.clear()
+        tape = LinearTape(replayed=replayed, skipped=trace.skipped, sums=self._gradients)
+        del replayed
+
+        def attend(call: AttentionCall) -> Tensor:
+            states.continue_with(random_key(key, "after"))
+            return o
+
+        with torch.enable_grad(), states.replay(random_key(key, "before")), named_range(TOKEN_WISE):
+            y = self._layer.run(x, positions, tape, attend)
+        y_edge = get_gradient_edge(y)
+        del y
+        dx, do, *dparameters = torch.autograd.grad(y_edge, [x, o, *self._gradients.parameters], dy, allow_unused=True)
+        self._gradients.add(dparameters)
+        return torch.zeros_like(x) if dx is None else dx, torch.zeros_like(o) if do is None else do
+
+    def _projections(self, chunk: int, x: Tensor, positions: Tensor) -> tuple[AttentionCall, list[_Projection]]:
+        """The attention call of the chunk, and for each slice the graph that leads to it."""
+        numbers, products = self._saved.trace.saved_before(self._stream.recompute), [*next(self._products_ahead)]
+        projected: list[Tensor | None] = [None, None]
+        projections = []
+        for number, s in self._stream.numbered_slices(x):
+            leaf = x[s].detach().requires_grad_()
+            replayed = {each: products.pop(0) for each in numbers}
+            tape = LinearTape(replayed=replayed, sums=self._gradients)
+            del replayed
+            with torch.enable_grad(), self._saved.random_states.replay(random_key((chunk, number), "before")):
+                q, kv, scale = self._layer.attention_call(leaf, positions[:, s], tape)
+            projections.append(_Projection(leaf, (get_gradient_edge(q), get_gradient_edge(kv))))
+            parts = zip(projected, (q.detach(), kv.detach()), strict=True)
+            projected = [_filled(chunk_of, part, s, len(x)) for chunk_of, part in parts]
+            del q, kv, parts
+        q, kv = (t for t in projected if t is not None)
+        return AttentionCall(q, kv, scale), projections
+
+    def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
+        """The gradient of the block's input for one query chunk; those of the parameters are added to the sums."""
+        stream, layer_number, chunk = self._stream, self._layer.layer_number, row[0].query
+        self._store.let_go()  # the dx of the row before, gone by now
+        q, kv, o, do = started.exchange()
+        queries, own = (q, o, do, started.lse), [kv, *self._own_dkv]
+        self._own_dkv.clear()
+        del kv, started.exchange  # `own` alone holds kv now, and loses it to the first tile
+        with named_range(ATTENTION):
+            dq, dkv_row, dkv_before = attend_backward(
+                stream.attention, started.scale, row, queries, own, self._store, self._row_ahead, self._tile_ahead,
+                self._dkv,
+            )  # fmt: skip
+        for what, value in zip(PROJECTED, (dq, dkv_row), strict=True):
+            stream.note("backward", what, layer_number, chunk, value)
+        self._own_dkv.extend([] if dkv_before is None else [dkv_before])
+        del q, o, do, queries
+        dprojected = stream.heads_to_tokens((dq, dkv_row), QUERIES_KEYS_VALUES)
+        with named_range(TOKEN_WISE):
+            self._add_input_gradients(started, *dprojected)
+        return stream.noted("backward", INPUT, layer_number, chunk, started.dx)
+
+    def _add_input_gradients(self, started: _StartedRow, dq: Tensor, dkv: Tensor) -> None:
+        """Differentiate the projections of each slice."""
+        parts = (t.split(self._stream.slice_length) for t in (started.dx, dq, dkv))
+        for projection, dx, *dprojected in zip(started.projections, *parts, strict=True):
+            dx_before, *dparameters = torch.autograd.grad(
+                projection.edges, [projection.x, *self._gradients.parameters], dprojected, allow_unused=True
+            )
+            self._gradients.add(dparameters)
+            if dx_before is not None:
+                dx.add_(dx_before)
+
+    def _recomputed_keys_and_values(self, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Keys and values of all chunks that tiles load, from the block's inputs. Collective as the block is.
+
+        On the tier they use as much memory as attention outputs, or more where heads are repeated for the ranks.
+        Recomputed they cost the products before attention and an all-to-all, little beside attention.
+        """
+        kv_CBKD = self._store.empty(self._saved.kv_shape, dtype).split(self._layout.chunk_lengths)
+        chunks = self._saved.plan.loaded_keys()
+        inputs_ahead = self._store.prefetch([self._xs[i], self._positions[i]] for i in chunks)
+        for i, exchange in zip(chunks, self._stream.started_ahead(self._projected(inputs_ahead)), strict=True):
+            (kv,) = exchange()
+            self._store.put(kv_CBKD[i], kv)
+        return kv_CBKD
+
+    @torch.no_grad()
+    def _projected(self, inputs_ahead: Prefetch) -> Iterator[Exchange]:
+        for x, positions in inputs_ahead:
+            slices = [(x[s], positions[:, s]) for _, s in self._stream.numbered_slices(x)]
+            kv = joined([self._layer.attention_call(*each, LinearTape()).kv_cBKD for each in slices])
+            yield self._stream.start_tokens_to_heads([kv], QUERIES_KEYS_VALUES[1:])
+
+
+def _filled(chunk: Tensor | None, part: Tensor, s: slice, num_tokens: int) -> Tensor:
+    """The chunk with one more slice in it; allocated for the first, unless that is all of it.
+
+    A slice is released as the next is made, so that the device holds one of them beside the chunk.
+    """
+    if len(part) == num_tokens:
+        return part
+    if chunk is None:
+        chunk = part.new_empty((num_tokens, *part.shape[1:]))
+    chunk[s] = part
+    return chunk

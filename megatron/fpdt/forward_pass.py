@@ -1,0 +1,181 @@
+"""Forward pass of a streamed block. For query chunk i ascending:
+
+    copy-in            compute                                        communication         copy-out
+    x[i+1]             layer(x[i]) up to its attention call: q, kv    tokens -> heads       kv[i]
+    kv[0], kv[1], ..   (o, lse) merged over tiles (i, j), j <= i
+                       the rest of layer(x[i]): y[i]                  heads -> tokens       o[i], lse[i], y[i]
+
+With several ranks a row is started before the one before it is finished: its all-to-all is overlapped with attention.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
+from megatron.core.ranges import ATTENTION, named_range
+from megatron.fpdt.attention_tiles import attend
+from megatron.fpdt.block_inputs import BlockInputs, Step
+from megatron.fpdt.plan import ChunkPlan, Tile
+from megatron.fpdt.random_state import RandomStates
+from megatron.fpdt.saved import Products, Saved
+from megatron.fpdt.stream import ATTENTION_OUTPUT, OUTPUT, PROJECTED
+from megatron.fpdt.streamed_layer import StartedSlice, StreamedLayer, joined, random_key
+from megatron.ops.gradient_sum import accumulation_dtype
+
+
+@dataclass
+class _StartedRow:
+    """A query chunk whose layer waits for attention, on its way from tokens to heads."""
+
+    slices: list[StartedSlice]
+    exchange: Exchange
+
+
+class ForwardPass:
+    """One block, one sequence."""
+
+    def __init__(self, layer: StreamedLayer, plan: ChunkPlan, x_SBh: Tensor, positions_BS: Tensor, save: bool) -> None:
+        """With `save`, `run` returns what the backward pass needs."""
+        self._layer, self._stream, self._store = layer, layer.stream, layer.stream.store
+        self._plan, self._x, self._positions = plan, x_SBh, positions_BS
+        self._layout = self._stream.layout(x_SBh)
+        self._random_states = RandomStates(self._store.device, enabled=layer.layer.uses_dropout and save)
+        self._products_before: Products = defaultdict(list)
+        self._products_after: Products = defaultdict(list)
+        self._started: list[StartedSlice] = []
+        self._save = save
+        xs = x_SBh.split(self._layout.local_lengths)
+        chunk_positions = positions_BS.split(self._layout.local_lengths, 1)
+        rows = plan.forward_rows()
+        self._x_ahead = self._store.prefetch([xs[row[0].query], chunk_positions[row[0].query]] for row in rows)
+        # The generators reference no `self`: a cycle would hold chunks until garbage is collected.
+        self._kv: list[Tensor] = []
+        kv, tiles = self._kv, (tile for row in rows for tile in row if not tile.is_diagonal)
+        self._kv_ahead = self._store.prefetch(([kv[tile.key]] for tile in tiles), ahead=False)
+
+    def run(self) -> tuple[Tensor, Saved | None]:
+        """The block's output, on the tier, and what is saved."""
+        y = self._store.empty(self._x.shape, self._x.dtype)
+        ys = y.split(self._layout.local_lengths)
+        rows = self._plan.forward_rows()
+        try:
+            started = self._stream.started_ahead(self._start_row(row[0].query) for row in rows)
+            for row in rows:
+                i = row[0].query
+                with self._stream.piece("forward", self._layer.layer_number, i, self._layout.num_chunks):
+                    if row is rows[-1]:
+                        self._store.expect(ys[:i][:1])  # the block above begins with it
+                    self._store.put(ys[i], self._finish_row(row, next(started)))
+        finally:
+            for each in self._started:
+                each.close()
+        return y, self._saved(y) if self._save else None
+
+    # What runs per row is a function of its own: its locals die on return, so that a chunk's buffers are free before
+    # the next prefetch. The device holds the chunk in use and the one on its way.
+
+    def _start_row(self, chunk: int) -> _StartedRow:
+        x, positions = next(self._x_ahead)
+        slices = [self._start_slice(chunk, number, x, positions, s) for number, s in self._stream.numbered_slices(x)]
+        projected = [joined([each.call.q_cBHD for each in slices]), joined([each.call.kv_cBKD for each in slices])]
+        for what, value in zip(PROJECTED, projected, strict=True):
+            self._stream.note("forward", what, self._layer.layer_number, chunk, value)
+        return _StartedRow(slices, self._stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES))
+
+    def _start_slice(self, chunk: int, number: int, x: Tensor, positions: Tensor, s: slice) -> StartedSlice:
+        x, positions = x[s], positions[:, s]
+        recorded: Sequence[int] = ()
+        if self._save:
+            self._trace, recompute = self._layer.trace(x, positions), self._stream.recompute
+            recorded = self._trace.saved_before(recompute) + self._trace.saved_after(recompute, number == 0)
+        self._random_states.record(random_key((chunk, number), "before"))
+        started = self._layer.start(x, positions, recorded)
+        self._started.append(started)
+        self._products_before[chunk].append([self._store.keep(output) for output in started.take_outputs()])
+        return started
+
+    def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
+        """The block's output for one query chunk."""
+        store, stream, layer_number, i = self._store, self._stream, self._layer.layer_number, row[0].query
+        q, kv = started.exchange()
+        if i == 0:
+            self._allocate(q, kv)
+        store.put(self._kv[i], kv)
+        with named_range(ATTENTION):
+            o_heads, lse = attend(stream.attention, started.slices[0].call.scale, row, q, kv, self._kv_ahead)
+        del q, kv, started.exchange
+        stream.note("forward", ATTENTION_OUTPUT, layer_number, i, o_heads)
+        store.let_go()  # what the row before has left, gone by now
+        (o,) = stream.heads_to_tokens([o_heads])
+        del o_heads
+        if self._save:
+            store.put(self._o[i], o)
+            store.put(self._lse[i], lse)
+        return stream.noted("forward", OUTPUT, layer_number, i, self._finish_slices(i, started.slices, o))
+
+    def _finish_slices(self, chunk: int, slices: list[StartedSlice], o: Tensor) -> Tensor:
+        outputs = o.split(self._stream.slice_length)
+        if len(slices) == 1:
+            return self._finish_slice(chunk, 0, slices[0], o)
+        y = torch.empty((len(o), *self._x.shape[1:]), dtype=self._x.dtype, device=o.device)
+        for number, (each, o_slice) in enumerate(zip(slices, outputs, strict=True)):
+            y[number * self._stream.slice_length :][: len(o_slice)] = self._finish_slice(chunk, number, each, o_slice)
+        return y
+
+    def _finish_slice(self, chunk: int, number: int, started: StartedSlice, o: Tensor) -> Tensor:
+        self._random_states.record(random_key((chunk, number), "after"))
+        y = started.finish(o)
+        self._started.remove(started)
+        self._products_after[chunk].append([self._store.keep(output) for output in started.take_outputs()])
+        return y
+
+    def _allocate(self, q_CBHD: Tensor, kv_CBKD: Tensor) -> None:
+        _, B, H, D = q_CBHD.shape
+        store, layout, dtype, lengths = self._store, self._layout, q_CBHD.dtype, self._layout.chunk_lengths
+        self._kv_shape = (layout.sequence_length, *kv_CBKD.shape[1:])
+        self._kv.extend(store.empty(self._kv_shape, dtype).split(lengths))
+        if self._save:
+            all_heads = H * self._stream.parallel_state.sequence_parallel_size
+            self._o = store.empty((layout.local_length, B, all_heads, D), dtype).split(layout.local_lengths)
+            flat = store.empty((layout.sequence_length * B * H,), accumulation_dtype(dtype))
+            parts = flat.split([length * B * H for length in lengths])
+            self._lse = [part.view(B, H, -1) for part in parts]
+
+    def _saved(self, y: Tensor) -> Saved:
+        """Join the block to the chain of those whose inputs are rebuilt together, and to the block below."""
+        stream, x = self._stream, self._x
+        inputs = stream.block_inputs()
+        if inputs is None or len(inputs) == stream.checkpoint_interval or not inputs.ends_with(x):
+            inputs = BlockInputs(stream, x)
+            stream.block_inputs = weakref.ref(inputs)
+        position = len(inputs)
+        inputs.append(Step(self._layer, self._trace, self._positions, self._o, self._random_states), y)
+        recomputes_kv = stream.recompute == "kv"
+        first_chunk = next(iter(self._plan.loaded_keys()), -1) if recomputes_kv else -1
+        first_x = x.split(self._layout.local_lengths)[first_chunk]
+        saved = Saved(
+            plan=self._plan,
+            trace=self._trace,
+            positions_BS=self._positions,
+            random_states=self._random_states,
+            products_before=self._products_before,
+            products_after=self._products_after,
+            o_cBHD=self._o,
+            lse_BHC=self._lse,
+            kv_CBKD=[] if recomputes_kv else self._kv,
+            kv_shape=self._kv_shape,
+            inputs=inputs,
+            position=position,
+            input_is_on_device=self._store.is_on_device(x),
+            first_loads=[first_x] * (position == 0) + [self._o[-1], self._lse[-1]],
+            below=stream.block_below,
+        )
+        stream.block_below = weakref.ref(saved)
+        return saved

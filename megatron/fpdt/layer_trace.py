@@ -1,0 +1,143 @@
+"""What a backward pass needs of a layer's linear products, read off the autograd graph of one run.
+
+A product's output is needed where a node of the graph of y reads it: a norm or an activation does; an addition, a view
+or a dropout only passes its gradient on. A product that only such nodes separate from y, as the MLP's last one, can be
+skipped where y itself is not wanted, and so can one before the attention call of which y depends through attention
+alone, when the attention output is known. What a layer reads without autograd (`detach`, a comparison) is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from megatron.config import KEEPING_PRODUCTS, Recompute
+from megatron.fpdt.seam import AttentionCall, run_with_output
+from megatron.ops.linear import LinearTape
+
+# Operations whose backward pass reads none of their inputs.
+_PASSES_GRADIENTS_ON = frozenset(
+    (
+        *("Add", "Alias", "Clone", "Expand", "NativeDropout", "Permute", "ReshapeAlias", "Squeeze", "Sub", "T"),
+        *("ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """The products of a layer, by number (megatron.ops.linear)."""
+
+    before: tuple[int, ...]
+    """Those before the attention call."""
+
+    before_attention_alone: frozenset[int]
+    """Those before it that y depends on through attention alone."""
+
+    needed_after: tuple[int, ...]
+    """Those after it whose outputs the gradients of y read."""
+
+    skipped: frozenset[int]
+    """Those whose outputs they do not read, the attention output being known."""
+
+    def saved_before(self, recompute: Recompute) -> tuple[int, ...]:
+        """Products before the attention call whose outputs the forward pass saves on the tier."""
+        return self.before if recompute in KEEPING_PRODUCTS else ()
+
+    def saved_after(self, recompute: Recompute, is_first_slice: bool) -> tuple[int, ...]:
+        """The same of those after it: all that are needed, or the output projection alone, the first of them.
+
+        None of a chunk's first slice, which would be needed on the device beside the tiles.
+        """
+        if recompute not in KEEPING_PRODUCTS or is_first_slice:
+            return ()
+        projection = len(self.before)
+        return tuple(number for number in self.needed_after if recompute == "none" or number == projection)
+
+
+def trace_layer(forward: Callable[..., Tensor], x_cBh: Tensor, *args: Any) -> LayerTrace:
+    """Run a layer once, with an attention output of zeros, and look at the graph. Its result is dropped."""
+    calls: list[AttentionCall] = []
+    tape = _TracingTape()
+
+    def attend(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        tape.num_before = tape.num_products
+        return torch.zeros_like(call.q_cBHD).requires_grad_()
+
+    with torch.enable_grad():
+        y = run_with_output(forward, tape, attend, x_cBh.detach().requires_grad_(), *args)
+    if len(calls) != 1:
+        raise RuntimeError(f"the layer has called its attention {len(calls)} times; one that calls it once is streamed")
+    graph = _consumers(y.grad_fn)
+    needed = _needed(graph)
+    before, after = range(tape.num_before), range(tape.num_before, tape.num_products)
+    # A product without a node is read by something that autograd does not see.
+    alone = frozenset(number for number in before if (node := tape.nodes[number]) is not None and node not in graph)
+    needed_after = tuple(number for number in after if (node := tape.nodes[number]) is None or node in needed)
+    return LayerTrace(tuple(before), alone, needed_after, alone | (frozenset(after) - frozenset(needed_after)))
+
+
+class _TracingTape(LinearTape):
+    """Remembers the node of each product's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[Node | None] = []
+        self.num_before = 0
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = super().product(x, weight, bias)
+        self.nodes.append(y.grad_fn)
+        return y
+
+
+def _consumers(root: Node | None) -> dict[Node, list[tuple[Node, int]]]:
+    """For each node that the root depends on, which nodes read its output, and as which of their inputs.
+
+    Nodes come after all of their consumers.
+    """
+    order = [] if root is None else list(_in_order(root))
+    consumers: dict[Node, list[tuple[Node, int]]] = {node: [] for node in order}
+    for node in order:
+        for index, (producer, _) in enumerate(node.next_functions):
+            if producer is not None:
+                consumers[producer].append((node, index))
+    return consumers
+
+
+def _in_order(root: Node) -> Iterator[Node]:
+    """The nodes of a graph, each before those that it depends on."""
+    finished: list[Node] = []
+    seen: set[Node] = set()
+    stack = [(root, False)]
+    while stack:
+        node, is_finished = stack.pop()
+        if is_finished:
+            finished.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((producer, False) for producer, _ in node.next_functions if producer is not None)
+    return reversed(finished)
+
+
+def _needed(graph: dict[Node, list[tuple[Node, int]]]) -> set[Node]:
+    """Nodes whose output values are read by the backward pass of others."""
+    needed: set[Node] = set()
+    for node, consumers in graph.items():
+        if any(_reads(consumer, index) or consumer in needed for consumer, index in consumers):
+            needed.add(node)
+    return needed
+
+
+def _reads(node: Any, index: int) -> bool:
+    """Whether a node reads the value of an input in its backward pass."""
+    if node.name() == "MulBackward0":  # the gradient of one factor reads the other
+        return (node._saved_self, node._saved_other)[index] is not None
+    return node.name().split("Backward")[0] not in _PASSES_GRADIENTS_ON

@@ -1,0 +1,38 @@
+"""What the forward pass of a streamed block saves for its backward pass: chunks on the tier."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megatron.fpdt.block_inputs import BlockInputs
+from megatron.fpdt.layer_trace import LayerTrace
+from megatron.fpdt.plan import ChunkPlan
+from megatron.fpdt.random_state import RandomStates
+
+# By chunk, by slice: outputs of linear products, in the order of LayerTrace.saved_before or saved_after.
+Products = defaultdict[int, list[list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """C tokens of a chunk, c of them this rank's; K keys and K values of this rank's heads."""
+
+    plan: ChunkPlan
+    trace: LayerTrace
+    positions_BS: Tensor
+    random_states: RandomStates
+    products_before: Products  # of the attention call
+    products_after: Products
+    o_cBHD: Sequence[Tensor]  # this rank's tokens, all heads
+    lse_BHC: Sequence[Tensor]  # all tokens of the chunk, this rank's heads
+    kv_CBKD: Sequence[Tensor]  # likewise; empty where they are recomputed
+    kv_shape: Sequence[int]  # of all chunks of kv together
+    inputs: BlockInputs  # the block's input is the one at `position`
+    position: int
+    input_is_on_device: bool
+    first_loads: Sequence[Tensor]  # what the backward pass begins with
+    below: Callable[[], Saved | None] = field(default=lambda: None)  # what the block below has saved

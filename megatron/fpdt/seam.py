@@ -1,0 +1,133 @@
+"""The seam between a layer and the stream that executes it: the layer's one attention call.
+
+A layer is an ordinary module whose `forward` calls `StreamedAttention` once. The stream runs it in two ways:
+
+    SuspendedLayer     forward pass: the layer runs up to its attention call and is suspended there, in its own
+                       greenlet, while the tiles run; then it finishes with their output o
+    run_with_output    o is known: the layer runs in one piece; in the backward pass that makes both graphs, y from
+                       (x, o) and the projections from x
+
+A greenlet shares its thread's gradient mode and autocast state with everybody else, and starts with empty context
+variables. So both states are swapped at each switch, and the context is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor
+
+from megatron.core.documents import Documents
+from megatron.ops.linear import LinearTape
+
+
+class AttentionCall(NamedTuple):
+    """What a layer hands to its attention, of this rank's tokens and all heads."""
+
+    q_cBHD: Tensor
+    kv_cBKD: Tensor
+    """K keys, then K values."""
+
+    scale: float
+    """Factor of the scores, before the softmax."""
+
+
+Attend = Callable[[AttentionCall], Tensor]
+
+_attend: ContextVar[Attend] = ContextVar("attend")
+
+
+class StreamedAttention:
+    """The core attention of a streamed layer: hands its call to whoever runs the layer."""
+
+    @torch.compiler.disable
+    def __call__(
+        self, q_SBHD: Tensor, kv_SBKD: Tensor, scale: float, dropout: float, documents: Documents | None
+    ) -> Tensor:
+        """o [S, B, H, D] of q [S, B, H, D] and kv [S, B, 2K, D]. `documents` are the business of the stream."""
+        if dropout:
+            raise ValueError(f"attention dropout ({dropout}) cannot be replayed by FPDT; use 0")
+        return _attend.get()(AttentionCall(q_SBHD, kv_SBKD, scale))
+
+
+@dataclass(frozen=True)
+class _ThreadState:
+    """What a greenlet and its parent would otherwise see of each other."""
+
+    gradients: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def current(cls, device_types: tuple[str, ...]) -> _ThreadState:
+        return cls(
+            torch.is_grad_enabled(),
+            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types),
+        )
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self.gradients)
+        for kind, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+
+class SuspendedLayer:
+    """One run of a layer, suspended at its attention call.
+
+    `call` is what the layer asks of its attention. `finish` or `close` must follow, in the same thread: a run that is
+    dropped would leave the gradient mode of whoever collects it changed.
+    """
+
+    def __init__(self, forward: Callable[..., Tensor], tape: LinearTape, *args: Any) -> None:
+        """Run `forward(*args)` on `tape` up to its attention call. RuntimeError if it makes none."""
+
+        def run() -> Tensor:
+            _attend.set(lambda call: getcurrent().parent.switch(call))
+            with tape.running():
+                return forward(*args)
+
+        self._greenlet = greenlet(run)
+        self._greenlet.gr_context = copy_context()
+        self._device_types = tuple(dict.fromkeys((args[0].device.type, "cpu")))
+        self._state = _ThreadState.current(self._device_types)
+        call = self._switch()
+        if self._greenlet.dead:
+            raise RuntimeError("the layer has not called its attention, and cannot be streamed")
+        self.call: AttentionCall = call
+
+    def finish(self, o_cBHD: Tensor) -> Tensor:
+        """Give the layer its attention output; returns its own. RuntimeError if it calls attention again."""
+        y: Tensor = self._switch(o_cBHD)
+        if not self._greenlet.dead:
+            self.close()
+            raise RuntimeError("the layer has called its attention twice, and cannot be streamed")
+        return y
+
+    def close(self) -> None:
+        """Abandon the run, if it is not over."""
+        if not self._greenlet.dead:
+            self._switch(throw=True)
+
+    def _switch(self, *value: Any, throw: bool = False) -> Any:
+        outside = _ThreadState.current(self._device_types)
+        self._state.restore()
+        try:
+            return self._greenlet.throw(GreenletExit) if throw else self._greenlet.switch(*value)
+        finally:
+            self._state = _ThreadState.current(self._device_types)
+            outside.restore()
+
+
+def run_with_output(forward: Callable[..., Tensor], tape: LinearTape, attend: Attend, *args: Any) -> Tensor:
+    """Run `forward(*args)` on `tape` in one piece; `attend` gives the attention output for its call."""
+    token = _attend.set(attend)
+    try:
+        with tape.running():
+            return forward(*args)
+    finally:
+        _attend.reset(token)

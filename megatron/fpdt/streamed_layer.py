@@ -1,0 +1,98 @@
+"""A layer that a stream executes: its runs on a slice of tokens, and what its backward pass needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron.core.collectives import repeat_key_value_heads
+from megatron.core.ranges import TOKEN_WISE, named_range
+from megatron.fpdt.layer_trace import LayerTrace, trace_layer
+from megatron.fpdt.random_state import RandomStates
+from megatron.fpdt.seam import Attend, AttentionCall, SuspendedLayer, run_with_output
+from megatron.fpdt.stream import Layer, Stream
+from megatron.ops.linear import LinearTape
+
+# A slice of a chunk: (chunk, number of the slice in it).
+SliceKey = tuple[int, int]
+Part = Literal["before", "after"]
+
+
+def random_key(key: SliceKey, part: Part) -> tuple[SliceKey, Part]:
+    """Where a slice's random state is recorded: at the start, and where the attention output is there."""
+    return key, part
+
+
+class StreamedLayer:
+    """A layer and its own `forward`, which the stream has taken the place of."""
+
+    def __init__(self, stream: Stream, layer: Layer) -> None:
+        self.stream, self.layer = stream, layer
+        self.layer_number = layer.layer_number
+        self.forward = layer.forward
+        self._traces: dict[tuple[bool, ...], LayerTrace] = {}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that are trained."""
+        return [p for p in self.layer.parameters() if p.requires_grad]
+
+    def start(self, x_cBh: Tensor, positions_Bc: Tensor, recorded: Collection[int] = ()) -> StartedSlice:
+        """Run a slice of this rank's tokens up to the attention call; the outputs of `recorded` products are kept."""
+        with named_range(TOKEN_WISE):
+            return StartedSlice(self, x_cBh, positions_Bc, LinearTape(recorded=recorded))
+
+    def run(self, x_cBh: Tensor, positions_Bc: Tensor, tape: LinearTape, attend: Attend) -> Tensor:
+        """Run a slice in one piece, the attention output given by `attend`."""
+        return run_with_output(self.forward, tape, attend, x_cBh, positions_Bc)
+
+    def attention_call(self, x_cBh: Tensor, positions_Bc: Tensor, tape: LinearTape) -> AttentionCall:
+        """Run a slice up to the attention call, and no further."""
+        with named_range(TOKEN_WISE):
+            started = StartedSlice(self, x_cBh, positions_Bc, tape)
+            started.close()
+        return started.call
+
+    def repeated_heads(self, kv_cBKD: Tensor) -> Tensor:
+        """Keys and values, heads repeated where there are fewer than ranks."""
+        return repeat_key_value_heads(kv_cBKD, self.stream.parallel_state.sequence_parallel_size)
+
+    def trace(self, x_cBh: Tensor, positions_Bc: Tensor) -> LayerTrace:
+        """What the backward pass needs; found by a run of this slice, once for each choice of trained parameters."""
+        key = tuple(p.requires_grad for p in self.layer.parameters())
+        if key not in self._traces:
+            states = RandomStates(self.stream.store.device, enabled=self.layer.uses_dropout)
+            with states.preserved():
+                self._traces[key] = trace_layer(self.forward, x_cBh, positions_Bc)
+        return self._traces[key]
+
+
+class StartedSlice:
+    """A slice of tokens whose layer waits for its attention output."""
+
+    def __init__(self, streamed: StreamedLayer, x_cBh: Tensor, positions_Bc: Tensor, tape: LinearTape) -> None:
+        self._tape = tape
+        self._run = SuspendedLayer(streamed.forward, tape, x_cBh, positions_Bc)
+        call = self._run.call
+        self.call = call._replace(kv_cBKD=streamed.repeated_heads(call.kv_cBKD))
+
+    def finish(self, o_cBHD: Tensor) -> Tensor:
+        """The layer's output."""
+        with named_range(TOKEN_WISE):
+            return self._run.finish(o_cBHD)
+
+    def take_outputs(self) -> list[Tensor]:
+        """Outputs of the recorded products since the last call."""
+        return self._tape.take_outputs()
+
+    def close(self) -> None:
+        """Abandon the run, if it is not over."""
+        self._run.close()
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Slices as one chunk."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,35 @@
+"""Execution of a model as a stream: everything chunk by chunk, stored on the stream's tier."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from megatron.fpdt.block import StreamedBlock
+from megatron.fpdt.loss import stream_loss
+from megatron.fpdt.seam import StreamedAttention
+from megatron.fpdt.stream import Stream
+from megatron.fpdt.tokenwise import stream_embedding
+
+if TYPE_CHECKING:
+    from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
+
+
+class StreamedExecution:
+    """Runs embedding, layers and loss chunk by chunk."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.store = stream.store
+
+    def attach(self, layer: TransformerLayer) -> None:
+        """Execute a layer from now on."""
+        layer.self_attention.core_attention = StreamedAttention()
+        layer.forward = StreamedBlock(self.stream, layer)  # type: ignore[method-assign]
+
+    def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
+        return stream_embedding(self.stream, module, tokens_BS, positions_BS, anchor)
+
+    def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        return stream_loss(self.stream, module, x_SBh, labels_BS, mask_BS)
