@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
-from megatron.batch import Sample
 from megatron.config import Config, ConfigError
+from megatron.data.batch import Sample
 from megatron.data.errors import DataError
 from megatron.finetuning.chat_template import find_template
 from megatron.finetuning.packed_dataset import build_packed_datasets
-from megatron.preflight import Vocabulary, data_paths
-from megatron.program import SampleSource, leave, run
+from megatron.launch.preflight import Vocabulary, data_paths
+from megatron.launch.program import SampleSource, leave, run
 from megatron.tokenizer import Tokenizer, tokenizer_of
 
 

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
-from megatron.batch import EndOfDocument
 from megatron.config import Config, ConfigError
+from megatron.data.batch import EndOfDocument
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.gpt_dataset import build_dataset, build_datasets
-from megatron.preflight import Vocabulary, check_indexed_data
-from megatron.program import SampleSource, leave, run
+from megatron.launch.preflight import Vocabulary, check_indexed_data
+from megatron.launch.program import SampleSource, leave, run
 from megatron.tokenizer import Tokenizer
-from megatron.training import Datasets
+from megatron.training.loop import Datasets
 
 FINETUNING_FLAGS = ("chat_template", "max_document_mb", "long_samples")
 

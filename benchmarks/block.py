@@ -10,7 +10,7 @@
     deepspeed     DeepSpeed's own FPDT attention layer, see `benchmarks.deepspeed_layer`
 
 Model FLOPs count every matrix product once forward and twice backward, causal attention once as a triangle, and no
-recompute (`megatron.logging.accounting`).
+recompute (`megatron.planner.flops`).
 
 "Peak above weights and their gradients" is the higher of two peaks of live GPU tensors, less what was there before:
 
@@ -50,10 +50,10 @@ from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept
 from megatron.fpdt.store import ChunkStore
-from megatron.logging.accounting import model_flops
-from megatron.logging.kernel_times import kernels_of, seconds_by_kind, seconds_by_name
 from megatron.model.builder import Execution, build_model
+from megatron.monitoring.kernel_times import kernels_of, seconds_by_kind, seconds_by_name
 from megatron.ops.attention import choose_backend
+from megatron.planner.flops import model_flops
 
 NO_VOCABULARY = 0
 SMALL_VOCABULARY = 128  # a model needs an embedding; the block does not

@@ -35,8 +35,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import Column, Report, Row, build_parser, parse, run_script, spread, thousands, token_axis
-from megatron.batch import Batch, EndOfDocument, slice_batch
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.data.batch import Batch, EndOfDocument, slice_batch
 from megatron.data.gpt_dataset import build_datasets
 from megatron.data.indexed_dataset import IndexedDatasetWriter, smallest_dtype
 from megatron.data.prefetch import Prefetcher

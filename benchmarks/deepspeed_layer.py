@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.block import NO_VOCABULARY, GraphContestant, random_
 from benchmarks.common import Geometry, compute_dtype
-from megatron.logging.accounting import model_flops
 from megatron.ops.attention import AttentionBackend, choose_backend
+from megatron.planner.flops import model_flops
 
 FLASH_ATTENTION_2_7 = "2.7.0"  # from this version on DeepSpeed calls the signatures below
 

@@ -49,8 +49,8 @@ from benchmarks.common import (
 from megatron.config import ModelConfig
 from megatron.core.parallel_state import ParallelState
 from megatron.generation.cached_model import CachedModel
-from megatron.logging.accounting import forward_flops
 from megatron.model.builder import Execution, build_model
+from megatron.planner.flops import forward_flops
 
 NAME = "generation"
 VOCABULARY = 32000

@@ -60,21 +60,21 @@ from benchmarks.common import (
 )
 from benchmarks.loopback import LoopbackGroup, init_loopback
 from megatron.arguments import parse_args
-from megatron.batch import Sample, slice_batch
 from megatron.config import Config, Recompute, deepspeed_config, validate
 from megatron.core.sequence_layout import SequenceLayout
-from megatron.execution import choose_execution, plan_of
+from megatron.data.batch import Sample, slice_batch
 from megatron.fpdt.stream import Stream
 from megatron.initialize import initialize
-from megatron.logging.accounting import model_flops
+from megatron.launch.execution import choose_execution, plan_of
 from megatron.logging.device_peak import peak_tflops
 from megatron.model.builder import build_model
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.optimizer.param_groups import parameter_groups
+from megatron.planner.flops import model_flops
 from megatron.planner.hardware import GPUS, gpu_like
 from megatron.planner.plan import Plan
+from megatron.ranks.world import World
 from megatron.tokenizer import pad_vocab_size
-from megatron.world import World
 
 NAME = "training_step"
 COLUMNS = (

@@ -14,9 +14,9 @@ from megatron.config import Config
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
 from megatron.logging.logger import configure_logging
-from megatron.same_settings import require_same_settings, settings_of
-from megatron.watchdog import Watchdog
-from megatron.world import World, join, local_rank, local_world_size
+from megatron.ranks.same_settings import require_same_settings, settings_of
+from megatron.ranks.watchdog import Watchdog
+from megatron.ranks.world import World, join, local_rank, local_world_size
 
 GIB = 2**30
 SAME_SIZE = 0.95  # GPUs of one kind differ by what their drivers keep

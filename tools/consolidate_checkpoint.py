@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -28,7 +28,7 @@ from argument_types import real
 from model_arguments import add_verification_argument
 from tqdm import tqdm
 
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 from megatron.weights.errors import WeightsError
 from megatron.weights.opening import newest_checkpoint, open_state
 from megatron.weights.portable import write_portable

@@ -15,13 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
 from megatron.arguments import build_parser
 from megatron.config.upstream_flags import OTHER_NAMES, REFUSED
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "arguments.md"
 HEAD = """# Arguments

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -50,7 +50,7 @@ from megatron.evaluation.needle import Cell, Haystack, SyntheticHaystack, TextHa
 from megatron.evaluation.recall import RecallVocabulary
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.generation.loading import OpenedModel
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import Tokenizer
 
 QUESTION = "\nThe secret number of {key} is"

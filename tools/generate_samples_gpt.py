@@ -22,7 +22,7 @@ from typing import TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -42,7 +42,7 @@ from megatron.generation.cached_model import CachedModel, check_prompt
 from megatron.generation.errors import GenerationError
 from megatron.generation.generate import Generated, generate
 from megatron.generation.sampling import Sampling
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import Tokenizer, TokenizerError
 
 

@@ -26,14 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
 from model_arguments import add_verification_argument
 from upstream_converter import Translation, is_upstream_line, translate
 
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
 from megatron.tokenizer.hugging_face import HFTokenizer
 from megatron.weights.errors import WeightsError

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -28,7 +28,7 @@ from model_arguments import add_verification_argument
 from torch import Size
 
 from megatron.core.json_text import parse_object
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 from megatron.weights.comparison import flattened, form_differences, names_only_in, value_differences
 from megatron.weights.deepspeed_checkpoint import DeepSpeedCheckpoint
 from megatron.weights.errors import WeightsError

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -32,11 +32,11 @@ import numpy.typing as npt
 from megatron.arguments import add_flags, section_of
 from megatron.config import ConfigError
 from megatron.config.tokenizer import TokenizerConfig
-from megatron.data.atomic_file import atomic_path
+from megatron.core.atomic_file import atomic_path
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.vocabulary import check_vocabulary
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import Tokenizer, TokenizerError, tokenizer_of
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from argument_types import whole
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -29,7 +29,7 @@ from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDatasetWriter, smallest_dtype
 from megatron.evaluation.errors import EvaluationError
 from megatron.evaluation.recall import RecallVocabulary, recall_documents
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

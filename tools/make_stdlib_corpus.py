@@ -17,13 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
-from megatron.data.atomic_file import atomic_path
+from megatron.core.atomic_file import atomic_path
 from megatron.data.text_files import read_source
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"})
 ORDER_SEED = 1234

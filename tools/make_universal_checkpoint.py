@@ -21,15 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
 from model_arguments import add_verification_argument
 from tqdm import tqdm
 
-from megatron.data.atomic_file import atomic_path
-from megatron.interrupts import run_tool
+from megatron.core.atomic_file import atomic_path
+from megatron.ranks.interrupts import run_tool
 from megatron.weights.errors import WeightsError
 from megatron.weights.opening import newest_checkpoint, open_state
 from megatron.weights.universal_checkpoint import write_universal_checkpoint

@@ -16,14 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
-from megatron.data.atomic_file import check_output_name
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, index_path
-from megatron.interrupts import run_tool
+from megatron.data.output_names import check_output_name
+from megatron.ranks.interrupts import run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -28,19 +28,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from argument_types import real
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
 from megatron.arguments import parse_args
 from megatron.config import Config, ConfigError, ModelConfig, TokenizerConfig, validate
 from megatron.core.host_memory import available_host_bytes
-from megatron.interrupts import run_tool
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import MODEL_NAMES, named_model
 from megatron.planner.plan import Plan
 from megatron.planner.published import published_table
+from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import TokenizerError, pad_vocab_size, tokenizer_of
 from megatron.weights.hugging_face import read_hugging_face_config
 

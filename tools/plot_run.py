@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
 import numpy as np
 
-from megatron.interrupts import run_tool
 from megatron.logging.run_history import RunHistory, read_run
+from megatron.ranks.interrupts import run_tool
 
 COLUMNS = 2
 STYLES = ("-", "--", ":")  # of the lines of one run in one panel

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 from megatron.arguments import add_flags, section_of
 from megatron.config.tokenizer import TokenizerConfig
-from megatron.data.atomic_file import check_output_name
 from megatron.data.encoding import EncodedBatch, EncoderPlan, encode_batches
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import index_path
 from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB
+from megatron.data.output_names import check_output_name
 from megatron.data.text_files import INPUT_FORMATS, InputPosition, find_inputs, read_batches
 from megatron.data.workspace import Mark, Note, PartialDataset, Workspace
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
 
 BAD_RECORDS_SHOWN = 5

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":  # what comes next takes seconds to import
-    from megatron.interrupts import end_on_interrupt
+    from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -29,11 +29,12 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from megatron.data.atomic_file import atomic_path, check_output_name
+from megatron.core.atomic_file import atomic_path
 from megatron.data.errors import DataError
 from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB
+from megatron.data.output_names import check_output_name
 from megatron.data.text_files import INPUT_FORMATS, find_inputs, read_documents
-from megatron.interrupts import run_tool
+from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
 from megatron.tokenizer.gpt2_bpe import END_OF_DOCUMENT, byte_level_bpe
 from megatron.tokenizer.text import valid_unicode

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpointing.errors import CheckpointError
+from megatron.core.atomic_file import flush_to_disk
 from megatron.core.json_text import parse_object
-from megatron.data.atomic_file import flush_to_disk
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

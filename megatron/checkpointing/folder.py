@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from uuid import uuid4
 
-from megatron.data.atomic_file import atomic_path, flush_to_disk, temporary_path
+from megatron.core.atomic_file import atomic_path, flush_to_disk, temporary_path
 from megatron.weights.manifest import MANIFEST
 from megatron.weights.opening import LATEST
 

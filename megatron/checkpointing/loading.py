@@ -9,10 +9,10 @@ from megatron.checkpointing.compatibility import loads_any_layout
 from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
 from megatron.checkpointing.random_state import random_state_path, restore_random_state
+from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, global_batch_size
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
-from megatron.train_state import TrainState
 from megatron.weights.errors import WeightsError, first_line
 from megatron.weights.opening import is_portable, open_verified
 

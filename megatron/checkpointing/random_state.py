@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpointing.errors import CheckpointError
-from megatron.data.atomic_file import flush_to_disk
+from megatron.core.atomic_file import flush_to_disk
 from megatron.initialize import Context
 from megatron.weights.torch_files import why_unreadable
 

@@ -22,11 +22,11 @@ from megatron.checkpointing.folder import (
     write_latest,
 )
 from megatron.checkpointing.random_state import random_state_path, write_random_state
+from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config
-from megatron.data.atomic_file import flush_to_disk
+from megatron.core.atomic_file import flush_to_disk
 from megatron.engine.engine import Engine
 from megatron.initialize import GIB, Context
-from megatron.train_state import TrainState
 from megatron.weights.errors import first_line
 from megatron.weights.manifest import Manifest, describe_files, size_faults, write_manifest
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron.core.tokens import Tokens
+from megatron.data.tokens import Tokens
 
 
 class SampleDataset(Protocol):

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron.core.tokens import read_pieces
 from megatron.data.blended_dataset import BlendedDataset, SampleDataset
 from megatron.data.errors import DataError
 from megatron.data.index_helpers import build_blending_indices
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.sample_order import OrderPlan, SampleOrder, build_order, cached_order, num_epochs_for
 from megatron.data.splits import PART_NAMES, parse_data_paths, parse_split, split_documents
+from megatron.data.tokens import read_pieces
 from megatron.data.vocabulary import check_tokens
 
 

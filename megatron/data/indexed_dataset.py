@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron.data.atomic_file import publish, temporary_path
+from megatron.core.atomic_file import publish, temporary_path
 from megatron.data.errors import DataError
 from megatron.data.index_file import code_of_dtype, read_index, write_index
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron.data.atomic_file import atomic_path
+from megatron.core.atomic_file import atomic_path
 from megatron.data.checked_file import append_checksum, is_as_written
 from megatron.data.index_helpers import build_sample_index
 

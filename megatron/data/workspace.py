@@ -25,8 +25,8 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron.core.atomic_file import atomic_path, publish
 from megatron.core.json_text import parse_json
-from megatron.data.atomic_file import atomic_path, publish
 from megatron.data.errors import DataError
 from megatron.data.index_file import write_index
 from megatron.data.indexed_dataset import index_path, token_path

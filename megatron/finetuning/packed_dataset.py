@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron.batch import Sample
 from megatron.config import Config
 from megatron.config.finetuning import LongSamples
-from megatron.core.tokens import read_pieces
+from megatron.data.batch import Sample
 from megatron.data.errors import DataError
 from megatron.data.sample_order import SAMPLE_STREAM, epoch_random
 from megatron.data.splits import PART_NAMES, parse_split, split_documents
+from megatron.data.tokens import read_pieces
 from megatron.finetuning.chat_template import find_template
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.finetuning.packing import pack

@@ -26,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.config import TokenizerConfig
-from megatron.core.tokens import blocks
-from megatron.data.atomic_file import flush_to_disk, publish, temporary_path
+from megatron.core.atomic_file import flush_to_disk, publish, temporary_path
 from megatron.data.checked_file import append_checksum, is_as_written
 from megatron.data.errors import DataError
 from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB
+from megatron.data.tokens import blocks
 from megatron.finetuning.conversations import read_conversations, where
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.tokenizer import TokenizerError

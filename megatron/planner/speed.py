@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron.config import Recompute
 from megatron.fpdt.loss import TILE_LOGITS
-from megatron.logging.accounting import flops_of_streaming, forward_flops, model_flops
+from megatron.planner.flops import flops_of_streaming, forward_flops, model_flops
 from megatron.planner.hardware import GB, TERA, Machines
 from megatron.planner.job import HALF, SUM, Job
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron.data.atomic_file import flush_to_disk
+from megatron.core.atomic_file import flush_to_disk
 from megatron.weights.errors import WeightsError, first_line
 
 MANIFEST = "manifest.json"

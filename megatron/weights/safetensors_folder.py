@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron.core.atomic_file import flush_to_disk, temporary_path
 from megatron.core.json_text import parse_object
-from megatron.data.atomic_file import flush_to_disk, temporary_path
 from megatron.weights.errors import WeightsError, raise_if_no_room
 from megatron.weights.manifest import flush_files, seal_safetensors
 

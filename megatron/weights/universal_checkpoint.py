@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from megatron.data.atomic_file import flush_to_disk, temporary_path
+from megatron.core.atomic_file import flush_to_disk, temporary_path
 from megatron.weights.errors import WeightsError, raise_if_no_room
 from megatron.weights.manifest import seal
 from megatron.weights.source import PARTS, WEIGHTS, StateSource

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron.checkpointing import CheckpointError, Saver, choose_checkpoint, starting_state
 from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
+from megatron.checkpointing.train_state import TrainState
 from megatron.core.parallel_state import ParallelState
 from megatron.initialize import Context
-from megatron.train_state import TrainState
 from tests.distributed.rank_pool import RankPool
 from tests.unit.checkpointing.pretend import CONTEXT, PADDED_VOCAB_SIZE, config, flip_a_byte
 

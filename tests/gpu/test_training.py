@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.program import NOT_FINITE_EXIT_CODE
+from megatron.launch.program import NOT_FINITE_EXIT_CODE
 from tests.distributed.launcher import REPOSITORY, launch, run_training
 from tests.gpu.training_flags import KEPT, OFFLOADED, ON_HOST, STREAMED, training_words
 from tests.integration.corpus import write_corpus

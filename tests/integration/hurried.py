@@ -11,7 +11,7 @@ FACTOR = 1000.0
 
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
-    import megatron.training
+    import megatron.training.loop
 
-    megatron.training.time = SimpleNamespace(monotonic=lambda: FACTOR * time.monotonic())  # type: ignore[assignment]
+    megatron.training.loop.time = SimpleNamespace(monotonic=lambda: FACTOR * time.monotonic())  # type: ignore[assignment]
     runpy.run_path(str(REPOSITORY / "pretrain_gpt.py"), run_name="__main__")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron.batch import Batch
+from megatron.data.batch import Batch
 from megatron.data.blended_dataset import SampleDataset
-from megatron.training import Training
+from megatron.training.loop import Training
 from pretrain_gpt import leave, main
 
 make_batches = Training._make_batches

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
     import megatron.initialize
-    from megatron.watchdog import Watchdog
+    from megatron.ranks.watchdog import Watchdog
 
     rank, name, place = os.environ["STRIKE"].split(maxsplit=2)
     move, join = Watchdog.move, megatron.initialize.join

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.watchdog import EXIT_CODE
+from megatron.ranks.watchdog import EXIT_CODE
 from tests.distributed.launcher import REPOSITORY, free_port
 from tests.integration.corpus import copy_corpus
 from tests.integration.runs import OFFLOADED, SEQ_LENGTH, Ranks, base_flags, ranks, train

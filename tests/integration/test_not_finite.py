@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.program import NOT_FINITE_EXIT_CODE
+from megatron.launch.program import NOT_FINITE_EXIT_CODE
 from tests.distributed.launcher import REPOSITORY
 from tests.integration.runs import OFFLOADED, PLAIN, Ranks, base_flags, ranks, train
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.launch.program import NOT_FINITE_EXIT_CODE
 from megatron.logging.run_history import read_run
-from megatron.program import NOT_FINITE_EXIT_CODE
 from tests.distributed.launcher import REPOSITORY
 from tests.integration.runs import OFFLOADED, PLAIN, SEQ_LENGTH, Ranks, Run, base_flags, ranks, read_tensors, train
 

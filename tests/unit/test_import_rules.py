@@ -1,7 +1,4 @@
-"""The layers of megatron/ and what each may do, checked on the source itself.
-
-Imports go one way: ops -> core, config -> fpdt -> model -> training -> entry points.
-"""
+"""The rooms of megatron/ and what each may import and do, checked on the source itself."""
 
 import ast
 from collections.abc import Iterator
@@ -11,78 +8,35 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "megatron"
 
-# layer: what it may import of megatron besides itself
-LAYERS: dict[str, set[str]] = {
+# room: what it may import of megatron besides itself, from the ground up
+RULES: dict[str, set[str]] = {
     "config": set(),
     "core": set(),
     "ops": {"core"},
+    "tokenizer": {"core", "config"},
+    "data": {"tokenizer", "core", "config"},
+    "finetuning": {"data", "tokenizer", "core", "config"},
     "fpdt": {"ops", "core", "config"},
     "model": {"fpdt", "ops", "core", "config"},
-    "data": {"tokenizer", "core", "config"},
-    "tokenizer": {"core", "config"},
-    "finetuning": {"batch", "data", "tokenizer", "core", "config"},
     "optimizer": {"core", "config"},
     "logging": {"core", "config"},
-    "engine": {"weights", "core", "config"},
-    "planner": {"fpdt", "logging", "core", "config"},
     "weights": {"model", "data", "core", "config"},
+    "planner": {"fpdt", "logging", "core", "config"},
+    "engine": {"weights", "core", "config"},
     "generation": {"weights", "model", "fpdt", "ops", "core", "config"},
     "evaluation": {"generation", "model", "core", "config"},
     "arguments": {"config"},
-    "batch": {"core"},
-    "train_state": {"core"},
-    "lengths": {"train_state", "config"},
-    "loss_by_position": {"fpdt", "logging", "core", "config", "batch"},
 }
-# the files on top of the layers, which may use them all
-ALL_LAYERS = set(LAYERS)
-TOP_FILES: dict[str, set[str]] = {
-    "activity": set(),
-    "watchdog": {"activity", "logging"},
-    "world": {"watchdog", "config"},
-    "same_settings": {"config"},
-    "interrupts": {"watchdog"},
-    "initialize": ALL_LAYERS | {"watchdog", "world", "same_settings"},
-    "checkpointing": ALL_LAYERS | {"initialize"},
-    "execution": ALL_LAYERS | {"initialize", "world"},
-    "preflight": ALL_LAYERS | {"initialize", "checkpointing"},
-    "reporting": ALL_LAYERS | {"initialize"},
-    "stop_signal": set(),
-    "finite_check": {"fpdt"},
-    "rollback": ALL_LAYERS | {"initialize", "checkpointing"},
-    "program": ALL_LAYERS
-    | {
-        "finite_check",
-        "rollback",
-        "initialize",
-        "checkpointing",
-        "execution",
-        "out_of_memory",
-        "preflight",
-        "reporting",
-        "training",
-        "interrupts",
-        "watchdog",
-        "world",
-    },
-    "profiling": ALL_LAYERS | {"initialize"},
-    "out_of_memory": ALL_LAYERS | {"initialize", "execution"},
-    "training": ALL_LAYERS
-    | {
-        "initialize",
-        "checkpointing",
-        "reporting",
-        "profiling",
-        "out_of_memory",
-        "watchdog",
-        "finite_check",
-        "rollback",
-        "stop_signal",
-    },
-}
-RULES = LAYERS | TOP_FILES
+# Only what stands on these may print, read the environment, or wait for the device or for other ranks.
+QUIET_ROOMS = set(RULES)
+RULES["ranks"] = {"logging", "config"}
+RULES["initialize"] = {"ranks", "logging", "core", "config"}
+RULES["checkpointing"] = set(RULES)
+RULES["monitoring"] = set(RULES)
+RULES["training"] = set(RULES)
+RULES["launch"] = set(RULES)
 
-# package: the only layers that may import it
+# package: the only rooms that may import it
 RESERVED = {"deepspeed": {"engine"}, "argparse": {"arguments"}, "megatron.global_vars": set[str]()}
 
 # (name, whether an attribute such as tensor.item() counts, whether a plain name such as print() counts)
@@ -98,14 +52,14 @@ TOP_LEVEL = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assi
 FILES = sorted(ROOT.rglob("*.py"))
 
 
-def layer_of(file: Path) -> str:
+def room_of(file: Path) -> str:
     """Return the sub-package of a file, the file's own name at the top, or "" for megatron/__init__.py."""
     first = file.relative_to(ROOT).parts[0].removesuffix(".py")
     return "" if first == "__init__" else first
 
 
-def files_below_training() -> list[Path]:
-    return [file for file in FILES if layer_of(file) in LAYERS]
+def files_of_quiet_rooms() -> list[Path]:
+    return [file for file in FILES if room_of(file) in QUIET_ROOMS]
 
 
 def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -114,21 +68,21 @@ def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: write imports in full, so that the layer can be seen"
+            assert node.level == 0, f"line {node.lineno}: write imports in full, so that the room can be seen"
             yield node.lineno, node.module or ""
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def import_faults(tree: ast.AST, layer: str) -> Iterator[str]:
+def import_faults(tree: ast.AST, room: str) -> Iterator[str]:
     for line, name in imported_modules(tree):
         parts = name.split(".")
         if parts[0] == "megatron" and len(parts) > 1 and parts[1] in RULES:
-            allowed = RULES.get(layer, set()) | {layer}
+            allowed = RULES.get(room, set()) | {room}
             if parts[1] not in allowed:
-                yield f"line {line}: {layer} imports {name}; it may import {', '.join(sorted(allowed))}"
+                yield f"line {line}: {room} imports {name}; it may import {', '.join(sorted(allowed))}"
         for package, owners in RESERVED.items():
-            if (name == package or name.startswith(package + ".")) and layer not in owners:
-                yield f"line {line}: {layer} imports {name}; only {', '.join(sorted(owners)) or 'nobody'} may"
+            if (name == package or name.startswith(package + ".")) and room not in owners:
+                yield f"line {line}: {room} imports {name}; only {', '.join(sorted(owners)) or 'nobody'} may"
 
 
 def banned_uses(tree: ast.AST, file: str = "") -> Iterator[str]:
@@ -139,13 +93,13 @@ def banned_uses(tree: ast.AST, file: str = "") -> Iterator[str]:
             for name, as_attribute, as_name in BANNED_CALLS:
                 is_banned = as_attribute if is_attribute else as_name
                 if called == name and is_banned and (file, name) not in ALLOWED_CALLS:
-                    yield f"line {node.lineno}: {name}() is for training.py and above"
+                    yield f"line {node.lineno}: {name}() is for ranks/, initialize.py and what imports them"
         if isinstance(node, ast.Attribute) and ast.unparse(node) in BANNED_ATTRIBUTES:
-            yield f"line {node.lineno}: {ast.unparse(node)} is for training.py and above"
+            yield f"line {node.lineno}: {ast.unparse(node)} is for ranks/, initialize.py and what imports them"
         if isinstance(node, ast.ImportFrom) and node.module == "os":
             for alias in node.names:
                 if alias.name in BANNED_NAMES_FROM_OS:
-                    yield f"line {node.lineno}: os.{alias.name} is for training.py and above"
+                    yield f"line {node.lineno}: os.{alias.name} is for ranks/, initialize.py and what imports them"
 
 
 def code_at_import_time(tree: ast.Module) -> Iterator[str]:
@@ -167,17 +121,17 @@ def file_name(file: Path) -> str:
 
 
 @pytest.mark.parametrize("file", FILES, ids=file_name)
-def test_every_file_belongs_to_a_known_layer(file):
-    assert layer_of(file) in RULES or file == ROOT / "__init__.py", f"give {layer_of(file)} a row in RULES"
+def test_every_file_belongs_to_a_known_room(file):
+    assert room_of(file) in RULES or file == ROOT / "__init__.py", f"give {room_of(file)} a row in RULES"
 
 
 @pytest.mark.parametrize("file", FILES, ids=file_name)
 def test_imports_go_one_way(file):
-    assert list(import_faults(parsed(file), layer_of(file))) == []
+    assert list(import_faults(parsed(file), room_of(file))) == []
 
 
-@pytest.mark.parametrize("file", files_below_training(), ids=file_name)
-def test_layers_below_training_keep_the_bans(file):
+@pytest.mark.parametrize("file", files_of_quiet_rooms(), ids=file_name)
+def test_quiet_rooms_keep_the_bans(file):
     assert list(banned_uses(parsed(file), file_name(file))) == []
 
 
@@ -194,13 +148,13 @@ def test_files_stay_within_400_lines(file):
 def test_the_rules_have_no_cycles():
     order: list[str] = []
     while len(order) < len(RULES):
-        ready = [layer for layer, below in RULES.items() if layer not in order and below <= set(order)]
+        ready = [room for room, below in RULES.items() if room not in order and below <= set(order)]
         assert ready, f"a cycle among {set(RULES) - set(order)}"
         order += ready
 
 
 @pytest.mark.parametrize(
-    "source, layer",
+    "source, room",
     [
         ("import megatron.model.builder", "fpdt"),
         ("from megatron import training", "model"),
@@ -210,8 +164,8 @@ def test_the_rules_have_no_cycles():
         ("from argparse import ArgumentParser", "config"),
     ],
 )
-def test_a_forbidden_import_is_found(source, layer):
-    assert list(import_faults(ast.parse(source), layer)) != []
+def test_a_forbidden_import_is_found(source, room):
+    assert list(import_faults(ast.parse(source), room)) != []
 
 
 @pytest.mark.parametrize(

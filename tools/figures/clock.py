@@ -25,7 +25,7 @@ from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import SLICE_LENGTH, Stream
 from megatron.fpdt.streamed_layer import StreamedLayer
-from megatron.logging.accounting import forward_flops
+from megatron.planner.flops import forward_flops
 from megatron.planner.hardware import GB, TERA
 from megatron.planner.plan import Plan
 

@@ -9,10 +9,10 @@ import torch
 
 from megatron.arguments import parse_args
 from megatron.checkpointing import Saver, choose_checkpoint, load_checkpoint
+from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config
 from megatron.core.parallel_state import ParallelState
 from megatron.initialize import Context
-from megatron.train_state import TrainState
 from megatron.weights.manifest import seal
 
 PADDED_VOCAB_SIZE = 128

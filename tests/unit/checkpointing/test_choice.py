@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpointing import CheckpointError, choose_checkpoint, find_checkpoint
+from megatron.checkpointing.train_state import TrainState
 from megatron.config import CheckpointConfig
-from megatron.train_state import TrainState
 from megatron.weights.errors import WeightsError
 from tests.unit.checkpointing.pretend import CONTEXT, as_deepspeed, choose, config, flip_a_byte, save
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.checkpointing import CheckpointError, saved_state, starting_state
-from megatron.train_state import TrainState
+from megatron.checkpointing.train_state import TrainState
 from megatron.weights import manifest
 from megatron.weights.manifest import seal
 from tests.unit.checkpointing.pretend import CONTEXT, STATE, as_deepspeed, choose, config, load, save

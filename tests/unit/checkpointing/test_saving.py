@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from megatron.checkpointing import CheckpointError, find_checkpoint
 from megatron.checkpointing.folder import checkpoints
+from megatron.checkpointing.train_state import TrainState
 from megatron.config import CheckpointConfig, Config
-from megatron.train_state import TrainState
 from megatron.weights.manifest import hash_faults, read_manifest, size_faults
 from tests.unit.checkpointing.pretend import CONTEXT, STATE, save, saver
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.batch import EndOfDocument, slice_batch
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.data.batch import EndOfDocument, slice_batch
 from megatron.data.errors import DataError
 from megatron.data.gpt_dataset import GPTDataset, build_dataset, build_datasets
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter

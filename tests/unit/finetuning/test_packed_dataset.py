@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.batch import Sample, slice_batch
 from megatron.config import TokenizerConfig
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.data.batch import Sample, slice_batch
 from megatron.data.errors import DataError
 from megatron.finetuning.chat_template import Part, PlainTemplate
 from megatron.finetuning.conversations import Conversation
@@ -107,7 +107,7 @@ def test_slices_of_a_sample_are_those_of_the_whole(conversations: Conversations)
 
 @pytest.mark.parametrize("block_tokens", [1, 2, 3, 1000])
 def test_answers_are_found_whatever_is_read_at_a_time(monkeypatch: pytest.MonkeyPatch, block_tokens: int) -> None:
-    monkeypatch.setattr("megatron.core.tokens.BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr("megatron.data.tokens.BLOCK_TOKENS", block_tokens)
     for answers in range(2**6):
         is_answer = np.array([bool(answers >> k & 1) for k in range(6)])
         stored = StoredConversation(np.where(is_answer, 5, -6).astype(np.int32))

@@ -7,7 +7,7 @@ import pytest
 
 from megatron.config import DeepSpeedConfig, ParallelConfig
 from megatron.model.builder import Execution
-from megatron.training import Training
+from megatron.training.loop import Training
 from tests.unit.model.small_model import ON_DEVICE, PLAIN, small_config, small_inputs, small_model
 
 

@@ -1,0 +1,170 @@
+"""From the configuration and the machine to how the model is executed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+
+import torch
+import torch.distributed as dist
+
+from megatron.config import Config, ConfigError, offloads
+from megatron.config.parallel import ParallelConfig
+from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, least_bytes, longest_sequence
+from megatron.initialize import Context
+from megatron.model.builder import Execution
+from megatron.ops.attention import choose_backend
+from megatron.planner.hardware import GIB, Gpu, Machines, gpu_like
+from megatron.planner.job import HALF, Job
+from megatron.planner.memory import ACCURACY
+from megatron.planner.plan import Plan
+from megatron.ranks.world import local_world_size
+
+# Of the host memory that is free at the start: page tables, other processes, and what torch pins for its own copies.
+_HOST_HEADROOM = 0.03
+
+
+def choose_execution(config: Config, context: Context, padded_vocab_size: int) -> Execution:
+    """What the flags say, and what they leave open, by what the machine can hold. Collective over all ranks.
+
+    Raises:
+        ConfigError: the host, or with an automatic chunk the GPU, cannot hold it.
+    """
+    parallel, deepspeed = config.parallel, config.deepspeed
+    device_memory = int(parallel.ds_sequence_parallel_fpdt_device_memory * GIB)
+    asked = parallel.ds_sequence_parallel_fpdt_host_memory
+    host_memory = int(context.host_memory_bytes * (1 - _HOST_HEADROOM))
+    plan = _plan(config, context, padded_vocab_size, host_memory)
+    beside_chunks = 0 if plan is None else plan.memory.host_states + plan.memory.host_process
+    if asked is None:
+        host_memory = max(host_memory - beside_chunks, 0)
+    else:
+        host_memory = int(asked * GIB)
+        plan = _plan(config, context, padded_vocab_size, host_memory + beside_chunks)
+    chunk_size: int = parallel.ds_sequence_parallel_fpdt_chunk_size
+    if not chunk_size:
+        chunk_size = _automatic_chunk(plan, context)
+        context.log.info("chunk size: %d tokens", chunk_size)
+    interval = parallel.ds_sequence_parallel_fpdt_checkpoint_interval
+    recompute = parallel.ds_sequence_parallel_fpdt_recompute
+    if parallel.ds_sequence_parallel_fpdt_offloading:
+        size, batch = parallel.ds_sequence_parallel_size, config.training.micro_batch_size
+        shape = StreamShape.of(config.model, chunk_size, size, batch, context.dtype.itemsize)
+        recompute, interval = choose_what_is_kept(
+            shape, shape.sure_budget(host_memory, device_memory), recompute, interval
+        )
+        needed = shape.tier_bytes(interval, recompute)
+        _refuse_what_the_host_cannot_hold(shape, needed, host_memory, device_memory, asked is None)
+    if plan is not None:
+        job = replace(plan.job, chunk_length=chunk_size, recompute=recompute, checkpoint_interval=interval)
+        refuse_what_the_gpu_cannot_hold(plan.with_job(job))
+    return Execution(
+        fpdt=parallel.ds_sequence_parallel_fpdt,
+        chunk_size=chunk_size,
+        offloading=parallel.ds_sequence_parallel_fpdt_offloading,
+        device_memory_bytes=device_memory,
+        host_memory_bytes=host_memory,
+        checkpoint_interval=interval or 1,
+        fpdt_recompute=recompute or "all",
+        recompute=deepspeed.deepspeed_activation_checkpointing,
+        checkpoint_in_cpu=deepspeed.checkpoint_in_cpu,
+        documents=config.data.reset_attention_mask,
+    )
+
+
+def _plan(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> Plan | None:
+    """The plan of a run with FPDT, which chooses its chunk and refuses what does not fit; None for the others."""
+    if not config.parallel.ds_sequence_parallel_fpdt:
+        return None
+    return plan_of_run(config, context, padded_vocab_size, host_memory)
+
+
+def plan_of_run(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> Plan | None:
+    """The run as the planner sees it, on the smallest GPU; None where it plans nothing of the kind."""
+    model, parallel = config.model, config.parallel
+    on_gpu_alone = parallel.ds_sequence_parallel_fpdt and not parallel.ds_sequence_parallel_fpdt_offloading
+    in_half = context.dtype.itemsize == HALF
+    if context.device.type != "cuda" or on_gpu_alone or not in_half or offloads(config, "offload_param"):
+        return None
+    gpu = gpu_like(torch.cuda.get_device_name(context.device), context.device_memory_bytes)
+    kernel = choose_backend(
+        model.attention_backend, context.device, context.dtype, model.kv_channels, config.data.reset_attention_mask
+    )
+    return plan_of(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size, kernel.name)
+
+
+def plan_of(
+    config: Config, num_gpus: int, gpu: Gpu, host_memory: int, padded_vocab_size: int, backend: str = "auto"
+) -> Plan:
+    """The plan of a run on so many of these GPUs with `host_memory` bytes each; a kernel without rates as `auto`."""
+    per_node = min(local_world_size(), num_gpus)
+    machines = Machines(gpu, num_gpus, per_node, host_memory * per_node / GIB)
+    return Plan(Job.of(config, num_gpus, padded_vocab_size), machines, gpu.rated(backend) or gpu.fastest)
+
+
+def _automatic_chunk(plan: Plan | None, context: Context) -> int:
+    """The quickest chunk that fits every GPU; the flag's default where nothing is planned."""
+    if plan is None:
+        return ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
+    agreed = torch.tensor(quickest_chunk(plan), device=context.device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)  # ranks with other GPUs have come to other chunks
+    return int(agreed)
+
+
+def quickest_chunk(plan: Plan) -> int:
+    """Tokens of the chunk that the planner finds quickest; ConfigError where none fits."""
+    chunk = plan.quickest_chunk()
+    if chunk is None:
+        host = plan.machines.host_bytes_per_gpu / GIB
+        raise ConfigError(
+            f"no chunk of --seq-length ({plan.job.model.seq_length}) fits {plan.job.num_gpus} GPUs of "
+            f"{plan.machines.gpu.memory_gib:.1f} GiB with {host:.3g} GiB of host memory each; "
+            f"{'; '.join(plan.advice())}"
+        )
+    return chunk
+
+
+def refuse_what_the_gpu_cannot_hold(plan: Plan) -> None:
+    """ConfigError for a run whose tensors need more than the GPU has, whatever the planner is off by."""
+    needed, memory = plan.memory, plan.machines.gpu.memory_gib
+    if needed.gpu * (1 - ACCURACY) > memory * GIB:
+        raise ConfigError(
+            f"the run takes up about {needed.gpu / GIB:.0f} GiB of GPU memory per rank, {needed.states / GIB:.0f} of "
+            f"it for the model, and the smallest GPU has {memory:.1f} GiB; {'; '.join(plan.advice())}"
+        )
+
+
+def _refuse_what_the_host_cannot_hold(
+    shape: StreamShape, needed: int, host_memory: int, device_memory: int, is_what_is_free: bool
+) -> None:
+    budget = shape.sure_budget(host_memory, device_memory)
+    if needed <= budget:
+        return
+    longest, least = longest_sequence(shape, budget), least_bytes(shape)
+    if least <= budget:
+        advice = (
+            "leave out --ds-sequence-parallel-fpdt-recompute and --ds-sequence-parallel-fpdt-checkpoint-interval, so "
+            "that they are chosen to fit"
+        )
+    else:
+        shorter = f"use --seq-length {longest} or less, " if longest else ""
+        size = shape.layout.sequence_parallel_size
+        on_device = least - host_memory + shape.largest_bytes
+        budgets = f"--ds-sequence-parallel-fpdt-device-memory to {_gib_up(on_device)}"
+        if not is_what_is_free:
+            on_host = host_memory + least - budget
+            budgets += f", or --ds-sequence-parallel-fpdt-host-memory to {_gib_up(on_host)}"
+        advice = (
+            f"{shorter}raise --ds-sequence-parallel-size ({size}), or {budgets}, or see tools/plan_context.py for what "
+            "would fit"
+        )
+    whose = "are free for a rank here" if is_what_is_free else "may be used (--ds-sequence-parallel-fpdt-host-memory)"
+    raise ConfigError(
+        f"the chunks of --seq-length ({shape.layout.sequence_length}) take up {needed / GIB:.4g} GiB of memory per "
+        f"rank, and {budget / GIB:.4g} GiB {whose}; {advice}"
+    )
+
+
+def _gib_up(num_bytes: int) -> str:
+    """GiB to the next tenth, so that a budget of as many is enough."""
+    return f"{ceil(num_bytes / GIB * 10) / 10:g}"

@@ -1,0 +1,91 @@
+"""What is looked at before anything is allocated: tokenizer, data, checkpoint, schedule, kernel and output folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron.checkpointing import check_checkpoint, find_checkpoint, saved_state
+from megatron.checkpointing.train_state import TrainState
+from megatron.config import Config, ConfigError, global_batch_size
+from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.output_names import check_output_name
+from megatron.data.splits import parse_data_paths
+from megatron.data.vocabulary import check_document_ends, check_vocabulary
+from megatron.initialize import device_type, number_format
+from megatron.logging.writers import require_wandb
+from megatron.ops.attention import choose_backend
+from megatron.optimizer.schedule import LearningRateSchedule
+from megatron.tokenizer import Tokenizer, pad_vocab_size, tokenizer_of
+
+DataCheck = Callable[[Config, Tokenizer], None]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the model and the batches know of the tokenizer."""
+
+    padded_size: int
+    """Rows of the embedding."""
+
+    end_of_document: int
+    """The id that ends a document."""
+
+
+def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Vocabulary:
+    """Look at all of it, at the data by `check_data`, and return what the tokenizer says. Writes nothing.
+
+    Raises ConfigError, TokenizerError, DataError, CheckpointError or AttentionUnavailable.
+    """
+    model = config.model
+    checkpoint = find_checkpoint(config.checkpoint)
+    state = TrainState() if checkpoint is None else saved_state(checkpoint, config)
+    state.start(global_batch_size(config, world_size), model.seq_length)
+    LearningRateSchedule.from_config(config.optimizer, config.training, state.course)
+    device, dtype = torch.device(device_type()), number_format(config)
+    choose_backend(model.attention_backend, device, dtype, model.kv_channels, config.data.reset_attention_mask)
+    tokenizer = tokenizer_of(config.tokenizer)
+    check_data(config, tokenizer)
+    padded_vocab_size = pad_vocab_size(tokenizer.vocab_size, model.make_vocab_size_divisible_by)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
+    folders = {
+        "--save": config.checkpoint.save,
+        "--tensorboard-dir": config.logging.tensorboard_dir,
+        "--profile-dir": config.logging.profile_dir,
+    }
+    for flag, folder in folders.items():
+        if folder is not None:
+            check_writable(flag, Path(folder))
+    if config.logging.wandb_project:
+        require_wandb(config.logging.wandb_project)
+    return Vocabulary(padded_vocab_size, tokenizer.eod)
+
+
+def data_paths(config: Config) -> tuple[tuple[str, ...], ...]:
+    """What each flag that names data was given."""
+    data = config.data
+    return data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path
+
+
+def check_indexed_data(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise DataError unless the data are whole datasets of tokens of the vocabulary."""
+    for paths in data_paths(config):
+        for prefix in parse_data_paths(paths)[0] if paths else ():
+            indexed = IndexedDataset(prefix)
+            check_vocabulary(indexed, tokenizer.vocab_size)
+            if config.data.separates_documents:
+                check_document_ends(indexed, tokenizer.eod)
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Raise ConfigError, or DataError for its name, unless `folder` can be written, or made. Makes nothing."""
+    check_output_name(folder, flag)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "cannot be written" if existing.is_dir() else "is not a folder"
+        raise ConfigError(f"{flag} ({folder}): {existing} {reason}; name a folder that can be written.")

@@ -1,0 +1,195 @@
+"""What the programs at the top level share: from argv to an exit code, and from samples to a training."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from torch import nn
+
+from megatron.arguments import parse_args
+from megatron.checkpointing import CheckpointError, only_writer
+from megatron.config import Config, ConfigError, validate
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.data.batch import Batch, Sample, slice_batch
+from megatron.data.errors import DataError
+from megatron.fpdt.host_pool import HostMemoryError
+from megatron.fpdt.stream import ProgressReport
+from megatron.initialize import Context, device_type, initialize
+from megatron.launch.execution import choose_execution, plan_of_run
+from megatron.launch.preflight import DataCheck, Vocabulary, check_inputs
+from megatron.model.builder import build_model
+from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
+from megatron.monitoring.finite_check import NotFiniteError
+from megatron.monitoring.out_of_memory import Ledger, OutOfMemory
+from megatron.ops.attention import AttentionUnavailable
+from megatron.ranks.interrupts import end_interrupted, interruptible
+from megatron.ranks.watchdog import EXIT_CODE, SECONDS_FOR_OTHERS, RankLost, Watchdog
+from megatron.ranks.world import World
+from megatron.tokenizer import TokenizerError
+from megatron.training.loop import DatasetsProvider, pretrain
+from megatron.training.rollback import RollbackError
+from megatron.weights.errors import WeightsError
+
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    TokenizerError,
+    CheckpointError,
+    WeightsError,
+    HostMemoryError,
+    OutOfMemory,
+    NotFiniteError,
+    RollbackError,
+    AttentionUnavailable,
+)
+# Of a training whose numbers went wrong; 2 of what else a user can mend.
+NOT_FINITE_EXIT_CODE = 5
+UNFORESEEN_EXIT_CODE = 1
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """Where samples come from."""
+
+    provide_datasets: DatasetsProvider
+    to_sample: Callable[[Any], Sample]
+    """From what the datasets hold."""
+
+
+SourceProvider = Callable[[Config, Vocabulary], SampleSource]
+
+
+def run(
+    argv: Sequence[str],
+    check_data: DataCheck,
+    provide_source: SourceProvider,
+    settle: Callable[[Config], Config] = lambda config: config,
+) -> int:
+    """Run; returns the exit code. What the user can mend is one line on rank 0, before anything is allocated.
+
+    `settle` sets what the program does not leave to the flags.
+    """
+    try:
+        world = World.from_environment()
+    except ConfigError as error:
+        return report(error, 0)
+    watchdog = Watchdog(world.rank, world.size)
+    code = 0
+    try:
+        with interruptible(watchdog):
+            config = settle(parse_args(argv))
+            validate(config, world.size, device_type())
+            vocabulary = check_inputs(config, world.size, check_data)
+            context = initialize(config, watchdog)
+            train(config, context, vocabulary.padded_size, provide_source(config, vocabulary))
+    except (Exception, KeyboardInterrupt) as error:
+        code = end_by(error, watchdog)
+    # After an error the other ranks may be gone, and a group of several waits for all.
+    if dist.is_initialized() and (code == 0 or world.size == 1):
+        dist.destroy_process_group()
+    watchdog.close()
+    return code
+
+
+def end_by(error: BaseException, watchdog: Watchdog) -> int:
+    """Say why the run ends, to the user and to the other ranks; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C may come several times
+        return end_interrupted(watchdog)
+    if isinstance(error, RankLost):
+        sys.stderr.write(f"error on rank {watchdog.rank}: {error}\n")
+        return EXIT_CODE
+    if comes_of_a_collective(error):
+        watchdog.wait_for_verdict()
+    if isinstance(error, USER_ERRORS):
+        watchdog.fail(f"stopped: {error}", exit_code_of(error))
+        if watchdog.rank:
+            watchdog.close()  # which rank 0 waits for
+        return report(error, watchdog.rank)
+    watchdog.fail(f"failed: {type(error).__name__}: {error}", UNFORESEEN_EXIT_CODE)
+    traceback.print_exception(error)
+    sys.stderr.write(f"error on rank {watchdog.rank}: it failed in {watchdog.place}, as above\n")
+    return UNFORESEEN_EXIT_CODE
+
+
+def comes_of_a_collective(error: BaseException | None) -> bool:
+    """Whether a collective failed, as it does where another rank has died; the error may be put into other words."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def exit_code_of(error: Exception) -> int:
+    """Of an error that the user can fix."""
+    return NOT_FINITE_EXIT_CODE if isinstance(error, NotFiniteError | RollbackError) else 2
+
+
+def report(error: Exception, rank: int) -> int:
+    """Write the error once: other ranks leave time for rank 0 to write it and for the launcher to end them."""
+    if rank:
+        time.sleep(SECONDS_FOR_OTHERS)
+    sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error on rank {rank}: {error}\n")
+    return exit_code_of(error)
+
+
+def train(config: Config, context: Context, padded_vocab_size: int, source: SampleSource) -> None:
+    """Provide the model, the batches and the datasets, and train.
+
+    OutOfMemory, with a ledger of who holds what, where GPU or host memory runs out.
+    """
+    parallel_state, execution = context.parallel_state, choose_execution(config, context, padded_vocab_size)
+    seq_length = config.model.seq_length
+    chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
+    layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
+
+    def provide_model(report: ProgressReport) -> nn.Module:
+        return build_model(
+            config.model,
+            padded_vocab_size,
+            parallel_state,
+            execution,
+            context.dtype,
+            context.device,
+            config.training.seed,
+            report,
+        )
+
+    def provide_batch(samples: Sequence[Any]) -> Batch:
+        return slice_batch(
+            [source.to_sample(sample) for sample in samples],
+            layout,
+            parallel_state.sequence_parallel_rank,
+            pin=context.device.type == "cuda",
+            restart_positions=config.data.reset_position_ids,
+            separate_documents=config.data.reset_attention_mask,
+        )
+
+    leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
+    ledger = Ledger(context, partial(plan_of_run, config, context, padded_vocab_size, context.host_memory_bytes))
+    with only_writer(config.checkpoint, context), ledger.told_when_memory_runs_out():
+        pretrain(
+            config, context, padded_vocab_size, leaf_modules,
+            provide_model, provide_batch, source.provide_datasets, ledger,
+        )  # fmt: skip
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without tearing the interpreter down.
+
+    A communication thread may still be letting go of a tensor, which takes an interpreter that is whole: without one
+    it aborts, and a run that is over and saved would end with an error.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,76 @@
+"""Mean token loss by position in the context: does a token far into the sequence profit from what came before?
+
+Token losses are summed by bucket of position on the device, next to the loss itself and not instead of it, so that
+the buckets' sums add up to the sum that the evaluation reports. Where documents do not see each other, a token's
+position is that in its document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.config.logging import LoggingConfig
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.data.batch import Batch, document_positions, document_starts
+from megatron.fpdt.stream import Stream
+from megatron.logging.log_line import Bucket
+
+
+def bucket_edges(logging: LoggingConfig, seq_length: int) -> list[int]:
+    """The first position of each bucket, and one past the last; [] where none are asked for."""
+    count = logging.loss_position_buckets
+    if logging.log_loss_by_position is None:
+        return []
+    if logging.log_loss_by_position == "equal":
+        return sorted({seq_length * i // count for i in range(count + 1)})
+    return sorted({0, *(seq_length >> halvings for halvings in range(count))})
+
+
+class LossByPosition:
+    """Sums over one evaluation, of all token losses of this rank. Without buckets it leaves evaluation as it is."""
+
+    def __init__(self, edges: list[int], seq_length: int, stream: Stream) -> None:
+        self._edges, self._stream = edges, stream
+        parallel, device = stream.parallel_state, stream.store.device
+        layout = SequenceLayout(seq_length, min(stream.chunk_length, seq_length), parallel.sequence_parallel_size)
+        self._owned = layout.owned_positions(parallel.sequence_parallel_rank)
+        # Of each bucket the token losses and the weight of the tokens in the mask.
+        self._sums = torch.zeros(2, max(len(edges) - 1, 0), dtype=torch.float64, device=device)
+
+    def evaluate(self, batch: Batch, evaluate: Callable[[Any], Tensor]) -> Tensor:
+        """What `evaluate` says of the batch's inputs: the loss sum. Its token losses are added to their buckets."""
+        if not self._edges:
+            return evaluate(batch.inputs())
+        token_losses: list[Tensor] = []
+        self._stream.token_losses = token_losses
+        try:
+            loss = evaluate(batch.inputs())
+        finally:
+            self._stream.token_losses = None
+        buckets_BS = torch.bucketize(self._positions(batch), torch.tensor(self._edges[1:-1]), right=True)
+        buckets = buckets_BS.T.flatten().to(self._sums.device)  # [B, S/p] -> [S/p * B], as the losses are
+        for sums, values in zip(self._sums, (torch.cat(token_losses), batch.loss_mask.T.flatten()), strict=True):
+            sums.index_add_(0, buckets, values.to(sums))
+        return loss
+
+    def _positions(self, batch: Batch) -> Tensor:
+        """Position of each token in what it sees, int64 [B, S/p]."""
+        if batch.documents is None:
+            return self._owned.expand(len(batch.tokens), -1)
+        owned = self._owned.numpy()
+        rows = (document_positions(owned, document_starts(row)) for row in batch.documents.spans)
+        return torch.stack([torch.from_numpy(row) for row in rows])
+
+    def buckets(self) -> list[Bucket]:
+        """The buckets that have tokens, summed over all ranks. Collective over all of them; waits for the device."""
+        if not self._edges:
+            return []
+        dist.all_reduce(self._sums)
+        losses, weights = self._sums.tolist()
+        rows = zip(self._edges, self._edges[1:], losses, weights, strict=False)
+        return [Bucket(first, end, loss / weight, weight) for first, end, loss, weight in rows if weight]

@@ -1,0 +1,389 @@
+"""Which rank died, hangs or failed, and where: rank 0 watches all ranks, and every rank watches rank 0.
+
+Every rank has a thread that writes its position to a key-value store now and then. A rank that no longer writes is
+gone; one that writes and does not move hangs. A rank that waits for another does not move either, so of all ranks those
+that have moved least are judged, and of these those that are not inside a collective. Rank 0 writes its verdict to the
+store, and every other rank ends with the same words. The threads need neither a device nor a collective, so they speak
+where all else is blocked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from megatron.logging.progress import StepProgress
+from megatron.ranks.activity import is_in_collective, work_done
+
+EXIT_CODE = 4  # of a run in which a rank died or hangs
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
+LONGEST_INTERVAL_SECONDS = 5.0
+PATIENCE = 0.75  # of the time limit: the rest is for looking, speaking and ending
+SECONDS_FOR_OTHERS = 10.0  # in which the rank that failed speaks, and the launcher ends the others
+VERDICT = "watchdog/verdict"
+
+
+class Store(Protocol):
+    """What of torch.distributed's stores is used."""
+
+    def set(self, key: str, value: str) -> object: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a run ends."""
+
+    text: str
+    exit_code: int = EXIT_CODE
+    speaker: int | None = None
+    """The rank that says so by itself, where it is one that failed or was interrupted."""
+
+
+class RankLost(Exception):
+    """Another rank died, hangs or did not come."""
+
+
+@dataclass
+class _State:
+    """What a rank writes of itself."""
+
+    beats: int = -1
+    moves: int = 0
+    """Places come to: the same count on all ranks at the same place."""
+    work: int = 0
+    """Grows while the rank works in a place that takes long."""
+    place: str = "joining"
+    is_waiting: bool = False
+    is_hurried: bool = False
+    is_done: bool = False
+
+
+@dataclass
+class _Seen:
+    """What was last read of a rank, and since when it has been the same."""
+
+    alive_at: float
+    moved_at: float
+    state: _State
+
+
+class Watchdog:
+    """One per rank, from before it joins the others to after its last step."""
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        end: Callable[[Verdict, Watchdog], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`end` is called once, in a thread; it should end the process, which is the default."""
+        self._rank, self._world_size, self._clock = rank, world_size, clock
+        self._end = end or end_process
+        self._state = _State()
+        self._is_working = False
+        self._work_done = work_done()
+        self._seen: list[_Seen] = []
+        self._store: Store | None = None
+        self._server: Store | None = None
+        self._limit = 0.0
+        self._closed, self._wake = threading.Event(), threading.Event()
+        self._verdict: Verdict | None = None
+        self._looked_at = clock()
+        self._threads: list[threading.Thread] = []
+        self._can_speak = self._store_is_lost = False
+
+    @property
+    def place(self) -> str:
+        """Where this rank is."""
+        return self._state.place
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    def start(self, limit_seconds: float, connect: Callable[[], Store], server: Store | None = None) -> None:
+        """Watch from now on, where there is more than one rank; `connect` is called in a thread.
+
+        `server`, which the other ranks connect to, is kept for as long as they may need it.
+        """
+        self._server = server
+        if self._world_size == 1:
+            return
+        self.prepare(limit_seconds)
+        # Two threads, as a store whose machine hangs holds the one that asks it for ever.
+        self._threads = [
+            threading.Thread(target=self._keep_looking, args=(connect,), name="watchdog, looking", daemon=True),
+            threading.Thread(target=self._keep_judging, name="watchdog, judging", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def prepare(self, limit_seconds: float, store: Store | None = None) -> None:
+        """Count time from now on."""
+        self._limit, self._store, now = PATIENCE * limit_seconds, store, self._clock()
+        self._looked_at = now
+        self._seen = [_Seen(now, now, _State()) for _ in range(self._world_size)]
+
+    def move(self, place: str) -> None:
+        """Say that this rank has come to a place, as all ranks do in the same order. Costs nothing worth counting."""
+        self._state.place = place
+        self._state.moves += 1
+
+    def enter(self, place: str) -> None:
+        """Come to a place that takes long, and let the others know at once."""
+        self.move(place)
+        self._wake.set()
+
+    @contextmanager
+    def working(self, place: str) -> Iterator[None]:
+        """Within, this rank is in a place that takes as long as it takes, while it computes, reads or writes."""
+        self.enter(place)
+        self._is_working = True
+        try:
+            yield
+        finally:
+            self._is_working = False
+            self._state.moves += 1
+
+    def hurry(self) -> None:
+        """From now on a rank that is silent for a few beats counts as gone: the launcher is ending the run."""
+        self._state.is_hurried = True
+
+    def fail(self, text: str, exit_code: int) -> bool:
+        """Say that this rank has failed, and watch no longer; returns whether it is the first to end the run."""
+        self._stop()
+        own = Verdict(f"{self._named([self._rank])} {text}", exit_code, self._rank)
+        counting = [own]
+        if self._can_speak:
+            self._briefly(lambda: counting.append(self._publish(own)))
+        return counting[-1] == own
+
+    def wait_for_verdict(self) -> None:
+        """After an error in this rank: end as soon as another rank proves to be its reason; return if none does."""
+        if not self._threads:
+            return
+        self.hurry()
+        deadline = self._clock() + self._grace + 4 * self._interval
+        while self._verdict is not None or self._clock() < deadline:
+            time.sleep(self._interval / 4)  # the thread that judges ends the process
+
+    def close(self) -> None:
+        """This rank is through; whoever is not may take as long as it likes."""
+        self._stop()
+        if self._can_speak:
+            self.leave()
+
+    def _stop(self) -> None:
+        """End the threads, where they run."""
+        self._closed.set()
+        self._wake.set()
+        if not self._threads:
+            return
+        looking, judging = self._threads
+        judging.join()
+        looking.join(LONGEST_INTERVAL_SECONDS)
+        self._can_speak = self._store is not None and not looking.is_alive()
+        self._threads = []
+
+    def leave(self) -> None:
+        """Say that this rank is through. The store may be rank 0's, which therefore waits until the others know."""
+        if self._store_is_lost:
+            return
+        self._briefly(lambda: self._write(is_done=True))
+        if self._rank == 0:
+            self._briefly(self._wait_for_others)
+
+    def _wait_for_others(self) -> None:
+        deadline = self._clock() + 2 * self._interval + 1
+        while self._clock() < deadline:
+            for rank, seen in enumerate(self._seen):
+                self._read(rank, seen, self._clock())
+            if all(seen.state.is_done for seen in self._seen):
+                return
+            time.sleep(self._interval / 10)
+
+    def _briefly(self, work: Callable[[], object]) -> None:
+        """Try something that may fail or hang, as the store may have gone with the rank that has ended the run."""
+
+        def attempt() -> None:
+            with suppress(Exception):
+                work()
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(2 * LONGEST_INTERVAL_SECONDS + 1)
+
+    def _keep_looking(self, connect: Callable[[], Store]) -> None:
+        try:
+            self._store = connect()
+            while self._verdict is None:
+                self._verdict = self.look()
+                self._looked_at = self._clock()
+                self._wake.wait(self._interval)
+                if self._closed.is_set():
+                    return
+                self._wake.clear()
+        except Exception as error:
+            self._verdict = self._store_lost(f" ({_first_line(error)})")
+
+    def _keep_judging(self) -> None:
+        while not self._closed.wait(self._interval):
+            is_held = self._clock() - self._looked_at > self._limit
+            verdict = self._verdict or (self._store_lost() if is_held else None)
+            if verdict:
+                self._verdict = verdict
+                self._end(verdict, self)
+                return
+
+    def _store_lost(self, reason: str = "") -> Verdict | None:
+        self._store_is_lost = True
+        if self._seen[0].state.is_done:
+            return None
+        if self._seen[0].state.beats < 0 and self._rank:
+            return Verdict(f"{self._did_not_join([0])}: what listens at MASTER_ADDR and MASTER_PORT does not answer")
+        return Verdict(f"{self._named([0])}, or the launcher that started it, no longer answers{reason}")
+
+    @property
+    def _interval(self) -> float:
+        return min(self._limit / 20, LONGEST_INTERVAL_SECONDS)
+
+    @property
+    def _grace(self) -> float:
+        """Seconds of silence after which a rank counts as gone once something else has gone wrong."""
+        return min(self._limit, max(4 * self._interval, 3.0))
+
+    def look(self) -> Verdict | None:
+        """Write where this rank is, read where others are, and return what is wrong, if anything is."""
+        assert self._store is not None, "there is a store once the threads run"
+        self._write(is_done=False)
+        if self._store.check([VERDICT]):
+            verdict = Verdict(**json.loads(self._store.get(VERDICT)))
+            return verdict if verdict.speaker != self._rank else None
+        now = self._clock()
+        for rank in range(self._world_size) if self._rank == 0 else [0]:
+            self._read(rank, self._seen[rank], now)
+        found = self._judge(now) if self._rank == 0 else self._judge_first_rank(now)
+        return None if found is None else self._publish(found)
+
+    def _judge(self, now: float) -> Verdict | None:
+        running = [rank for rank, seen in enumerate(self._seen) if not seen.state.is_done]
+        absent = [rank for rank in running if self._seen[rank].state.beats < 0]
+        if absent:
+            return self._judge_absent(absent, now)
+        patience = self._grace if any(seen.state.is_hurried for seen in self._seen) else self._limit
+        gone = [rank for rank in running if now - self._seen[rank].alive_at > patience]
+        if gone:
+            return Verdict(f"{self._named(gone)} no longer answers")
+        fewest = min((self._seen[rank].state.moves for rank in running), default=0)
+        behind = [rank for rank in running if self._seen[rank].state.moves == fewest]
+        slowest = [rank for rank in behind if not self._seen[rank].state.is_waiting] or behind
+        if slowest and all(now - self._seen[rank].moved_at > self._limit for rank in slowest):
+            silent = [rank for rank in slowest if now - self._seen[rank].alive_at > self._grace]
+            if silent:
+                return Verdict(f"{self._named(silent)} no longer answers")
+            return Verdict(f"{self._named(slowest)} has not moved for {self._limit / 60:.3g} minutes")
+        return None
+
+    def _judge_absent(self, absent: Sequence[int], now: float) -> Verdict | None:
+        if now - self._seen[absent[0]].alive_at <= self._limit:
+            return None
+        return Verdict(self._did_not_join(absent))
+
+    def _did_not_join(self, absent: Sequence[int]) -> str:
+        ranks = ", ".join(str(rank) for rank in absent[:8]) + (" and others" if len(absent) > 8 else "")
+        return f"rank(s) {ranks} of {self._world_size} did not join within {self._limit / 60:.3g} minutes"
+
+    def _judge_first_rank(self, now: float) -> Verdict | None:
+        first = self._seen[0]
+        if first.state.is_done:
+            return None
+        if first.state.beats < 0:
+            return self._judge_absent([0], now)
+        patience = self._grace if self._state.is_hurried else self._limit
+        return Verdict(f"{self._named([0])} no longer answers") if now - first.alive_at > patience else None
+
+    def _publish(self, verdict: Verdict) -> Verdict:
+        """Write a verdict where there is none yet; returns the one that counts."""
+        assert self._store is not None, "there is a store once the threads run"
+        return Verdict(**json.loads(self._store.compare_set(VERDICT, "", json.dumps(asdict(verdict)))))
+
+    def _write(self, is_done: bool) -> None:
+        assert self._store is not None, "there is a store once the threads run"
+        state = self._state
+        state.beats += 1
+        state.is_done = is_done
+        state.is_waiting = is_in_collective()
+        done = work_done()
+        if self._is_working and not state.is_waiting and done.is_well_past(self._work_done):
+            state.work += 1
+        self._work_done = done
+        self._store.set(f"watchdog/{self._rank}", json.dumps(asdict(state)))
+
+    def _read(self, rank: int, seen: _Seen, now: float) -> None:
+        assert self._store is not None, "there is a store once the threads run"
+        key = f"watchdog/{rank}"
+        if not self._store.check([key]):
+            return
+        state = _State(**json.loads(self._store.get(key)))
+        if state.beats != seen.state.beats:
+            seen.alive_at = now
+        if (state.moves, state.work) != (seen.state.moves, seen.state.work):
+            seen.moved_at = now
+        seen.state = state
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        """ "rank 3 (last in ...)", and how many others."""
+        first, *others = ranks
+        state = self._state if first == self._rank else self._seen[first].state
+        more = f" and {len(others)} more, {', '.join(str(rank) for rank in others[:8])}," if others else ""
+        return f"rank {first} (last in {state.place}){more}"
+
+
+def end_process(verdict: Verdict, watchdog: Watchdog) -> None:
+    """Say why, and end at once: the main thread may be blocked for ever."""
+    if verdict.exit_code != INTERRUPTED_EXIT_CODE:
+        if verdict.speaker is not None:
+            time.sleep(SECONDS_FOR_OTHERS)
+        sys.stderr.write(f"error on rank {watchdog.rank}: {verdict.text}; this rank was in {watchdog.place}\n")
+        sys.stderr.flush()
+    watchdog.leave()
+    os._exit(verdict.exit_code)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+class WatchedProgress:
+    """A step's progress that the watchdog hears of too."""
+
+    def __init__(self, progress: StepProgress, watchdog: Watchdog) -> None:
+        self._progress, self._watchdog = progress, watchdog
+        self._iteration = 0
+
+    def start_step(self, iteration: int, total_units: int) -> None:
+        self._iteration = iteration
+        self._watchdog.move(f"iteration {iteration}")
+        self._progress.start_step(iteration, total_units)
+
+    def advance(self, phase: str, layer: int, chunk: int) -> None:
+        self._watchdog.move(f"iteration {self._iteration}, {phase} layer {layer} chunk {chunk}")
+        self._progress.advance(phase, layer, chunk)
+
+    def finish_step(self) -> None:
+        self._watchdog.move(f"the end of iteration {self._iteration}")
+        self._progress.finish_step()

@@ -1,0 +1,152 @@
+"""What a run leaves open is chosen by what the machine can hold, and refused where it can hold nothing of the kind."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.arguments import parse_args
+from megatron.config import ConfigError
+from megatron.launch.execution import choose_execution, plan_of, quickest_chunk, refuse_what_the_gpu_cannot_hold
+from megatron.planner.hardware import GIB, GPUS, gpu_like
+
+VOCABULARY = 128_256
+LLAMA_8B = [
+    *["--num-layers", "32", "--hidden-size", "4096", "--ffn-hidden-size", "14336", "--num-attention-heads", "32"],
+    *["--num-key-value-heads", "8", "--seq-length", "262144", "--use-rotary-position-embeddings", "--swiglu"],
+    *["--normalization", "rmsnorm", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--bf16"],
+    *["--lr", "1e-4", "--train-iters", "10", "--data-path", "corpus", "--vocab-size", "128256", "--zero-stage", "3"],
+    *["--ds-sequence-parallel-size", "4", "--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-offloading"],
+]
+
+
+def config_of(*flags):
+    return parse_args([*LLAMA_8B, *flags])
+
+
+def choose(*flags, host_gib):
+    context = SimpleNamespace(
+        device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=int(host_gib * GIB),
+        log=logging.getLogger("test"),
+    )  # fmt: skip
+    return choose_execution(config_of(*flags), context, VOCABULARY)
+
+
+def test_products_are_kept_where_the_host_has_room():
+    assert choose(host_gib=1000).fpdt_recompute == "none"
+    assert choose(host_gib=120).fpdt_recompute == "mlp"
+    assert choose(host_gib=60).fpdt_recompute == "all"
+    assert choose(host_gib=1000).checkpoint_interval == 1
+
+
+def test_where_it_has_little_keys_and_values_are_made_anew_before_inputs_are_rebuilt():
+    for host_gib, rebuilds_inputs in ((36, False), (30, True)):
+        execution = choose(host_gib=host_gib)
+        assert execution.fpdt_recompute == "kv"
+        assert (execution.checkpoint_interval > 1) is rebuilds_inputs
+
+
+def test_what_is_asked_for_is_done():
+    execution = choose("--ds-sequence-parallel-fpdt-recompute", "mlp", host_gib=1000)
+    assert (execution.fpdt_recompute, execution.checkpoint_interval) == ("mlp", 1)
+    assert choose("--ds-sequence-parallel-fpdt-checkpoint-interval", "4", host_gib=1000).checkpoint_interval == 4
+
+
+def test_without_offloading_everything_is_recomputed_and_every_input_kept():
+    flags = [flag for flag in LLAMA_8B if flag != "--ds-sequence-parallel-fpdt-offloading"]
+    context = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=0)
+    execution = choose_execution(parse_args(flags), context, VOCABULARY)
+    assert (execution.fpdt_recompute, execution.checkpoint_interval) == ("all", 1)
+
+
+def test_what_the_optimizer_takes_of_the_host_is_not_for_chunks(monkeypatch):
+    h200 = gpu_like("NVIDIA H200", 139 * GIB)
+    monkeypatch.setattr(
+        "megatron.launch.execution.plan_of_run", lambda config, *_: plan_of(config, 4, h200, 200 * GIB, VOCABULARY)
+    )
+    on_gpu, on_host = (choose(*flags, host_gib=200).host_memory_bytes for flags in ([], ["--cpu-optimizer"]))
+    states = plan_of(config_of("--cpu-optimizer"), 4, h200, 200 * GIB, VOCABULARY).memory.host_states
+    assert on_gpu == pytest.approx((0.97 * 200 - 2.5) * GIB)
+    assert on_gpu - on_host == states > 20 * GIB
+    asked = ["--ds-sequence-parallel-fpdt-host-memory", "180", "--cpu-optimizer"]
+    assert choose(*asked, host_gib=200).host_memory_bytes == 180 * GIB
+
+
+@pytest.mark.parametrize("spare_tensors, interval", [(0, 2), (1, 1)])
+def test_the_last_tensor_s_place_in_the_device_memory_is_not_counted_on(spare_tensors, interval):
+    flags = ["--ds-sequence-parallel-fpdt-device-memory", "10", "--ds-sequence-parallel-fpdt-recompute", "all"]
+    shape = plan_of(config_of(*flags), 4, GPUS["H200"], 0, VOCABULARY).job.shape
+    gib = (shape.tier_bytes(1, "all") + spare_tensors * shape.attention_bytes) / GIB - 10
+    assert (
+        choose(*flags, "--ds-sequence-parallel-fpdt-host-memory", str(gib), host_gib=100).checkpoint_interval
+        == interval
+    )
+    plan = plan_of(config_of(*flags), 4, GPUS["H200"], int((gib + 2.5) * GIB), VOCABULARY)
+    assert plan.memory.checkpoint_interval == interval
+
+
+def test_a_sequence_that_the_host_cannot_hold_is_refused_with_one_that_it_can():
+    with pytest.raises(ConfigError, match=r"--seq-length \(262144\) take up .* and 9\.7 GiB are free") as refusal:
+        choose(host_gib=10)
+    longest = int(str(refusal.value).split("use --seq-length ")[1].split()[0])
+    choose("--seq-length", str(longest), host_gib=10)
+    with pytest.raises(ConfigError):
+        choose("--seq-length", str(longest + 4), host_gib=10)
+
+
+@pytest.mark.parametrize(
+    "budget, flag",
+    [("free", "--ds-sequence-parallel-fpdt-device-memory"), ("asked", "--ds-sequence-parallel-fpdt-host-memory")],
+)
+def test_the_memory_that_the_refusal_names_is_enough(budget, flag):
+    host = {"free": [], "asked": ["--ds-sequence-parallel-fpdt-host-memory", "10"]}[budget]
+    with pytest.raises(ConfigError, match=flag) as refusal:
+        choose(*host, host_gib=10)
+    enough = float(str(refusal.value).split(f"{flag} to ")[1].split(",")[0])
+    choose(flag, str(enough), host_gib=10)
+    with pytest.raises(ConfigError):
+        choose(flag, str(0.98 * enough), host_gib=10)
+
+
+def test_the_automatic_chunk_is_smaller_on_a_smaller_gpu():
+    config = config_of("--ds-sequence-parallel-fpdt-chunk-size", "auto")
+    large, small = (
+        quickest_chunk(plan_of(config, 4, gpu_like("NVIDIA H100 80GB HBM3", int(gib * GIB)), 1000 * GIB, VOCABULARY))
+        for gib in (79, 44)
+    )
+    assert small < large
+    assert large % 4 == small % 4 == 0
+
+
+def test_where_no_chunk_fits_the_gpu_it_is_refused_with_advice():
+    config = config_of("--ds-sequence-parallel-fpdt-chunk-size", "auto")
+    with pytest.raises(
+        ConfigError, match=r"no chunk of --seq-length \(262144\) fits 4 GPUs of 20\.0 GiB.*--cpu-optimizer"
+    ):
+        quickest_chunk(plan_of(config, 4, gpu_like("NVIDIA A30", 20 * GIB), 1000 * GIB, VOCABULARY))
+
+
+def test_what_the_gpu_certainly_cannot_hold_is_refused_with_what_would_fit():
+    def refuse(gib, *flags):
+        refuse_what_the_gpu_cannot_hold(
+            plan_of(config_of(*flags), 4, gpu_like("NVIDIA H100", gib * GIB), 1000 * GIB, VOCABULARY)
+        )
+
+    refuse(79)
+    refuse(12, "--cpu-optimizer", "--ds-sequence-parallel-fpdt-chunk-size", "16384")
+    with pytest.raises(ConfigError, match=r"about \d+ GiB of GPU memory per rank, .* has 24\.0 GiB; .*--cpu-optimizer"):
+        refuse(24)
+
+
+def test_the_automatic_chunk_without_a_gpu_is_the_default():
+    assert choose("--ds-sequence-parallel-fpdt-chunk-size", "auto", host_gib=1000).chunk_size == 65536
+
+
+@pytest.mark.parametrize(
+    "name, known", [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+                    ("NVIDIA RTX A6000", "A100-80GB")]
+)  # fmt: skip
+def test_gpus_are_known_by_their_names(name, known):
+    gpu = gpu_like(name, 48 * GIB)
+    assert (gpu.name, gpu.memory_gib) == (GPUS[known].name, 48)

@@ -1,0 +1,120 @@
+"""What the reporter says of iterations, held together with evaluations that fall between its lines."""
+
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.checkpointing.train_state import TrainState
+from megatron.core.parallel_state import ParallelState
+from megatron.fpdt.store import ChunkStore
+from megatron.fpdt.stream import Stream
+from megatron.logging.log_line import Bucket
+from megatron.monitoring import reporting
+from megatron.monitoring.reporting import Reporter
+from megatron.ops.attention.reference import ReferenceAttention
+from tests.unit.config.commands import parsed
+
+
+class Writer:
+    def __init__(self):
+        self.written = {}
+
+    def write(self, step, metrics):
+        self.written.setdefault(step, {}).update(metrics)
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(reporting, "time", clock)
+    return clock
+
+
+def reporter_of(flags=""):
+    device = torch.device("cpu")
+    context = SimpleNamespace(
+        device=device, log=logging.getLogger("reporting test"), parallel_state=SimpleNamespace(world_size=1)
+    )
+    stream = Stream(ChunkStore(device, offloading=True), ReferenceAttention(), ParallelState(), 8)
+    stream.kept = stream.store.empty((2**28,), torch.float32)  # type: ignore[attr-defined]
+    writer = Writer()
+    return Reporter(parsed(flags), context, writer, 128, stream), writer
+
+
+def line(reporter, state):
+    reporter.line(state, learning_rate=1e-4, train_iterations=10, loss_scale=1.0, grad_norm=1.0)
+
+
+def iterate(reporter, state, losses):
+    for loss in losses:
+        state.advance(2, 1024)
+        reporter.add(state.iteration, torch.tensor(loss), 1.0)
+
+
+def test_losses_before_an_evaluation_count_and_its_time_does_not(clock, caplog):
+    (reporter, writer), state = reporter_of(), TrainState()
+    iterate(reporter, state, [4.0, math.nan])
+    clock.now += 6
+    with reporter.pause():
+        clock.now += 1000
+    iterate(reporter, state, [2.0])
+    clock.now += 3
+    line(reporter, state)
+    assert caplog.messages == ["the loss of iteration 2 is nan"]
+    assert state.nan_iterations == 1
+    written = writer.written[3]
+    assert written["train/loss"] == 3.0
+    assert written["train/milliseconds"] == 3000
+    assert written["train/nan_iterations"] == 1
+    assert written["train/consumed_tokens"] == 3 * 2 * 1024
+    assert written["train/host_pool_gib"] == 1.0
+
+
+def test_a_spike_is_warned_of_with_its_own_iteration(clock, caplog):
+    (reporter, _), state = reporter_of("--loss-spike-factor 1.5"), TrainState(iteration=40)
+    iterate(reporter, state, [2.0] * 11)
+    clock.now += 1
+    line(reporter, state)
+    iterate(reporter, state, [2.0, 3.5, 2.0])
+    clock.now += 1
+    line(reporter, state)
+    assert caplog.messages == ["the loss of iteration 53 is 3.5000, 1.75 times the mean of the 12 before (2.0000)"]
+
+
+def test_steps_without_a_loss_leave_the_others_and_their_iterations(clock, caplog):
+    (reporter, writer), state = reporter_of(), TrainState()
+    state.advance(2, 1024)
+    clock.now += 1
+    line(reporter, state)
+    assert writer.written == {}
+    iterate(reporter, state, [math.inf, 2.0])
+    state.advance(2, 1024)
+    clock.now += 1
+    line(reporter, state)
+    assert caplog.messages == ["the loss of iteration 2 is inf"]
+    assert writer.written[4]["train/loss"] == 2.0
+
+
+def test_an_evaluation_writes_its_buckets(clock, caplog):
+    caplog.set_level(logging.INFO)
+    reporter, writer = reporter_of()
+    reporter.evaluation(7, 2.0, "validation", [Bucket(0, 512, 3.0), Bucket(512, 1024, 1.0)])
+    reporter.evaluation(8, 2.0, "validation")
+    assert writer.written[7]["validation/loss"] == 2.0
+    assert writer.written[7]["validation/loss_by_position/00000512-00001024"] == 1.0
+    assert set(writer.written[8]) == {"validation/loss", "validation/perplexity"}
+    assert [message.split("|")[0] for message in caplog.messages] == [
+        " validation loss at iteration 7 ",
+        " validation loss by position at iteration 7 ",
+        " validation loss at iteration 8 ",
+    ]
