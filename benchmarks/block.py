@@ -48,7 +48,7 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
-from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept
+from megatron.fpdt.memory_model import StreamShape, choose_saved_activations
 from megatron.fpdt.store import ChunkStore
 from megatron.model.builder import Execution, build_model
 from megatron.monitoring.kernel_times import kernels_of, seconds_by_kind, seconds_by_name
@@ -243,7 +243,7 @@ RECOMPUTED = Way("recomputed")
 def automatic_recompute(model: ModelConfig, chunk: int, device: torch.device) -> Recompute:
     """What a training run with offloading would choose on this machine."""
     shape = StreamShape.of(model, chunk, 1, 1, compute_dtype(device).itemsize)
-    return choose_what_is_kept(shape, available_host_bytes(), interval=1)[0]
+    return choose_saved_activations(shape, available_host_bytes(), interval=1)[0]
 
 
 def random_(tensor: Tensor, device: torch.device, part_tokens: int = 32768) -> Tensor:

@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
     step = attempt(lambda: measure_steps(config, arguments, num_gpus), report.device)
     torch.distributed.destroy_process_group()
-    step |= {"what": what_ran(arguments, num_gpus)}
+    step |= {"what": name_of_run(arguments, num_gpus)}
     if "failed" in step:
         report.add(step)
         return 1
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if later else 0
 
 
-def what_ran(arguments: argparse.Namespace, num_gpus: int) -> str:
+def name_of_run(arguments: argparse.Namespace, num_gpus: int) -> str:
     """A name for the row of the steps."""
     if arguments.as_one_of:
         return f"one of {num_gpus} GPUs"

@@ -171,7 +171,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         )
     plan = Plan(job, machines, backend)
     chunk_is_given = config.parallel.ds_sequence_parallel_fpdt_chunk_size if config else arguments.chunk_size
-    return plan if chunk_is_given else plan.with_quickest_chunk()
+    return plan if chunk_is_given else plan.with_fastest_chunk()
 
 
 def model_called(name: str, seq_length: int) -> tuple[ModelConfig, int]:
@@ -241,7 +241,7 @@ def figures_of(plan: Plan) -> dict[str, Any]:
         "head_seconds": speed.head, "optimizer_seconds": speed.optimizer, "waiting_seconds": speed.waiting,
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu, "mfu": plan.mfu,
         "fits_gpu": plan.fits_gpu, "fits_host": plan.fits_host, "longest_context": plan.longest_context(),
-        "smallest_hiding_chunk": plan.smallest_hiding_chunk(), "quickest_chunk": plan.quickest_chunk(),
+        "smallest_hiding_chunk": plan.smallest_hiding_chunk(), "fastest_chunk": plan.fastest_chunk(),
         "advice": plan.advice(),
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ ChunkSize = NewType("ChunkSize", int)
 AUTOMATIC_CHUNK = ChunkSize(0)
 
 Recompute = Literal["kv", "all", "mlp", "none"]
-KEEPING_PRODUCTS: tuple[Recompute, ...] = ("none", "mlp")
+SAVING_PRODUCTS: tuple[Recompute, ...] = ("none", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ class BackwardPass:
         """Gradients of the block's input, on the tier, and of the parameters."""
         saved, dxs = self._saved, self._dx.split(self._layout.local_lengths)
         rows = saved.plan.backward_rows()
-        started = self._stream.started_ahead(self._start_row(row[0].query) for row in rows)
+        started = self._stream.started_early(self._start_row(row[0].query) for row in rows)
         self._row_ahead.start()
         for row in rows:
             i = row[0].query
@@ -103,7 +103,7 @@ class BackwardPass:
 
     def _start_row(self, chunk: int) -> _StartedRow:
         x, positions, o, lse, dy = next(self._row_ahead)
-        if self._stream.starts_rows_ahead and chunk == len(self._saved.o_cBHD) - 1:
+        if self._stream.starts_rows_early and chunk == len(self._saved.o_cBHD) - 1:
             self._row_ahead.start()  # the second row is started next, with no attention before it to overlap with
         self._products_ahead.start()
         dx, do = self._output_gradients(chunk, x, positions, o, dy)
@@ -171,7 +171,7 @@ class BackwardPass:
     def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
         """The gradient of the block's input for one query chunk; those of the parameters are added to the sums."""
         stream, layer_number, chunk = self._stream, self._layer.layer_number, row[0].query
-        self._store.let_go()  # the dx of the row before, gone by now
+        self._store.release_sent()  # the dx of the row before, gone by now
         q, kv, o, do = started.exchange()
         queries, own = (q, o, do, started.lse), [kv, *self._own_dkv]
         self._own_dkv.clear()
@@ -210,7 +210,7 @@ class BackwardPass:
         kv_CBKD = self._store.empty(self._saved.kv_shape, dtype).split(self._layout.chunk_lengths)
         chunks = self._saved.plan.loaded_keys()
         inputs_ahead = self._store.prefetch([self._xs[i], self._positions[i]] for i in chunks)
-        for i, exchange in zip(chunks, self._stream.started_ahead(self._projected(inputs_ahead)), strict=True):
+        for i, exchange in zip(chunks, self._stream.started_early(self._projected(inputs_ahead)), strict=True):
             (kv,) = exchange()
             self._store.put(kv_CBKD[i], kv)
         return kv_CBKD

@@ -66,7 +66,7 @@ class ForwardPass:
         ys = y.split(self._layout.local_lengths)
         rows = self._plan.forward_rows()
         try:
-            started = self._stream.started_ahead(self._start_row(row[0].query) for row in rows)
+            started = self._stream.started_early(self._start_row(row[0].query) for row in rows)
             for row in rows:
                 i = row[0].query
                 with self._stream.piece("forward", self._layer.layer_number, i, self._layout.num_chunks):
@@ -98,7 +98,7 @@ class ForwardPass:
         self._random_states.record(random_key((chunk, number), "before"))
         started = self._layer.start(x, positions, recorded)
         self._started.append(started)
-        self._products_before[chunk].append([self._store.keep(output) for output in started.take_outputs()])
+        self._products_before[chunk].append([self._store.save(output) for output in started.take_outputs()])
         return started
 
     def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
@@ -112,7 +112,7 @@ class ForwardPass:
             o_heads, lse = attend(stream.attention, started.slices[0].call.scale, row, q, kv, self._kv_ahead)
         del q, kv, started.exchange
         stream.note("forward", ATTENTION_OUTPUT, layer_number, i, o_heads)
-        store.let_go()  # what the row before has left, gone by now
+        store.release_sent()  # what the row before has left, gone by now
         (o,) = stream.heads_to_tokens([o_heads])
         del o_heads
         if self._save:
@@ -133,7 +133,7 @@ class ForwardPass:
         self._random_states.record(random_key((chunk, number), "after"))
         y = started.finish(o)
         self._started.remove(started)
-        self._products_after[chunk].append([self._store.keep(output) for output in started.take_outputs()])
+        self._products_after[chunk].append([self._store.save(output) for output in started.take_outputs()])
         return y
 
     def _allocate(self, q_CBHD: Tensor, kv_CBKD: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from megatron.config import KEEPING_PRODUCTS, Recompute
+from megatron.config import SAVING_PRODUCTS, Recompute
 from megatron.fpdt.seam import AttentionCall, run_with_output
 from megatron.ops.linear import LinearTape
 
@@ -47,14 +47,14 @@ class LayerTrace:
 
     def saved_before(self, recompute: Recompute) -> tuple[int, ...]:
         """Products before the attention call whose outputs the forward pass saves on the tier."""
-        return self.before if recompute in KEEPING_PRODUCTS else ()
+        return self.before if recompute in SAVING_PRODUCTS else ()
 
     def saved_after(self, recompute: Recompute, is_first_slice: bool) -> tuple[int, ...]:
         """The same of those after it: all that are needed, or the output projection alone, the first of them.
 
         None of a chunk's first slice, which would be needed on the device beside the tiles.
         """
-        if recompute not in KEEPING_PRODUCTS or is_first_slice:
+        if recompute not in SAVING_PRODUCTS or is_first_slice:
             return ()
         projection = len(self.before)
         return tuple(number for number in self.needed_after if recompute == "none" or number == projection)

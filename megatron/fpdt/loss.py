@@ -59,7 +59,7 @@ class _StreamedLoss(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         store, lengths = stream.store, stream.layout(x).local_lengths
-        store.let_go()  # what the last block has left would still be held when its backward pass begins
+        store.release_sent()  # what the last block has left would still be held when its backward pass begins
         dtype = accumulation_dtype(x.dtype)
         loss = torch.zeros((), dtype=dtype, device=store.device)
         gradients = GradientSums(parameters)

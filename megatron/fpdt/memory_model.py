@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import lcm
 
-from megatron.config import KEEPING_PRODUCTS, ModelConfig, Recompute
+from megatron.config import SAVING_PRODUCTS, ModelConfig, Recompute
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.stream import SLICE_LENGTH
 
@@ -100,7 +100,7 @@ class StreamShape:
         """dK and dV of one block."""
         return self.key_value_elements * self._sum_size
 
-    def kept_bytes(self, recompute: Recompute) -> int:
+    def saved_bytes(self, recompute: Recompute) -> int:
         """What the backward pass finds of one block, its input aside."""
         keys_and_values = 0 if recompute == "kv" else self.key_value_bytes
         return self.attention_bytes + keys_and_values + self.product_bytes(recompute)
@@ -113,13 +113,13 @@ class StreamShape:
 
     def product_bytes(self, recompute: Recompute) -> int:
         """What linear layers of one block gave, as far as it is not recomputed."""
-        if recompute not in KEEPING_PRODUCTS:
+        if recompute not in SAVING_PRODUCTS:
             return 0
         return self._product_bytes(recompute, self.layout.local_length, self.layout.tokens_after(self.slice_length))
 
     def chunk_product_bytes(self, recompute: Recompute) -> int:
         """The same of its first chunk alone."""
-        if recompute not in KEEPING_PRODUCTS:
+        if recompute not in SAVING_PRODUCTS:
             return 0
         tokens = self.layout.local_lengths[0]
         return self._product_bytes(recompute, tokens, max(tokens - self.slice_length, 0))
@@ -141,7 +141,7 @@ class StreamShape:
     def _bytes_up_to(self, top: int, interval: int, recompute: Recompute) -> int:
         """What is kept of the lowest `top` blocks when the inputs of their highest chain are rebuilt."""
         chains, rebuilt = -(-top // interval), (top - 1) % interval
-        return top * self.kept_bytes(recompute) + (chains + rebuilt) * self.residual_bytes
+        return top * self.saved_bytes(recompute) + (chains + rebuilt) * self.residual_bytes
 
     @property
     def largest_bytes(self) -> int:
@@ -155,12 +155,12 @@ class StreamShape:
         """
         return max(device_bytes, host_bytes + max(device_bytes - self.largest_bytes, 0))
 
-    def hides_the_link(self, recompute: Recompute) -> bool:
+    def overlaps_with_link(self, recompute: Recompute) -> bool:
         """Whether a block's forward pass takes longer than what it keeps takes to the host."""
         attention = 2 * self.layout.sequence_length * self.num_heads * self.head_size
         weights = self.projection_width + self.num_heads * self.head_size + self.mlp_outputs + self.mlp_width
         flops = self._local_tokens * (attention + 2 * self.hidden_size * weights)
-        return flops >= _FLOPS_PER_BYTE * (self.residual_bytes + self.kept_bytes(recompute))
+        return flops >= _FLOPS_PER_BYTE * (self.residual_bytes + self.saved_bytes(recompute))
 
     @property
     def projection_width(self) -> int:
@@ -168,7 +168,7 @@ class StreamShape:
         return (self.num_heads + 2 * self.num_key_value_heads) * self.head_size
 
 
-def choose_what_is_kept(
+def choose_saved_activations(
     shape: StreamShape,
     budget_bytes: int,
     recompute: Recompute | None = None,
@@ -176,14 +176,14 @@ def choose_what_is_kept(
 ) -> tuple[Recompute, int]:
     """(products recomputed, interval of the inputs kept): what costs the least time of what fits the budget.
 
-    Those given stay as they are. Where nothing fits it is the thriftiest.
+    Those given stay as they are. Where nothing fits it is the lowest_memory.
     """
     intervals = range(1, shape.num_layers + 1) if interval is None else [interval]
     if recompute is not None:
         choices = [(recompute, each) for each in intervals]
     else:
         keeps_inputs = intervals[0] == 1
-        products = [each for each in KEEPING_PRODUCTS if keeps_inputs and _may_keep(shape, each, budget_bytes)]
+        products = [each for each in SAVING_PRODUCTS if keeps_inputs and _may_keep(shape, each, budget_bytes)]
         # Keys and values take much less time to make anew than inputs, for the bytes that it saves.
         choices = [*((each, 1) for each in products), ("all", intervals[0]), *(("kv", each) for each in intervals)]
 
@@ -194,19 +194,19 @@ def choose_what_is_kept(
     return next(fitting, min(choices, key=num_bytes))
 
 
-def thriftiest(shape: StreamShape) -> tuple[Recompute, int]:
+def lowest_memory(shape: StreamShape) -> tuple[Recompute, int]:
     """(products recomputed, interval of the inputs kept) of a step that keeps as little as it can."""
-    return choose_what_is_kept(shape, 0)
+    return choose_saved_activations(shape, 0)
 
 
 def least_bytes(shape: StreamShape) -> int:
     """Peak of a training step that keeps as little as it can, per rank."""
-    recompute, interval = thriftiest(shape)
+    recompute, interval = lowest_memory(shape)
     return shape.tier_bytes(interval, recompute)
 
 
 def longest_sequence(shape: StreamShape, budget_bytes: int) -> int:
-    """Tokens of the longest sequence whose thriftiest execution fits the budget; 0 where none does."""
+    """Tokens of the longest sequence whose lowest_memory execution fits the budget; 0 where none does."""
     layout, shortest = shape.layout, shape.layout.sequence_parallel_size
 
     def fits(num_tokens: int) -> bool:
@@ -223,4 +223,4 @@ def longest_sequence(shape: StreamShape, budget_bytes: int) -> int:
 
 def _may_keep(shape: StreamShape, products: Recompute, budget_bytes: int) -> bool:
     fits = shape.tier_bytes(1, products) <= int(budget_bytes * _SHARE_WITH_PRODUCTS)
-    return fits and shape.hides_the_link(products)
+    return fits and shape.overlaps_with_link(products)

@@ -71,41 +71,41 @@ class ChunkStore:
         `on_device` says where, whatever the budget: a gradient must be where autograd has seen its tensor.
         """
         if on_device is None:
-            on_device = self._rests_on_device(prod(shape) * dtype.itemsize)
+            on_device = self._fits_on_device(prod(shape) * dtype.itemsize)
         if on_device:
-            return self._resting(torch.empty(tuple(shape), dtype=dtype, device=self.device))
+            return self._counted_on_device(torch.empty(tuple(shape), dtype=dtype, device=self.device))
         return self._empty_on_host(shape, dtype)
 
-    def keep(self, value: Tensor) -> Tensor:
+    def save(self, value: Tensor) -> Tensor:
         """Store a contiguous device tensor as a chunk of its own. It must not be written to afterwards.
 
-        Until `let_go` it stays on the device too, however many there are.
+        Until `release_sent` it stays on the device too, however many there are.
         """
-        if self._rests_on_device(value.nbytes):
-            return self._resting(value)
+        if self._fits_on_device(value.nbytes):
+            return self._counted_on_device(value)
         chunk = self._empty_on_host(value.shape, value.dtype)
         self._leaving_freely.append(self._send_out(chunk, value))
         return chunk
 
-    def _rests_on_device(self, num_bytes: int) -> bool:
+    def _fits_on_device(self, num_bytes: int) -> bool:
         return not self.offloading or self.device_bytes + num_bytes <= self.device_budget_bytes
 
-    def _resting(self, tensor: Tensor) -> Tensor:
+    def _counted_on_device(self, tensor: Tensor) -> Tensor:
         if self.offloading:
             self.device_bytes += tensor.nbytes
-            weakref.finalize(tensor.untyped_storage(), self._leave_device, tensor.nbytes).atexit = False
+            weakref.finalize(tensor.untyped_storage(), self._uncount_on_device, tensor.nbytes).atexit = False
         return tensor
 
     def _empty_on_host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         tensor = self.pool.empty(tuple(shape), dtype)
         first = tensor.data_ptr()
-        self._give_up([address for address in self._expected if first <= address < first + tensor.nbytes])
+        self._drop_expected([address for address in self._expected if first <= address < first + tensor.nbytes])
         if self._uses_streams:
             # A reused slab may still be read on behalf of its former tensor.
             self._copy_out.wait_stream(self._copy_in)
         return tensor
 
-    def _leave_device(self, num_bytes: int) -> None:
+    def _uncount_on_device(self, num_bytes: int) -> None:
         self.device_bytes -= num_bytes
 
     def is_on_device(self, chunk: Tensor) -> bool:
@@ -126,7 +126,7 @@ class ChunkStore:
     def _send_out(self, chunk: Tensor, value: Tensor) -> Leaving:
         """Copy to the host; the source must be held until it has left."""
         self.copied.bytes_out += chunk.nbytes
-        self._give_up([chunk.data_ptr()])
+        self._drop_expected([chunk.data_ptr()])
         if not self._uses_streams:
             with named_range(COPY_OUT):
                 chunk.copy_(value)
@@ -138,7 +138,7 @@ class ChunkStore:
         self._stored[chunk.data_ptr()] = stored
         return value, stored
 
-    def let_go(self) -> None:
+    def release_sent(self) -> None:
         """Stop holding what was put or kept: the compute stream waits here until it has left."""
         for leaving in (*self._leaving.values(), *self._leaving_freely):
             self._wait_for(leaving)
@@ -162,10 +162,10 @@ class ChunkStore:
 
         They are held until they are asked for, put anew, or until this is called again.
         """
-        self._give_up(list(self._expected))
+        self._drop_expected(list(self._expected))
         self._expected = {chunk.data_ptr(): self._start(chunk) for chunk in chunks if not self.is_on_device(chunk)}
 
-    def _give_up(self, addresses: Iterable[int]) -> None:
+    def _drop_expected(self, addresses: Iterable[int]) -> None:
         """Drop what is expected from there: not before it has arrived, as its memory will be used again."""
         for address in addresses:
             if address in self._expected:

@@ -124,17 +124,17 @@ class Stream:
         """The way back."""
         return heads_to_tokens(tensors, self.parallel_state.sequence_parallel_group, parts)
 
-    def started_ahead(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def started_early(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Rows of tiles as they are started: with more than one rank each before the row before it is executed.
 
         The all-to-all of a row then travels behind the attention of the one before. A single rank has nothing to
         hide, and saves the memory.
         """
-        return _one_ahead(rows) if self.starts_rows_ahead else rows
+        return _one_early(rows) if self.starts_rows_early else rows
 
     @property
-    def starts_rows_ahead(self) -> bool:
-        """Whether `started_ahead` starts a row before the one before it is executed."""
+    def starts_rows_early(self) -> bool:
+        """Whether `started_early` starts a row before the one before it is executed."""
         return self.parallel_state.sequence_parallel_group is not None
 
     def on_device(self, tensor: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class Stream:
         return enumerate(slice(start, start + self.slice_length) for start in starts)
 
 
-def _one_ahead(rows: Iterator[Row]) -> Iterator[Row]:
+def _one_early(rows: Iterator[Row]) -> Iterator[Row]:
     ahead = deque(islice(rows, 1))
     while ahead:
         ahead.extend(islice(rows, 1))

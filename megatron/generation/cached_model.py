@@ -96,7 +96,7 @@ class CachedModel:
             x_CBh = self._run_layer(number, block.layer, caches, x_CBh, positions_BC, parts_ahead)
         for cache in caches:
             cache.advance(tokens_BC.shape[1])
-        stream.store.let_go()
+        stream.store.release_sent()
         return x_CBh
 
     @torch.no_grad()

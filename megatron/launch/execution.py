@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron.config import Config, ConfigError, offloads
 from megatron.config.parallel import ParallelConfig
-from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, least_bytes, longest_sequence
+from megatron.fpdt.memory_model import StreamShape, choose_saved_activations, least_bytes, longest_sequence
 from megatron.initialize import Context
 from megatron.model.builder import Execution
 from megatron.ops.attention import choose_backend
@@ -50,14 +50,14 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
     if parallel.ds_sequence_parallel_fpdt_offloading:
         size, batch = parallel.ds_sequence_parallel_size, config.training.micro_batch_size
         shape = StreamShape.of(config.model, chunk_size, size, batch, context.dtype.itemsize)
-        recompute, interval = choose_what_is_kept(
+        recompute, interval = choose_saved_activations(
             shape, shape.sure_budget(host_memory, device_memory), recompute, interval
         )
         needed = shape.tier_bytes(interval, recompute)
-        _refuse_what_the_host_cannot_hold(shape, needed, host_memory, device_memory, asked is None)
+        _check_host_memory(shape, needed, host_memory, device_memory, asked is None)
     if plan is not None:
         job = replace(plan.job, chunk_length=chunk_size, recompute=recompute, checkpoint_interval=interval)
-        refuse_what_the_gpu_cannot_hold(plan.with_job(job))
+        check_gpu_memory(plan.with_job(job))
     return Execution(
         fpdt=parallel.ds_sequence_parallel_fpdt,
         chunk_size=chunk_size,
@@ -106,14 +106,14 @@ def _automatic_chunk(plan: Plan | None, context: Context) -> int:
     """The quickest chunk that fits every GPU; the flag's default where nothing is planned."""
     if plan is None:
         return ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
-    agreed = torch.tensor(quickest_chunk(plan), device=context.device)
+    agreed = torch.tensor(fastest_chunk(plan), device=context.device)
     dist.all_reduce(agreed, dist.ReduceOp.MIN)  # ranks with other GPUs have come to other chunks
     return int(agreed)
 
 
-def quickest_chunk(plan: Plan) -> int:
+def fastest_chunk(plan: Plan) -> int:
     """Tokens of the chunk that the planner finds quickest; ConfigError where none fits."""
-    chunk = plan.quickest_chunk()
+    chunk = plan.fastest_chunk()
     if chunk is None:
         host = plan.machines.host_bytes_per_gpu / GIB
         raise ConfigError(
@@ -124,7 +124,7 @@ def quickest_chunk(plan: Plan) -> int:
     return chunk
 
 
-def refuse_what_the_gpu_cannot_hold(plan: Plan) -> None:
+def check_gpu_memory(plan: Plan) -> None:
     """ConfigError for a run whose tensors need more than the GPU has, whatever the planner is off by."""
     needed, memory = plan.memory, plan.machines.gpu.memory_gib
     if needed.gpu * (1 - ACCURACY) > memory * GIB:
@@ -134,8 +134,8 @@ def refuse_what_the_gpu_cannot_hold(plan: Plan) -> None:
         )
 
 
-def _refuse_what_the_host_cannot_hold(
-    shape: StreamShape, needed: int, host_memory: int, device_memory: int, is_what_is_free: bool
+def _check_host_memory(
+    shape: StreamShape, needed: int, host_memory: int, device_memory: int, is_free_memory: bool
 ) -> None:
     budget = shape.sure_budget(host_memory, device_memory)
     if needed <= budget:
@@ -151,14 +151,14 @@ def _refuse_what_the_host_cannot_hold(
         size = shape.layout.sequence_parallel_size
         on_device = least - host_memory + shape.largest_bytes
         budgets = f"--ds-sequence-parallel-fpdt-device-memory to {_gib_up(on_device)}"
-        if not is_what_is_free:
+        if not is_free_memory:
             on_host = host_memory + least - budget
             budgets += f", or --ds-sequence-parallel-fpdt-host-memory to {_gib_up(on_host)}"
         advice = (
             f"{shorter}raise --ds-sequence-parallel-size ({size}), or {budgets}, or see tools/plan_context.py for what "
             "would fit"
         )
-    whose = "are free for a rank here" if is_what_is_free else "may be used (--ds-sequence-parallel-fpdt-host-memory)"
+    whose = "are free for a rank here" if is_free_memory else "may be used (--ds-sequence-parallel-fpdt-host-memory)"
     raise ConfigError(
         f"the chunks of --seq-length ({shape.layout.sequence_length}) take up {needed / GIB:.4g} GiB of memory per "
         f"rank, and {budget / GIB:.4g} GiB {whose}; {advice}"

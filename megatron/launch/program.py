@@ -177,7 +177,7 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
 
     leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
     ledger = Ledger(context, partial(plan_of_run, config, context, padded_vocab_size, context.host_memory_bytes))
-    with only_writer(config.checkpoint, context), ledger.told_when_memory_runs_out():
+    with only_writer(config.checkpoint, context), ledger.reporting_out_of_memory():
         pretrain(
             config, context, padded_vocab_size, leaf_modules,
             provide_model, provide_batch, source.provide_datasets, ledger,

@@ -40,7 +40,7 @@ class Ledger:
         self.stream: Stream | None = None
 
     @contextmanager
-    def told_when_memory_runs_out(self) -> Iterator[None]:
+    def reporting_out_of_memory(self) -> Iterator[None]:
         """Raise OutOfMemory in place of what torch, the host pool or Python raises within."""
         try:
             yield
@@ -58,7 +58,7 @@ class Ledger:
         lines += _table("GPU memory", self._on_gpu()) if self._context.device.type == "cuda" else []
         lines += _table("host memory", self._on_host())
         if plan is not None:
-            lines += _table("the planner reckons, per rank", _reckoned(plan))
+            lines += _table("the planner reckons, per rank", _estimated(plan))
         return [*lines, "  what to change:", *(f"    - {line}" for line in suggestions(plan, memory))]
 
     def _on_gpu(self) -> list[Row]:
@@ -126,7 +126,7 @@ def suggestions(plan: Plan | None, memory: str) -> list[str]:
     if memory == "GPU" and job.streamed and smaller.memory.gpu < plan.memory.gpu:
         needs, instead = _gib(smaller.memory.gpu_with_overhead), _gib(plan.memory.gpu_with_overhead)
         lines.append(f"{CHUNK_SIZE} {smaller.job.chunk_length} needs {needs} of GPU memory instead of {instead}")
-    thriftier = plan.thriftiest()
+    thriftier = plan.lowest_memory()
     if memory == "host" and job.streamed and thriftier.memory.host < plan.memory.host:
         needs, instead = _gib(thriftier.memory.host), _gib(plan.memory.host)
         kept = thriftier.job
@@ -137,7 +137,7 @@ def suggestions(plan: Plan | None, memory: str) -> list[str]:
     return [*lines, f"--seq-length {job.model.seq_length // 2} needs about half of what grows with the sequence"]
 
 
-def _reckoned(plan: Plan) -> list[Row]:
+def _estimated(plan: Plan) -> list[Row]:
     memory = plan.memory
     gpu, host = plan.machines.gpu.memory_gib, plan.machines.host_bytes_per_gpu
     return [

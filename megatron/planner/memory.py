@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from megatron.config import Recompute
 from megatron.fpdt.loss import TILE_LOGITS
-from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept
+from megatron.fpdt.memory_model import StreamShape, choose_saved_activations
 from megatron.planner.hardware import GIB, Machines
 from megatron.planner.job import HALF, SUM, Job
 
@@ -72,11 +72,11 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
     process = int(HOST_PROCESS if job.streamed else PLAIN_PROCESS)
     host = max(int(machines.host_bytes_per_gpu - states.host - process), 0)
     budget = job.shape.sure_budget(host, job.device_memory_bytes)
-    recompute, interval = choose_what_is_kept(job.shape, budget, job.recompute, job.checkpoint_interval)
+    recompute, interval = choose_saved_activations(job.shape, budget, job.recompute, job.checkpoint_interval)
     if job.streamed:
         tier = job.shape.tier_bytes(interval, recompute)
         on_host = max(tier - job.device_memory_bytes, 0)
-        on_gpu = block_bytes(job.shape, recompute, backend) + kept_on_gpu_bytes(job, tier)
+        on_gpu = block_bytes(job.shape, recompute, backend) + saved_on_gpu_bytes(job, tier)
     else:
         on_gpu, on_host = activation_bytes(job, backend)
     hidden, _, _ = _chunk_bytes(job.shape)
@@ -170,7 +170,7 @@ def _gathered_bytes(job: Job, parameters: int) -> int:
     return HALF * parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
 
 
-def kept_on_gpu_bytes(job: Job, tier: int) -> int:
+def saved_on_gpu_bytes(job: Job, tier: int) -> int:
     """What stays of the chunks' `tier` bytes on the GPU; two gradients are where the hidden states are."""
     return min(job.device_memory_bytes + 2 * job.shape.residual_bytes, tier) if job.device_memory_bytes else 0
 

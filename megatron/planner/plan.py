@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megatron.fpdt.memory_model import thriftiest
+from megatron.fpdt.memory_model import lowest_memory
 from megatron.planner.hardware import GIB, TERA, Machines
 from megatron.planner.job import Job
 from megatron.planner.memory import FRAGMENTATION, Memory, memory_of
@@ -56,7 +56,7 @@ class Plan:
         return self.fits_gpu and self.fits_host
 
     @property
-    def hides_the_link(self) -> bool:
+    def overlaps_with_link(self) -> bool:
         """Whether copies and collectives take less time than the arithmetic beside them."""
         return self.speed.waiting == 0
 
@@ -64,9 +64,9 @@ class Plan:
         """The same machines and kernel with another job."""
         return replace(self, job=job)
 
-    def thriftiest(self) -> Plan:
+    def lowest_memory(self) -> Plan:
         """The same, keeping as little on the host as it can."""
-        recompute, interval = thriftiest(self.job.shape)
+        recompute, interval = lowest_memory(self.job.shape)
         return self.with_job(replace(self.job, recompute=recompute, checkpoint_interval=interval))
 
     def longest_context(self) -> int:
@@ -82,9 +82,9 @@ class Plan:
 
     def smallest_hiding_chunk(self) -> int | None:
         """The smallest chunk of a power of two per rank whose copies are hidden; None where none is."""
-        return next((plan.job.chunk_length for plan in self._with_chunks() if plan.hides_the_link), None)
+        return next((plan.job.chunk_length for plan in self._with_chunks() if plan.overlaps_with_link), None)
 
-    def quickest_chunk(self) -> int | None:
+    def fastest_chunk(self) -> int | None:
         """The chunk of a power of two per rank that fits and makes the shortest step, the smallest within 1% of it."""
         fitting = [plan for plan in self._with_chunks() if plan.fits]
         if not fitting:
@@ -92,9 +92,9 @@ class Plan:
         best = min(plan.speed.step for plan in fitting)
         return next(plan.job.chunk_length for plan in fitting if plan.speed.step <= 1.01 * best)
 
-    def with_quickest_chunk(self) -> Plan:
+    def with_fastest_chunk(self) -> Plan:
         """The same with the quickest chunk; as it is where none fits."""
-        return self.with_job(replace(self.job, chunk_length=self.quickest_chunk() or self.job.chunk_length))
+        return self.with_job(replace(self.job, chunk_length=self.fastest_chunk() or self.job.chunk_length))
 
     def _with_chunks(self) -> Iterator[Plan]:
         length = self.job.model.seq_length

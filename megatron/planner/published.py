@@ -58,7 +58,7 @@ def plan_published(row: Published) -> Plan:
     )  # fmt: skip
     gpu = GPUS[row.gpu]
     plan = Plan(job, Machines(gpu, row.num_gpus, 8, UNBOUNDED_HOST), next(iter(gpu.attention)))
-    return plan.with_quickest_chunk()
+    return plan.with_fastest_chunk()
 
 
 def published_table() -> Iterator[str]:
@@ -74,6 +74,6 @@ def published_table() -> Iterator[str]:
         gpu = f"{plan.memory.gpu_with_overhead / GIB:.0f}" + ("" if plan.fits_gpu else " (does not fit)")
         yield (
             f"| {row.source} | {row.model} | {row.num_gpus} {row.gpu} | {row.length:,} | {row.figure} | {gpu} | "
-            f"{plan.thriftiest().memory.host / GIB:.0f} to {plan.memory.host / GIB:.0f} | {plan.speed.step:.0f} | "
+            f"{plan.lowest_memory().memory.host / GIB:.0f} to {plan.memory.host / GIB:.0f} | {plan.speed.step:.0f} | "
             f"{plan.tokens_per_second_per_gpu:.1f} | {plan.mfu:.1%} |"
         )

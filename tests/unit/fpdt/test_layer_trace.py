@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.config import KEEPING_PRODUCTS
+from megatron.config import SAVING_PRODUCTS
 from megatron.fpdt.layer_trace import trace_layer
 from megatron.fpdt.seam import StreamedAttention, run_with_output
 from megatron.ops.linear import LinearTape, linear
@@ -94,4 +94,4 @@ def test_what_is_saved_of_a_slice(recompute, before, after):
     assert trace.saved_before(recompute) == before
     assert trace.saved_after(recompute, is_first_slice=False) == after
     assert trace.saved_after(recompute, is_first_slice=True) == ()
-    assert bool(before) == (recompute in KEEPING_PRODUCTS)
+    assert bool(before) == (recompute in SAVING_PRODUCTS)

@@ -4,7 +4,13 @@ from itertools import product
 import pytest
 
 from megatron.core.sequence_layout import SequenceLayout
-from megatron.fpdt.memory_model import StreamShape, choose_what_is_kept, least_bytes, longest_sequence, thriftiest
+from megatron.fpdt.memory_model import (
+    StreamShape,
+    choose_saved_activations,
+    least_bytes,
+    longest_sequence,
+    lowest_memory,
+)
 from tests.unit.model.small_model import OFFLOADED, small_config, small_inputs, small_model
 
 LENGTH, BATCH = 40, 2
@@ -63,8 +69,8 @@ def test_llama_3_8b_at_a_million_tokens_on_four_gpus():
     """Per token and layer: x and o 8192 bytes each, lse 128, K and V 4096; dK and dV of one layer 8192."""
     tokens = 2**18
     assert SHAPE.residual_bytes == 8192 * tokens
-    assert SHAPE.kept_bytes("all") == (8192 + 128 + 4096) * tokens
-    assert SHAPE.kept_bytes("kv") == (8192 + 128) * tokens
+    assert SHAPE.saved_bytes("all") == (8192 + 128 + 4096) * tokens
+    assert SHAPE.saved_bytes("kv") == (8192 + 128) * tokens
     assert SHAPE.tier_bytes(1) == tokens * (32 * (8192 + 128 + 4096) + 34 * 8192 + 8192)
     assert SHAPE.tier_bytes(1, "kv") == tokens * (32 * (8192 + 128) + 4096 + 34 * 8192 + 8192)
 
@@ -95,21 +101,21 @@ def _enough_for(recompute):
     ],
 )
 def test_what_costs_the_least_time_of_what_fits(budget, expected):
-    assert choose_what_is_kept(SHAPE, budget) == expected
+    assert choose_saved_activations(SHAPE, budget) == expected
 
 
 def test_what_is_asked_for_stays_as_it_is():
-    assert choose_what_is_kept(SHAPE, 10**13, recompute="mlp") == ("mlp", 1)
-    assert choose_what_is_kept(SHAPE, SHAPE.tier_bytes(2, "mlp"), recompute="mlp") == ("mlp", 2)
-    assert choose_what_is_kept(SHAPE, 10**13, interval=1) == ("none", 1)
-    assert choose_what_is_kept(SHAPE, 10**13, interval=3) == ("all", 3)
-    assert choose_what_is_kept(SHAPE, SHAPE.tier_bytes(3) - 1, interval=3) == ("kv", 3)
-    assert choose_what_is_kept(SHAPE, 0, "none", 3) == ("none", 3)
+    assert choose_saved_activations(SHAPE, 10**13, recompute="mlp") == ("mlp", 1)
+    assert choose_saved_activations(SHAPE, SHAPE.tier_bytes(2, "mlp"), recompute="mlp") == ("mlp", 2)
+    assert choose_saved_activations(SHAPE, 10**13, interval=1) == ("none", 1)
+    assert choose_saved_activations(SHAPE, 10**13, interval=3) == ("all", 3)
+    assert choose_saved_activations(SHAPE, SHAPE.tier_bytes(3) - 1, interval=3) == ("kv", 3)
+    assert choose_saved_activations(SHAPE, 0, "none", 3) == ("none", 3)
 
 
 def test_where_nothing_fits_it_is_the_thriftiest():
-    recompute, interval = choose_what_is_kept(SHAPE, 0)
-    assert (recompute, interval) == thriftiest(SHAPE)
+    recompute, interval = choose_saved_activations(SHAPE, 0)
+    assert (recompute, interval) == lowest_memory(SHAPE)
     assert recompute == "kv"
     assert least_bytes(SHAPE) == min(SHAPE.tier_bytes(k, each) for k in range(1, 33) for each in ("kv", "all"))
     assert least_bytes(SHAPE) < 0.53 * SHAPE.tier_bytes(1)
@@ -120,7 +126,7 @@ def test_where_nothing_fits_it_is_the_thriftiest():
 )
 def test_short_sequences_keep_only_what_their_arithmetic_hides_on_its_way(length, expected):
     shape = replace(SHAPE, layout=SequenceLayout(length, min(length, 2**15)))
-    assert choose_what_is_kept(shape, 10**15) == (expected, 1)
+    assert choose_saved_activations(shape, 10**15) == (expected, 1)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.9])

@@ -228,8 +228,8 @@ def test_what_was_expected_of_a_tensor_is_forgotten_with_it():
 def test_what_is_kept_on_the_host_does_not_change_with_its_source_and_is_counted():
     store = ChunkStore(CPU, offloading=True)
     value = torch.ones(4)
-    chunk = store.keep(value)
-    store.let_go()
+    chunk = store.save(value)
+    store.release_sent()
     value.zero_()
     assert store.pool.owns(chunk)
     assert torch.equal(chunk, torch.ones(4))
@@ -238,11 +238,11 @@ def test_what_is_kept_on_the_host_does_not_change_with_its_source_and_is_counted
 
 def test_what_is_kept_on_the_device_is_the_value_itself_within_the_budget():
     value = torch.ones(4)
-    assert ChunkStore(CPU, offloading=False).keep(value) is value
+    assert ChunkStore(CPU, offloading=False).save(value) is value
     store = ChunkStore(CPU, offloading=True, device_budget_bytes=16)
-    assert store.keep(value) is value
+    assert store.save(value) is value
     assert store.device_bytes == 16
-    assert store.pool.owns(store.keep(torch.ones(1)))
+    assert store.pool.owns(store.save(torch.ones(1)))
     del value
     assert store.device_bytes == 0
 

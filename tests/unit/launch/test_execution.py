@@ -8,7 +8,7 @@ import torch
 
 from megatron.arguments import parse_args
 from megatron.config import ConfigError
-from megatron.launch.execution import choose_execution, plan_of, quickest_chunk, refuse_what_the_gpu_cannot_hold
+from megatron.launch.execution import check_gpu_memory, choose_execution, fastest_chunk, plan_of
 from megatron.planner.hardware import GIB, GPUS, gpu_like
 
 VOCABULARY = 128_256
@@ -112,7 +112,7 @@ def test_the_memory_that_the_refusal_names_is_enough(budget, flag):
 def test_the_automatic_chunk_is_smaller_on_a_smaller_gpu():
     config = config_of("--ds-sequence-parallel-fpdt-chunk-size", "auto")
     large, small = (
-        quickest_chunk(plan_of(config, 4, gpu_like("NVIDIA H100 80GB HBM3", int(gib * GIB)), 1000 * GIB, VOCABULARY))
+        fastest_chunk(plan_of(config, 4, gpu_like("NVIDIA H100 80GB HBM3", int(gib * GIB)), 1000 * GIB, VOCABULARY))
         for gib in (79, 44)
     )
     assert small < large
@@ -124,14 +124,12 @@ def test_where_no_chunk_fits_the_gpu_it_is_refused_with_advice():
     with pytest.raises(
         ConfigError, match=r"no chunk of --seq-length \(262144\) fits 4 GPUs of 20\.0 GiB.*--cpu-optimizer"
     ):
-        quickest_chunk(plan_of(config, 4, gpu_like("NVIDIA A30", 20 * GIB), 1000 * GIB, VOCABULARY))
+        fastest_chunk(plan_of(config, 4, gpu_like("NVIDIA A30", 20 * GIB), 1000 * GIB, VOCABULARY))
 
 
 def test_what_the_gpu_certainly_cannot_hold_is_refused_with_what_would_fit():
     def refuse(gib, *flags):
-        refuse_what_the_gpu_cannot_hold(
-            plan_of(config_of(*flags), 4, gpu_like("NVIDIA H100", gib * GIB), 1000 * GIB, VOCABULARY)
-        )
+        check_gpu_memory(plan_of(config_of(*flags), 4, gpu_like("NVIDIA H100", gib * GIB), 1000 * GIB, VOCABULARY))
 
     refuse(79)
     refuse(12, "--cpu-optimizer", "--ds-sequence-parallel-fpdt-chunk-size", "16384")

@@ -41,7 +41,7 @@ def ledger_of_a_run():
     ],
 )
 def test_whatever_says_that_memory_ran_out_becomes_a_ledger(error, memory):
-    with pytest.raises(OutOfMemory) as told, ledger_of_a_run().told_when_memory_runs_out():
+    with pytest.raises(OutOfMemory) as told, ledger_of_a_run().reporting_out_of_memory():
         raise error
     assert told.value.__cause__ is error
     first, *lines = str(told.value).splitlines()
@@ -79,7 +79,7 @@ def test_memory_of_a_gpu_is_told_by_who_holds_it(monkeypatch):
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("x")])
 def test_other_errors_stay_as_they_are(error):
-    with pytest.raises(type(error)), ledger_of_a_run().told_when_memory_runs_out():
+    with pytest.raises(type(error)), ledger_of_a_run().reporting_out_of_memory():
         raise error
     if isinstance(error, RuntimeError):
         assert memory_that_ran_out(error) is None

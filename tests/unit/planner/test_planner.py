@@ -209,13 +209,13 @@ def test_a_slow_link_needs_a_larger_chunk():
     slow = replace(fast, machines=replace(fast.machines, gpu=replace(fast.machines.gpu, link_gbps=24)))
     assert fast.smallest_hiding_chunk() < slow.smallest_hiding_chunk()
     small = slow.with_job(replace(slow.job, chunk_length=4096 * 4))
-    assert not small.hides_the_link
+    assert not small.overlaps_with_link
     assert small.speed.step > fast.speed.step
 
 
 def test_the_quickest_chunk_fits_and_no_other_is_a_percent_quicker():
     plan = plan_of(machines=Machines(replace(GPUS["H100"], memory_gib=48), 4, 8, 1000))
-    quickest = plan.with_job(replace(plan.job, chunk_length=plan.quickest_chunk()))
+    quickest = plan.with_job(replace(plan.job, chunk_length=plan.fastest_chunk()))
     assert quickest.fits
     others = [plan.with_job(replace(plan.job, chunk_length=4 * 2**n)) for n in range(12, 17)]
     assert quickest.speed.step <= 1.01 * min(other.speed.step for other in others if other.fits)

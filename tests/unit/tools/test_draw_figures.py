@@ -103,7 +103,7 @@ def test_a_lane_does_one_thing_at_a_time_and_a_tile_waits_for_its_keys() -> None
 
 def test_the_timeline_computes_as_long_as_the_planner_reckons() -> None:
     lanes, plan = clock(), TOOL.timeline.plan()
-    assert plan.hides_the_link
+    assert plan.overlaps_with_link
     pieces = lanes.timeline_of(plan, num_blocks=3)
     for phase, reckoned in (("forward", plan.speed.forward), ("backward", plan.speed.backward)):
         own = [piece for piece in pieces if (piece.lane, piece.layer, piece.phase) == (lanes.COMPUTE, 2, phase)]

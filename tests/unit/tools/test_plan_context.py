@@ -25,7 +25,7 @@ def test_a_model_that_fits(capsys, tmp_path):
     assert "8.03B parameters on 4 H100, 262,144 tokens" in text
     assert "it fits; flags: --seq-length 262144 --ds-sequence-parallel-size 4" in text
     content = json.loads(figures.read_text())
-    assert content["chunk_length"] == content["quickest_chunk"]
+    assert content["chunk_length"] == content["fastest_chunk"]
     assert content["fits_gpu"]
     assert content["fits_host"]
     assert picture.read_bytes().startswith(b"\x89PNG")
