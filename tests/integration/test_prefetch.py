@@ -35,4 +35,6 @@ def test_a_sample_that_cannot_be_read_ends_the_run_at_its_step_with_the_tracebac
     assert "iteration        2/" in ended.stdout  # samples 0 to 7
     assert "iteration        3/" not in ended.stdout
     assert "in read_or_fail" in ended.stderr
-    assert ended.stderr.rstrip().endswith("RuntimeError: the disk is gone")
+    *_, raised, where = ended.stderr.splitlines()
+    assert raised == "RuntimeError: the disk is gone"
+    assert where.startswith("error on rank 0: it failed in the end of iteration 2")
