@@ -49,7 +49,10 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
 
 @dataclass(frozen=True)
 class YarnRotaryEmbedding(RotaryEmbedding):
-    """Pairs above `beta_fast` turns within `original_length` keep their frequency; below `beta_slow` it is divided."""
+    """YaRN, by the turns that a pair makes within `original_length`.
+
+    Above `beta_fast` turns a pair keeps its frequency; below `beta_slow` turns it is divided by `factor`.
+    """
 
     factor: float
     original_length: int
@@ -82,7 +85,10 @@ class YarnRotaryEmbedding(RotaryEmbedding):
 
 @dataclass(frozen=True)
 class Llama3RotaryEmbedding(RotaryEmbedding):
-    """Pairs at `high_freq_factor` turns in `original_length` keep their frequency; at `low_freq_factor` it is divided."""
+    """Llama 3.1's scaling, by the turns that a pair makes within `original_length`.
+
+    From `high_freq_factor` turns on a pair keeps its frequency; up to `low_freq_factor` turns it is divided by `factor`.
+    """
 
     factor: float
     original_length: int
