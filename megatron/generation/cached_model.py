@@ -41,7 +41,7 @@ SHORT_CHUNK = 128
 class CachedModel:
     """A model on a single process, in evaluation mode, with the first `num_ids` ids of its vocabulary.
 
-    `short_attention` serves chunks of few tokens. With `isolated_chunks`, a prompt's chunks do not attend to each other.
+    `short_attention` serves chunks of few tokens. With `isolated_chunks`, no chunk of a prompt attends to another.
     """
 
     def __init__(self, model: GPTModel, num_ids: int, isolated_chunks: bool = False) -> None:

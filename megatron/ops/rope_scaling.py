@@ -87,7 +87,7 @@ class YarnRotaryEmbedding(RotaryEmbedding):
 class Llama3RotaryEmbedding(RotaryEmbedding):
     """Llama 3.1's scaling, by the turns that a pair makes within `original_length`.
 
-    From `high_freq_factor` turns on a pair keeps its frequency; up to `low_freq_factor` turns it is divided by `factor`.
+    From `high_freq_factor` turns on a pair keeps its frequency; up to `low_freq_factor` it is divided by `factor`.
     """
 
     factor: float
