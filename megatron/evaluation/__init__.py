@@ -1,1 +1,1 @@
-"""What a model makes of a long context: its loss by how much it sees, and whether it finds a needle."""
+"""Evaluation of how well a model uses a long context: loss by context length, and needle in a haystack."""

@@ -1,10 +1,10 @@
-"""Loss of the same tokens, given more and more of what comes before them.
+"""Loss by context length: the same tokens are scored with longer and longer contexts before them.
 
     document   . . . . . . . . . . . . . . . [scored]
     context    |<------------ 4096 --------->
                                 |<-- 1024 -->
 
-A model that uses its context has a loss that falls with it.
+The loss of a model that uses its context falls with the length of the context.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron.model.transformer import GPTModel
 
 @dataclass(frozen=True)
 class ContextLoss:
-    """Mean loss of the scored tokens behind one length of context."""
+    """Mean loss of the scored tokens after one length of context."""
 
     context: int
     """Tokens before the first one that is scored."""
     loss: float
     """Nats per token."""
     num_tokens: int
-    """Scored tokens of all documents."""
+    """Number of scored tokens in all documents."""
 
     @property
     def perplexity(self) -> float:
@@ -38,10 +38,10 @@ class ContextLoss:
 def loss_by_context(
     model: GPTModel, documents: Iterable[Sequence[int]], contexts: Sequence[int], num_scored: int
 ) -> list[ContextLoss]:
-    """Mean loss by context of `num_scored` tokens of each document, those behind the longest context.
+    """Compute the mean loss by context length of `num_scored` tokens of each document, those after the longest context.
 
-    Every forward pass is the model's own, a stream of chunks where it is built so. EvaluationError for a document that
-    is too short, and where there is none.
+    Every forward pass is the model's own: chunk by chunk if it is built for FPDT. EvaluationError if a document is too
+    short, or if there is none.
     """
     length = max(contexts) + num_scored
     sums, num_documents = dict.fromkeys(contexts, 0.0), 0
@@ -65,7 +65,7 @@ def loss_by_context(
 
 @torch.no_grad()
 def _loss(model: GPTModel, tokens_S: torch.Tensor, num_scored: int) -> float:
-    """Sum of the losses of the last tokens."""
+    """Compute the sum of the losses of the last tokens."""
     inputs_BS, labels_BS = tokens_S[None, :-1], tokens_S[None, 1:]
     mask_BS = torch.zeros(inputs_BS.shape)
     mask_BS[:, -num_scored:] = 1

@@ -1,5 +1,5 @@
-"""The error that an evaluation raises which cannot be made."""
+"""The error for an evaluation that cannot run."""
 
 
 class EvaluationError(ValueError):
-    """Lengths, data or vocabulary do not go together; the message is one line for the person who gave them."""
+    """Lengths, data or vocabulary do not fit together; the message is one line for the user."""

@@ -1,4 +1,4 @@
-"""The picture of a search for needles: length across, depth down, green where they are found."""
+"""Heat map of needle retrieval: length across, depth down, green where needles are found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron.evaluation.needle import Cell
 
 
 def draw_heat_map(cells: Sequence[Cell], path: Path, title: str) -> None:
-    """Write a PNG with a square per cell, its colour and its number the accuracy."""
+    """Write a PNG with a square per cell, its color and its number the accuracy."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,10 +1,10 @@
-"""A needle in a haystack: does the model find one statement, however far back in however long a context?
+"""Needle in a haystack: whether a model retrieves one statement at any depth of a context of any length.
 
     prompt    haystack[: p]  statement  haystack[p :]  question        p = depth x length of the haystack
-    score     the answer, token by token: is each the likeliest, and what probability have they all together
+    score     the answer, token by token: whether each is the most likely, and the probability of all together
 
-The prompt is prefilled as in generation, so that a context longer than the GPU's memory can be asked. Where every token
-of the answer is the likeliest, greedy generation gives the answer.
+The prompt is prefilled as in generation, so a context may exceed the GPU's memory. If every token of the answer is the
+most likely one, greedy generation gives the answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron.generation.cached_model import CachedModel
 
 @dataclass(frozen=True)
 class Needle:
-    """What is hidden, what asks for it, and what must come."""
+    """The statement that is hidden, the question that asks for it, and the expected answer."""
 
     statement: tuple[int, ...]
     question: tuple[int, ...]
@@ -35,20 +35,20 @@ class Needle:
 
 
 class Haystack(Protocol):
-    """Where needles and what surrounds them come from."""
+    """A source of needles and of the text that surrounds them."""
 
     def needle(self, random: np.random.Generator) -> Needle:
-        """A new needle."""
+        """Draw a new needle."""
         ...
 
     def straw(self, random: np.random.Generator, count: int) -> list[int]:
-        """`count` tokens that do not hold it."""
+        """Draw `count` tokens of the surrounding text, without the needle."""
         ...
 
 
 @dataclass(frozen=True)
 class SyntheticHaystack:
-    """Noise, and a key with its value, as in the documents of `megatron.evaluation.recall`."""
+    """Noise with one pair of key and value, as in the documents of `megatron.evaluation.recall`."""
 
     vocabulary: RecallVocabulary
 
@@ -62,12 +62,12 @@ class SyntheticHaystack:
 
 @dataclass(frozen=True)
 class TextHaystack:
-    """A text, from a random place on and again from its beginning, and a sentence that gives a name a number."""
+    """A text that starts at a random place and wraps around, with a sentence that assigns a number to a name."""
 
     text: Sequence[int]
     tokenize: Callable[[str], list[int]]
     question: str
-    """What a statement begins with and what asks for it; {key} stands for the name."""
+    """The beginning of the statement, which is also the question; {key} stands for the name."""
 
     NAMES = ("Alma", "Bruno", "Clara", "Diego", "Edith", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo")
 
@@ -90,12 +90,12 @@ class TextHaystack:
 
 @dataclass(frozen=True)
 class Cell:
-    """What came of the trials at one length and depth."""
+    """The result of the trials at one length and depth."""
 
     length: int
     """Tokens of prompt and answer."""
     depth: float
-    """0: the needle is what the context begins with; 1: it stands right before the question."""
+    """0: the needle is at the start of the context; 1: it is right before the question."""
     accuracy: float
     """Share of trials in which greedy generation gives the answer."""
     probability: float
@@ -105,15 +105,15 @@ class Cell:
 def find_needles(
     model: CachedModel, haystack: Haystack, lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int
 ) -> list[Cell]:
-    """Ask `trials` times at every length and depth, each time for another needle in another haystack.
+    """Run `trials` trials at every length and depth, each with another needle in another haystack.
 
-    EvaluationError for a length that no needle fits into, GenerationError for one that the model has no positions for.
+    EvaluationError if a needle does not fit into a length, GenerationError if a length exceeds the model's positions.
     """
     return [_cell(model, haystack, length, depth, trials, seed) for length in lengths for depth in depths]
 
 
 def bury(haystack: Haystack, random: np.random.Generator, length: int, depth: float) -> tuple[list[int], Needle]:
-    """A prompt with a needle in it, `length` tokens with the answer; EvaluationError if it does not fit."""
+    """Build a prompt with a needle in it, `length` tokens with the answer; EvaluationError if it does not fit."""
     needle = haystack.needle(random)
     if needle.num_tokens > length:
         raise EvaluationError(f"a needle takes {needle.num_tokens} tokens, and does not fit into a length of {length}.")
@@ -123,7 +123,7 @@ def bury(haystack: Haystack, random: np.random.Generator, length: int, depth: fl
 
 
 def score(model: CachedModel, prompt: Sequence[int], answer: Sequence[int]) -> tuple[bool, float]:
-    """Whether the likeliest tokens are the answer, and the probability of the answer."""
+    """Return whether the most likely tokens are the answer, and the probability of the answer."""
     model.check([*prompt, *answer], 0)
     cache, first_V = model.prefill(prompt)
     logits_TV = first_V[None]

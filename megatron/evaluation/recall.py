@@ -1,10 +1,10 @@
-"""Sequences of token ids in which pairs of a key and a value come up again and again, among noise.
+"""Synthetic recall task: token sequences in which pairs of a key and a value recur among noise.
 
     ids     keys 0 .. | values .. | noise .. vocab_size - 1 | vocab_size: end of document
     noise noise KEY VALUE noise noise noise KEY VALUE noise ... KEY VALUE noise
 
-In a document a key always has the same value, drawn anew for each document, so from its second mention on a value can
-be told by a model that finds the first, however far back it is.
+In a document a key always has the same value, and each document draws new values. So from a key's second mention on, a
+model that retrieves the first mention, however far back, can predict the value.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tokens = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RecallVocabulary:
-    """Which ids are keys, values and noise. `vocab_size` is that of NullTokenizer, which adds the end of a document."""
+    """The ids of keys, values and noise. `vocab_size` is that of NullTokenizer, which adds the end-of-document id."""
 
     vocab_size: int = 32
     num_keys: int = 1
@@ -59,10 +59,10 @@ def recall_documents(
     seed: int,
     ends_every: int | None = None,
 ) -> Iterator[Tokens]:
-    """Documents of `length` tokens, the end included, with 2 to `max_mentions` mentions each.
+    """Yield documents of `length` tokens, the end included, with 2 to `max_mentions` mentions each.
 
-    With `ends_every` an end also stands at every such place, instead of what was there: it cuts a document into pieces
-    that know nothing of each other where attention is reset there. EvaluationError for what does not fit.
+    With `ends_every`, an end also replaces every `ends_every`-th token. It cuts a document into pieces that do not
+    attend to each other if attention is reset there. EvaluationError for sizes that do not fit.
     """
     if max_mentions < 2 or 2 * max_mentions >= length:
         raise EvaluationError(

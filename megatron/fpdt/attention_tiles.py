@@ -1,8 +1,8 @@
 """Rows of attention tiles: a query chunk against the key/value chunks it sees, one tile after the other.
 
     forward    (o, lse) merged by online softmax over the tiles of the row
-    backward   with o and lse of the whole row: dq summed over the row, dk and dv over the column, on the tier but
-               for those that the next row begins with
+    backward   given o and lse of the whole row: dq is summed over the row, dk and dv over the column. dk and dv are
+               stored on the tier, except those of the next row's own chunk, which stay on the device
 
 Sums are in fp32, or fp64 for fp64. C tokens of a chunk, B batch, H and K query and key/value heads of this rank.
 """
@@ -20,15 +20,15 @@ from megatron.ops.attention import AttentionBackend, backward_regions, forward_r
 from megatron.ops.gradient_sum import accumulation_dtype
 from megatron.ops.merge import add_, add_key_value_gradients_, merge, merge_
 
-# What runs per tile is a function of its own, so that nothing of the last one is referenced when the next is sent for.
+# One function per tile: its locals die on return, so a tile's buffers are free before the next prefetch.
 
 
 def attend(
     attention: AttentionBackend, scale: float, row: list[Tile], q_CBHD: Tensor, kv_CBKD: Tensor, kv_ahead: Prefetch
 ) -> tuple[Tensor, Tensor]:
-    """One row of tiles: o [C, B, H, D] in the dtype of q, and lse [B, H, C].
+    """Compute one row of tiles: o [C, B, H, D] in the dtype of q, and lse [B, H, C].
 
-    `kv_CBKD` is the row's own, `kv_ahead` brings those of the other tiles.
+    `kv_CBKD` is that of the row's own chunk; `kv_ahead` prefetches kv of the other tiles.
     """
     results = _forward_tiles(attention, scale, row, q_CBHD, kv_CBKD, kv_ahead)
     o, lse = next(results)
@@ -43,9 +43,10 @@ def attend(
 def attend_one_token(
     attention: AttentionBackend, scale: float, row: list[Tile], q_1BHD: Tensor, kv_1BKD: Tensor, kv_ahead: Prefetch
 ) -> Tensor:
-    """As `attend`, for a single query: o [1, B, H, D] in the dtype of q.
+    """Compute one row of tiles for a single query: o [1, B, H, D] in the dtype of q.
 
-    Its results are small, and a merge of each would take the host longer than the GPU: they are kept, and merged once.
+    The partial results are small. Merging them one by one would take the host longer than the GPU, so they are merged
+    all at once.
     """
     return merge(list(_forward_tiles(attention, scale, row, q_1BHD, kv_1BKD, kv_ahead))).to(q_1BHD.dtype)
 
@@ -53,7 +54,7 @@ def attend_one_token(
 def _forward_tiles(
     attention: AttentionBackend, scale: float, row: list[Tile], q: Tensor, kv: Tensor, kv_ahead: Prefetch
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(o, lse) of each tile of a row, not referenced here any more; the next tile runs when it is asked for."""
+    """Yield (o, lse) of each tile of a row, and hold no reference to it. A tile runs when its result is asked for."""
     diagonal, *others = row
     _start(kv_ahead, diagonal)
     yield _forward_tile(attention, scale, diagonal, q, kv)
@@ -65,7 +66,7 @@ def _forward_tiles(
 
 
 def _start(kv_ahead: Prefetch, tile: Tile) -> None:
-    """Send for the keys and values of the next tile while `tile` runs."""
+    """Prefetch the keys and values of the next tile while `tile` runs."""
     if tile.next_is_stored:
         kv_ahead.start()
 
@@ -78,7 +79,7 @@ def _forward_tile(
 
 
 def backward_tile_inputs(tile: Tile, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequence[Tensor]) -> list[Tensor]:
-    """Chunks a backward tile off the diagonal loads: keys and values, and their gradients if some are stored."""
+    """Return the chunks that a backward tile off the diagonal loads: kv, and the dkv summed so far if there is one."""
     return [kv_CBKD[tile.key], *[dkv_CBKD[tile.key]] * (not tile.first_of_column)]
 
 
@@ -93,20 +94,20 @@ def attend_backward(
     tile_ahead: Prefetch,
     dkv_CBKD: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One row of tiles: (dq, dkv) of the row's chunk, final, in the dtype of q; and dkv of the chunk before it.
+    """Compute one row of tiles: final (dq, dkv) of the row's chunk in the dtype of q, and dkv of the previous chunk.
 
-    The gradients of the other chunks are stored. `queries` are q, o, do [C, B, H, D] and lse [B, H, C]; `own` is taken
-    out: kv of the row's chunk, and its dkv where there is one; `tile_ahead` brings `backward_tile_inputs`.
+    The dkv of all other chunks is stored. `queries` are q, o, do [C, B, H, D] and lse [B, H, C]. `own` is emptied: it
+    holds kv of the row's chunk, and its dkv if there is one. `tile_ahead` prefetches `backward_tile_inputs`.
     """
     diagonal, *others = row
     dtype = queries[0].dtype
     (tile_ahead if others else row_ahead).start()
-    dq, dkv_row = _backward_tile(attention, scale, diagonal, queries, None, *_taken(own))
+    dq, dkv_row = _backward_tile(attention, scale, diagonal, queries, None, *_popped(own))
     dkv_row = dkv_row.to(dtype)
     dkv_before = None
     for tile in others:
         inputs = next(tile_ahead)
-        # The last tile is the only one beside which no other is sent for: the next row's place.
+        # During the last tile there is no next tile to prefetch; the next row's inputs are prefetched instead.
         (row_ahead if tile is others[-1] else tile_ahead).start()
         dq, dkv_tile = _backward_tile(attention, scale, tile, queries, dq, *inputs)
         if tile is others[-1]:
@@ -117,8 +118,8 @@ def attend_backward(
     return dq.to(dtype), dkv_row, dkv_before
 
 
-def _taken(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """The tensors, none of which is referenced here any more."""
+def _popped(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors, and hold no reference to them."""
     while tensors:
         yield tensors.pop(0)
 
@@ -132,7 +133,7 @@ def _backward_tile(
     kv: Tensor,
     dkv_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dq, dkv) of one tile, added to the sums where there are any."""
+    """Compute (dq, dkv) of one tile, added to the sums so far if there are any."""
     q, o, do, lse = queries
     k, v = kv.chunk(2, 2)
     dq, dk, dv = backward_regions(attention, do, q, k, v, o, lse, tile.is_diagonal, scale, tile.regions)

@@ -9,10 +9,11 @@
     x, o, lse, dy[i-1] dq, dkv from tile (i, i-1): dq[i] now final    heads -> tokens
                        dx, dW += vjp of q, kv at x[i]                                       dx[i]
 
-The layer runs slice by slice: once with the attention output that was saved, for the gradients of y, and up to the
-attention call, for q and kv, whose graph waits for the tiles. One run would do for both, but the graphs of the first
-slices would then be on the device beside the MLP of the last; what runs twice is element-wise, as products whose
-values nobody reads are skipped. Those whose outputs were saved are replayed.
+The layer runs slice by slice, twice. The first run takes the saved attention output and gives the gradients of y. The
+second run stops at the attention call and gives q and kv; its graph is held until the tiles are done. One run could
+serve both, but then the graphs of the first slices would use device memory during the MLP of the last slice. Only
+element-wise work runs twice: products whose values nobody reads are skipped. Products whose outputs were saved are
+replayed.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ from megatron.ops.linear import LinearTape
 
 @dataclass
 class _Projection:
-    """The graph of a slice's q and kv, which does not hold the two."""
+    """The autograd graph of a slice's q and kv, without the two tensors."""
 
-    x: Tensor  # its leaf
+    x: Tensor  # the graph's leaf
     edges: tuple[GradientEdge, GradientEdge]
 
 
 @dataclass
 class _StartedRow:
-    """A query chunk on its way from tokens to heads."""
+    """A query chunk whose all-to-all from tokens to heads has started."""
 
-    dx: Tensor  # without the part through attention
+    dx: Tensor  # without the contribution through attention
     projections: list[_Projection]
     lse: Tensor
     scale: float
@@ -57,7 +58,7 @@ class _StartedRow:
 
 
 class BackwardPass:
-    """One block, one sequence."""
+    """The backward pass of one block on one sequence."""
 
     def __init__(self, layer: StreamedLayer, saved: Saved, dy_SBh: Tensor, parameters: Sequence[Tensor]) -> None:
         self._layer, self._stream, self._store, self._saved = layer, layer.stream, layer.stream.store, saved
@@ -69,7 +70,7 @@ class BackwardPass:
         self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
         self._dkv = store.empty(saved.kv_shape, accumulation_dtype(x.dtype)).split(self._layout.chunk_lengths)
         self._kv = saved.kv_CBKD or self._recomputed_keys_and_values(x.dtype)
-        self._own_dkv: list[Tensor] = []  # what the rows before have added for the next row's own chunk
+        self._own_dkv: list[Tensor] = []  # dkv summed so far for the next row's own chunk
         rows = saved.plan.backward_rows()
         chunks = [row[0].query for row in rows]
         # The generators reference no `self`: a cycle would hold chunks until garbage is collected.
@@ -85,7 +86,7 @@ class BackwardPass:
         self._products_ahead = store.prefetch(groups, ahead=False)
 
     def run(self) -> tuple[Tensor, list[Tensor | None]]:
-        """Gradients of the block's input, on the tier, and of the parameters."""
+        """Return the gradients of the block's input, on the tier, and of the parameters."""
         saved, dxs = self._saved, self._dx.split(self._layout.local_lengths)
         rows = saved.plan.backward_rows()
         started = self._stream.started_early(self._start_row(row[0].query) for row in rows)
@@ -94,17 +95,17 @@ class BackwardPass:
             i = row[0].query
             with self._stream.piece("backward", self._layer.layer_number, i, self._layout.num_chunks):
                 if row is rows[-1] and (below := saved.below()) is not None:
-                    # The block below begins with them.
+                    # The block below begins with these chunks: prefetch them.
                     self._store.expect([*below.first_loads, *dxs[i + 1 :][-1:]])
                 self._store.put(dxs[i], self._finish_row(row, next(started)))
         return self._dx, self._gradients.result()
 
-    # As in the forward pass, what runs per row is a function of its own.
+    # One function per row, as in the forward pass: its locals die on return.
 
     def _start_row(self, chunk: int) -> _StartedRow:
         x, positions, o, lse, dy = next(self._row_ahead)
         if self._stream.starts_rows_early and chunk == len(self._saved.o_cBHD) - 1:
-            self._row_ahead.start()  # the second row is started next, with no attention before it to overlap with
+            self._row_ahead.start()  # the second row starts next, with no attention in between to overlap with
         self._products_ahead.start()
         dx, do = self._output_gradients(chunk, x, positions, o, dy)
         del dy
@@ -116,7 +117,7 @@ class BackwardPass:
     def _output_gradients(
         self, chunk: int, x: Tensor, positions: Tensor, o: Tensor, dy: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(dx, do) of the chunk, where the layer's output depends on them directly."""
+        """Return (dx, do) of the chunk, without the gradient that reaches x through attention."""
         dx, do = torch.empty_like(x), torch.empty_like(o)
         for number, s in self._stream.numbered_slices(x):
             products: list[Tensor] = []
@@ -150,7 +151,7 @@ class BackwardPass:
         return torch.zeros_like(x) if dx is None else dx, torch.zeros_like(o) if do is None else do
 
     def _projections(self, chunk: int, x: Tensor, positions: Tensor) -> tuple[AttentionCall, list[_Projection]]:
-        """The attention call of the chunk, and for each slice the graph that leads to it."""
+        """Recompute the attention call of the chunk: its q and kv, and for each slice their graph."""
         numbers, products = self._saved.trace.saved_before(self._stream.recompute), [*next(self._products_ahead)]
         projected: list[Tensor | None] = [None, None]
         projections = []
@@ -169,13 +170,13 @@ class BackwardPass:
         return AttentionCall(q, kv, scale), projections
 
     def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
-        """The gradient of the block's input for one query chunk; those of the parameters are added to the sums."""
+        """Return the gradient of the block's input for one query chunk; add the parameters' gradients to their sums."""
         stream, layer_number, chunk = self._stream, self._layer.layer_number, row[0].query
-        self._store.release_sent()  # the dx of the row before, gone by now
+        self._store.release_sent()  # the previous row's dx, copied out by now
         q, kv, o, do = started.exchange()
         queries, own = (q, o, do, started.lse), [kv, *self._own_dkv]
         self._own_dkv.clear()
-        del kv, started.exchange  # `own` alone holds kv now, and loses it to the first tile
+        del kv, started.exchange  # only `own` references kv now, until the first tile takes it
         with named_range(ATTENTION):
             dq, dkv_row, dkv_before = attend_backward(
                 stream.attention, started.scale, row, queries, own, self._store, self._row_ahead, self._tile_ahead,
@@ -191,7 +192,7 @@ class BackwardPass:
         return stream.noted("backward", INPUT, layer_number, chunk, started.dx)
 
     def _add_input_gradients(self, started: _StartedRow, dq: Tensor, dkv: Tensor) -> None:
-        """Differentiate the projections of each slice."""
+        """Backpropagate through the projections of each slice."""
         parts = (t.split(self._stream.slice_length) for t in (started.dx, dq, dkv))
         for projection, dx, *dprojected in zip(started.projections, *parts, strict=True):
             dx_before, *dparameters = torch.autograd.grad(
@@ -202,10 +203,10 @@ class BackwardPass:
                 dx.add_(dx_before)
 
     def _recomputed_keys_and_values(self, dtype: torch.dtype) -> Sequence[Tensor]:
-        """Keys and values of all chunks that tiles load, from the block's inputs. Collective as the block is.
+        """Recompute kv of all chunks that tiles load, from the block's inputs. Collective as the block is.
 
-        On the tier they use as much memory as attention outputs, or more where heads are repeated for the ranks.
-        Recomputed they cost the products before attention and an all-to-all, little beside attention.
+        Saved kv uses as much of the tier as attention outputs, or more where heads are repeated for the ranks.
+        Recomputing it costs the products before attention and an all-to-all: little compared with attention.
         """
         kv_CBKD = self._store.empty(self._saved.kv_shape, dtype).split(self._layout.chunk_lengths)
         chunks = self._saved.plan.loaded_keys()
@@ -224,9 +225,9 @@ class BackwardPass:
 
 
 def _filled(chunk: Tensor | None, part: Tensor, s: slice, num_tokens: int) -> Tensor:
-    """The chunk with one more slice in it; allocated for the first, unless that is all of it.
+    """Copy one slice into its chunk, allocated for the first slice. Return a slice that is the whole chunk as it is.
 
-    A slice is released as the next is made, so that the device holds one of them beside the chunk.
+    A slice is released before the next is computed, so the device holds the chunk and one slice.
     """
     if len(part) == num_tokens:
         return part

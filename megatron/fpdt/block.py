@@ -1,6 +1,6 @@
 """One transformer block as a stream: forward and backward chunk by chunk, nothing of full length on the device.
 
-Attention is never run again: its output and log-sum-exp are saved. What is recomputed is token-wise, and the outputs of
+Attention is never recomputed: its output and log-sum-exp are saved. Only token-wise work is recomputed. The outputs of
 linear layers may be saved too, on the tier like the rest (megatron.fpdt.layer_trace). Keys and values are saved, or
 recomputed in one pass before the first row. The schedules are in megatron.fpdt.forward_pass and backward_pass.
 
@@ -24,16 +24,16 @@ from megatron.fpdt.streamed_layer import StreamedLayer
 
 
 class StreamedBlock:
-    """Executes a layer as a stream; takes the place of its `forward`."""
+    """A layer executed as a stream; replaces the layer's `forward`."""
 
     def __init__(self, stream: Stream, layer: Layer) -> None:
         self.layer = StreamedLayer(stream, layer)
 
     def __call__(self, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None = None) -> Tensor:
-        """x [S/p, B, h] and the result are stored on the stream's tier and hold this rank's tokens.
+        """Run the block on x [S/p, B, h]. x and the result hold this rank's tokens and are stored on the stream's tier.
 
-        A token attends to its own document where `documents` says which there are in the sequences of all S tokens.
-        Collective over the sequence-parallel group: every rank calls it for the same block; its backward pass too.
+        With `documents`, those of the sequences of all S tokens, a token attends to its own document only.
+        Collective over the sequence-parallel group: every rank calls it for the same block. So is its backward pass.
         """
         save, parameters = torch.is_grad_enabled(), self.layer.parameters
         return _StreamedBlock.apply(x_SBh, positions_BS, documents, self.layer, save, *parameters)
@@ -53,7 +53,7 @@ class _StreamedBlock(torch.autograd.Function):
         plan = chunk_plan(tuple(layer.stream.layout(x).chunk_lengths), documents)
         y, saved = ForwardPass(layer, plan, x, positions, save).run()
         if saved is not None:
-            # An input that is saved is saved by autograd too, which notices if it is written to.
+            # Save a saved input with autograd too, which detects writes to it.
             ctx.save_for_backward(positions, *[x] * (saved.position == 0))
             ctx.layer, ctx.saved, ctx.parameters = layer, saved, parameters
         return y
@@ -63,6 +63,6 @@ class _StreamedBlock(torch.autograd.Function):
         saved, ctx.saved = ctx.saved, None
         if saved is None:
             raise RuntimeError(BACKWARD_RUNS_ONCE)
-        _ = ctx.saved_tensors  # raises if one was written to
+        _ = ctx.saved_tensors  # raises if one of them was written to
         dx, dparameters = BackwardPass(ctx.layer, saved, grads[0].contiguous(), ctx.parameters).run()
         return dx, None, None, None, None, *dparameters

@@ -1,11 +1,11 @@
-"""Inputs of consecutive blocks of which only the first is kept: the others are rebuilt when they are needed.
+"""Inputs of consecutive blocks: only the first is saved for backward, the others are rebuilt when they are needed.
 
-    x[l+1] = layer_l(x[l]), its attention output o[l] being known
+    x[l+1] = layer_l(x[l]), with its saved attention output o[l]
 
-The attention outputs o are kept for the backward pass in any case, so that this is token-wise work, without attention.
-Keeping x of every k-th block, and rebuilding the k-1 between them when the backward pass reaches the highest, saves
-almost half of the host memory for large k, and costs the products after attention once more, of all blocks but every
-k-th.
+The attention outputs o are saved for backward in any case, so rebuilding is token-wise work, without attention. With x
+saved for every k-th block only, the k-1 inputs between are rebuilt when the backward pass reaches the highest of these
+blocks. For large k this saves almost half of the host memory. The cost is one more run of the products after attention,
+for all blocks but every k-th.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron.ops.linear import LinearTape
 
 @dataclass
 class Step:
-    """How a block's output follows from its input."""
+    """What it takes to recompute a block's output from its input."""
 
     layer: StreamedLayer
     trace: LayerTrace
@@ -39,7 +39,7 @@ class Step:
 
 
 class BlockInputs:
-    """The inputs of a chain of blocks, by position in it; that of position 0 is kept."""
+    """The inputs of a chain of blocks, by position in the chain; the input at position 0 is saved."""
 
     def __init__(self, stream: Stream, x_SBh: Tensor) -> None:
         self._stream = stream
@@ -48,7 +48,7 @@ class BlockInputs:
         self._output: Callable[[], torch.UntypedStorage | None] = lambda: None
 
     def __len__(self) -> int:
-        """Blocks of the chain that have been run."""
+        """Return the number of blocks of the chain that have run."""
         return len(self._steps)
 
     def ends_with(self, x_SBh: Tensor) -> bool:
@@ -56,12 +56,12 @@ class BlockInputs:
         return self._output() is x_SBh.untyped_storage()
 
     def append(self, step: Step, y_SBh: Tensor) -> None:
-        """Add a block that has been run, and its output, which is not kept."""
+        """Add a block that has run. Its output is not saved, only recognized by `ends_with`."""
         self._steps.append(step)
         self._output = weakref.ref(y_SBh.untyped_storage())
 
     def take(self, position: int) -> Tensor:
-        """The input of the block at `position`, whose backward pass begins; no block above it will be asked for.
+        """Return the input of the block at `position`, whose backward pass begins. Drop it and all above it.
 
         Collective over the sequence-parallel and data-parallel ranks where parameters are partitioned.
         """
@@ -91,7 +91,7 @@ class BlockInputs:
 
 
 def _output(step: Step, key: SliceKey, x: Tensor, positions: Tensor, o: Tensor) -> Tensor:
-    """The layer's output for one slice, without the products that only attention needs."""
+    """Recompute the layer's output for one slice, without the products that only attention needs."""
     states = step.random_states
 
     def attend(call: AttentionCall) -> Tensor:

@@ -5,7 +5,7 @@
     kv[0], kv[1], ..   (o, lse) merged over tiles (i, j), j <= i
                        the rest of layer(x[i]): y[i]                  heads -> tokens       o[i], lse[i], y[i]
 
-With several ranks a row is started before the one before it is finished: its all-to-all is overlapped with attention.
+With several ranks a row starts before the previous row is finished, so its all-to-all is overlapped with attention.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from megatron.ops.gradient_sum import accumulation_dtype
 
 @dataclass
 class _StartedRow:
-    """A query chunk whose layer waits for attention, on its way from tokens to heads."""
+    """A query chunk whose layer is suspended at attention, and whose all-to-all to heads has started."""
 
     slices: list[StartedSlice]
     exchange: Exchange
 
 
 class ForwardPass:
-    """One block, one sequence."""
+    """The forward pass of one block on one sequence."""
 
     def __init__(self, layer: StreamedLayer, plan: ChunkPlan, x_SBh: Tensor, positions_BS: Tensor, save: bool) -> None:
-        """With `save`, `run` returns what the backward pass needs."""
+        """Prepare the prefetches. With `save`, `run` also returns what is saved for backward."""
         self._layer, self._stream, self._store = layer, layer.stream, layer.stream.store
         self._plan, self._x, self._positions = plan, x_SBh, positions_BS
         self._layout = self._stream.layout(x_SBh)
@@ -61,7 +61,7 @@ class ForwardPass:
         self._kv_ahead = self._store.prefetch(([kv[tile.key]] for tile in tiles), ahead=False)
 
     def run(self) -> tuple[Tensor, Saved | None]:
-        """The block's output, on the tier, and what is saved."""
+        """Return the block's output, on the tier, and what is saved for backward."""
         y = self._store.empty(self._x.shape, self._x.dtype)
         ys = y.split(self._layout.local_lengths)
         rows = self._plan.forward_rows()
@@ -71,15 +71,15 @@ class ForwardPass:
                 i = row[0].query
                 with self._stream.piece("forward", self._layer.layer_number, i, self._layout.num_chunks):
                     if row is rows[-1]:
-                        self._store.expect(ys[:i][:1])  # the block above begins with it
+                        self._store.expect(ys[:i][:1])  # the block above begins with this chunk
                     self._store.put(ys[i], self._finish_row(row, next(started)))
         finally:
             for each in self._started:
                 each.close()
         return y, self._saved(y) if self._save else None
 
-    # What runs per row is a function of its own: its locals die on return, so that a chunk's buffers are free before
-    # the next prefetch. The device holds the chunk in use and the one on its way.
+    # One function per row: its locals die on return, so a chunk's buffers are free before the next prefetch. The device
+    # holds the chunk in use and the prefetched one.
 
     def _start_row(self, chunk: int) -> _StartedRow:
         x, positions = next(self._x_ahead)
@@ -102,7 +102,7 @@ class ForwardPass:
         return started
 
     def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
-        """The block's output for one query chunk."""
+        """Return the block's output for one query chunk."""
         store, stream, layer_number, i = self._store, self._stream, self._layer.layer_number, row[0].query
         q, kv = started.exchange()
         if i == 0:
@@ -112,7 +112,7 @@ class ForwardPass:
             o_heads, lse = attend(stream.attention, started.slices[0].call.scale, row, q, kv, self._kv_ahead)
         del q, kv, started.exchange
         stream.note("forward", ATTENTION_OUTPUT, layer_number, i, o_heads)
-        store.release_sent()  # what the row before has left, gone by now
+        store.release_sent()  # the previous row's chunks, copied out by now
         (o,) = stream.heads_to_tokens([o_heads])
         del o_heads
         if self._save:
@@ -149,7 +149,7 @@ class ForwardPass:
             self._lse = [part.view(B, H, -1) for part in parts]
 
     def _saved(self, y: Tensor) -> Saved:
-        """Join the block to the chain of those whose inputs are rebuilt together, and to the block below."""
+        """Append the block to the chain of blocks whose inputs are rebuilt together, and link it to the block below."""
         stream, x = self._stream, self._x
         inputs = stream.block_inputs()
         if inputs is None or len(inputs) == stream.checkpoint_interval or not inputs.ends_with(x):

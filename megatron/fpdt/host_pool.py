@@ -1,10 +1,10 @@
-"""Host memory for chunks: allocated in slabs of exactly the size asked for, pinned once, reused for ever.
+"""Pool of pinned host memory for chunks: slabs of exactly the requested size, pinned once and reused.
 
 torch's pinned allocator rounds every allocation up to a power of two, and pinning a fresh GiB takes about 0.7 s. A slab
 here is an anonymous memory map, in huge pages where the system has them, as there are fewer to pin. It is registered
-with CUDA when there is a device to copy to, and plain memory otherwise. A tensor holds its slab for as long as anything
-references its storage, autograd included; then the slab goes back to the pool by itself. Only where the budget would
-be passed are slabs given back to the machine that nobody uses.
+with CUDA if there is a device to copy to, and plain memory otherwise. A tensor holds its slab for as long as anything
+references its storage, autograd included; then the slab returns to the pool by itself. Unused slabs are freed only if
+the pool would otherwise exceed its budget.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _SHRINK = (
 
 
 class HostMemoryError(MemoryError):
-    """The pool would pass its budget, or the machine cannot give or pin the memory."""
+    """The pool would exceed its budget, or the machine cannot allocate or pin the memory."""
 
 
 class _Slab:
-    """An anonymous memory map; pinned ones are unpinned before their addresses are given back."""
+    """An anonymous memory map; a pinned one is unpinned before its addresses are freed."""
 
     def __init__(self, num_bytes: int, pinned: bool) -> None:
         self.memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # of kernels built without them
+        with contextlib.suppress(OSError):  # kernels built without huge pages
             self.memory.madvise(mmap.MADV_HUGEPAGE)
-        self.memory.madvise(mmap.MADV_DONTFORK)  # a child would be given copies of pinned pages
+        self.memory.madvise(mmap.MADV_DONTFORK)  # a child process would get copies of pinned pages
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.num_bytes = num_bytes
         if pinned:
@@ -62,7 +62,7 @@ class HostPool:
         self._addresses: list[tuple[int, int]] = []  # (first, one past the last) of every slab, sorted
 
     def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous CPU tensor on a slab of its own; after a first step no call allocates."""
+        """Return an uninitialized contiguous CPU tensor on its own slab; after the first step no call allocates."""
         num_elements = prod(shape)
         if num_elements == 0:
             return torch.empty(shape, dtype=dtype)
@@ -77,7 +77,7 @@ class HostPool:
         return torch.frombuffer(view, dtype=dtype, count=num_elements).view(shape)
 
     def owns(self, tensor: Tensor) -> bool:
-        """Whether the tensor's bytes lie in a slab of this pool."""
+        """Whether the tensor is stored in a slab of this pool."""
         if tensor.device.type != "cpu":
             return False
         address = tensor.untyped_storage().data_ptr()
@@ -108,11 +108,11 @@ class HostPool:
         return slab
 
     def _make_room(self, num_bytes: int) -> None:
-        """Give back slabs that nobody uses, as those of sequences of another length, where the budget wants it."""
+        """Free unused slabs, such as those of sequences of another length, if the budget requires it."""
         if self.budget_bytes is None or self.allocated_bytes + num_bytes <= self.budget_bytes:
             return
         if self.pinned:
-            torch.cuda.synchronize()  # copies on behalf of their former tensors may still be under way
+            torch.cuda.synchronize()  # copies of tensors that used these slabs may still be in flight
         for slabs in self._free.values():
             while slabs and self.allocated_bytes + num_bytes > self.budget_bytes:
                 slab = slabs.pop()
@@ -122,7 +122,7 @@ class HostPool:
 
 
 def _touch(address: int, num_bytes: int) -> None:
-    """Fault the pages in from several threads; registration would do it from one."""
+    """Fault the pages in from several threads; registration would use a single thread."""
     part = -(-num_bytes // _TOUCH_THREADS // _PAGE) * _PAGE
     with ThreadPoolExecutor(_TOUCH_THREADS) as threads:
         for start in range(0, num_bytes, part):

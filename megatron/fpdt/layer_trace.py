@@ -1,9 +1,10 @@
-"""What a backward pass needs of a layer's linear products, read off the autograd graph of one run.
+"""The linear products of a layer that its backward pass needs, read off the autograd graph of one run.
 
-A product's output is needed where a node of the graph of y reads it: a norm or an activation does; an addition, a view
-or a dropout only passes its gradient on. A product that only such nodes separate from y, as the MLP's last one, can be
-skipped where y itself is not wanted, and so can one before the attention call of which y depends through attention
-alone, when the attention output is known. What a layer reads without autograd (`detach`, a comparison) is not seen.
+A product's output is needed if a node of the graph of y reads it in its backward pass. A norm or an activation does; an
+addition, a view or a dropout only passes its gradient on. Two kinds of products can be skipped in recomputation: those
+separated from y by such nodes only, like the MLP's last one, if y itself is not needed; and those before the attention
+call on which y depends through attention alone, if the attention output is known. What a layer reads without autograd
+(`detach`, a comparison) is not seen.
 """
 
 from __future__ import annotations
@@ -34,25 +35,26 @@ class LayerTrace:
     """The products of a layer, by number (megatron.ops.linear)."""
 
     before: tuple[int, ...]
-    """Those before the attention call."""
+    """Products before the attention call."""
 
     before_attention_alone: frozenset[int]
-    """Those before it that y depends on through attention alone."""
+    """Products before the attention call on which y depends through attention alone."""
 
     needed_after: tuple[int, ...]
-    """Those after it whose outputs the gradients of y read."""
+    """Products after the attention call whose outputs the gradients of y read."""
 
     skipped: frozenset[int]
-    """Those whose outputs they do not read, the attention output being known."""
+    """Products whose outputs the gradients of y do not read, if the attention output is known."""
 
     def saved_before(self, recompute: Recompute) -> tuple[int, ...]:
-        """Products before the attention call whose outputs the forward pass saves on the tier."""
+        """Return the products before the attention call whose outputs the forward pass saves on the tier."""
         return self.before if recompute in SAVING_PRODUCTS else ()
 
     def saved_after(self, recompute: Recompute, is_first_slice: bool) -> tuple[int, ...]:
-        """The same of those after it: all that are needed, or the output projection alone, the first of them.
+        """Return the products after the attention call whose outputs the forward pass saves on the tier.
 
-        None of a chunk's first slice, which would be needed on the device beside the tiles.
+        These are all that are needed, or only the first, the output projection. None is saved for the first slice of a
+        chunk: it would be needed on the device at the same time as the tiles.
         """
         if recompute not in SAVING_PRODUCTS or is_first_slice:
             return ()
@@ -61,7 +63,7 @@ class LayerTrace:
 
 
 def trace_layer(forward: Callable[..., Tensor], x_cBh: Tensor, *args: Any) -> LayerTrace:
-    """Run a layer once, with an attention output of zeros, and look at the graph. Its result is dropped."""
+    """Run a layer once, with an attention output of zeros, and analyze its autograd graph. The result is dropped."""
     calls: list[AttentionCall] = []
     tape = _TracingTape()
 
@@ -84,7 +86,7 @@ def trace_layer(forward: Callable[..., Tensor], x_cBh: Tensor, *args: Any) -> La
 
 
 class _TracingTape(LinearTape):
-    """Remembers the node of each product's output."""
+    """A tape that records the autograd node of each product's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,9 +100,9 @@ class _TracingTape(LinearTape):
 
 
 def _consumers(root: Node | None) -> dict[Node, list[tuple[Node, int]]]:
-    """For each node that the root depends on, which nodes read its output, and as which of their inputs.
+    """Map each node that the root depends on to the nodes that take its output, and the index of that input.
 
-    Nodes come after all of their consumers.
+    The nodes are in topological order, each after all of its consumers.
     """
     order = [] if root is None else list(_in_order(root))
     consumers: dict[Node, list[tuple[Node, int]]] = {node: [] for node in order}
@@ -112,7 +114,7 @@ def _consumers(root: Node | None) -> dict[Node, list[tuple[Node, int]]]:
 
 
 def _in_order(root: Node) -> Iterator[Node]:
-    """The nodes of a graph, each before those that it depends on."""
+    """Return the nodes of a graph in topological order, each before those that it depends on."""
     finished: list[Node] = []
     seen: set[Node] = set()
     stack = [(root, False)]
@@ -128,7 +130,7 @@ def _in_order(root: Node) -> Iterator[Node]:
 
 
 def _needed(graph: dict[Node, list[tuple[Node, int]]]) -> set[Node]:
-    """Nodes whose output values are read by the backward pass of others."""
+    """Return the nodes whose output values the backward pass of other nodes reads."""
     needed: set[Node] = set()
     for node, consumers in graph.items():
         if any(_reads(consumer, index) or consumer in needed for consumer, index in consumers):

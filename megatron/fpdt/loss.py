@@ -1,10 +1,10 @@
-"""Final norm, LM head and cross-entropy as a stream: logits exist for a tile of tokens at a time.
+"""Final norm, LM head and cross-entropy as a stream: logits exist for one tile of tokens at a time.
 
     loss = sum over tokens of mask * (logsumexp(z) - z[label]),   z = norm(x) W^T
     dz   = mask * (softmax(z) - onehot(label)),   dW = dz^T norm(x),   dx = vjp of norm at (dz W)
 
-The gradients of the sum are made in the forward pass, while the logits are there, and scaled by the incoming gradient
-in the backward pass. They are those of an unscaled sum of token losses, so they do not underflow in half precision.
+The forward pass computes the gradients of the sum, while the logits are there; the backward pass scales them by the
+incoming gradient. They are gradients of an unscaled sum of token losses, so they do not underflow in half precision.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, Stream
 from megatron.ops.cross_entropy import cross_entropy_with_gradient, token_losses
 from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
 
-# With fewer, a product takes less time than the fp32 sum of the weight's gradient that it is added to.
+# With fewer, a matrix product takes less time than adding it to the fp32 sum of the weight's gradient.
 TILE_LOGITS = 2**27
 
 
 class LanguageModelHead(Protocol):
-    """What a module must be to be streamed."""
+    """The interface of a module whose loss can be streamed."""
 
     final_layernorm: nn.Module
 
@@ -36,10 +36,10 @@ class LanguageModelHead(Protocol):
 
 
 def stream_loss(stream: Stream, head: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Sum of this rank's masked token losses, a scalar in fp32 (fp64 for fp64) on the compute device.
+    """Compute the sum of this rank's masked token losses, a scalar in fp32 (fp64 for fp64) on the compute device.
 
-    x [S/p, B, h] rests on the stream's tier; labels int64 and mask [B, S/p]. Without gradients the masked token losses
-    go to `stream.token_losses` too, where there is such a list: the tokens in their order, [S/p, B] in all.
+    x [S/p, B, h] is stored on the stream's tier; labels int64 and mask [B, S/p]. Without gradients the masked token
+    losses are also appended to `stream.token_losses`, if there is such a list: the tokens in order, [S/p, B] in all.
     """
     trained_norm = [p for p in head.final_layernorm.parameters() if p.requires_grad]
     parameters = [*head.output_layer.parameters(), *trained_norm]
@@ -55,31 +55,31 @@ class _StreamedLoss(torch.autograd.Function):
         x: Tensor,
         labels: Tensor,
         mask: Tensor,
-        keep: bool,
+        save: bool,
         *parameters: Tensor,
     ) -> Tensor:
         store, lengths = stream.store, stream.layout(x).local_lengths
-        store.release_sent()  # what the last block has left would still be held when its backward pass begins
+        store.release_sent()  # or the last block's copied-out chunks would be held until its backward pass
         dtype = accumulation_dtype(x.dtype)
         loss = torch.zeros((), dtype=dtype, device=store.device)
         gradients = GradientSums(parameters)
-        dx = store.empty(x.shape, x.dtype, store.is_on_device(x)) if keep else None
+        dx = store.empty(x.shape, x.dtype, store.is_on_device(x)) if save else None
         dxs = dx.split(lengths) if dx is not None else None
         ahead = store.prefetch(zip(x.split(lengths), labels.split(lengths, 1), mask.split(lengths, 1), strict=True))
         for i, (x_i, labels_i, mask_i) in enumerate(ahead):
             labels_i, mask_i = labels_i.T, mask_i.T.to(dtype)
             tiles = _tiles(x_i, labels_i, mask_i, num_classes=parameters[0].shape[0])
             with named_range(LOSS):
-                results = [_tile_loss(head, *tile, parameters, gradients if keep else None) for tile in tiles]
+                results = [_tile_loss(head, *tile, parameters, gradients if save else None) for tile in tiles]
             chunk_loss = torch.stack([losses.sum() for losses, _ in results]).sum()
             loss += stream.noted("forward", "loss", None, i, chunk_loss)
-            if stream.token_losses is not None and not keep:
+            if stream.token_losses is not None and not save:
                 stream.token_losses += [losses for losses, _ in results]
             if dxs is not None:
                 dx_i = torch.cat([tile_dx for _, tile_dx in results if tile_dx is not None])
                 store.put(dxs[i], stream.noted("backward", "output of the last layer", None, i, dx_i))
                 del dx_i
-        if keep:
+        if save:
             ctx.save_for_backward(dx)
             ctx.stream, ctx.gradients = stream, gradients
         return loss
@@ -112,7 +112,7 @@ def _tile_loss(
     parameters: Sequence[Tensor],
     gradients: GradientSums | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Masked token losses [T * B] of one tile; with `gradients`, which collects the parameters', their sum and dx."""
+    """Return one tile's masked token losses [T * B]. With `gradients`, add the parameters' and return (sum, dx)."""
     weight, *norm_parameters = parameters
     with torch.set_grad_enabled(gradients is not None):
         x = x.detach().requires_grad_(gradients is not None)

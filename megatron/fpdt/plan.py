@@ -1,20 +1,20 @@
-"""The order of work of a streamed causal block, as plain data.
+"""The schedule of a streamed causal block, as plain data.
 
 Row i is query chunk i; tile (i, j) is query chunk i against key/value chunk j, for j <= i.
 
-    forward    rows ascending; in a row the diagonal first: its keys and values are already on the device, and it gives
-               every query a finite log-sum-exp to merge into. Then j = 0 .. i-1.
-    backward   rows descending; in a row the diagonal first, which is the last of its column: dk_i and dv_i are then
-               final. Then j = 0 .. i-1.
+    forward    rows ascending. In a row the diagonal runs first: its keys and values are already on the device, and it
+               gives every query a finite log-sum-exp to merge into. Then j = 0 .. i-1.
+    backward   rows descending. In a row the diagonal runs first. It is the last tile of its column, so dk_i and dv_i
+               are then final. Then j = 0 .. i-1.
 
-Every backward tile but the first of its column adds to gradients of the tile above it. Between two rows those of the
-next diagonal stay on the device, as the row's last tile is the one above it; so a row begins with a tile that loads
-nothing. The others are stored, at least two tiles before they are loaded, so that loads may always run one tile ahead
-of the arithmetic.
+Every backward tile except the first of its column adds to the gradients of the previous tile of the column. The last
+tile of a row is in the column of the next diagonal, so its gradients stay on the device for the next row: a row begins
+with a tile that loads nothing. All other gradients are stored at least two tiles before they are loaded, so loads can
+always be prefetched one tile ahead of compute.
 
-Where documents share the sequence, row i begins with the chunk in which the document of its first token begins, and
-tiles hold what documents leave of them (megatron.core.documents). As a document is contiguous, a column's tiles are
-those of consecutive rows, from the diagonal on, so all of the above holds.
+If documents share the sequence, row i begins with the chunk in which the document of its first token begins, and a tile
+is reduced to the regions that documents leave of it (megatron.core.documents). A document is contiguous, so the tiles
+of a column belong to consecutive rows from the diagonal on, and all of the above holds.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from megatron.core.documents import WHOLE_TILE, Documents, Region
 
 @dataclass(frozen=True)
 class Tile:
-    """Query chunk `query` against key/value chunk `key`, or the `regions` of it that documents leave.
+    """Query chunk `query` against key/value chunk `key`, or only the `regions` that documents leave of it.
 
     `first_of_column`: in the backward pass there is no gradient of `key` yet. `next_is_stored`: in the forward pass the
-    keys of the next tile off the diagonal are on the tier, though that may be a tile of another row.
+    keys of the next tile off the diagonal, which may be in another row, are already on the tier.
     """
 
     query: int
@@ -47,7 +47,7 @@ class Tile:
 
 
 class ChunkPlan:
-    """Tiles of a causal sequence in chunks of these lengths, in which `documents` see themselves alone."""
+    """Tiles of a causal sequence in chunks of these lengths; each of the `documents` attends to itself only."""
 
     def __init__(self, chunk_lengths: Sequence[int], documents: Documents | None = None) -> None:
         self._chunks = list(pairwise(accumulate(chunk_lengths, initial=0)))
@@ -56,15 +56,15 @@ class ChunkPlan:
         self._rows = [self._row(i) for i in range(len(self._chunks))]
 
     def forward_rows(self) -> list[list[Tile]]:
-        """Rows in order of execution, each with its tiles in order of execution."""
+        """Return the rows in order of execution, each with its tiles in order of execution."""
         return self._rows
 
     def backward_rows(self) -> list[list[Tile]]:
-        """Rows in order of execution, each with its tiles in order of execution."""
+        """Return the rows in order of execution, each with its tiles in order of execution."""
         return self._rows[::-1]
 
     def loaded_keys(self) -> list[int]:
-        """Chunks of which keys and values are loaded for a tile: all but those of the diagonals alone; ascending."""
+        """Return the chunks, ascending, whose keys and values a tile loads: those of all tiles off the diagonal."""
         return sorted({tile.key for row in self._rows for tile in row if not tile.is_diagonal})
 
     def _row(self, i: int) -> list[Tile]:
@@ -95,5 +95,5 @@ class ChunkPlan:
 
 @lru_cache(maxsize=2)
 def chunk_plan(chunk_lengths: tuple[int, ...], documents: Documents | None = None) -> ChunkPlan:
-    """The plan, which all blocks share that run on the same documents."""
+    """Return the plan, shared by all blocks that run on the same documents."""
     return ChunkPlan(chunk_lengths, documents)

@@ -1,4 +1,4 @@
-"""Replay of random numbers: a dropout mask that the forward pass drew is drawn again when that work is recomputed."""
+"""Replay of random numbers: recomputation draws the same dropout masks as the forward pass did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 class RandomStates:
     """States of the device's default generator by key, recorded in the forward pass and replayed in any order.
 
-    They live on the host: recording and replaying never wait for the device.
+    They are stored on the host, so recording and replaying never wait for the device.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
@@ -21,25 +21,25 @@ class RandomStates:
         self._states: dict[Hashable, Tensor] = {}
 
     def record(self, key: Hashable) -> None:
-        """Remember the state that the work of `key` begins with."""
+        """Record the state with which the work of `key` begins."""
         if self._enabled:
             self._states[key] = self._get()
 
     @contextmanager
     def replay(self, key: Hashable) -> Iterator[None]:
-        """Run with the state recorded for `key`, and leave the generator as it was found."""
+        """Run with the state recorded for `key`, then restore the generator."""
         with self.preserved():
             self.continue_with(key)
             yield
 
     def continue_with(self, key: Hashable) -> None:
-        """Within `replay`: from here on the work of `key`."""
+        """Within `replay`, switch to the state recorded for `key`."""
         if self._enabled:
             self._set(self._states[key])
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Leave the generator as it was found."""
+        """Restore the generator on exit."""
         if not self._enabled:
             yield
             return

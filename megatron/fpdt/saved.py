@@ -19,7 +19,7 @@ Products = defaultdict[int, list[list[Tensor]]]
 
 @dataclass(frozen=True)
 class Saved:
-    """C tokens of a chunk, c of them this rank's; K keys and K values of this rank's heads."""
+    """What one block saves. C tokens of a chunk, c of them this rank's; K keys and K values of this rank's heads."""
 
     plan: ChunkPlan
     trace: LayerTrace
@@ -29,10 +29,10 @@ class Saved:
     products_after: Products
     o_cBHD: Sequence[Tensor]  # this rank's tokens, all heads
     lse_BHC: Sequence[Tensor]  # all tokens of the chunk, this rank's heads
-    kv_CBKD: Sequence[Tensor]  # likewise; empty where they are recomputed
+    kv_CBKD: Sequence[Tensor]  # all tokens of the chunk, this rank's heads; empty if kv is recomputed
     kv_shape: Sequence[int]  # of all chunks of kv together
     inputs: BlockInputs  # the block's input is the one at `position`
     position: int
     input_is_on_device: bool
-    first_loads: Sequence[Tensor]  # what the backward pass begins with
-    below: Callable[[], Saved | None] = field(default=lambda: None)  # what the block below has saved
+    first_loads: Sequence[Tensor]  # the chunks that the backward pass begins with
+    below: Callable[[], Saved | None] = field(default=lambda: None)  # what the block below saved

@@ -3,11 +3,11 @@
 A layer is an ordinary module whose `forward` calls `StreamedAttention` once. The stream runs it in two ways:
 
     SuspendedLayer     forward pass: the layer runs up to its attention call and is suspended there, in its own
-                       greenlet, while the tiles run; then it finishes with their output o
-    run_with_output    o is known: the layer runs in one piece; in the backward pass that makes both graphs, y from
+                       greenlet, while the tiles run; then it resumes with their output o
+    run_with_output    o is known: the layer runs in one piece; the backward pass builds both graphs this way, y from
                        (x, o) and the projections from x
 
-A greenlet shares its thread's gradient mode and autocast state with everybody else, and starts with empty context
+A greenlet shares gradient mode and autocast state with all other code of its thread, and starts with empty context
 variables. So both states are swapped at each switch, and the context is copied.
 """
 
@@ -27,14 +27,14 @@ from megatron.ops.linear import LinearTape
 
 
 class AttentionCall(NamedTuple):
-    """What a layer hands to its attention, of this rank's tokens and all heads."""
+    """The arguments of a layer's attention call: this rank's tokens, all heads."""
 
     q_cBHD: Tensor
     kv_cBKD: Tensor
     """K keys, then K values."""
 
     scale: float
-    """Factor of the scores, before the softmax."""
+    """Factor of the scores before the softmax."""
 
 
 Attend = Callable[[AttentionCall], Tensor]
@@ -43,13 +43,13 @@ _attend: ContextVar[Attend] = ContextVar("attend")
 
 
 class StreamedAttention:
-    """The core attention of a streamed layer: hands its call to whoever runs the layer."""
+    """The core attention of a streamed layer: passes its call to the code that runs the layer."""
 
     @torch.compiler.disable
     def __call__(
         self, q_SBHD: Tensor, kv_SBKD: Tensor, scale: float, dropout: float, documents: Documents | None
     ) -> Tensor:
-        """o [S, B, H, D] of q [S, B, H, D] and kv [S, B, 2K, D]. `documents` are the business of the stream."""
+        """Return o [S, B, H, D] for q [S, B, H, D] and kv [S, B, 2K, D]. The stream handles `documents`."""
         if dropout:
             raise ValueError(f"attention dropout ({dropout}) cannot be replayed by FPDT; use 0")
         return _attend.get()(AttentionCall(q_SBHD, kv_SBKD, scale))
@@ -57,7 +57,7 @@ class StreamedAttention:
 
 @dataclass(frozen=True)
 class _ThreadState:
-    """What a greenlet and its parent would otherwise see of each other."""
+    """Gradient mode and autocast state, which a greenlet and its parent would otherwise share."""
 
     gradients: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
@@ -79,8 +79,8 @@ class _ThreadState:
 class SuspendedLayer:
     """One run of a layer, suspended at its attention call.
 
-    `call` is what the layer asks of its attention. `finish` or `close` must follow, in the same thread: a run that is
-    dropped would leave the gradient mode of whoever collects it changed.
+    `call` holds the arguments of that call. `finish` or `close` must follow, in the same thread: if the run is dropped,
+    its garbage collection changes the gradient mode of the code that triggers it.
     """
 
     def __init__(self, forward: Callable[..., Tensor], tape: LinearTape, *args: Any) -> None:
@@ -101,7 +101,7 @@ class SuspendedLayer:
         self.call: AttentionCall = call
 
     def finish(self, o_cBHD: Tensor) -> Tensor:
-        """Give the layer its attention output; returns its own. RuntimeError if it calls attention again."""
+        """Resume the layer with its attention output; return its output. RuntimeError if it calls attention again."""
         y: Tensor = self._switch(o_cBHD)
         if not self._greenlet.dead:
             self.close()
@@ -109,7 +109,7 @@ class SuspendedLayer:
         return y
 
     def close(self) -> None:
-        """Abandon the run, if it is not over."""
+        """Abort the run if it has not finished."""
         if not self._greenlet.dead:
             self._switch(throw=True)
 
@@ -124,7 +124,7 @@ class SuspendedLayer:
 
 
 def run_with_output(forward: Callable[..., Tensor], tape: LinearTape, attend: Attend, *args: Any) -> Tensor:
-    """Run `forward(*args)` on `tape` in one piece; `attend` gives the attention output for its call."""
+    """Run `forward(*args)` on `tape` in one piece; `attend` returns the attention output for its call."""
     token = _attend.set(attend)
     try:
         with tape.running():

@@ -1,13 +1,13 @@
-"""Chunks moving between the device and the tier where they rest: the host when offloading, else the device itself.
+"""Copies of chunks between the device and the tier that stores them: the host when offloading, else the device itself.
 
     copy-in stream    waits for the device memory to be free and the chunk to be stored; then copies
     compute stream    waits for the copy-in event when the chunk is needed
     copy-out stream   waits for the compute event that produced the chunk; then copies
 
-The host never waits. Device memory is bounded by construction: a chunk that is copied in lives in memory allocated on
-the compute stream, so it can be reused as soon as the arithmetic that reads it is queued, and the source of a
-copy-out is held until the next of its kind is put, or until all are let go, when the compute stream is told to wait for
-its copy. On a machine without CUDA the same code runs with copies that are over when they return.
+The host never waits. Device memory is bounded by construction. A chunk that is copied in lives in memory allocated on
+the compute stream, so that memory can be reused as soon as the compute that reads it is queued. The source of a
+copy-out is held until the next chunk of its kind is put, or until all are released; the compute stream then waits for
+its copy. On a machine without CUDA the same code runs with synchronous copies.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from megatron.fpdt.host_pool import HostPool
 
 @dataclass
 class CopyCounts:
-    """What has travelled, in bytes."""
+    """Bytes copied in and out."""
 
     bytes_in: int = 0
     bytes_out: int = 0
 
 
-# A device tensor and the event of its copy to the host; None where copies are over when they return.
-Leaving = tuple[Tensor, torch.cuda.Event] | None
+# A copy-out: the device tensor and the event of its copy to the host; None if copies are synchronous.
+CopyOut = tuple[Tensor, torch.cuda.Event] | None
 
 
 class ChunkStore:
-    """Where chunks rest, and how they come and go. One per model, for its life.
+    """Stores chunks on the tier, offloads them and prefetches them. One per model, for its lifetime.
 
-    With offloading, tensors rest on the device until they take up `device_budget_bytes`, and on the host from then on,
-    up to `host_budget_bytes`.
+    With offloading, tensors are stored on the device until they use `device_budget_bytes`, and on the host from then
+    on, up to `host_budget_bytes`.
     """
 
     def __init__(
@@ -53,22 +53,22 @@ class ChunkStore:
         self.device = device
         self.offloading = offloading
         self.device_budget_bytes = device_budget_bytes
-        self.device_bytes = 0  # of tensors that rest on the device within the budget
+        self.device_bytes = 0  # of tensors stored on the device within the budget
         self.pool = HostPool(pinned=device.type == "cuda", budget_bytes=host_budget_bytes)
         self.copied = CopyCounts()
         self._uses_streams = device.type == "cuda"
         if self._uses_streams:
             self._copy_in = torch.cuda.Stream(device)
             self._copy_out = torch.cuda.Stream(device)
-        self._stored: dict[int, torch.cuda.Event] = {}  # by host address: the chunk there is complete
-        self._leaving: dict[tuple[torch.Size, torch.dtype], Leaving] = {}
-        self._leaving_freely: list[Leaving] = []
-        self._expected: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # by host address: sent for already
+        self._stored: dict[int, torch.cuda.Event] = {}  # by host address: when the copy-out of the chunk there ends
+        self._copying_out: dict[tuple[torch.Size, torch.dtype], CopyOut] = {}
+        self._copying_out_saved: list[CopyOut] = []
+        self._expected: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # by host address: copies in flight
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, on_device: bool | None = None) -> Tensor:
-        """An uninitialised tensor on the tier, whose chunks are then put and prefetched.
+        """Return an uninitialized tensor on the tier, whose chunks are then put and prefetched.
 
-        `on_device` says where, whatever the budget: a gradient must be where autograd has seen its tensor.
+        `on_device` overrides the budget: a gradient must be on the device on which autograd has seen its tensor.
         """
         if on_device is None:
             on_device = self._fits_on_device(prod(shape) * dtype.itemsize)
@@ -79,12 +79,12 @@ class ChunkStore:
     def save(self, value: Tensor) -> Tensor:
         """Store a contiguous device tensor as a chunk of its own. It must not be written to afterwards.
 
-        Until `release_sent` it stays on the device too, however many there are.
+        Until `release_sent` it stays on the device too, and so do all others.
         """
         if self._fits_on_device(value.nbytes):
             return self._counted_on_device(value)
         chunk = self._empty_on_host(value.shape, value.dtype)
-        self._leaving_freely.append(self._send_out(chunk, value))
+        self._copying_out_saved.append(self._send_out(chunk, value))
         return chunk
 
     def _fits_on_device(self, num_bytes: int) -> bool:
@@ -101,7 +101,7 @@ class ChunkStore:
         first = tensor.data_ptr()
         self._drop_expected([address for address in self._expected if first <= address < first + tensor.nbytes])
         if self._uses_streams:
-            # A reused slab may still be read on behalf of its former tensor.
+            # A copy-in of the slab's previous tensor may still be reading it.
             self._copy_out.wait_stream(self._copy_in)
         return tensor
 
@@ -109,7 +109,7 @@ class ChunkStore:
         self.device_bytes -= num_bytes
 
     def is_on_device(self, chunk: Tensor) -> bool:
-        """Whether a tensor of the tier rests on the device."""
+        """Whether a tensor of the tier is stored on the device."""
         return chunk.device.type == self.device.type and not self.pool.owns(chunk)
 
     def put(self, chunk: Tensor, value: Tensor) -> None:
@@ -117,14 +117,14 @@ class ChunkStore:
         if self.is_on_device(chunk):
             chunk.copy_(value)
             return
-        leaving = self._send_out(chunk, value.contiguous())
+        copy_out = self._send_out(chunk, value.contiguous())
         kind = (value.shape, value.dtype)
-        if kind in self._leaving:
-            self._wait_for(self._leaving.pop(kind))
-        self._leaving[kind] = leaving
+        if kind in self._copying_out:
+            self._wait_for(self._copying_out.pop(kind))
+        self._copying_out[kind] = copy_out
 
-    def _send_out(self, chunk: Tensor, value: Tensor) -> Leaving:
-        """Copy to the host; the source must be held until it has left."""
+    def _send_out(self, chunk: Tensor, value: Tensor) -> CopyOut:
+        """Start the copy to the host. The source must be held until the copy is over."""
         self.copied.bytes_out += chunk.nbytes
         self._drop_expected([chunk.data_ptr()])
         if not self._uses_streams:
@@ -139,34 +139,34 @@ class ChunkStore:
         return value, stored
 
     def release_sent(self) -> None:
-        """Stop holding what was put or kept: the compute stream waits here until it has left."""
-        for leaving in (*self._leaving.values(), *self._leaving_freely):
-            self._wait_for(leaving)
-        self._leaving.clear()
-        self._leaving_freely.clear()
+        """Release the sources of all copy-outs: the compute stream waits until the copies are over."""
+        for copy_out in (*self._copying_out.values(), *self._copying_out_saved):
+            self._wait_for(copy_out)
+        self._copying_out.clear()
+        self._copying_out_saved.clear()
 
-    def _wait_for(self, leaving: Leaving) -> None:
-        if leaving is not None:
-            torch.cuda.current_stream(self.device).wait_event(leaving[1])
+    def _wait_for(self, copy_out: CopyOut) -> None:
+        if copy_out is not None:
+            torch.cuda.current_stream(self.device).wait_event(copy_out[1])
 
     def prefetch(self, groups: Iterable[Sequence[Tensor]], ahead: bool = True) -> Prefetch:
-        """Iterate over groups of chunks as device tensors, the next group on its way while one is in use.
+        """Iterate over groups of chunks as device tensors, the next group prefetched while one is in use.
 
-        With ahead=False the next group is sent for when `Prefetch.start` is called, so that it takes up device memory
+        With ahead=False the next group is prefetched when `Prefetch.start` is called, so that it uses device memory
         only from then on.
         """
         return Prefetch(self, groups, ahead)
 
     def expect(self, chunks: Iterable[Tensor]) -> None:
-        """Send now for chunks that somebody else will ask for first: what a next block begins with.
+        """Prefetch now the chunks that a later `Prefetch` will begin with: the first chunks of the next block.
 
-        They are held until they are asked for, put anew, or until this is called again.
+        They are held until they are asked for or put again, or until the next call of `expect`.
         """
         self._drop_expected(list(self._expected))
         self._expected = {chunk.data_ptr(): self._start(chunk) for chunk in chunks if not self.is_on_device(chunk)}
 
     def _drop_expected(self, addresses: Iterable[int]) -> None:
-        """Drop what is expected from there: not before it has arrived, as its memory will be used again."""
+        """Drop the expected chunks at these addresses once their copies are over, as the memory will be reused."""
         for address in addresses:
             if address in self._expected:
                 self._finish(*self._expected.pop(address))
@@ -199,13 +199,13 @@ class ChunkStore:
 
 
 class Prefetch(Iterator[tuple[Tensor, ...]]):
-    """Groups of chunks, one ahead. A group must have been `put` before the group before it is asked for.
+    """Double-buffered groups of chunks: one in use, one prefetched.
 
-    A group may also hold inputs that rest in pinned host memory: a copy on the compute stream would wait there for
-    the large ones.
+    A group must have been `put` before the previous group is asked for. A group may also hold inputs in pinned host
+    memory, as their copies on the compute stream would wait for the large ones.
 
-    On the device tier the tensors are the stored chunks themselves, so they may be written to only on the way to
-    `put`ting them back.
+    On the device tier the tensors are the stored chunks themselves, so they may be written to only in order to `put`
+    them back.
     """
 
     def __init__(self, store: ChunkStore, groups: Iterable[Sequence[Tensor]], ahead: bool) -> None:
@@ -215,7 +215,7 @@ class Prefetch(Iterator[tuple[Tensor, ...]]):
         self._ahead: list[tuple[Tensor, torch.cuda.Event | None]] | None = None
 
     def start(self) -> None:
-        """Send for the next group now, where nothing is on its way yet."""
+        """Prefetch the next group now, unless it is already being prefetched."""
         if self._ahead is None:
             group = next(self._groups, None)
             self._ahead = None if group is None else [self._store._start(chunk) for chunk in group]

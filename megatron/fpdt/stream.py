@@ -1,4 +1,4 @@
-"""What the streamed pieces of a model share: the store, the tiles' kernel, the ranks, and the length of a chunk."""
+"""What the streamed parts of a model share: the store, the attention backend, the ranks, and the chunk length."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from megatron.fpdt.store import ChunkStore
 from megatron.ops.attention import AttentionBackend
 
 BACKWARD_RUNS_ONCE = (
-    "a streamed backward pass runs once: what the forward pass kept is gone, whatever retain_graph says"
+    "a streamed backward pass runs once: what the forward pass saved is released, whatever retain_graph says"
 )
 
-# Long enough for products at full speed, short enough for the widest activation of a large MLP.
+# Long enough for matrix products at full speed, short enough for the widest activation of a large MLP.
 SLICE_LENGTH = 8192
 
 Row = TypeVar("Row")
@@ -33,34 +33,34 @@ ProgressReport = Callable[[str, int, int, int], None]
 
 
 def no_report(phase: str, layer_number: int, chunk: int, num_chunks: int) -> None:
-    """Report to nobody."""
+    """Report nothing."""
 
 
 # phase, what was computed, layer number (None outside of the layers), chunk, its value on the compute device
 Note = Callable[[str, str, int | None, int | None, Tensor], None]
 
-# What of a layer is noted; in the backward pass it is their gradients.
+# The values of a layer that are noted; in the backward pass, their gradients.
 PROJECTED = ("queries", "keys and values")
 INPUT, ATTENTION_OUTPUT, OUTPUT = "input", "attention output", "output"
 
 
 def no_note(phase: str, what: str, layer_number: int | None, chunk: int | None, value: Tensor) -> None:
-    """Take no notice."""
+    """Note nothing."""
 
 
 WholeParameters = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]
 
 
 def already_whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-    """A context that changes nothing: parameters that are not partitioned."""
+    """Return a context that does nothing, for parameters that are not partitioned."""
     return nullcontext()
 
 
 class Layer(Protocol):
-    """What a module must be to be streamed.
+    """The interface of a layer that can be streamed.
 
     `forward` takes x [S, B, h] and positions [B, S] of any tokens, calls a `StreamedAttention` once, and returns
-    y [S, B, h]. All else that it does is token-wise.
+    y [S, B, h]. Everything else that it does is token-wise.
     """
 
     layer_number: int
@@ -70,7 +70,7 @@ class Layer(Protocol):
 
     @property
     def uses_dropout(self) -> bool:
-        """Whether it draws random numbers now."""
+        """Whether the layer draws random numbers now."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -80,10 +80,10 @@ class Layer(Protocol):
 class Stream:
     """How chunks are executed. `chunk_length` counts global tokens, `slice_length` this rank's.
 
-    Token-wise work on a chunk runs in slices, so that the widest activation (the MLP's) is bounded apart from the
-    chunk. The input of every `checkpoint_interval`-th block is kept for the backward pass; `recompute` says which of a
-    block's matrix products are run again there. Within `whole_parameters` parameters are whole, also where they are
-    partitioned and their block is neither in its forward nor in its backward pass. `note` is shown what is computed.
+    Token-wise work on a chunk runs in slices, so that the widest activation (the MLP's) is bounded independently of the
+    chunk. The input of every `checkpoint_interval`-th block is saved for backward; `recompute` says which of a block's
+    matrix products are recomputed there. Within `whole_parameters`, partitioned parameters are gathered, even if their
+    block is neither in its forward nor in its backward pass. `note` is called with the values that are computed.
     """
 
     store: ChunkStore
@@ -96,53 +96,53 @@ class Stream:
     checkpoint_interval: int = 1
     recompute: Recompute = "all"
     whole_parameters: WholeParameters = already_whole
-    token_losses: list[Tensor] | None = None  # where a loss without gradients leaves those of its tokens, tile by tile
+    token_losses: list[Tensor] | None = None  # collects the token losses of a loss without gradients, tile by tile
     block_inputs: Callable[[], Any] = lambda: None  # the chain that the block that ran last belongs to
-    block_below: Callable[[], Any] = lambda: None  # what the block that ran last keeps for its backward pass
+    block_below: Callable[[], Any] = lambda: None  # what the block that ran last saved for backward
 
     def piece(self, phase: str, layer_number: int, chunk: int, num_chunks: int) -> AbstractContextManager[object]:
-        """Report that a piece of work begins; a range of the timeline until it ends."""
+        """Report that a piece of work begins; return a named range of the profiler that ends with it."""
         self.report(phase, layer_number, chunk, num_chunks)
         return named_range(f"layer {layer_number} {phase} chunk {chunk}")
 
     def noted(self, phase: str, what: str, layer_number: int | None, chunk: int, value: Tensor) -> Tensor:
-        """Show a value to who takes notes; returns it."""
+        """Pass a value to `note`, and return it."""
         self.note(phase, what, layer_number, chunk, value)
         return value
 
     def layout(self, x_SBh: Tensor) -> SequenceLayout:
-        """Layout of the sequence of which x holds this rank's tokens."""
+        """Return the layout of the sequence of which x holds this rank's tokens."""
         size = self.parallel_state.sequence_parallel_size
         sequence_length = x_SBh.shape[0] * size
         return SequenceLayout(sequence_length, min(self.chunk_length, sequence_length), size)
 
     def start_tokens_to_heads(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
-        """Ulysses all-to-all of one chunk, under way."""
+        """Start the Ulysses all-to-all of one chunk from tokens to heads."""
         return start_tokens_to_heads(tensors, self.parallel_state.sequence_parallel_group, parts)
 
     def heads_to_tokens(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> list[Tensor]:
-        """The way back."""
+        """Run the Ulysses all-to-all of one chunk from heads back to tokens."""
         return heads_to_tokens(tensors, self.parallel_state.sequence_parallel_group, parts)
 
     def started_early(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Rows of tiles as they are started: with more than one rank each before the row before it is executed.
+        """Yield rows of tiles as they start: with more than one rank, each before the previous row is executed.
 
-        The all-to-all of a row then travels behind the attention of the one before. A single rank has nothing to
-        hide, and saves the memory.
+        The all-to-all of a row is then hidden behind the attention of the previous row. A single rank has no all-to-all
+        to hide, and saves the memory.
         """
         return _one_early(rows) if self.starts_rows_early else rows
 
     @property
     def starts_rows_early(self) -> bool:
-        """Whether `started_early` starts a row before the one before it is executed."""
+        """Whether `started_early` starts a row before the previous row is executed."""
         return self.parallel_state.sequence_parallel_group is not None
 
     def on_device(self, tensor: Tensor) -> Tensor:
-        """A small input (tokens, labels, positions of one chunk) on the compute device."""
+        """Copy a small input (tokens, labels, positions of one chunk) to the compute device."""
         return tensor.to(self.store.device, non_blocking=True)
 
     def numbered_slices(self, x_cBh: Tensor) -> Iterator[tuple[int, slice]]:
-        """Slices of a chunk's local tokens for token-wise work, numbered from 0."""
+        """Return the slices of a chunk's local tokens for token-wise work, numbered from 0."""
         starts = range(0, len(x_cBh), self.slice_length)
         return enumerate(slice(start, start + self.slice_length) for start in starts)
 

@@ -1,4 +1,4 @@
-"""A layer that a stream executes: its runs on a slice of tokens, and what its backward pass needs of them."""
+"""A layer that a stream executes: its runs on a slice of tokens, and the trace of what its backward pass needs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Part = Literal["before", "after"]
 
 
 def random_key(key: SliceKey, part: Part) -> tuple[SliceKey, Part]:
-    """Where a slice's random state is recorded: at the start, and where the attention output is there."""
+    """Return the key of a slice's random state: at the start of the layer, or after its attention call."""
     return key, part
 
 
 class StreamedLayer:
-    """A layer and its own `forward`, which the stream has taken the place of."""
+    """A layer and its own `forward`, which the stream replaces."""
 
     def __init__(self, stream: Stream, layer: Layer) -> None:
         self.stream, self.layer = stream, layer
@@ -37,31 +37,31 @@ class StreamedLayer:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Those that are trained."""
+        """The parameters that are trained."""
         return [p for p in self.layer.parameters() if p.requires_grad]
 
     def start(self, x_cBh: Tensor, positions_Bc: Tensor, recorded: Collection[int] = ()) -> StartedSlice:
-        """Run a slice of this rank's tokens up to the attention call; the outputs of `recorded` products are kept."""
+        """Run a slice of this rank's tokens up to the attention call; record the outputs of `recorded` products."""
         with named_range(TOKEN_WISE):
             return StartedSlice(self, x_cBh, positions_Bc, LinearTape(recorded=recorded))
 
     def run(self, x_cBh: Tensor, positions_Bc: Tensor, tape: LinearTape, attend: Attend) -> Tensor:
-        """Run a slice in one piece, the attention output given by `attend`."""
+        """Run a slice in one piece, with the attention output that `attend` returns."""
         return run_with_output(self.forward, tape, attend, x_cBh, positions_Bc)
 
     def attention_call(self, x_cBh: Tensor, positions_Bc: Tensor, tape: LinearTape) -> AttentionCall:
-        """Run a slice up to the attention call, and no further."""
+        """Run a slice up to the attention call and no further; return the call."""
         with named_range(TOKEN_WISE):
             started = StartedSlice(self, x_cBh, positions_Bc, tape)
             started.close()
         return started.call
 
     def repeated_heads(self, kv_cBKD: Tensor) -> Tensor:
-        """Keys and values, heads repeated where there are fewer than ranks."""
+        """Repeat the heads of keys and values if there are fewer than ranks."""
         return repeat_key_value_heads(kv_cBKD, self.stream.parallel_state.sequence_parallel_size)
 
     def trace(self, x_cBh: Tensor, positions_Bc: Tensor) -> LayerTrace:
-        """What the backward pass needs; found by a run of this slice, once for each choice of trained parameters."""
+        """Trace what the backward pass needs by a run of this slice, once for each choice of trained parameters."""
         key = tuple(p.requires_grad for p in self.layer.parameters())
         if key not in self._traces:
             states = RandomStates(self.stream.store.device, enabled=self.layer.uses_dropout)
@@ -71,7 +71,7 @@ class StreamedLayer:
 
 
 class StartedSlice:
-    """A slice of tokens whose layer waits for its attention output."""
+    """A slice of tokens whose layer is suspended until its attention output is there."""
 
     def __init__(self, streamed: StreamedLayer, x_cBh: Tensor, positions_Bc: Tensor, tape: LinearTape) -> None:
         self._tape = tape
@@ -80,19 +80,19 @@ class StartedSlice:
         self.call = call._replace(kv_cBKD=streamed.repeated_heads(call.kv_cBKD))
 
     def finish(self, o_cBHD: Tensor) -> Tensor:
-        """The layer's output."""
+        """Resume the layer with its attention output; return its own output."""
         with named_range(TOKEN_WISE):
             return self._run.finish(o_cBHD)
 
     def take_outputs(self) -> list[Tensor]:
-        """Outputs of the recorded products since the last call."""
+        """Return the outputs of the recorded products since the last call."""
         return self._tape.take_outputs()
 
     def close(self) -> None:
-        """Abandon the run, if it is not over."""
+        """Abort the run if it has not finished."""
         self._run.close()
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """Slices as one chunk."""
+    """Concatenate slices to one chunk."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,6 +1,6 @@
 """A token-wise module as a stream: the embedding, chunk by chunk from tokens to the residual stream.
 
-Forward stores each chunk on the tier; backward runs the module again on each chunk and sums the parameters' gradients.
+Forward stores each chunk on the tier. Backward recomputes the module on each chunk and sums the parameters' gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.ops.gradient_sum import GradientSums
 
 
 class TokenEmbedding(Protocol):
-    """What a module must be to be streamed."""
+    """The interface of an embedding that can be streamed."""
 
     hidden_size: int
 
@@ -28,7 +28,7 @@ class TokenEmbedding(Protocol):
         ...
 
     def embed(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
-        """Token-wise: [S, B, h]."""
+        """Embed tokens, token-wise: [S, B, h]."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -37,13 +37,13 @@ class TokenEmbedding(Protocol):
 def stream_embedding(
     stream: Stream, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor
 ) -> Tensor:
-    """Embed this rank's tokens [B, S/p]; the result [S/p, B, h] rests on the stream's tier.
+    """Embed this rank's tokens [B, S/p]; the result [S/p, B, h] is stored on the stream's tier.
 
     `anchor` is a scalar whose gradient, zero, arrives when the backward pass of the embedding is over.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    keep = torch.is_grad_enabled()
-    return _StreamedEmbedding.apply(stream, module, tokens_BS, positions_BS, keep, anchor, *parameters)
+    save = torch.is_grad_enabled()
+    return _StreamedEmbedding.apply(stream, module, tokens_BS, positions_BS, save, anchor, *parameters)
 
 
 class _StreamedEmbedding(torch.autograd.Function):
@@ -54,12 +54,12 @@ class _StreamedEmbedding(torch.autograd.Function):
         module: TokenEmbedding,
         tokens: Tensor,
         positions: Tensor,
-        keep: bool,
+        save: bool,
         anchor: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         store, lengths = stream.store, stream.layout(tokens.T).local_lengths
-        states = RandomStates(store.device, enabled=module.uses_dropout and keep)
+        states = RandomStates(store.device, enabled=module.uses_dropout and save)
         dtype = next(module.parameters()).dtype
         x = store.empty((tokens.shape[1], tokens.shape[0], module.hidden_size), dtype)
         inputs_ahead = store.prefetch(zip(tokens.split(lengths, 1), positions.split(lengths, 1), strict=True))
@@ -67,7 +67,7 @@ class _StreamedEmbedding(torch.autograd.Function):
             states.record(i)
             with named_range(TOKEN_WISE):
                 store.put(chunk, stream.noted("forward", "output of the embedding", None, i, module.embed(*inputs)))
-        if keep:
+        if save:
             ctx.save_for_backward(tokens, positions)
             ctx.stream, ctx.module, ctx.states, ctx.parameters = stream, module, states, parameters
         return x

@@ -1,1 +1,1 @@
-"""Text from a trained model: a prompt prefilled chunk by chunk, then one token at a time over what is cached."""
+"""Generation from a trained model: prompt prefill chunk by chunk, then decoding token by token with a KV cache."""

@@ -1,9 +1,9 @@
-"""Keys and values of one sequence, of every layer, from its first token to the latest.
+"""KV cache of one sequence: keys and values of every layer, from the first token to the latest.
 
     prefilled chunks    on the store's tier, one tensor [C, 1, 2K, D] per layer and chunk
-    single tokens       on the device, in a buffer per layer; a full one goes to the tier as a chunk
+    single tokens       on the device, in a buffer per layer; a full buffer is stored on the tier as a chunk
 
-What is cached has its positions in it, so that attention may take the parts in any order.
+Cached keys and values include their positions, so attention can process the parts in any order.
 
     C tokens of a part, K key/value heads, D head size
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from megatron.fpdt.store import ChunkStore
 
-# Few enough to lie on the device for all layers, enough that a step over them is one tile.
+# Few enough to be stored on the device for all layers, enough for one tile per step.
 BUFFER_TOKENS = 1024
 
 
 class KeyValueCache:
-    """What attention needs of the tokens so far; `length` counts them."""
+    """Keys and values of the tokens so far; `length` counts the tokens."""
 
     def __init__(self, store: ChunkStore, num_layers: int, buffer_tokens: int = BUFFER_TOKENS) -> None:
         self.length = 0
@@ -30,7 +30,7 @@ class KeyValueCache:
         self._num_buffered = 0
 
     def parts(self, layer: int) -> list[Tensor]:
-        """Keys and values of a layer, [C, 1, 2K, D] each, on the tier or on the device."""
+        """Return the keys and values of a layer, parts of [C, 1, 2K, D] each, on the tier or on the device."""
         buffer = self._buffers[layer]
         return self._chunks[layer] + ([] if buffer is None else [buffer[: self._num_buffered]])
 
@@ -45,7 +45,7 @@ class KeyValueCache:
         buffer[self._num_buffered].copy_(kv_C1KD[0])
 
     def advance(self, num_tokens: int) -> None:
-        """Count new tokens, once all layers have them."""
+        """Count new tokens, after all layers have added them."""
         self.length += num_tokens
         if num_tokens == 1:
             self._num_buffered += 1
@@ -53,7 +53,7 @@ class KeyValueCache:
             self._empty_buffers()
 
     def forget(self) -> None:
-        """Drop all keys and values: the next tokens see none of those so far, and keep their positions."""
+        """Drop all keys and values: the next tokens attend to none of them, and keep their own positions."""
         num_layers = len(self._chunks)
         self._chunks, self._buffers, self._num_buffered = [[] for _ in range(num_layers)], [None] * num_layers, 0
 
@@ -70,5 +70,5 @@ class KeyValueCache:
 
     @property
     def num_bytes(self) -> int:
-        """What the parts take up, wherever they rest."""
+        """Bytes of all parts, on the device and on the tier."""
         return sum(part.nbytes for layer in range(len(self._chunks)) for part in self.parts(layer))

@@ -1,16 +1,16 @@
-"""A model that is run on a few tokens at a time, over the keys and values of those before.
+"""Incremental inference: a model runs on a few tokens at a time, with the keys and values of earlier tokens cached.
 
     for each chunk of the prompt, or each new token:
         x = embed(tokens)
         for each layer:
             run it up to its attention call: q, kv
-            o     = attention merged over the new tokens themselves and the cached parts, fetched one ahead
+            o     = attention merged over the new tokens themselves and the cached parts, which are prefetched
             kv   -> cache
-            x     = the rest of it, given o
+            x     = the rest of the layer, given o
 
-A chunk goes through all layers before the next begins, so that nothing but the cache grows with the sequence, and the
-cache rests where the model's store keeps it: in host memory when offloading. The parts of the next layer are on their
-way while a layer computes. A new token is a chunk of one, whose partial results over the parts are merged at once.
+A chunk passes through all layers before the next chunk begins, so only the cache grows with the sequence. The cache is
+stored on the tier of the model's store: in host memory when offloading. While a layer computes, the parts of the next
+layer are prefetched. A new token is a chunk of one, whose partial results over the parts are merged all at once.
 
     B sequences, C new tokens of each, h hidden size, H query heads, K key/value heads, D head size, V vocabulary
 """
@@ -34,14 +34,14 @@ from megatron.model.streamed import StreamedExecution
 from megatron.model.transformer import GPTModel, TransformerLayer
 from megatron.ops.attention import choose_backend_for_few_queries
 
-# Fewer queries go to a kernel that serves tiles of any length.
+# Chunks of fewer queries use an attention backend for few queries and tiles of any length.
 SHORT_CHUNK = 128
 
 
 class CachedModel:
-    """A model of one process, in evaluation mode, and the first `num_ids` of its vocabulary.
+    """A model on a single process, in evaluation mode, with the first `num_ids` ids of its vocabulary.
 
-    `short_attention` serves chunks of few tokens. With `isolated_chunks`, chunks of a prompt do not see each other.
+    `short_attention` serves chunks of few tokens. With `isolated_chunks`, no chunk of a prompt attends to another.
     """
 
     def __init__(self, model: GPTModel, num_ids: int, isolated_chunks: bool = False) -> None:
@@ -57,7 +57,7 @@ class CachedModel:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that there are learned positions for; None where positions are rotary."""
+        """Number of learned positions; None if the model has RoPE."""
         table = self.model.embedding.position_embeddings
         return None if table is None else len(table.weight)
 
@@ -67,7 +67,7 @@ class CachedModel:
 
     @torch.no_grad()
     def prefill(self, prompt: Sequence[int]) -> tuple[KeyValueCache, Tensor]:
-        """Run a prompt; its cache, and the logits [V] of the token after it."""
+        """Run a prompt; return its cache and the logits [V] of the next token."""
         stream = self.stream
         buffer_tokens = min(BUFFER_TOKENS, stream.chunk_length)
         cache = KeyValueCache(stream.store, len(self.model.layers), buffer_tokens)
@@ -79,10 +79,10 @@ class CachedModel:
 
     @torch.no_grad()
     def extend(self, caches: Sequence[KeyValueCache], tokens_BC: Tensor) -> Tensor:
-        """Run the tokens [B, C] that follow the B sequences cached, which then hold them too: the last block's output.
+        """Run the tokens [B, C] that follow the B cached sequences, add them to the caches, and return the last output.
 
-        [C, B, h] on the compute device, as `logits` takes it. Attention runs sequence by sequence, as each has a
-        length of its own; what is token-wise runs on all at once.
+        This is the output of the last block, [C, B, h] on the compute device, as `logits` takes it. Attention runs
+        sequence by sequence, as their lengths differ; token-wise work runs on the whole batch.
         """
         stream, blocks = self.stream, [cast(StreamedBlock, layer.forward) for layer in self.model.layers]
         starts_B1 = torch.tensor([[cache.length] for cache in caches])
@@ -101,7 +101,7 @@ class CachedModel:
 
     @torch.no_grad()
     def logits(self, x_CBh: Tensor) -> Tensor:
-        """Logits [C, B, V] in fp32 (fp64 for fp64) of the tokens after those of `extend`, of the known ids alone."""
+        """Compute next-token logits [C, B, V] from `extend`'s output, fp32 (fp64 for fp64), known ids only."""
         head = self.model.head
         logits_CBV = head.output_layer(head.final_layernorm(x_CBh))[..., : self.num_ids]
         return logits_CBV.to(torch.promote_types(x_CBh.dtype, torch.float32))
@@ -152,17 +152,17 @@ class CachedModel:
 
 
 def _row(num_parts: int) -> list[Tile]:
-    """The new tokens against themselves, and against each part that is cached."""
+    """Return the tiles of the new tokens against themselves and against each cached part."""
     return [Tile(num_parts, key) for key in (num_parts, *range(num_parts))]
 
 
 def check_prompt(prompt: Sequence[int], num_new_tokens: int, num_ids: int, max_length: int | None) -> None:
     """Raise GenerationError for a prompt that is empty, has ids of `num_ids` or above, or is too long.
 
-    `max_length` bounds prompt and new tokens together where positions are learned.
+    `max_length` bounds prompt plus new tokens if positions are learned.
     """
     if not prompt:
-        raise GenerationError("the prompt has no tokens, and there is nothing to go on from; give at least one.")
+        raise GenerationError("the prompt has no tokens, so there is nothing to continue; give at least one.")
     unknown = next((token for token in prompt if not 0 <= token < num_ids), None)
     if unknown is not None:
         raise GenerationError(

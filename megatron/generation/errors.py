@@ -1,5 +1,5 @@
-"""The error that a prompt raises which cannot be gone on with."""
+"""The error for a prompt that cannot be continued."""
 
 
 class GenerationError(ValueError):
-    """A prompt or a setting of sampling is unusable; the message is one line for the person who gave it."""
+    """A prompt or a sampling option is unusable; the message is one line for the user."""

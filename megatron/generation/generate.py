@@ -1,4 +1,4 @@
-"""Several prompts at once, gone on with until each has ended."""
+"""Batched generation: several prompts are continued together until each has ended."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from megatron.generation.sampling import Sampling
 
 @dataclass
 class Generated:
-    """What follows a prompt, `end` included where it was reached."""
+    """The continuation of a prompt, including `end` if it was reached."""
 
     tokens: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
-    """Of each token among all ids, whatever it was drawn from."""
+    """Log-probability of each token among all ids, for any sampling."""
     ended: bool = False
     """Whether `end` was reached."""
 
 
 @dataclass
-class _Going:
-    """A sequence that has not ended."""
+class _Active:
+    """A sequence that is still being generated."""
 
     generated: Generated
     limit: int
@@ -35,11 +35,11 @@ class _Going:
     generator: torch.Generator
 
     @property
-    def goes_on(self) -> bool:
+    def is_unfinished(self) -> bool:
         return not self.generated.ended and len(self.generated.tokens) < self.limit
 
     def choose(self, sampling: Sampling, end: int | None) -> None:
-        """Add the next token."""
+        """Choose the next token and append it."""
         logits_V = self.logits_V.cpu()
         token = sampling.choose(logits_V, self.generator)
         self.generated.tokens.append(token)
@@ -55,25 +55,25 @@ def generate(
     end: int | None = None,
     seed: int = 1234,
 ) -> list[Generated]:
-    """Go on from each prompt for as many tokens as its limit says, one or more, or until `end`.
+    """Continue each prompt by up to its limit of tokens, one or more, or until `end`.
 
-    Each prompt draws from a generator of its own, seeded by `seed` and its place, so that what follows it does not
-    depend on the length of the others. GenerationError, before anything runs, for an unusable prompt.
+    Each prompt has its own random generator, seeded by `seed` and its index, so its continuation does not depend on the
+    length of the others. GenerationError, before anything runs, for an unusable prompt.
     """
     for prompt, limit in zip(prompts, limits, strict=True):
         model.check(prompt, limit)
-    going = []
+    active = []
     for place, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         cache, logits_V = model.prefill(prompt)
-        going.append(_Going(Generated(), limit, cache, logits_V, torch.Generator().manual_seed(seed + place)))
-    results = [sequence.generated for sequence in going]
+        active.append(_Active(Generated(), limit, cache, logits_V, torch.Generator().manual_seed(seed + place)))
+    results = [sequence.generated for sequence in active]
     while True:
-        for sequence in going:
+        for sequence in active:
             sequence.choose(sampling, end)
-        going = [sequence for sequence in going if sequence.goes_on]
-        if not going:
+        active = [sequence for sequence in active if sequence.is_unfinished]
+        if not active:
             return results
-        tokens_B1 = torch.tensor([sequence.generated.tokens[-1:] for sequence in going])
-        logits_1BV = model.logits(model.extend([sequence.cache for sequence in going], tokens_B1))
-        for sequence, logits_V in zip(going, logits_1BV[0], strict=True):
+        tokens_B1 = torch.tensor([sequence.generated.tokens[-1:] for sequence in active])
+        logits_1BV = model.logits(model.extend([sequence.cache for sequence in active], tokens_B1))
+        for sequence, logits_V in zip(active, logits_1BV[0], strict=True):
             sequence.logits_V = logits_V

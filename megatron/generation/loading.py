@@ -1,4 +1,4 @@
-"""From weights of any kind to a model that generates, on one device."""
+"""Loading of weights of any supported format into a model that generates, on one device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron.weights.source import WeightSource
 
 @dataclass(frozen=True)
 class Inference:
-    """Where and how a model is run."""
+    """The device, dtype and memory with which a model runs."""
 
     device: torch.device
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Inference:
 
 
 class OpenedModel:
-    """A model whose tensors are not read yet; WeightsError if there is none at `path`, or not as it was written."""
+    """A model whose tensors are not read yet; WeightsError if `path` has none, or not as it was written."""
 
     def __init__(self, path: Path, with_hashes: bool = True) -> None:
         self.portable: PortableConfig
@@ -45,19 +45,19 @@ class OpenedModel:
 
     @property
     def num_ids(self) -> int:
-        """Ids that have a row of their own."""
+        """Number of ids that have their own row in the embedding."""
         return self.portable.vocab_size
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that there are learned positions for; None where positions are rotary."""
+        """Number of learned positions; None if the model has RoPE."""
         model = self.portable.model
         return None if model.use_rotary_position_embeddings else model.max_position_embeddings
 
     def build(self, inference: Inference, longest: int, num_ids: int | None = None) -> CachedModel:
-        """Read the weights. No sequence will have more than `longest` tokens, nor an id of `num_ids` or above.
+        """Read the weights and build the model, for sequences of at most `longest` tokens and ids below `num_ids`.
 
-        Dynamic scaling of RoPE, which depends on a sequence's length, is that of `longest` tokens.
+        Dynamic RoPE scaling depends on the sequence length; it uses `longest`.
 
         Raises:
             WeightsError: a tensor is absent, unknown or of another shape.

@@ -1,8 +1,8 @@
-"""Which token comes next: the likeliest, or one drawn from what top-k and top-p leave of the distribution.
+"""Sampling of the next token: greedy, or drawn from the distribution that top-k and top-p leave.
 
 p = softmax(logits / temperature)
-top-k    the k likeliest ids
-top-p    of those the likeliest that together have a probability of p at least (nucleus sampling, arXiv 1904.09751)
+top-k    the k most likely ids
+top-p    of those, the smallest set of most likely ids whose probability is at least p (nucleus, arXiv 1904.09751)
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from megatron.generation.errors import GenerationError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen."""
+    """Sampling options: how a token is chosen."""
 
     greedy: bool = False
-    """The likeliest one, whatever the rest says."""
+    """Choose the most likely id, whatever the other options are."""
 
     temperature: float = 1.0
-    """What logits are divided by."""
+    """Divisor of the logits."""
 
     top_k: int = 0
-    """Ids to draw from; 0: all."""
+    """Number of most likely ids to draw from; 0: all."""
 
     top_p: float = 1.0
-    """Probability of the ids to draw from."""
+    """Total probability of the ids to draw from."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -44,7 +44,7 @@ class Sampling:
             )
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
-        """The distribution [V] that is drawn from, in fp32 or fp64."""
+        """Return the distribution [V] to draw from, in fp32 or fp64."""
         if self.greedy:
             return torch.nn.functional.one_hot(logits_V.argmax(), len(logits_V)).to(logits_V.dtype)
         sorted_V, ids_V = (logits_V / self.temperature).sort(descending=True, stable=True)
@@ -55,7 +55,7 @@ class Sampling:
         return torch.zeros_like(p_V).scatter_(0, ids_V, p_V / p_V.sum())
 
     def choose(self, logits_V: Tensor, generator: torch.Generator) -> int:
-        """An id. Logits and generator are on the CPU."""
+        """Choose an id. Logits and generator are on the CPU."""
         if self.greedy:
             return int(logits_V.argmax())
         return int(torch.multinomial(self.probabilities(logits_V), 1, generator=generator))

@@ -1,1 +1,1 @@
-"""GPT and LLaMA from the same modules; how they are executed is chosen in `builder` alone."""
+"""GPT and LLaMA models from the same modules; only `builder` chooses how they are executed."""

@@ -1,4 +1,4 @@
-"""From a configuration to a model: the only place that asks whether it is executed as a stream."""
+"""Construction of a model from a configuration: the only place that chooses streamed or plain execution."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megatron.ops.attention import choose_backend
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model is to be executed; its parameters and results do not depend on it.
+    """How a model is executed; its parameters and results do not depend on it.
 
-    The memory is what FPDT's chunks may take up with offloading: on the device first, then on the host. `recompute`
-    and `checkpoint_in_cpu` are activation checkpointing without FPDT. `documents` says that batches may hold some that
-    do not see each other.
+    `device_memory_bytes` and `host_memory_bytes` are the memory that FPDT's chunks may use with offloading: the device
+    first, then the host. `recompute` and `checkpoint_in_cpu` are activation checkpointing without FPDT. `documents`
+    means that batches may hold documents that do not attend to each other.
     """
 
     fpdt: bool = False
@@ -46,7 +46,7 @@ def build_execution(
     device: torch.device,
     report: ProgressReport = no_report,
 ) -> PlainExecution | StreamedExecution:
-    """Choose the attention backend and the way of executing. AttentionUnavailable if the backend cannot serve."""
+    """Choose the attention backend and the execution. AttentionUnavailable if the backend cannot serve."""
     if execution.fpdt and config.attention_dropout:
         raise ValueError(f"--attention-dropout ({config.attention_dropout}) cannot be replayed by FPDT; use 0")
     attention = choose_backend(config.attention_backend, device, dtype, config.kv_channels, execution.documents)
@@ -79,7 +79,7 @@ def build_model(
 ) -> GPTModel:
     """Build the model with its initial values, the same on every rank.
 
-    Parameters are made one module after the other, so that ZeRO-3's partitioning can take each as it comes.
+    Parameters are created one module after the other, so that ZeRO-3 can partition each as it is created.
     """
     device = torch.device(device)
     initializer = Initializer(

@@ -1,6 +1,6 @@
 """Initial values of parameters: drawn in fp32 from one generator, in the order of construction, then cast.
 
-So a model starts from the same values whatever its dtype, its ZeRO stage and the way it will be executed.
+So a model starts from the same values for any dtype, ZeRO stage and execution.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Initializer:
-    """Makes parameters of one dtype on one device: normal with `std`, or `residual_std` into the residual stream."""
+    """Creates parameters of one dtype on one device: normal with `std`, or `residual_std` into the residual stream."""
 
     generator: torch.Generator
     dtype: torch.dtype
@@ -22,12 +22,12 @@ class Initializer:
     residual_std: float
 
     def normal(self, *shape: int, into_residual: bool = False) -> nn.Parameter:
-        """A parameter of normally distributed values."""
+        """Create a parameter of normally distributed values."""
         values = torch.empty(shape, dtype=self.dtype, device=self.device)
         drawn = torch.empty_like(values, dtype=torch.float32)
         drawn.normal_(std=self.residual_std if into_residual else self.std, generator=self.generator)
         return nn.Parameter(values.copy_(drawn))
 
     def zeros(self, *shape: int) -> nn.Parameter:
-        """A parameter of zeros."""
+        """Create a parameter of zeros."""
         return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.device))

@@ -1,4 +1,4 @@
-"""The modules of a block.
+"""The modules of a transformer block: linear layers, norms, self-attention, MLP.
 
 S tokens, B batch, h hidden size, H query heads, K key/value heads, D head size, f MLP width
 """
@@ -52,21 +52,21 @@ class Embedding(nn.Module):
 
 
 def build_norm(config: ModelConfig, initializer: Initializer, size: int | None = None) -> nn.Module:
-    """LayerNorm or RMSNorm, as the configuration says, over `size` or else the hidden size."""
+    """Build the configured LayerNorm or RMSNorm over `size`, by default the hidden size."""
     norm = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.normalization]
     size = size or config.hidden_size
     return norm(size, eps=config.layernorm_epsilon, dtype=initializer.dtype, device=initializer.device)
 
 
 class CoreAttention(Protocol):
-    """Causal attention between the projections: Ulysses' (megatron.model.plain), or FPDT's (megatron.fpdt.seam)."""
+    """Causal attention between the projections: Ulysses (megatron.model.plain) or FPDT (megatron.fpdt.seam)."""
 
     def __call__(
         self, q_SBHD: Tensor, kv_SBKD: Tensor, scale: float, dropout: float, documents: Documents | None
     ) -> Tensor:
-        """o [S, B, H, D] of q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values, of this rank's tokens.
+        """Return o [S, B, H, D] of this rank's tokens for q [S, B, H, D] and kv [S, B, 2K, D], keys first.
 
-        A token attends to those before it, in its own document where `documents` are given.
+        A token attends to itself and the tokens before it, within its own document if `documents` are given.
         """
         ...
 
@@ -74,12 +74,12 @@ class CoreAttention(Protocol):
 class SelfAttention(nn.Module):
     """Projections around `core_attention`.
 
-    Rows of `query_key_value`: for each key/value head its H/K query heads, the key, the value. Where queries and keys
-    are normalised, each kind has one norm for all its heads.
+    Rows of `query_key_value`: for each key/value head its H/K query heads, the key, the value. If queries and keys are
+    normalized (QK norm), each of the two has one norm for all its heads.
     """
 
     core_attention: CoreAttention
-    """Set by the way of executing that the builder chooses."""
+    """Set by the execution that the builder chooses."""
 
     def __init__(self, config: ModelConfig, initializer: Initializer) -> None:
         super().__init__()
@@ -96,16 +96,16 @@ class SelfAttention(nn.Module):
         self.rotary = build_rotary(config)
 
     def forward(self, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None) -> Tensor:
-        """[S, B, h]."""
+        """Project, attend and project back: [S, B, h] -> [S, B, h]."""
         q, kv = self.project(x_SBh, positions_BS)
         dropout = self.dropout if self.training else 0.0
         o_SBHD = self.core_attention(q, kv, self.softmax_scale, dropout, documents)
         return self.dense(o_SBHD.flatten(2))
 
     def project(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values.
+        """Project to q [S, B, H, D] and kv [S, B, 2K, D], K keys and then K values.
 
-        Queries and keys are normalised, if the model does that, and turned by their positions.
+        Queries and keys are normalized if the model has QK norm, and rotated by their positions if it has RoPE.
         """
         per_group = self.num_heads // self.num_key_value_heads
         qkv = self.query_key_value(x_SBh).unflatten(2, (self.num_key_value_heads, per_group + 2, self.head_size))
@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU, exact or by tanh, or SwiGLU: down(silu(gate) * up), gate and up stacked in `dense_h_to_4h`."""
+    """MLP with GELU, exact or tanh, or SwiGLU: down(silu(gate) * up), gate and up stacked in `dense_h_to_4h`."""
 
     def __init__(self, config: ModelConfig, initializer: Initializer) -> None:
         super().__init__()

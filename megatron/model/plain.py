@@ -1,6 +1,6 @@
-"""Execution of a block at once: plain Ulysses, or a single device. The residual stream is on the compute device.
+"""Plain execution, without chunks: Ulysses, or a single device. The residual stream is on the compute device.
 
-Embedding and head are the streamed ones, with one chunk: logits are never whole on any path.
+Embedding and head are the streamed ones, with one chunk, so full-length logits never exist on any path.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 
 class PlainExecution:
-    """Runs each layer at once, its activations saved, recomputed, or recomputed from inputs in host memory."""
+    """Runs a layer on the whole sequence; activations are saved, or recomputed from inputs on the device or host."""
 
     def __init__(self, stream: Stream, recompute: bool = False, checkpoint_in_cpu: bool = False) -> None:
-        """`stream` is stored on the device and has one chunk; it runs embedding and head."""
+        """`stream` has one chunk and stores it on the device; it runs embedding and head."""
         self.stream = stream
         self.store = stream.store
         self._recompute = recompute
         self._checkpoint_in_cpu = checkpoint_in_cpu
 
     def attach(self, layer: TransformerLayer) -> None:
-        """Execute a layer from now on."""
+        """Replace the layer's `forward` and its core attention."""
         number = layer.layer_number
         layer.self_attention.core_attention = UlyssesAttention(self.stream, number)
         layer.forward = partial(self._run, number, partial(self._run_layer, number, layer.forward))  # type: ignore[method-assign]
@@ -61,7 +61,7 @@ class PlainExecution:
         positions_BS: Tensor,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Run a layer, with activation checkpointing or without."""
+        """Run a layer, with or without activation checkpointing."""
         args = x_SBh, self.stream.on_device(positions_BS), documents
         note_gradients(self.stream, layer_number, (INPUT,), x_SBh)
         if not (self._recompute and torch.is_grad_enabled()):
@@ -85,7 +85,7 @@ class UlyssesAttention:
     def __call__(
         self, q_SBHD: Tensor, kv_SBKD: Tensor, scale: float, dropout: float, documents: Documents | None
     ) -> Tensor:
-        """As megatron.model.layers.CoreAttention."""
+        """Attend as megatron.model.layers.CoreAttention says."""
         parallel_state = self._stream.parallel_state
         group, size = parallel_state.sequence_parallel_group, parallel_state.sequence_parallel_size
         sequence = (0, len(q_SBHD) * size)
@@ -103,14 +103,14 @@ class UlyssesAttention:
         return differentiable_heads_to_tokens([o], group)[0]
 
     def _note(self, names: Sequence[str], *values: Tensor) -> None:
-        """Show what was computed, and later its gradients, to those who take notes."""
+        """Pass the values to `stream.note`, and their gradients once they are computed."""
         for what, value in zip(names, values, strict=True):
             self._stream.note("forward", what, self._layer_number, 0, value)
         note_gradients(self._stream, self._layer_number, names, *values)
 
 
 def note_gradients(stream: Stream, layer_number: int, names: Sequence[str], *values: Tensor) -> None:
-    """Show the gradients of values to those who take notes."""
+    """Pass the gradients of values to `stream.note` once they are computed."""
     for what, value in zip(names, values, strict=True):
         if value.requires_grad:
             value.register_hook(partial(stream.note, "backward", what, layer_number, 0))

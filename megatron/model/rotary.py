@@ -1,4 +1,4 @@
-"""The rotary position embedding that a configuration asks for."""
+"""Construction of the rotary position embedding (RoPE) from a configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.ops.rope_scaling import (
 
 
 def build_rotary(config: ModelConfig) -> RotaryEmbedding | None:
-    """The model's rotary embedding; None where its positions are learned. ValueError if the scaling lacks a number."""
+    """Build the model's RoPE; None if positions are learned. ValueError if the RoPE scaling lacks a value."""
     if not config.use_rotary_position_embeddings:
         return None
     size, theta = rotary_size(config), config.rotary_position_embeddings_theta
@@ -42,7 +42,7 @@ def build_rotary(config: ModelConfig) -> RotaryEmbedding | None:
 
 
 def rotary_size(config: ModelConfig) -> int:
-    """Dimensions of each head that rotary embedding turns."""
+    """Return the number of dimensions of each head that RoPE rotates."""
     return int(config.kv_channels * config.rotary_percent)
 
 

@@ -1,4 +1,4 @@
-"""Execution of a model as a stream: everything chunk by chunk, stored on the stream's tier."""
+"""Streamed (FPDT) execution of a model: everything runs chunk by chunk and is stored on the stream's tier."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StreamedExecution:
         self.store = stream.store
 
     def attach(self, layer: TransformerLayer) -> None:
-        """Execute a layer from now on."""
+        """Replace the layer's `forward` and its core attention."""
         layer.self_attention.core_attention = StreamedAttention()
         layer.forward = StreamedBlock(self.stream, layer)  # type: ignore[method-assign]
 

@@ -3,8 +3,8 @@
     a = x + attention(norm(x), positions)
     y = a + mlp(norm(a))                     mlp(norm(x)) with a parallel residual
 
-The modules know their arithmetic. Whether they run at once or chunk by chunk is chosen in megatron.model.builder: the
-`execution` of embedding and head, and the `core_attention` of the layers.
+The modules define the computation only. megatron.model.builder chooses whether it runs on the whole sequence or chunk
+by chunk: it sets the `execution` of embedding and head, and the `core_attention` of the layers.
 
     S tokens, B batch, h hidden size, H query heads, K key/value heads, D head size
 """
@@ -24,19 +24,19 @@ from megatron.model.layers import MLP, Embedding, Linear, SelfAttention, build_n
 
 
 class ModelExecution(Protocol):
-    """Runs the pieces of a model on this rank's tokens. Where tensors are stored between them is its own business."""
+    """Runs the parts of a model on this rank's tokens, and decides where tensors are stored in between."""
 
     def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
-        """The residual stream [S/p, B, h]."""
+        """Embed this rank's tokens: the residual stream [S/p, B, h]."""
         ...
 
     def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """Sum of the masked token losses."""
+        """Compute the sum of the masked token losses."""
         ...
 
 
 class TokenEmbedding(nn.Module):
-    """Word embedding, plus a learned position embedding where there is no rotary one."""
+    """Word embedding, plus a learned position embedding if the model has no RoPE."""
 
     def __init__(
         self, config: ModelConfig, padded_vocab_size: int, initializer: Initializer, execution: ModelExecution
@@ -56,7 +56,7 @@ class TokenEmbedding(nn.Module):
         return self.training and self.dropout > 0
 
     def embed(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
-        """[S, B, h] of the tokens given, whichever of the sequence they are."""
+        """Embed any tokens of the sequence: [S, B, h]."""
         x = self.word_embeddings(tokens_BS.T)
         if self.position_embeddings is not None:
             x = x + self.position_embeddings(positions_BS.T)
@@ -83,7 +83,7 @@ class TransformerLayer(nn.Module):
         return self.training and self.dropout > 0
 
     def forward(self, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None = None) -> Tensor:
-        """The residual stream [S, B, h] after the block."""
+        """Return the residual stream [S, B, h] after the block."""
         attention_SBh = self.self_attention(self.input_layernorm(x_SBh), positions_BS, documents)
         residual_SBh = x_SBh + F.dropout(attention_SBh, self.dropout, self.training)
         mlp_input_SBh = x_SBh if self.parallel_residual else residual_SBh
@@ -92,7 +92,7 @@ class TransformerLayer(nn.Module):
 
 
 class LanguageModelHead(nn.Module):
-    """Final norm and output layer; the output layer's weight is the word embedding's when they are tied."""
+    """Final norm and output layer; a tied output layer shares the word embedding's weight."""
 
     def __init__(
         self,
@@ -134,12 +134,12 @@ class GPTModel(nn.Module):
         positions_BS: Tensor,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Sum of this rank's masked token losses, a scalar in fp32 (fp64 for fp64).
+        """Compute the sum of this rank's masked token losses, a scalar in fp32 (fp64 for fp64).
 
         Tokens, labels and positions int64 [B, S/p] and mask [B, S/p] are this rank's, in its SequenceLayout's order.
-        `documents` are those of the whole sequences; without, each sequence is one.
+        `documents` are those of the whole sequences; without them, each sequence is one document.
         """
-        # ZeRO-3 learns from the gradient of a module's input that its backward pass is over; tokens have none.
+        # ZeRO-3 detects the end of a module's backward pass by the gradient of its input; tokens have no gradient.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
         x = self.embedding(tokens_BS, positions_BS, anchor)
         for layer in self.layers:

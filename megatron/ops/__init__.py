@@ -1,1 +1,1 @@
-"""Arithmetic on tensors of one device: attention tiles, their merge, norms and rotary embedding."""
+"""Operators on tensors of one device: attention tiles, their merge, linear layers, SwiGLU, RoPE, cross-entropy."""

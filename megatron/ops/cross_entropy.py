@@ -1,4 +1,4 @@
-"""Cross-entropy of a tile of logits, in log-sum-exp form, and its gradient with it.
+"""Cross-entropy of a tile of logits, in log-sum-exp form, fused with its gradient.
 
 loss    = sum over tokens of mask * (logsumexp(z) - z[label])
 dlogits = mask * (softmax(z) - onehot(label))
@@ -14,14 +14,14 @@ from megatron.ops.fused import fused
 
 @fused
 def token_losses(logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
-    """Masked token losses [T], in the dtype of the mask, in which they are computed."""
+    """Compute the masked token losses [T], in the dtype of the mask."""
     logits = logits_TV.to(mask_T.dtype)
     return (logits.logsumexp(-1) - _at_labels(logits, labels_T)) * mask_T
 
 
 @fused
 def cross_entropy_with_gradient(logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Their sum, a scalar, and its dlogits [T, V] in the dtype of the logits."""
+    """Compute the sum of the masked token losses, a scalar, and its dlogits [T, V] in the dtype of the logits."""
     logits = logits_TV.to(mask_T.dtype)
     lse_T = logits.logsumexp(-1)
     loss = ((lse_T - _at_labels(logits, labels_T)) * mask_T).sum()

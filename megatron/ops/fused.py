@@ -1,4 +1,4 @@
-"""Fusion of token-wise arithmetic: on CUDA a function becomes a few kernels, elsewhere it runs as written."""
+"""Fusion of token-wise operations by torch.compile: a few kernels on CUDA, eager execution elsewhere."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-# A function is compiled anew for each number format, gradient mode and layout. Beyond the limit, which is 8 else, torch
-# runs what is new as written, whose roundings differ: the same call would not give the same bits in every process.
+# torch recompiles a function for each dtype, gradient mode and layout. Beyond the limit, by default 8, it runs further
+# variants eagerly, with different rounding: the same call would not give the same bits in every process.
 RECOMPILE_LIMIT = 64
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def fused(function: Function) -> Function:
-    """Compile `function` where its first argument is a CUDA tensor. The function is its own reference.
+    """Compile `function` for calls whose first argument is a CUDA tensor. The function is its own reference.
 
-    It must be pure, or write to its arguments in place; gradients pass through it. Compiled at its first call, and
-    once more, for any length, when the length of its tensors first changes. Without Triton it runs as written.
+    It must be pure, or write to its arguments in place; it is differentiable. It is compiled at its first call, and
+    once more, for any length, when the length of its tensors first changes. Without Triton it runs eagerly.
     """
 
     @functools.cache

@@ -1,4 +1,4 @@
-"""Sums of parameter gradients over many calls, in fp32 whatever the parameters' dtype."""
+"""Accumulation of parameter gradients over many calls, in fp32 for any parameter dtype."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64."""
+    """Return fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class GradientSum:
-    """Begins with nothing; `total` is the sum in fp32 (fp64 for fp64), or None where nothing was added."""
+    """An accumulated gradient: `total` in fp32 (fp64 for fp64), or None if nothing was added."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -28,7 +28,7 @@ class GradientSum:
             self.total.add_(gradient)
 
     def add_product(self, dy_TO: Tensor, x_TI: Tensor) -> None:
-        """Add the weight gradient dy^T x [O, I] of a linear layer, T tokens, without rounding it to half precision."""
+        """Add the weight gradient dy^T x [O, I] of a linear layer over T tokens, not rounded to half precision."""
         dy_OT, dtype = dy_TO.T, accumulation_dtype(dy_TO.dtype)
         if not (dy_TO.is_cuda and dy_TO.dtype.itemsize == 2):
             dy_OT, x_TI = dy_OT.to(dtype), x_TI.to(dtype)
@@ -50,17 +50,17 @@ class GradientSums:
         self._by_parameter = {id(p): each for p, each in zip(parameters, self._sums, strict=True)}
 
     def of(self, parameter: Tensor) -> GradientSum | None:
-        """The sum of a parameter; None where the parameter is not among them."""
+        """Return the sum of a parameter, or None if the parameter has none here."""
         return self._by_parameter.get(id(parameter))
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one contribution per parameter; None where there is none."""
+        """Add one contribution per parameter; None for no contribution."""
         for gradient_sum, gradient in zip(self._sums, gradients, strict=True):
             if gradient is not None:
                 gradient_sum.add(gradient)
 
     def result(self, scale: Tensor | None = None) -> list[Tensor | None]:
-        """The sums in the dtypes of the parameters, times `scale` where it is given; the sums end here."""
+        """Return the sums in the dtypes of the parameters, times `scale` if given, and release them."""
         results: list[Tensor | None] = []
         for parameter, gradient_sum in zip(self.parameters, self._sums, strict=True):
             total, gradient_sum.total = gradient_sum.total, None
@@ -72,7 +72,7 @@ class GradientSums:
 
 @functools.cache
 def _adds_products_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch takes an fp32 sum beside half-precision matrices; not every one since 2.8 does."""
+    """Whether this torch's addmm adds half-precision products to an fp32 sum; not every version since 2.8 does."""
     matrix = torch.zeros(8, 8, dtype=dtype, device=device)
     total = torch.zeros(8, 8, device=device)
     try:

@@ -1,4 +1,4 @@
-"""Linear layer, and the tape that a streamed layer's products run on.
+"""Linear layer, and the tape on which a streamed layer's matrix products run.
 
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum of dy
 
@@ -28,10 +28,10 @@ class LinearTape:
 
     Args:
         recorded: numbers of the products whose outputs `take_outputs` returns.
-        replayed: outputs of an earlier run by number; they are not computed again, and released on use.
-        skipped: numbers of the products whose value nobody reads: the output has the right shape and any values, and
-            passes gradients on.
-        sums: where the gradients of weights go, in fp32; autograd then sees none of them.
+        replayed: outputs of an earlier run by number; they are not recomputed, and released on use.
+        skipped: numbers of the products whose value nobody reads: the output has the right shape and arbitrary values,
+            and passes gradients on.
+        sums: accumulates the gradients of weights in fp32; autograd then sees none of them.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class LinearTape:
             _running.reset(token)
 
     def take_outputs(self) -> list[Tensor]:
-        """Outputs of the recorded products since the last call, in order."""
+        """Return the outputs of the recorded products since the last call, in order."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The next product."""
+        """Compute, replay or skip the next product."""
         number, self.num_products = self.num_products, self.num_products + 1
         replayed, is_skipped = self._replayed.pop(number, None), number in self._skipped
         if self._sums is not None and torch.is_grad_enabled():
@@ -74,7 +74,7 @@ class LinearTape:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., I] times weight [O, I], plus bias [O]: [..., O]."""
+    """Compute x [..., I] times weight [O, I], plus bias [O]: [..., O]."""
     tape = _running.get()
     return F.linear(x, weight, bias) if tape is None else tape.product(x, weight, bias)
 

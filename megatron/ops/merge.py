@@ -1,11 +1,11 @@
-"""Sums over the tiles of a row or a column of attention.
+"""Merge of partial attention results (online softmax), and sums of gradients over a row or a column of tiles.
 
-Partial attention results of the same queries over different keys, merged at once, and two by two (online softmax):
+Results of the same queries over different keys, merged all at once, or two by two:
 
     o = sum_i w_i o_i,  w = softmax(lse)
     o = (exp(lse_a) o_a + exp(lse_b) o_b) / (exp(lse_a) + exp(lse_b)) = o_a + w (o_b - o_a),  w = sigmoid(lse_b - lse_a)
 
-Written with softmax and sigmoid nothing overflows, whatever the two log-sum-exps are.
+Written with softmax and sigmoid, nothing overflows for any two log-sum-exps.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from megatron.ops.fused import fused
 
 
 def merge(results: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """o [S, B, H, D] of one or more results, in the dtype of lse.
+    """Merge one or more results to o [S, B, H, D], in the dtype of lse.
 
-    A result is (o [S, B, H, D], lse [B, H, S] in fp32 or fp64), over keys of its own; lse finite.
+    A result is (o [S, B, H, D], lse [B, H, S] in fp32 or fp64) over its own keys; lse is finite.
     """
     o_NSBHD, lse_NBHS = (torch.stack(tensors) for tensors in zip(*results, strict=True))
     weights_NSBH = lse_NBHS.softmax(0).permute(0, 3, 1, 2)  # [N, B, H, S] -> [N, S, B, H]
@@ -29,7 +29,7 @@ def merge(results: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def merge_(o_SBHD: Tensor, lse_BHS: Tensor, other_o_SBHD: Tensor, other_lse_BHS: Tensor) -> None:
-    """Merge `other` into (o, lse) in place. o [S, B, H, D] and lse [B, H, S] in fp32 or fp64; lse finite."""
+    """Merge `other` into (o, lse) in place. o [S, B, H, D] and lse [B, H, S] are fp32 or fp64; lse is finite."""
     weight_SBH = torch.sigmoid(other_lse_BHS - lse_BHS).permute(2, 0, 1).contiguous()
     _interpolate_(o_SBHD, other_o_SBHD, weight_SBH)
     torch.logaddexp(lse_BHS, other_lse_BHS, out=lse_BHS)

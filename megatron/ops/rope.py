@@ -1,10 +1,10 @@
-"""Rotary position embedding (arXiv 2104.09864), first and second half of the rotated dimensions paired.
+"""Rotary position embedding (RoPE, arXiv 2104.09864), first and second half of the rotated dimensions paired.
 
     angle[s, d] = position[s] * theta^(-2d / rotary_size)      d < rotary_size / 2
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
 
-Token-wise, from true position ids, and computed for the tokens at hand: there is no table that grows with the
-context. Angles are computed in fp64: at two million tokens an fp32 product of position and frequency is off by a
+It is token-wise: cos and sin are computed from the position ids of the given tokens, without a table that grows with
+the context. Angles are computed in fp64: at two million tokens an fp32 product of position and frequency is off by a
 tenth of a radian.
 """
 
@@ -21,22 +21,22 @@ from megatron.ops.fused import fused
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
-    """Angles that turn the first `rotary_size` dimensions of every head; the others stay as they are."""
+    """Rotation angles for the first `rotary_size` dimensions of every head; the others are not rotated."""
 
     rotary_size: int
     theta: float
 
     @property
     def attention_factor(self) -> float:
-        """What cos and sin are multiplied by."""
+        """Factor of cos and sin."""
         return 1.0
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """Radians per token of each pair, [rotary_size/2], fp64."""
+        """Return the radians per token of each pair, [rotary_size/2], fp64."""
         return unscaled_frequencies(self.rotary_size, self.theta, device)
 
     def cos_sin(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [S, B, 1, rotary_size/2], in fp32 (fp64 for a model in fp64), where the positions are."""
+        """Compute cos and sin, each [S, B, 1, rotary_size/2], fp32 (fp64 for fp64), on the positions' device."""
         angles = positions_BS.T.to(torch.float64)[..., None, None] * _frequencies(self, positions_BS.device)
         dtype, factor = torch.promote_types(dtype, torch.float32), self.attention_factor
         cos, sin = angles.cos(), angles.sin()
@@ -47,12 +47,12 @@ class RotaryEmbedding:
 
 @functools.cache
 def _frequencies(rotary: RotaryEmbedding, device: torch.device) -> Tensor:
-    """Those of `rotary`, made once: on a GPU they are several kernels."""
+    """Return the frequencies of `rotary`, computed once: on a GPU they take several kernels."""
     return rotary.frequencies(device)
 
 
 def unscaled_frequencies(rotary_size: int, theta: float, device: torch.device) -> Tensor:
-    """theta^(-2d / rotary_size) for d below rotary_size / 2, fp64."""
+    """Compute theta^(-2d / rotary_size) for d below rotary_size / 2, fp64."""
     exponents = torch.arange(0, rotary_size, 2, dtype=torch.float64, device=device)
     return theta ** (-exponents / rotary_size)
 
@@ -67,7 +67,7 @@ def rotate(x_SBHD: Tensor, cos_SB1d: Tensor, sin_SB1d: Tensor) -> Tensor:
 
 @fused
 def split_and_rotate(qkv_SBKgD: Tensor, cos_SB1d: Tensor | None, sin_SB1d: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Split a projection into queries and packed keys and values, and rotate queries and keys where cos and sin are.
+    """Split a projection into q and packed kv, and rotate queries and keys if cos and sin are given.
 
     qkv [S, B, K, H/K + 2, D]: for each key/value head its queries, its key, its value. Returns q [S, B, H, D] and
     kv [S, B, 2K, D], K keys and then K values.

@@ -1,7 +1,7 @@
-"""Rotary position embedding whose frequencies are stretched for contexts longer than a model was trained at.
+"""RoPE scaling: rotary frequencies stretched for contexts longer than a model was trained at.
 
-A pair d of dimensions turns by f[d] = theta^(-2d / R) per token, R the rotary size. With factor s, original context L,
-and the turns r[d] = L f[d] / 2 pi that a pair makes within L:
+A pair d of dimensions rotates by f[d] = theta^(-2d / R) per token, R the rotary size. With factor s, original context
+L, and the rotations r[d] = L f[d] / 2 pi that a pair makes within L:
 
     linear   f / s                                        position interpolation (arXiv 2306.15595)
     dynamic  theta times (s n / L - s + 1)^(R / (R - 2))  for sequences of n > L tokens
@@ -9,7 +9,7 @@ and the turns r[d] = L f[d] / 2 pi that a pair makes within L:
              multiplied by the attention factor, by default 0.1 ln s + 1
     llama3   f / s for slow pairs, f for fast ones, a mixture linear in r between (Llama 3.1)
 
-All of it in fp64, and numerically that of Hugging Face's transformers.
+All of it is computed in fp64, and numerically equal to Hugging Face's transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron.ops.rope import RotaryEmbedding, unscaled_frequencies
 
 @dataclass(frozen=True)
 class LinearRotaryEmbedding(RotaryEmbedding):
-    """Every frequency is divided by `factor`."""
+    """Every frequency divided by `factor`."""
 
     factor: float
 
@@ -49,7 +49,10 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
 
 @dataclass(frozen=True)
 class YarnRotaryEmbedding(RotaryEmbedding):
-    """Pairs that make more than `beta_fast` turns within `original_length` stay, below `beta_slow` they are divided."""
+    """YaRN, by the turns that a pair makes within `original_length`.
+
+    Above `beta_fast` turns a pair keeps its frequency; below `beta_slow` turns it is divided by `factor`.
+    """
 
     factor: float
     original_length: int
@@ -60,7 +63,7 @@ class YarnRotaryEmbedding(RotaryEmbedding):
 
     @property
     def attention_factor(self) -> float:
-        """The one given; else 0.1 m ln s + 1 with m = 1, or its ratio for the two `mscales`."""
+        """Return the given factor, else 0.1 m ln s + 1 with m = 1, or the ratio of this for the two `mscales`."""
         if self.given_attention_factor is not None:
             return self.given_attention_factor
         logarithm = 0.1 * math.log(self.factor)
@@ -75,14 +78,17 @@ class YarnRotaryEmbedding(RotaryEmbedding):
         return unscaled_frequencies(self.rotary_size, self.theta, device) * (1 - slow + slow / self.factor)
 
     def _pair_of(self, turns: float) -> float:
-        """The pair, as a real number, that makes so many turns within the original length."""
+        """Return the pair, as a real number, that makes this many turns within the original length."""
         tokens_per_radian = self.original_length / (2 * math.pi * turns)
         return self.rotary_size * math.log(tokens_per_radian) / (2 * math.log(self.theta))
 
 
 @dataclass(frozen=True)
 class Llama3RotaryEmbedding(RotaryEmbedding):
-    """Pairs that make `high_freq_factor` turns within `original_length` stay, at `low_freq_factor` they are divided."""
+    """Llama 3.1's scaling, by the turns that a pair makes within `original_length`.
+
+    From `high_freq_factor` turns on a pair keeps its frequency; up to `low_freq_factor` it is divided by `factor`.
+    """
 
     factor: float
     original_length: int

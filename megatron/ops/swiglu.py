@@ -15,7 +15,7 @@ from megatron.ops.fused import fused
 
 
 def swiglu(gate_and_up_SBf: Tensor) -> Tensor:
-    """[S, B, 2f], the gate first -> [S, B, f]."""
+    """Compute [S, B, 2f], the gate first -> [S, B, f]."""
     return _SwiGLU.apply(gate_and_up_SBf)
 
 
@@ -41,7 +41,7 @@ def _forward(gate_and_up: Tensor) -> Tensor:
 
 @fused
 def _backward(gate_and_up: Tensor, dy: Tensor, dgate: Tensor, dup: Tensor) -> None:
-    """Both halves are written in one pass: concatenated by the compiler, they would take two."""
+    """Write both halves in one pass: concatenated by the compiler, they would take two."""
     gate, up, dy = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (*gate_and_up.chunk(2, -1), dy))
     sigmoid = torch.sigmoid(gate)
     dup.copy_(dy * gate * sigmoid)

@@ -1,10 +1,10 @@
-"""The stream under a clock: the real schedule, with the time that each piece would take on a GPU.
+"""Simulated timeline of FPDT: the real schedule, with the time that each piece would take on a GPU.
 
-`megatron.fpdt` runs on the CPU as it is. What it is given in place of a GPU does no arithmetic and counts time: a store
-whose copies, a stream whose all-to-all, a kernel and a block whose work take up a lane of the clock each. So what is
-queued, in which order, and what waits for what is the stream's own doing; how long a piece takes is from the planner's
-rates. The tensors are those of the job with `SCALE` times fewer tokens, and every element of a block's input holds the
-number of its chunk, from which queries and keys have it too: that is how a tile knows what it is.
+`megatron.fpdt` runs unchanged on the CPU. In place of the GPU it uses simulated parts that compute nothing and count
+time: a store whose copies, a stream whose all-to-all, and a kernel and a block whose compute occupy lanes of a clock.
+So the order of execution and all waits come from the real stream; the duration of each piece comes from the planner's
+rates. Tensors are those of the job with `SCALE` times fewer tokens. Every element of a block's input is the number of
+its chunk, and queries and keys inherit it: this is how a tile knows its chunks.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from megatron.planner.plan import Plan
 
 SCALE = 256
 COMPUTE, ALL_TO_ALL, COPY_IN, COPY_OUT = LANES = ("compute", "all-to-all", "copy in", "copy out")
-# Kinds of work, and of chunks: hidden states (x, y, dx, dy), attention output, log-sum-exp, keys and values, theirs.
+# Kinds of work, and of chunks: hidden states (x, y, dx, dy), attention output, log-sum-exp, kv, and dkv.
 BEFORE, AFTER, TILE = "before", "after", "attention tile"
 HIDDEN, OUTPUT, LSE, KEYS, GRADIENTS = "hidden", "o", "lse", "kv", "dkv"
 
 
 class Piece(NamedTuple):
-    """Something that takes up a lane from `start` to `end`, in seconds."""
+    """A piece of work that occupies a lane from `start` to `end`, in seconds."""
 
     lane: str
     kind: str
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Clock:
-    """When each lane is free, and what has run. A lane does one thing at a time, in the order in which it is queued."""
+    """When each lane is free, and the pieces that have run. A lane runs one piece at a time, in queue order."""
 
     free: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LANES, 0.0))
     pieces: list[Piece] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Clock:
     phase: str = ""
 
     def run(self, lane: str, kind: str, label: str, seconds: float, after: float = 0.0) -> float:
-        """Queue a piece behind what its lane has and not before `after`; when it ends."""
+        """Queue a piece on its lane, to start not before `after`; return when it ends."""
         start = max(self.free[lane], after)
         self.free[lane] = start + seconds
         self.pieces.append(Piece(lane, kind, label, start, start + seconds, self.layer, self.phase))
@@ -66,36 +66,36 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Count no time and no piece."""
+        """Count no time and record no pieces."""
         free, num_pieces = dict(self.free), len(self.pieces)
         yield
         self.free = free
         del self.pieces[num_pieces:]
 
     def wait(self, until: float) -> None:
-        """Let the compute lane wait."""
+        """Make the compute lane wait until a time."""
         self.free[COMPUTE] = max(self.free[COMPUTE], until)
 
     def report(self, phase: str, layer_number: int, chunk: int, num_chunks: int) -> None:
-        """Note where the stream is, for the pieces from now on."""
+        """Set the layer and phase of the next pieces."""
         self.layer, self.phase = layer_number, phase
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long the pieces of one block take on one rank; of whole chunks, forward and backward."""
+    """Durations of the pieces of one block on one rank, for whole chunks, (forward, backward)."""
 
     tile: tuple[float, float]
     before: tuple[float, float]
     after: tuple[float, float]
-    before_again: float
-    after_again: float
+    before_recomputed: float
+    after_recomputed: float
     per_byte: float
     per_exchanged_byte: float
 
     @classmethod
     def of(cls, plan: Plan) -> Seconds:
-        """From the planner's rates; its time of token-wise work is shared out by the FLOPs of matrix products."""
+        """Derive durations from the planner's rates; token-wise time is split by the FLOPs of matrix products."""
         job, shape, gpu = plan.job, plan.job.shape, plan.machines.gpu
         p, layers, chunks = job.sequence_parallel_size, job.model.num_layers, shape.layout.num_chunks
         attention = forward_flops(job.model, 0, job.model.seq_length).attention / layers / p
@@ -110,20 +110,20 @@ class Seconds:
             tile=(forward / full_tiles, backward / full_tiles),
             before=(before * rest_forward, 2 * before * rest_backward),
             after=(after * rest_forward, 2 * after * rest_backward),
-            before_again=before * rest_backward,
-            after_again=(after - last) * rest_backward,
+            before_recomputed=before * rest_backward,
+            after_recomputed=(after - last) * rest_backward,
             per_byte=SCALE / (gpu.link_gbps * GB),
             per_exchanged_byte=SCALE * (p - 1) / p / (plan.machines.exchange_gbps(p) * GB),
         )
 
 
 class TimedStore(ChunkStore):
-    """A store on the host whose copies take up the lanes of the link, ordered as the events of CUDA order them."""
+    """A host store whose copies occupy the copy lanes, in the order that CUDA events would give them."""
 
     def __init__(self, clock: Clock, seconds: Seconds, kind_of: Callable[[Tensor], str]) -> None:
         super().__init__(torch.device("cpu"), offloading=True)
         self._clock, self._per_byte, self._kind_of = clock, seconds.per_byte, kind_of
-        self._complete: dict[int, float] = {}  # by host address: when the chunk there is
+        self._complete: dict[int, float] = {}  # by host address: when the chunk there is complete
 
     def _start(self, chunk: Tensor) -> Any:
         bytes_before = self.copied.bytes_in
@@ -139,16 +139,16 @@ class TimedStore(ChunkStore):
 
     def _send_out(self, chunk: Tensor, value: Tensor) -> Any:
         super()._send_out(chunk, value)
-        gone = self._complete[chunk.data_ptr()] = self._copy(COPY_OUT, chunk, self._clock.free[COMPUTE])
-        return value, gone
+        copied = self._complete[chunk.data_ptr()] = self._copy(COPY_OUT, chunk, self._clock.free[COMPUTE])
+        return value, copied
 
     def _copy(self, lane: str, chunk: Tensor, after: float) -> float:
         kind = self._kind_of(chunk)
         label = f"{KEYS} {chunk_of(chunk)}" if kind == KEYS else kind
         return self._clock.run(lane, kind, label, chunk.nbytes * self._per_byte, after)
 
-    def _wait_for(self, leaving: Any) -> None:
-        self._clock.wait(leaving[1])
+    def _wait_for(self, copy_out: Any) -> None:
+        self._clock.wait(copy_out[1])
 
     def _empty_on_host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         free = self._clock.free
@@ -157,7 +157,7 @@ class TimedStore(ChunkStore):
 
 
 def kind_of(chunk: Tensor, layout: SequenceLayout, num_heads: int) -> str:
-    """What a chunk of the layout holds: keys and values are of all ranks' tokens, the attention output of all heads."""
+    """Return the kind of a chunk: kv holds the tokens of all ranks, the attention output all heads."""
     if chunk.dim() == 3:
         return LSE if chunk.dtype == torch.float32 else HIDDEN
     if chunk.dtype == torch.float32:
@@ -167,7 +167,7 @@ def kind_of(chunk: Tensor, layout: SequenceLayout, num_heads: int) -> str:
 
 @dataclass
 class TimedStream(Stream):
-    """A stream of one rank whose all-to-all takes up a lane, and gives tensors of the right shapes."""
+    """A stream of one rank whose all-to-all occupies a lane, and returns tensors of the right shapes."""
 
     clock: Clock = field(default_factory=Clock)
     per_exchanged_byte: float = 0.0
@@ -193,7 +193,7 @@ class TimedStream(Stream):
 
 @dataclass(frozen=True)
 class TimedAttention:
-    """A kernel whose tiles take their time and leave zeros; queries and keys hold the numbers of their chunks."""
+    """A backend whose tiles take simulated time and return zeros; queries and keys hold their chunk's number."""
 
     clock: Clock
     seconds: Seconds
@@ -218,7 +218,7 @@ class TimedAttention:
 
 
 class _Timed(torch.autograd.Function):
-    """The tensor as it is; something is called when its gradient passes."""
+    """Identity, with a callback when the gradient passes."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, in_backward: Callable[[], Any]) -> Tensor:
@@ -232,13 +232,13 @@ class _Timed(torch.autograd.Function):
 
 
 def chunk_of(tensor: Tensor) -> int:
-    """The number that all elements hold."""
+    """Return the chunk number that all elements of a tensor hold."""
     return int(tensor.flatten()[0])
 
 
 @dataclass
 class TimedBlock:
-    """A block whose token-wise work takes its time, and passes on what it is given."""
+    """A block whose token-wise work takes simulated time and passes its input on."""
 
     clock: Clock
     seconds: Seconds
@@ -251,14 +251,14 @@ class TimedBlock:
     projects: bool = True
 
     def forward(self, x_SBh: Tensor, positions_BS: Tensor) -> Tensor:
-        again, seconds, x = torch.is_grad_enabled(), self.seconds, x_SBh
+        recomputed, seconds, x = torch.is_grad_enabled(), self.seconds, x_SBh
         if self.projects:
-            x = self._work(BEFORE, x_SBh, seconds.before_again if again else seconds.before[0])
+            x = self._work(BEFORE, x_SBh, seconds.before_recomputed if recomputed else seconds.before[0])
             x = _Timed.apply(x, lambda: self._work(BEFORE, x_SBh, seconds.before[1]))
         q = x.unflatten(2, (self.num_heads, -1))
         kv = torch.cat([q, q], 2)[:, :, : 2 * self.num_key_value_heads]
         o_SBHD = self.core_attention(q, kv, 1.0, 0.0, None)
-        x = self._work(AFTER, x_SBh, seconds.after_again if again else seconds.after[0])
+        x = self._work(AFTER, x_SBh, seconds.after_recomputed if recomputed else seconds.after[0])
         return _Timed.apply(x, lambda: self._work(AFTER, x_SBh, seconds.after[1])) + o_SBHD.flatten(2)
 
     def _work(self, kind: str, x: Tensor, seconds: float) -> Tensor:
@@ -271,7 +271,7 @@ class TimedBlock:
 
 
 class TimedLayer(StreamedLayer):
-    """Skips the time of the products before attention where their values are not read."""
+    """A streamed layer that skips the time of products before attention whose values are not read."""
 
     layer: TimedBlock
 
@@ -284,12 +284,12 @@ class TimedLayer(StreamedLayer):
 
 
 def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> list[Piece]:
-    """Run so many blocks of the plan's job, forward and backward: what ran when, on one rank."""
+    """Run `num_blocks` blocks of the plan's job, forward and backward; return the pieces of one rank."""
     model, clock, seconds = plan.job.model, Clock(), seconds or Seconds.of(plan)
     layout = scaled(plan.job.shape.layout)
     p, heads, local_chunk = layout.sequence_parallel_size, model.num_attention_heads, layout.local_lengths[0]
     store = TimedStore(clock, seconds, lambda chunk: kind_of(chunk, layout, heads))
-    # The group is what tells the stream that there are other ranks; nothing is sent to it.
+    # The group only makes the stream see several ranks; nothing is sent to it.
     state = ParallelState(p, 0, p, 0, sequence_parallel_group=object())  # type: ignore[arg-type]
     stream = TimedStream(
         store, TimedAttention(clock, seconds), state, layout.chunk_length, SLICE_LENGTH // SCALE, clock.report,
@@ -303,17 +303,17 @@ def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> 
         streamed = StreamedBlock(stream, block)
         streamed.layer = TimedLayer(stream, block)
         with clock.stopped():
-            streamed.layer.trace(x[:1], positions[:, :1])  # which a block does in its first step alone
+            streamed.layer.trace(x[:1], positions[:, :1])  # a block does this in its first step only
         y = streamed(y, positions)
     y.backward(on_host(store, torch.zeros_like(x)))
     return clock.pieces
 
 
 def scaled(layout: SequenceLayout) -> SequenceLayout:
-    """The layout with `SCALE` times fewer tokens."""
+    """Return the layout with `SCALE` times fewer tokens."""
     return SequenceLayout(layout.sequence_length // SCALE, layout.chunk_length // SCALE, layout.sequence_parallel_size)
 
 
 def on_host(store: ChunkStore, numbers: Tensor) -> Tensor:
-    """The numbers in half precision, where the store keeps its chunks."""
+    """Store the numbers in half precision on the store's tier."""
     return store.empty(numbers.shape, torch.bfloat16).copy_(numbers)

@@ -1,4 +1,4 @@
-"""Which rank holds which tokens and heads, before and after the all-to-all: from SequenceLayout."""
+"""Figure of the sequence layout: the tokens and heads of each rank before and after the all-to-all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXCHANGED = 1  # the chunk whose all-to-all is shown
 
 
 def content() -> dict[str, Any]:
-    """Tokens of every rank in local order, and the heads of every rank after the all-to-all of a chunk."""
+    """Return each rank's tokens in local order, and its heads after the all-to-all of a chunk."""
     p = LAYOUT.sequence_parallel_size
     return {
         "chunk_lengths": LAYOUT.chunk_lengths,
@@ -49,21 +49,21 @@ def _draw_sequence(axes: Any, content: dict[str, Any]) -> None:
 def _draw_shards(axes: Any, content: dict[str, Any]) -> None:
     tokens_of_rank, local = content["tokens_of_rank"], content["local_lengths"]
     width = sum(content["chunk_lengths"])
-    bare(axes, width, 4.4, "what each rank holds: its slice of every chunk, in the order of the chunks")
+    bare(axes, width, 4.4, "the shard of each rank: its slice of every chunk, in the order of the chunks")
     for rank, tokens in enumerate(tokens_of_rank):
         axes.text(0, rank + 0.5, f"rank {rank}", va="center")
         for place, token in enumerate(tokens):
             box(axes, 3 + place, rank, 1, 1, RANK_COLORS[rank], str(token))
     for end in list(accumulate(local))[:-1]:
         axes.plot([3 + end] * 2, [-0.1, len(tokens_of_rank) + 0.1], color=INK, linewidth=2)
-    note = "Token-wise work: every rank on its own tokens,\nwith all heads. The lines part the chunks."
+    note = "Token-wise work: every rank on its own tokens,\nwith all heads. Lines separate the chunks."
     axes.text(4.5 + len(tokens_of_rank[0]), 2, note, va="center")
 
 
 def _draw_exchange(axes: Any, content: dict[str, Any]) -> None:
     chunk, lengths = content["exchanged"], content["chunk_lengths"]
     first, length, total = sum(lengths[:chunk]), lengths[chunk], sum(lengths)
-    bare(axes, total, 9.6, f"the all-to-all of chunk {chunk}: who holds which head of which token")
+    bare(axes, total, 9.6, f"the all-to-all of chunk {chunk}: which rank has which head of which token")
     num_heads = sum(map(len, content["heads_of_rank"]))
     before, after, top, height = 2, total - length, 2, 0.9  # where the two grids begin, and the height of a head
     for left, name in ((before, "before: own tokens, all heads"), (after, "after: all tokens, own heads")):

@@ -1,4 +1,4 @@
-"""Memory over the length of the sequence, and a tile's copies beside its arithmetic: the planner's sums and rates."""
+"""Figures of memory by sequence length, and of copy time over compute time, from the planner's estimates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COPIED_COLORS = {"gpt-6.7b": ORANGE, "llama-8b": BLUE}
 
 
 def content() -> dict[str, Any]:
-    """GiB per GPU over the length: on the GPU with what is not torch's, and on the host."""
+    """Return GiB per GPU by sequence length: on the GPU, including memory outside torch, and on the host."""
     plans = [_plan(MODEL, length, CHUNK, NUM_GPUS) for length in LENGTHS]
     ways = {
         OFFLOADED: plans,
@@ -47,7 +47,7 @@ def content() -> dict[str, Any]:
 
 
 def _plan(name: str, length: int, chunk_length: int, num_gpus: int) -> Plan:
-    """A model with FPDT and offloading, every product recomputed and every block's input kept."""
+    """Plan a model with FPDT and offloading: every product recomputed, every block's input saved."""
     model, vocabulary = named_model(name, length)
     chunk_length = min(chunk_length, length)
     job = Job(model, vocabulary, num_gpus, chunk_length, num_gpus, recompute="all", checkpoint_interval=1)
@@ -61,7 +61,7 @@ def _without_fpdt(plan: Plan, **changes: Any) -> Plan:
 
 
 def _with_chunks_on_the_gpu(plan: Plan) -> float:
-    """Bytes of the GPU with what rests on the host beside what is there at the largest moment."""
+    """Return the peak bytes of the GPU if the chunks that are stored on the host were on the GPU."""
     return (plan.memory.gpu + plan.memory.host_chunks) * FRAGMENTATION + OUTSIDE_TORCH
 
 
@@ -73,7 +73,7 @@ def draw(content: dict[str, Any]) -> Any:
     """Draw GPU and host memory side by side."""
     figure, panels = new_figure(13.5, 6, columns=2)
     for axes, where, has, what in (
-        (panels[0], "on_gpu", content["gpu_has"], f"what an {content['gpu']} has"),
+        (panels[0], "on_gpu", content["gpu_has"], f"memory of an {content['gpu']}"),
         (panels[1], "on_host", content["host_has"], f"a GPU's share of {HOST_GIB:,.0f} GiB"),
     ):
         axes.axhline(has, color=GREY, linestyle="--", linewidth=1.5)
@@ -104,35 +104,35 @@ def _short(length: int) -> str:
 
 
 def copies_content() -> dict[str, Any]:
-    """Time of a tile's copies over that of its arithmetic, by length of the chunk."""
+    """Return the ratio of a tile's copy time to its compute time, by chunk length."""
     ratios = {
-        name: [_copies_over_arithmetic(_plan(name, 8 * chunk, chunk, 1)) for chunk in CHUNKS] for name in COPIED_MODELS
+        name: [_copies_over_compute(_plan(name, 8 * chunk, chunk, 1)) for chunk in CHUNKS] for name in COPIED_MODELS
     }
     return {"gpu": GPU, "chunks": CHUNKS, "ratios": ratios}
 
 
-def _copies_over_arithmetic(plan: Plan) -> list[float]:
-    """Of a whole tile forward, which loads keys and values, and backward, which loads their gradients too."""
+def _copies_over_compute(plan: Plan) -> list[float]:
+    """Return the ratio for a full tile forward, which loads kv, and backward, which also loads dkv."""
     shape = plan.job.shape
     elements = shape.key_value_elements / shape.layout.num_chunks
     link = plan.machines.gpu.link_gbps * GB
     copied = (elements * HALF, elements * (HALF + SUM))
-    arithmetic = Seconds.of(plan).tile
-    return [round(num_bytes / link / seconds, 3) for num_bytes, seconds in zip(copied, arithmetic, strict=True)]
+    compute = Seconds.of(plan).tile
+    return [round(num_bytes / link / seconds, 3) for num_bytes, seconds in zip(copied, compute, strict=True)]
 
 
 def draw_copies(content: dict[str, Any]) -> Any:
-    """Draw the ratio over the length of the chunk, a line for each model and pass."""
+    """Draw the ratio by chunk length, one line for each model and pass."""
     figure, axes = new_figure(9.5, 5.6)
     for name, ratios in content["ratios"].items():
         for phase, style, values in zip(("forward", "backward"), ("-", "--"), zip(*ratios, strict=True), strict=True):
             label = f"{COPIED_MODELS[name]}, {phase}"
             axes.plot(content["chunks"], values, style, color=COPIED_COLORS[name], marker="o", linewidth=2, label=label)
     axes.axhline(1, color=GREY, linewidth=1.5)
-    axes.text(content["chunks"][-1], 1.08, "above: the GPU waits", ha="right", va="bottom", color=GREY)
-    axes.text(content["chunks"][-1], 0.92, "below: the copies are hidden", ha="right", va="top", color=GREY)
+    axes.text(content["chunks"][-1], 1.08, "above: the GPU waits for copies", ha="right", va="bottom", color=GREY)
+    axes.text(content["chunks"][-1], 0.92, "below: copies are hidden behind compute", ha="right", va="top", color=GREY)
     _label_lengths(axes, content["chunks"], "tokens of a chunk, over all ranks")
-    axes.set(yscale="log", ylabel="time of the copies / time of the arithmetic", title=f"one tile on {content['gpu']}s")
+    axes.set(yscale="log", ylabel="copy time / compute time", title=f"one tile on {content['gpu']}s")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(frameon=False)
     return figure

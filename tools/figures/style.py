@@ -1,6 +1,6 @@
-"""What the figures share: a white page, large letters, and colours that colour-blind readers tell apart.
+"""Shared style of the figures: white background, large letters, and colors that color-blind readers can tell apart.
 
-The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), some of them lighter as a ground for text.
+The colors are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), some lighter as a background for text.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ SETTINGS: dict[str, Any] = {
     "text.color": INK,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "svg.hashsalt": "figures",  # the same names in the file, whenever it is drawn
-    "svg.fonttype": "none",  # letters as text, which is short and can be read in a diff
+    "svg.hashsalt": "figures",  # the same ids in the file each time it is drawn
+    "svg.fonttype": "none",  # text as text, which is short and readable in a diff
 }
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """(figure, axes), of inches, to be saved without a display."""
+    """Create (figure, axes), sized in inches, to be saved without a display."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -36,14 +36,14 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
 
 def bare(axes: Any, width: float, height: float, title: str) -> None:
-    """Make a panel a plane of `width` by `height` units from the upper left corner, without axes."""
+    """Make a panel a plane of `width` by `height` units, origin at the upper left, without axes."""
     axes.set(xlim=(-0.05, width + 0.05), ylim=(height + 0.05, -0.05), aspect="equal")
     axes.set_title(title, loc="left")
     axes.axis("off")
 
 
 def box(axes: Any, x: float, y: float, width: float, height: float, color: str, text: str = "", **options: Any) -> None:
-    """A rectangle with text in its middle; `options` are the text's."""
+    """Draw a rectangle with centered text; `options` are the text's."""
     from matplotlib.patches import Rectangle
 
     axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="white", linewidth=1))
@@ -52,7 +52,7 @@ def box(axes: Any, x: float, y: float, width: float, height: float, color: str, 
 
 
 def legend_of(target: Any, colors: dict[str, str], **options: Any) -> None:
-    """A legend of colours."""
+    """Draw a legend of colors."""
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=color, edgecolor=GREY, linewidth=0.5, label=label) for label, color in colors.items()]

@@ -1,4 +1,4 @@
-"""The attention tiles of a sequence in the order in which they run: from ChunkPlan, with and without documents."""
+"""Figures of the attention tiles of a sequence in order of execution, from ChunkPlan, with and without documents."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ MEANINGS = {
 
 
 def content() -> dict[str, Any]:
-    """The tiles of a causal sequence."""
+    """Return the tiles of a causal sequence."""
     return _content(None)
 
 
 def content_with_documents() -> dict[str, Any]:
-    """The tiles that documents leave."""
+    """Return the tiles that documents leave."""
     return _content(DOCUMENT_STARTS)
 
 
@@ -66,20 +66,20 @@ def _forward_inputs(tile: Tile) -> list[str]:
 
 
 def _backward_inputs(tile: Tile) -> list[str]:
-    """Names of what the stream asks the store for."""
+    """Return the names of the chunks that the stream loads for a tile."""
     kv, dkv = (dict.fromkeys([tile.key], name) for name in ("kv", "dkv"))
     return [] if tile.is_diagonal else backward_tile_inputs(tile, kv, dkv)  # type: ignore[arg-type,return-value]
 
 
 def _result(tile: Tile, row: list[Tile]) -> str:
-    """What becomes of the gradients of keys and values that a backward tile leaves."""
+    """Say what happens to dk and dv of a backward tile."""
     if tile.is_diagonal:
         return "dk, dv final"
     return "dkv stays" if tile is row[-1] else "dkv stored"
 
 
 def _entry(tile: Tile, inputs: list[str], *out: str) -> dict[str, Any]:
-    """A tile, what is copied in for it, and what of it is left."""
+    """Describe a tile: its inputs that are copied in, its results, and the regions that documents leave."""
     spans = [(*_clipped(region.queries), *_clipped(region.keys)) for region in tile.regions]
     return {"tile": [tile.query, tile.key], "in": inputs, "out": out, "regions": spans}
 
@@ -126,7 +126,7 @@ def _draw_pass(axes: Any, content: dict[str, Any], phase: str, title: str) -> No
 
 
 def _draw_tile(axes: Any, x: float, y: float, size: float, number: int, entry: dict[str, Any], notes: bool) -> None:
-    """A tile with what is left of it, its number in the order of execution, and what is copied for it."""
+    """Draw a tile: its regions, its number in order of execution, and its copies."""
     from matplotlib.patches import Polygon, Rectangle
 
     i, j = entry["tile"]

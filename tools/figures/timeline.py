@@ -1,4 +1,4 @@
-"""The timeline of a block, forward and backward: the real stream under a clock (figures.clock)."""
+"""Figure of the timeline of a block, forward and backward, simulated on the real schedule (figures.clock)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from megatron.planner.models import named_model
 from megatron.planner.plan import Plan
 
 MODEL, GPU, RANKS, LENGTH, CHUNK = "gpt-6.7b", "H200", 2, 131072, 32768
-BLOCK = 2  # of three, so that the blocks beside it are there
+BLOCK = 2  # of three, so that it has neighbors
 COLORS = {
     BEFORE: SKY, AFTER: PALE_SKY, TILE: PALE_ORANGE, ALL_TO_ALL: RED, HIDDEN: GREEN, OUTPUT: PALE_GREEN,
     LSE: PALE_GREEN, KEYS: PURPLE, GRADIENTS: PALE_PURPLE,
@@ -56,7 +56,7 @@ MEANINGS = {
 
 
 def plan() -> Plan:
-    """The job whose block is shown."""
+    """Return the plan of the job whose block is shown."""
     model, vocabulary = named_model(MODEL, LENGTH)
     job = Job(
         model, vocabulary, num_gpus=RANKS, chunk_length=CHUNK, sequence_parallel_size=RANKS, recompute="all",
@@ -67,7 +67,7 @@ def plan() -> Plan:
 
 
 def content() -> dict[str, Any]:
-    """What runs on each lane while the compute lane is with the block, in milliseconds from its beginning."""
+    """Return what runs on each lane while the compute lane runs the block, in milliseconds from its start."""
     pieces = timeline_of(plan(), num_blocks=BLOCK + 1)
     about = {"model": MODEL, "gpu": GPU, "ranks": RANKS, "tokens": LENGTH, "chunk": CHUNK}
     return about | {phase: _window(pieces, phase) for phase in ("forward", "backward")}
@@ -84,7 +84,7 @@ def _window(pieces: list[Piece], phase: str) -> list[Any]:
 
 
 def draw(content: dict[str, Any]) -> Any:
-    """Draw a lane for the arithmetic and one for each way of copying, for either pass."""
+    """Draw one lane for compute and one for each kind of copy, for both passes."""
     figure, panels = new_figure(14, 8, rows=2)
     about = "{model}, {tokens:,} tokens in chunks of {chunk:,}, on one of {ranks} {gpu}".format(**content)
     for axes, phase in zip(panels, ("forward", "backward"), strict=True):

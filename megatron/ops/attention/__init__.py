@@ -1,4 +1,4 @@
-"""Attention of one tile (one query chunk against one key/value chunk), behind one protocol with several backends."""
+"""Attention of one tile (one query chunk against one key/value chunk): one protocol, several backends."""
 
 from megatron.ops.attention.protocol import AttentionBackend, AttentionUnavailable
 from megatron.ops.attention.regions import backward_regions, forward_regions

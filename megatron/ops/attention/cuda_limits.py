@@ -1,4 +1,4 @@
-"""What the CUDA kernels of several backends have in common: where they run, and how far they count."""
+"""Limits that the CUDA kernels of several backends share: device, dtype, head size and number of elements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cuda_refusal(
     newest_major: int | None = None,
     head_multiple: int = 8,
 ) -> str | None:
-    """Return why a bf16 and fp16 kernel for head sizes that are multiples of a number cannot serve, or None."""
+    """Return why a bf16 and fp16 kernel for multiples of `head_multiple` cannot serve, or None if it can."""
     if device.type != "cuda":
         return f"it runs on CUDA devices, and the tensors are on {device.type}"
     capability = torch.cuda.get_device_capability(device)
@@ -33,10 +33,10 @@ def cuda_refusal(
 
 
 def refuse_more_than_31_bits_count(name: str, q_SBHD: Tensor) -> None:
-    """Raise AttentionUnavailable for kernels whose backward is wrong from 2^31 elements on, once padded to blocks.
+    """Raise AttentionUnavailable if q, padded to blocks, has 2^31 elements or more: the kernel's backward is wrong.
 
-    On an H200 cuDNN 9.19 gave wrong gradients of the last eight tokens of every sequence, and FlashAttention-2, which
-    counts dq of a sequence in 32 bits, wrong ones or an illegal address.
+    On an H200, cuDNN 9.19 gave wrong gradients for the last eight tokens of every sequence. FlashAttention-2, which
+    indexes dq of a sequence with 32 bits, gave wrong gradients or an illegal address.
     """
     S, B, H, D = q_SBHD.shape
     block = 32 if D <= 128 else 64

@@ -1,4 +1,4 @@
-"""FlashAttention from packages of its own, whatever their versions call things.
+"""FlashAttention backends from the flash-attn packages, with the argument names of each version mapped to ours.
 
     package              module                       forward returns                       window of the mask
     flash-attn 2.5, 2.6  flash_attn                   o, q, k, v, padded o, lse, ...        window_size
@@ -6,9 +6,9 @@
     FlashAttention-3     flash_attn_interface         o, lse, ...                           either of the two
     flash-attn-4         flash_attn.cute              o, lse, ...                           not needed
 
-All take [B, S, H, D] with grouped key/value heads, give lse [B, H, S] in natural logarithm, and write the gradients
-into the dq, dk and dv that their backward is given. What differs is read from the signatures, once, when a package is
-first asked for; nothing is imported before.
+All take [B, S, H, D] with grouped key/value heads, return lse [B, H, S] in natural logarithm, and write the gradients
+into the dq, dk and dv that are passed to their backward. Differences are read from the signatures once, when a package
+is first used; nothing is imported before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron.ops.attention.protocol import AttentionUnavailable
 # Other names of our arguments.
 _SPELLINGS = {"causal": ("causal", "is_causal"), "lse": ("softmax_lse", "lse")}
 
-# Arguments that some versions cannot do without, and the value with which they do nothing.
+# Arguments that some versions require, and the value that disables each.
 _UNUSED: dict[str, Any] = {
     "dropout_p": 0.0,
     "window_size": (-1, -1),
@@ -51,9 +51,10 @@ _UNUSED: dict[str, Any] = {
 
 @dataclass(frozen=True, eq=False)
 class Package:
-    """Where a pair of kernels is found.
+    """The modules and names under which a pair of kernels is found.
 
-    `forward_options` are arguments that every supported version has, `both_options` names of such in both directions.
+    `forward_options` are arguments of the forward that every supported version has. `both_options` are names of such
+    arguments of forward and backward.
     """
 
     install: str
@@ -66,7 +67,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Kernels:
-    """A package's two functions, callable by our names for their arguments, and where lse is among the results."""
+    """A package's two functions, callable by our argument names, and the position of lse among the results."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
@@ -77,7 +78,7 @@ FLASH_ATTN_2 = Package('pip install "flash-attn>=2.5" --no-build-isolation', ("f
 FLASH_ATTN_3 = Package(
     "build it from the folder hopper of github.com/Dao-AILab/flash-attention",
     ("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
-    # The betas, whose lse is at another place among the results, have no such argument.
+    # The betas, which return lse at another position, do not have this argument.
     forward_options={"page_table": None},
 )
 FLASH_ATTN_4 = Package(
@@ -92,7 +93,7 @@ FLASH_ATTN_4 = Package(
 
 @functools.cache
 def load(package: Package) -> Kernels | str:
-    """Return the kernels of a package, or why there are none."""
+    """Return the kernels of a package, or the reason why there are none."""
     module = _import_first_of(package)
     if isinstance(module, str):
         return module
@@ -115,7 +116,7 @@ def _import_first_of(package: Package) -> ModuleType | str:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 return _broken(error)
-        except Exception as error:  # whatever a build that does not match torch raises
+        except Exception as error:  # a build that does not match torch raises all kinds of errors
             return _broken(error)
     return f"its package is not installed ({package.install})"
 
@@ -125,7 +126,7 @@ def _broken(error: Exception) -> str:
 
 
 def _callable_by_our_names(function: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
-    """Return `function` as one of our names alone; TypeError if it lacks one or needs what is not known here."""
+    """Wrap `function` to take our argument names. TypeError if it lacks one or requires one that is unknown here."""
     parameters = _parameters(function)
     theirs = {}
     for name in names:
@@ -154,12 +155,12 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function that a torch custom operator was made of, whose own signature is (*args, **kwargs)."""
+    """Return the function behind a torch custom operator, whose own signature is (*args, **kwargs)."""
     return getattr(function, "_init_fn", function)
 
 
 class PackagedAttention(ABC):
-    """The protocol on top of a package; a subclass says where its kernels run."""
+    """The protocol on top of a package; a subclass says on which devices its kernels run."""
 
     name: str
     package: ClassVar[Package]
@@ -173,7 +174,7 @@ class PackagedAttention(ABC):
 
     @abstractmethod
     def limits(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        """Return why the kernels, were they installed, could not serve such tensors, or None when they could."""
+        """Return why the kernels, if installed, could not serve such tensors, or None if they could."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # [S, B, H, D] -> [B, S, H, D]
@@ -205,7 +206,7 @@ class FlashAttention2(PackagedAttention):
     package = FLASH_ATTN_2
 
     def limits(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        # 2.5 has no backward for larger heads on the small chips of Ampere's generation and Ada.
+        # 2.5 has no backward for larger heads on the smaller Ampere chips and on Ada.
         small = device.type == "cuda" and (8, 0) < torch.cuda.get_device_capability(device) < (9, 0)
         return cuda_refusal(device, dtype, head_size, minimum_capability=(8, 0), largest_head=192 if small else 256)
 
@@ -238,7 +239,7 @@ class FlashAttention4(PackagedAttention):
 
     def limits(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
         major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-        # Data-centre Blackwell has kernels for 256 and none between 128 and 256.
+        # Data-center Blackwell has kernels for head size 256, but none between 128 and 256.
         reaches_256 = major == 9 or (major in (10, 11) and head_size == 256)
         return cuda_refusal(
             device,
@@ -247,7 +248,7 @@ class FlashAttention4(PackagedAttention):
             minimum_capability=(9, 0),
             largest_head=256 if reaches_256 else 128,
             newest_major=12,
-            head_multiple=32,  # 80 failed beside fp64 on an H200 (4.0.0b36); 64, 96 and 128 did not
+            head_multiple=32,  # 80 failed against fp64 on an H200 (4.0.0b36); 64, 96 and 128 did not
         )
 
     def forward_packed(
@@ -269,7 +270,7 @@ class FlashAttention4(PackagedAttention):
         longest: int,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        do, q, k, v, o = (t.contiguous() for t in (do, q, k, v, o))  # with large strides it is said to err silently
+        do, q, k, v, o = (t.contiguous() for t in (do, q, k, v, o))  # large strides are reported to give silent errors
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         self._kernels().backward(
             dout=do, q=q, k=k, v=v, out=o, lse=lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale, causal=True,

@@ -1,6 +1,6 @@
-"""Attention from its definition, on any device and in any dtype: the yardstick of the other backends.
+"""Reference attention, straight from the definition, for any device and dtype: the yardstick of the other backends.
 
-Query rows are taken in blocks, so that the scores held at a time are [B, H, 512, Sk] and not [B, H, Sq, Sk].
+Query rows are processed in blocks, so that only scores [B, H, 512, Sk] are in memory at a time, not [B, H, Sq, Sk].
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ReferenceAttention:
 
 
 def _heads_first(t_SBKD: Tensor, num_heads: int) -> Tensor:
-    """[S, B, K, D] -> [B, H, S, D] in at least fp32, key/value heads repeated for their query heads."""
+    """Permute [S, B, K, D] -> [B, H, S, D] in at least fp32, key/value heads repeated for their query heads."""
     t = t_SBKD.permute(1, 2, 0, 3).to(torch.promote_types(t_SBKD.dtype, torch.float32))
     return t.repeat_interleave(num_heads // t.shape[1], 1)
 

@@ -1,9 +1,9 @@
-"""Attention of the regions that documents leave of a tile, and nothing for the rest.
+"""Attention of the regions that documents leave of a tile; the rest of the tile is not computed.
 
-A call of the kernel for each region; where many documents lie one after the other on the diagonal and the backend can,
-one for all of them. Shapes and dtypes are those of the protocol. The regions of a tile have no query and no key in
-common, so results and gradients are written side by side. A query that sees no key of the tile has the output 0 and,
-off the diagonal, the log-sum-exp of nothing, which is -inf; on the diagonal, where others are merged into it, 0.
+The kernel is called once for each region, or once for many adjacent documents on the diagonal if the backend supports
+that. Shapes and dtypes are those of the protocol. The regions of a tile share no query and no key, so results and
+gradients are written without conflicts. A query that sees no key of the tile has the output 0. Off the diagonal its
+log-sum-exp is -inf, that of an empty set; on the diagonal, where others are merged into it, it is 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron.core.documents import WHOLE_TILE, Region
 from megatron.ops.attention.protocol import AttentionBackend, PacksDocuments
 
-# Fewer are as quick one by one.
+# Fewer documents are as fast one by one.
 PACKED_FROM = 4
 
 Run = list[Region]
@@ -31,7 +31,7 @@ def forward_regions(
     scale: float,
     regions: Sequence[Region] = WHOLE_TILE,
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse) of a tile; `causal` says that it is on the diagonal, and so are its regions."""
+    """Compute (o, lse) of a tile; `causal` means that the tile and its regions are on the diagonal."""
     if regions == WHOLE_TILE:
         return backend.forward(q, k, v, causal, scale)
     o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -62,7 +62,7 @@ def backward_regions(
     scale: float,
     regions: Sequence[Region] = WHOLE_TILE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of a tile, given the o and lse of the tile's whole row."""
+    """Compute (dq, dk, dv) of a tile, given the o and lse of the tile's whole row."""
     if regions == WHOLE_TILE:
         return backend.backward(do, q, k, v, o, lse, causal, scale)
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
@@ -90,7 +90,7 @@ def _backward_packed(
     longest: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of documents in one sequence, in the shapes of the protocol."""
+    """Compute (dq, dk, dv) of documents in one sequence, in the shapes of the protocol."""
     do, q, k, v, o = (t.squeeze(1) for t in (do, q, k, v, o))
     grads = backend.backward_packed(do, q, k, v, o, lse.squeeze(0), boundaries, longest, scale)
     dq, dk, dv = (t.unsqueeze(1) for t in grads)
@@ -98,7 +98,7 @@ def _backward_packed(
 
 
 def _runs(backend: AttentionBackend, causal: bool, regions: Sequence[Region]) -> Iterator[Run]:
-    """The regions, those together that one call serves."""
+    """Yield the regions, grouped by the kernel call that serves them."""
     for run in _adjacent(regions):
         if causal and len(run) >= PACKED_FROM and isinstance(backend, PacksDocuments):
             yield run
@@ -107,7 +107,7 @@ def _runs(backend: AttentionBackend, causal: bool, regions: Sequence[Region]) ->
 
 
 def _adjacent(regions: Sequence[Region]) -> list[Run]:
-    """The regions, those together that lie one after the other in the same sequence."""
+    """Return the regions, adjacent regions of the same sequence grouped."""
     runs: list[Run] = []
     for region in regions:
         last = runs[-1][-1] if runs else None
@@ -119,13 +119,13 @@ def _adjacent(regions: Sequence[Region]) -> list[Run]:
 
 
 def _whole(run: Run) -> Region:
-    """The region from the first to the last."""
+    """Return the region that spans the first to the last region of the run."""
     first, last = run[0], run[-1]
     return Region(first.sequences, (first.queries[0], last.queries[1]), (first.keys[0], last.keys[1]))
 
 
 def _boundaries(run: Run, device: torch.device) -> tuple[Tensor, int]:
-    """Where the documents begin and end, from the first on, int32 on the device; and the length of the longest."""
+    """Return the boundaries of the documents, int32 on the device, from 0, and the length of the longest."""
     origin = run[0].queries[0]
     boundaries = torch.tensor([0, *(region.queries[1] - origin for region in run)], dtype=torch.int32)
     if device.type == "cuda":

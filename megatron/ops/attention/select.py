@@ -1,4 +1,4 @@
-"""Choice of an attention backend: `auto` takes the fastest that is correct, a name forces one or says why not."""
+"""Choice of an attention backend: `auto` takes the fastest correct one; a name forces one or raises with the reason."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ BACKENDS: tuple[AttentionBackend, ...] = (
     ReferenceAttention(),
 )
 
-# A name that stands for several backends, of which the fastest that can serve is taken.
+# Names of families of backends; the fastest member that can serve is taken.
 FAMILIES = {
     "auto": tuple(backend.name for backend in BACKENDS),
     "flash-2": ("flash-attn-2", "torch-flash"),
 }
 
-# What takes few queries over many keys, fastest first. FlashAttention-2's kernel splits the keys among thread blocks;
-# the others of a GPU have one for each query head or group of them, which leaves most processors idle.
+# Backends for few queries over many keys, fastest first. FlashAttention-2's kernel splits the keys among thread blocks
+# (split-KV). The other GPU kernels have one block per query head or group of heads, which leaves most SMs idle.
 FOR_FEW_QUERIES: tuple[AttentionBackend, ...] = (TorchFlashAttention(), TorchCpuAttention(), ReferenceAttention())
 
-# On an H200 cuDNN 9.19 ended the process in its backward on documents of few tokens.
+# On an H200, cuDNN 9.19 crashed the process in its backward on documents of few tokens.
 NOT_FOR_DOCUMENTS = {"cudnn": "its backward crashes on short documents, which --reset-attention-mask separates"}
 
 

@@ -1,6 +1,6 @@
-"""The attention kernels that come with torch, through its aten operators (torch 2.8 to 2.13).
+"""The attention kernels that come with torch, called through its aten operators (torch 2.8 to 2.13).
 
-`is_causal` of all of them aligns the triangle at the top left, which suits square tiles.
+Their `is_causal` aligns the mask's triangle at the top left, which suits square tiles.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 class TorchCpuAttention:
-    """torch's flash kernel for CPUs: fp32, fp64, bf16; grouped key/value heads by itself."""
+    """torch's flash kernel for CPUs: fp32, fp64, bf16; supports grouped key/value heads (GQA)."""
 
     name = "torch-cpu"
 
@@ -90,10 +90,10 @@ class TorchFlashAttention:
 
 
 class CudnnAttention:
-    """cuDNN's fused attention through torch: bf16 and fp16 on Hopper and later; grouped key/value heads by itself.
+    """cuDNN's fused attention through torch: bf16 and fp16 on Hopper and later; supports GQA.
 
-    Tiles of one query or one key, which cuDNN refuses or not from version to version, are left to torch's
-    FlashAttention-2, as torch itself does; it serves whatever cuDNN serves.
+    Some versions of cuDNN refuse tiles of one query or one key. Those go to torch's FlashAttention-2, as in torch
+    itself; it serves whatever cuDNN serves.
     """
 
     name = "cudnn"

@@ -35,7 +35,7 @@ def residual(dtype=torch.float64, seed=1):
 
 
 def on_tier(how, tensor):
-    """The same numbers, resting where the store keeps its chunks."""
+    """The same numbers, stored on the store's tier."""
     resting = how.store.empty(tensor.shape, tensor.dtype)
     return resting.copy_(tensor)
 
@@ -166,7 +166,7 @@ def test_two_passes_before_two_backward_passes_do_not_share_anything():
 
 
 @TIERS
-def test_evaluation_keeps_nothing_but_the_residual_stream(execution):
+def test_evaluation_saves_nothing_but_the_residual_stream(execution):
     how, layer = one_layer(execution)
     pool = how.store.pool
     for mode in (torch.no_grad, torch.inference_mode):
@@ -187,7 +187,7 @@ def test_evaluation_stores_keys_and_values_and_outputs_only():
     assert how.store.pool.peak_used_bytes == y.nbytes + key_value_bytes
 
 
-def test_what_travels_in_a_bf16_step_is_what_the_schedule_says():
+def test_a_bf16_step_copies_what_the_schedule_says():
     """Chunks of 16, 16 and 8 tokens; gradients of keys and values travel in fp32."""
     how, layer = one_layer(OFFLOADED, torch.bfloat16)
     copied = how.store.copied
@@ -211,7 +211,7 @@ def test_evaluation_gives_the_bits_of_training_without_dropout():
         assert torch.equal(layer(residual(), positions()), trained)
 
 
-def test_the_backward_pass_gives_all_host_memory_back_and_later_steps_allocate_none():
+def test_the_backward_pass_releases_all_host_memory_and_later_steps_allocate_none():
     config = small_config(LENGTH)
     model, inputs = small_model(config, OFFLOADED), small_inputs(config)
     pool = model.execution.store.pool
@@ -224,7 +224,7 @@ def test_the_backward_pass_gives_all_host_memory_back_and_later_steps_allocate_n
         assert (pool.used_bytes, pool.allocated_bytes) == (0, after_one_step)
 
 
-def test_a_forward_pass_without_a_backward_pass_gives_its_host_memory_back():
+def test_a_forward_pass_without_a_backward_pass_releases_its_host_memory():
     how, layer = one_layer(OFFLOADED)
     y = layer(residual().requires_grad_(), positions())
     assert how.store.pool.used_bytes > y.nbytes
@@ -232,7 +232,7 @@ def test_a_forward_pass_without_a_backward_pass_gives_its_host_memory_back():
     assert how.store.pool.used_bytes == 0
 
 
-def test_work_that_fails_half_way_gives_its_host_memory_back(monkeypatch):
+def test_work_that_fails_half_way_releases_its_host_memory(monkeypatch):
     how, layer = one_layer(OFFLOADED)
     calls, mlp = itertools.count(), layer.mlp.forward
 
@@ -315,7 +315,7 @@ class SharedNorm(OneFactor):
 
 
 class GatedAttention(OneFactor):
-    """A layer whose attention output is gated by the product that the queries are made of."""
+    """A layer whose attention output is gated by the product from which the queries are computed."""
 
     def __init__(self):
         super().__init__()
@@ -435,7 +435,7 @@ def test_a_step_reports_every_chunk_of_every_layer_once_in_each_direction(chunk_
 
 @pytest.mark.parametrize("budget", [0, 20_000, 60_000, 10**9])
 def test_a_device_budget_moves_chunks_and_changes_no_bit(budget):
-    """Some tensors rest on the device and some on the host, the input and its gradient among them."""
+    """Some tensors are stored on the device and some on the host, the input and its gradient among them."""
     results = []
     for execution in (OFFLOADED, replace(OFFLOADED, device_memory_bytes=budget)):
         how, layer = one_layer(execution)
@@ -468,7 +468,7 @@ def test_inputs_rebuilt_from_attention_outputs_change_no_bit(execution, interval
 @pytest.mark.parametrize("recompute", ["kv", "mlp", "none"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("slice_length", [3, 16])
-def test_what_is_kept_changes_no_bit(execution, config_of, recompute, dropout, slice_length):
+def test_what_is_saved_for_backward_changes_no_bit(execution, config_of, recompute, dropout, slice_length):
     results = []
     for each in (execution, replace(execution, fpdt_recompute=recompute)):
         torch.manual_seed(7)
@@ -483,7 +483,7 @@ def test_what_is_kept_changes_no_bit(execution, config_of, recompute, dropout, s
     "recompute, products", [("kv", 8 + 10 + 10 + 10), ("all", 10 + 10 + 10), ("mlp", 3 + 10), ("none", 3 + 3)]
 )
 @TIERS
-def test_only_what_is_to_be_recomputed_is(execution, recompute, products, monkeypatch):
+def test_only_the_chosen_products_are_recomputed(execution, recompute, products, monkeypatch):
     how, layer = one_layer(replace(execution, fpdt_recompute=recompute))
     how.stream.slice_length = 4
     y = layer(residual().requires_grad_(), positions())
@@ -494,7 +494,7 @@ def test_only_what_is_to_be_recomputed_is(execution, recompute, products, monkey
     assert len(computed) == products
 
 
-def test_without_gradients_no_product_is_kept():
+def test_without_gradients_no_product_is_saved():
     how, layer = one_layer(replace(OFFLOADED, fpdt_recompute="none"))
     with torch.no_grad():
         y = layer(residual(), positions())

@@ -37,7 +37,7 @@ def test_tensors_alive_together_do_not_overlap():
     assert all((tensor == number).all() for number, tensor in enumerate(tensors))
 
 
-def test_a_slab_is_used_again_for_any_dtype_and_shape_of_the_same_bytes():
+def test_a_slab_is_reused_for_any_dtype_and_shape_of_the_same_bytes():
     pool = plain_pool()
     address = pool.empty((8, 16), torch.float32).data_ptr()
     again = pool.empty((64,), torch.float64)
@@ -45,7 +45,7 @@ def test_a_slab_is_used_again_for_any_dtype_and_shape_of_the_same_bytes():
     assert (pool.num_slabs, pool.allocated_bytes, pool.used_bytes) == (1, 512, 512)
 
 
-def test_counters_tell_allocated_used_and_peak_apart():
+def test_counters_distinguish_allocated_used_and_peak_bytes():
     pool = plain_pool()
     first, second = pool.empty((100,), torch.uint8), pool.empty((60,), torch.uint8)
     assert (pool.num_slabs, pool.allocated_bytes, pool.used_bytes, pool.peak_used_bytes) == (2, 160, 160, 160)
@@ -116,7 +116,7 @@ def test_a_pool_that_nobody_needs_is_freed_with_its_slabs():
     assert gone() is None
 
 
-def test_owns_tells_the_pool_s_bytes_from_others():
+def test_owns_distinguishes_the_pool_s_tensors_from_others():
     """Others lie below and above: the system hands out maps from high addresses to low ones."""
     pool, other = plain_pool(), plain_pool()
     foreign = [other.empty((n,), torch.uint8) for n in (5001, 2**24)]
@@ -158,7 +158,7 @@ def test_the_budget_may_be_used_to_its_last_byte_and_reuse_costs_nothing():
         del tensor
 
 
-def test_slabs_that_nobody_uses_are_given_back_before_the_budget_is_passed():
+def test_unused_slabs_are_freed_before_the_budget_is_exceeded():
     pool = plain_pool(budget_bytes=100)
     kept = pool.empty((20,), torch.uint8)
     pool.empty((60,), torch.uint8)
@@ -169,7 +169,7 @@ def test_slabs_that_nobody_uses_are_given_back_before_the_budget_is_passed():
     assert pool.owns(longer)
 
 
-def test_no_more_slabs_are_given_back_than_the_budget_wants():
+def test_no_more_slabs_are_freed_than_the_budget_requires():
     pool = plain_pool(budget_bytes=100)
     both = [pool.empty((30,), torch.uint8) for _ in range(2)]
     del both
@@ -214,7 +214,7 @@ def test_a_pinned_slab_is_registered_once_and_unregistered_when_the_pool_goes(mo
     assert cudart.registered == {}
 
 
-def test_a_slab_that_is_given_back_is_unregistered_when_no_copy_is_under_way(monkeypatch):
+def test_a_freed_slab_is_unregistered_when_no_copy_is_in_flight(monkeypatch):
     cudart, order = FakeCudart(), []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append(list(cudart.registered.values())))

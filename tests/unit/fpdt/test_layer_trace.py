@@ -77,11 +77,11 @@ class Odd(torch.nn.Module):
         return q.flatten(2) + halved + gated + linear(o, self.weights[3], None).unsqueeze(0).squeeze(0)
 
 
-def test_a_factor_needs_the_product_beside_it_and_a_number_does_not():
+def test_a_factor_needs_the_other_factor_and_a_number_does_not():
     layer = Odd()
     trace = traced(layer)
     assert trace.skipped == {number for number in range(4) if not poisoned(layer, number)} == {1, 3}
-    assert trace.before_attention_alone == set(), "y is made from the queries too"
+    assert trace.before_attention_alone == set(), "y depends on the queries too"
     layer.gamma.requires_grad_(False)
     assert traced(layer).skipped == {1, 2, 3}
 

@@ -134,7 +134,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])
-def test_logits_are_never_materialised(monkeypatch, grad):
+def test_full_logits_are_never_materialized(monkeypatch, grad):
     classes, tile_logits = 500, 500 * 32
     monkeypatch.setattr(loss_module, "TILE_LOGITS", tile_logits)
     head, (x, labels, mask) = Head(torch.float32, classes=classes), inputs(400, 2, torch.float32, classes)
@@ -146,7 +146,7 @@ def test_logits_are_never_materialised(monkeypatch, grad):
     assert largest.elements <= tile_logits < 400 * 2 * classes / 8
 
 
-def test_evaluation_makes_no_gradients_and_keeps_no_host_memory():
+def test_evaluation_computes_no_gradients_and_holds_no_host_memory():
     head, arguments = Head(torch.float64), inputs()
     stream = stream_of(offloading=True)
     with torch.no_grad():

@@ -36,7 +36,7 @@ def shape_of(config):
 )
 @RECOMPUTE
 @pytest.mark.parametrize("parallel", [False, True])
-def test_a_step_takes_up_what_the_model_says(num_layers, interval, recompute, parallel):
+def test_a_step_uses_the_memory_that_the_model_estimates(num_layers, interval, recompute, parallel):
     config = small_config(LENGTH, num_layers=num_layers, parallel_residual=parallel)
     model = small_model(config, replace(OFFLOADED, checkpoint_interval=interval, fpdt_recompute=recompute))
     model.execution.stream.slice_length = SLICE_LENGTH
@@ -47,7 +47,7 @@ def test_a_step_takes_up_what_the_model_says(num_layers, interval, recompute, pa
 
 @pytest.mark.parametrize("num_layers, interval, recompute", [(1, 1, "kv"), (3, 2, "all"), (5, 3, "kv"), (4, 1, "none")])
 @pytest.mark.parametrize("device_share", [0.0, 0.1, 0.37, 0.5, 0.82, 0.9, 0.98, 1.0])
-def test_a_step_finds_room_in_a_budget_of_host_and_device_memory(num_layers, interval, recompute, device_share):
+def test_a_step_fits_a_budget_of_host_and_device_memory(num_layers, interval, recompute, device_share):
     config = small_config(LENGTH, num_layers=num_layers)
     shape = shape_of(config)
     needed = shape.tier_bytes(interval, recompute)
@@ -84,7 +84,7 @@ def test_products_of_llama_3_8b():
 
 
 def _enough_for(recompute):
-    """Products may take up to three quarters of the budget with all the rest."""
+    """Saved products and everything else together may use up to three quarters of the budget."""
     return -(-SHAPE.tier_bytes(1, recompute) * 4 // 3)
 
 
@@ -100,7 +100,7 @@ def _enough_for(recompute):
         (SHAPE.tier_bytes(1, "kv") - 1, ("kv", 2)),
     ],
 )
-def test_what_costs_the_least_time_of_what_fits(budget, expected):
+def test_the_fastest_choice_that_fits_is_taken(budget, expected):
     assert choose_saved_activations(SHAPE, budget) == expected
 
 
@@ -113,7 +113,7 @@ def test_what_is_asked_for_stays_as_it_is():
     assert choose_saved_activations(SHAPE, 0, "none", 3) == ("none", 3)
 
 
-def test_where_nothing_fits_it_is_the_thriftiest():
+def test_if_nothing_fits_the_choice_is_the_lowest_memory():
     recompute, interval = choose_saved_activations(SHAPE, 0)
     assert (recompute, interval) == lowest_memory(SHAPE)
     assert recompute == "kv"
@@ -124,7 +124,7 @@ def test_where_nothing_fits_it_is_the_thriftiest():
 @pytest.mark.parametrize(
     "length, expected", [(2**14, "all"), (2**16, "mlp"), (2**17, "mlp"), (2**18, "none"), (2**21, "none")]
 )
-def test_short_sequences_keep_only_what_their_arithmetic_hides_on_its_way(length, expected):
+def test_short_sequences_save_only_what_is_copied_behind_compute(length, expected):
     shape = replace(SHAPE, layout=SequenceLayout(length, min(length, 2**15)))
     assert choose_saved_activations(shape, 10**15) == (expected, 1)
 

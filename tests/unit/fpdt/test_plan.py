@@ -99,7 +99,7 @@ def test_backward_prefetch_loads_the_gradient_that_the_tile_before_in_the_column
 
 
 @pytest.mark.parametrize("num_chunks", COUNTS)
-def test_what_a_tile_loads_was_stored_at_least_two_tiles_before_so_that_loads_may_run_one_ahead(num_chunks):
+def test_what_a_tile_loads_is_stored_at_least_two_tiles_before_so_loads_can_be_prefetched(num_chunks):
     last = {}
     tiles = [(tile, tile is row[-1]) for row in ChunkPlan([4] * num_chunks).backward_rows() for tile in row]
     for index, (tile, stays) in enumerate(tiles):

@@ -15,7 +15,7 @@ def recorded_draws(states, num_chunks):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 2, 0, 3]])
-def test_each_chunk_draws_again_what_it_drew_in_any_order(order):
+def test_each_chunk_replays_its_random_numbers_in_any_order(order):
     torch.manual_seed(1)
     states = RandomStates(CPU, enabled=True)
     draws = recorded_draws(states, 4)
@@ -32,7 +32,7 @@ def test_one_replay_can_continue_with_another():
         assert torch.equal(torch.rand(5), draws[0])
 
 
-def test_the_generator_is_left_as_it_was_found():
+def test_the_generator_is_restored():
     states = RandomStates(CPU, enabled=True)
     recorded_draws(states, 2)
     found = torch.get_rng_state()
@@ -47,7 +47,7 @@ def draw_and_fail(states):
         raise ValueError("in the middle")
 
 
-def test_the_generator_is_left_as_it_was_found_when_the_work_fails():
+def test_the_generator_is_restored_if_the_work_fails():
     states = RandomStates(CPU, enabled=True)
     recorded_draws(states, 2)
     found = torch.get_rng_state()

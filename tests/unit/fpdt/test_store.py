@@ -97,7 +97,7 @@ def test_groups_arrive_in_order_and_keep_their_order_inside(offloading):
     assert arrived == groups
 
 
-def test_one_group_is_asked_for_ahead_and_not_more():
+def test_one_group_is_prefetched_and_not_more():
     store = ChunkStore(CPU, offloading=True)
     chunks = numbered_chunks(store, 5)
     asked = []
@@ -112,13 +112,13 @@ def test_one_group_is_asked_for_ahead_and_not_more():
     ahead.start()
     assert asked == [0]
     ahead.start()
-    assert asked == [0], "a group that is on its way is not sent for twice"
+    assert asked == [0], "a group that is being prefetched is not prefetched twice"
     for number in range(5):
         assert next(ahead)[0][0] == number
         assert asked == list(range(min(number + 2, 5)))
 
 
-def test_the_next_group_is_on_its_way_before_the_current_one_is_handed_out():
+def test_the_next_group_is_prefetched_before_the_current_one_is_returned():
     store = ChunkStore(CPU, offloading=True)
     chunks = numbered_chunks(store, 2)
     ahead = store.prefetch([c] for c in chunks)
@@ -139,7 +139,7 @@ def test_an_exhausted_prefetch_stays_exhausted(offloading):
         next(store.prefetch([]))
 
 
-def test_a_prefetch_holds_no_arrival_that_it_has_handed_out():
+def test_a_prefetch_holds_no_group_that_it_has_returned():
     store = ChunkStore(CPU, offloading=True)
     ahead = store.prefetch([c] for c in numbered_chunks(store, 3))
     (arrived,) = next(ahead)
@@ -148,7 +148,7 @@ def test_a_prefetch_holds_no_arrival_that_it_has_handed_out():
     assert gone() is None
 
 
-def test_what_is_expected_is_sent_once_and_arrives_for_whoever_asks():
+def test_an_expected_chunk_is_copied_once_for_any_later_prefetch():
     store = ChunkStore(CPU, offloading=True)
     chunks = numbered_chunks(store, 3)
     store.expect([chunks[1]])
@@ -157,7 +157,7 @@ def test_what_is_expected_is_sent_once_and_arrives_for_whoever_asks():
     assert store.copied.bytes_in == 3 * chunks[1].nbytes
 
 
-def test_a_chunk_put_anew_is_not_what_was_expected():
+def test_putting_a_chunk_again_drops_its_expected_copy():
     store = ChunkStore(CPU, offloading=True)
     chunks = numbered_chunks(store, 2)
     store.expect(chunks)
@@ -165,7 +165,7 @@ def test_a_chunk_put_anew_is_not_what_was_expected():
     assert [chunk[0].item() for (chunk,) in store.prefetch([c] for c in chunks)] == [0, 7]
 
 
-def test_what_nobody_asked_for_is_given_up_when_something_else_is_expected():
+def test_an_unused_expected_copy_is_released_when_another_is_expected():
     store = ChunkStore(CPU, offloading=True)
     first, second = numbered_chunks(store, 2)
     store.expect([first])
@@ -177,7 +177,7 @@ def test_what_nobody_asked_for_is_given_up_when_something_else_is_expected():
 
 
 @TIERS
-def test_a_group_may_be_sent_for_when_it_suits_and_not_before(offloading):
+def test_without_ahead_a_group_is_prefetched_only_when_start_is_called(offloading):
     store = ChunkStore(CPU, offloading)
     chunks = numbered_chunks(store, 3)
     groups = store.prefetch(([c] for c in chunks), ahead=False)
@@ -190,7 +190,7 @@ def test_a_group_may_be_sent_for_when_it_suits_and_not_before(offloading):
     assert [first[0].item(), *(chunk[0].item() for (chunk,) in groups)] == [0, 1, 2]
 
 
-def test_tensors_rest_on_the_device_while_the_budget_lasts_and_give_their_share_back():
+def test_tensors_are_stored_on_the_device_within_the_budget_and_release_their_share():
     store = ChunkStore(CPU, offloading=True, device_budget_bytes=100)
     first, second, third = (store.empty((size,), torch.uint8) for size in (60, 60, 40))
     assert (store.device_bytes, store.pool.used_bytes) == (100, 60)
@@ -212,7 +212,7 @@ def test_only_what_travels_is_counted():
     assert (store.copied.bytes_in, store.copied.bytes_out) == (8, 8)
 
 
-def test_what_was_expected_of_a_tensor_is_forgotten_with_it():
+def test_an_expected_copy_is_dropped_with_its_tensor():
     """The next tensor of its size has its address."""
     store = ChunkStore(CPU, offloading=True)
     chunks = numbered_chunks(store, 2)
@@ -225,7 +225,7 @@ def test_what_was_expected_of_a_tensor_is_forgotten_with_it():
     assert [chunk[0].item() for (chunk,) in store.prefetch([[again[1]]])] == [9]
 
 
-def test_what_is_kept_on_the_host_does_not_change_with_its_source_and_is_counted():
+def test_a_value_saved_on_the_host_does_not_change_with_its_source_and_is_counted():
     store = ChunkStore(CPU, offloading=True)
     value = torch.ones(4)
     chunk = store.save(value)
@@ -236,7 +236,7 @@ def test_what_is_kept_on_the_host_does_not_change_with_its_source_and_is_counted
     assert (store.copied.bytes_out, store.pool.used_bytes) == (16, 16)
 
 
-def test_what_is_kept_on_the_device_is_the_value_itself_within_the_budget():
+def test_a_value_saved_on_the_device_is_the_value_itself_within_the_budget():
     value = torch.ones(4)
     assert ChunkStore(CPU, offloading=False).save(value) is value
     store = ChunkStore(CPU, offloading=True, device_budget_bytes=16)
@@ -247,7 +247,7 @@ def test_what_is_kept_on_the_device_is_the_value_itself_within_the_budget():
     assert store.device_bytes == 0
 
 
-def test_a_tensor_may_be_asked_for_on_either_tier_whatever_the_budget():
+def test_a_tensor_can_be_allocated_on_either_tier_for_any_budget():
     store = ChunkStore(CPU, offloading=True, device_budget_bytes=16)
     on_host = store.empty((2,), torch.float32, on_device=False)
     on_device = store.empty((64,), torch.float32, on_device=True)

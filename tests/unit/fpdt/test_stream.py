@@ -83,7 +83,7 @@ def test_gradient_sum_loses_no_small_contribution_in_bf16():
     total = GradientSums([torch.zeros(1, dtype=torch.bfloat16)])
     for _ in range(1024):
         total.add([torch.ones(1, dtype=torch.bfloat16)])
-    assert total.result()[0].item() == 1024, "a sum kept in bf16 stops growing at 256"
+    assert total.result()[0].item() == 1024, "a sum in bf16 stops growing at 256"
 
 
 def test_gradient_sum_scales_before_it_rounds_to_half_precision():

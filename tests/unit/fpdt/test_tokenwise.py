@@ -97,7 +97,7 @@ def test_the_backward_pass_leaves_the_random_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_output_rests_on_the_tier_and_leaves_it_when_it_goes():
+def test_the_output_is_stored_on_the_tier_and_released_with_its_tensor():
     for offloading in (False, True):
         stream = stream_of(offloading=offloading)
         anchor = torch.zeros((), requires_grad=True)

@@ -100,14 +100,14 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want[..., : got.shape[-1]], rtol=1e-9, atol=1e-9)
 
 
-def test_padding_of_the_vocabulary_is_never_given(tmp_path: Path, llama: Path) -> None:
+def test_padding_of_the_vocabulary_is_never_sampled(tmp_path: Path, llama: Path) -> None:
     from_hugging_face(llama, tmp_path / "padded", Settings(), make_vocab_size_divisible_by=256)
     padded, plain = opened(tmp_path / "padded"), opened(llama)
     assert padded.model.embedding.word_embeddings.weight.shape[0] == 256
     torch.testing.assert_close(padded.prefill(prompt(9))[1], plain.prefill(prompt(9))[1])
 
 
-def test_the_cache_rests_on_the_host_when_offloading_and_is_let_go(llama: Path) -> None:
+def test_the_cache_is_stored_on_the_host_when_offloading_and_released(llama: Path) -> None:
     model = opened(llama)
     cache, _ = model.prefill(prompt(20))
     pool = model.stream.store.pool

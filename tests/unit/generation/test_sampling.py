@@ -44,7 +44,7 @@ def test_draws_follow_the_distribution() -> None:
         assert counts[token] / draws == pytest.approx(probability, abs=error)
 
 
-def test_greedy_takes_the_likeliest() -> None:
+def test_greedy_takes_the_most_likely_id() -> None:
     greedy = Sampling(greedy=True)
     assert greedy.choose(LOGITS, torch.Generator()) == 2
     assert greedy.probabilities(LOGITS).tolist() == [0, 0, 1, 0, 0, 0, 0]

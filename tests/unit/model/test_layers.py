@@ -81,7 +81,7 @@ def test_rows_of_the_projection_are_by_group_its_queries_its_key_its_value(heads
 
 
 @pytest.mark.parametrize("normalization", ["layernorm", "rmsnorm"])
-def test_queries_and_keys_are_normalised_before_they_turn(normalization):
+def test_queries_and_keys_are_normalized_before_they_are_rotated(normalization):
     """Rotation keeps lengths, and the norm of every head is the same: the value alone keeps its size."""
     config = small_config(normalization=normalization, qk_layernorm=True, layernorm_epsilon=1e-12)
     attention = SelfAttention(config, initializer())

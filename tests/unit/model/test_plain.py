@@ -40,7 +40,7 @@ def test_recomputation_changes_no_bit(config_of, dropout, execution):
     assert all(torch.equal(gradients[name], other[name]) for name in gradients)
 
 
-@pytest.mark.parametrize("execution", [PLAIN, *RECOMPUTED.values()], ids=["kept", *RECOMPUTED])
+@pytest.mark.parametrize("execution", [PLAIN, *RECOMPUTED.values()], ids=["saved", *RECOMPUTED])
 def test_gradients_under_attention_dropout_are_finite_differences_of_the_loss(execution):
     config = small_config(attention_dropout=0.4)
     model, inputs = small_model(config, execution), small_inputs(config)
@@ -105,7 +105,7 @@ def test_evaluation_does_not_recompute():
     assert len(reports) == config.num_layers
 
 
-@pytest.mark.parametrize("execution", [PLAIN, *RECOMPUTED.values()], ids=["kept", *RECOMPUTED])
+@pytest.mark.parametrize("execution", [PLAIN, *RECOMPUTED.values()], ids=["saved", *RECOMPUTED])
 def test_a_frozen_block_passes_the_gradient_on(execution):
     config = small_config()
     model, inputs = small_model(config, execution), small_inputs(config)

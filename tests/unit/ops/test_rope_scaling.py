@@ -1,4 +1,4 @@
-"""Scaled rotary embeddings against Hugging Face's, which are made to compute in fp64 here."""
+"""Scaled rotary embeddings against Hugging Face's, which are patched to compute in fp64 here."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ LARGEST = 80_000  # bytes
 
 
 def clock() -> ModuleType:
-    """The module that runs the stream under a clock."""
+    """Return the module that simulates the timeline."""
     import figures.clock
 
     return figures.clock
@@ -43,7 +43,7 @@ def test_a_committed_figure_is_up_to_date(name: str) -> None:
     assert path.stat().st_size < LARGEST
 
 
-def test_every_figure_is_in_the_page_and_nothing_else_lies_beside_them() -> None:
+def test_every_figure_is_in_the_page_and_the_folder_has_no_other_files() -> None:
     assert {path.name for path in TOOL.FOLDER.iterdir()} == {f"{name}.svg" for name in NAMES}
     assert [name for name in NAMES if f"](figures/{name}.svg)" not in PAGE.read_text(encoding="utf-8")] == []
 
@@ -101,14 +101,14 @@ def test_a_lane_does_one_thing_at_a_time_and_a_tile_waits_for_its_keys() -> None
             assert next(arrivals).end <= tile.start
 
 
-def test_the_timeline_computes_as_long_as_the_planner_reckons() -> None:
+def test_the_timeline_computes_as_long_as_the_planner_estimates() -> None:
     lanes, plan = clock(), TOOL.timeline.plan()
     assert plan.overlaps_with_link
     pieces = lanes.timeline_of(plan, num_blocks=3)
-    for phase, reckoned in (("forward", plan.speed.forward), ("backward", plan.speed.backward)):
+    for phase, estimated in (("forward", plan.speed.forward), ("backward", plan.speed.backward)):
         own = [piece for piece in pieces if (piece.lane, piece.layer, piece.phase) == (lanes.COMPUTE, 2, phase)]
         computed, elapsed = sum(piece.end - piece.start for piece in own), own[-1].end - own[0].start
-        assert computed == pytest.approx(reckoned / plan.job.model.num_layers, rel=1e-9)
+        assert computed == pytest.approx(estimated / plan.job.model.num_layers, rel=1e-9)
         assert elapsed < 1.04 * computed
 
 

@@ -156,7 +156,7 @@ def test_scores_of_thousands_are_finite_and_right(backend, dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 33])
-def test_the_reference_gives_the_same_whatever_its_block_of_rows(monkeypatch, rows):
+def test_the_reference_does_not_depend_on_its_block_of_rows(monkeypatch, rows):
     shape = (2, [33, 20], 4, 2, 8)
     tensors = draw(shape)
     want = tiled(BY_NAME["reference"], *tensors, 0.3, shape[1])
