@@ -44,9 +44,9 @@ def test_the_entries_of_any_array_are_those_of_json(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('[{"a": 1}, {"a": 2}', "a: a JSON array that breaks off"),
-        ('[{"a": 1}, {"a": "]', "a: a JSON array that breaks off"),
-        ("[", "a JSON array that breaks off"),
+        ('[{"a": 1}, {"a": 2}', "a: a truncated JSON array"),
+        ('[{"a": 1}, {"a": "]', "a: a truncated JSON array"),
+        ("[", "a truncated JSON array"),
         ("[1, , 2]", "a, entry 2: empty"),
         ("[1, 2, ]", "a, entry 3: empty"),
         ("[,]", "a, entry 1: empty"),
