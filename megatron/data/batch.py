@@ -135,7 +135,7 @@ def _fill(
 
 
 def _within(positions: Positions, spans: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Return which positions are in one of the ascending spans [n, 2]: those with an odd number of bounds up to them."""
+    """Mask the positions in one of the ascending spans [n, 2]: those with an odd number of bounds up to them."""
     return np.searchsorted(spans.ravel(), positions, side="right") % 2 == 1
 
 

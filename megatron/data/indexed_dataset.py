@@ -88,17 +88,17 @@ class IndexedDataset:
         return self.num_sequences
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
-        """Return tokens [offset, offset + length) of a sequence (to its end by default), a read-only view of the file."""
+        """View tokens [offset, offset + length) of a sequence (to its end by default), read-only, without a copy."""
         start = int(self._first_tokens[sequence])
         return self._slice("sequence", sequence, start, int(self.sizes[sequence]), offset, length)
 
     def get_document(self, document: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
-        """Return tokens [offset, offset + length) of a document (to its end by default), a read-only view of the file."""
+        """View tokens [offset, offset + length) of a document (to its end by default), read-only, without a copy."""
         start = int(self.document_starts[document])
         return self._slice("document", document, start, int(self.document_sizes[document]), offset, length)
 
     def get_tokens(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Return tokens [start, stop) of the whole file, across documents, a read-only view of the file."""
+        """View tokens [start, stop) of the whole file, across documents, read-only, without a copy."""
         return self._tokens[start:stop]
 
     def _slice(

@@ -70,7 +70,7 @@ class SafetensorsFolder:
     """The tensors of a folder, or of one .safetensors file. Headers are read at once, tensors on demand."""
 
     def __init__(self, path: str | Path) -> None:
-        """Read the headers; WeightsError if the folder or a shard is missing or cut off, or the index does not match."""
+        """Read the headers; WeightsError if the folder or a shard is missing or cut off, or the index is wrong."""
         self.path = Path(path)
         self._tensors = _find_tensors(self.path)
 
