@@ -84,7 +84,7 @@ def test_a_model_that_breaks_off_anywhere_is_refused(tmp_path: Path, model_type:
     whole = path.read_bytes()
     for num_bytes in range(len(whole)):
         path.write_bytes(whole[:num_bytes])
-        with pytest.raises(TokenizerError, match=r"\.model\) (breaks off before|is not a SentencePiece)"):
+        with pytest.raises(TokenizerError, match=r"\.model\) (ends before|is not a SentencePiece)"):
             SentencePieceTokenizer(path)
     path.write_bytes(whole)
     assert SentencePieceTokenizer(path).vocab_size > 3
