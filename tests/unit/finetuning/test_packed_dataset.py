@@ -173,7 +173,7 @@ def test_a_conversation_that_is_too_long_is_cut_or_left_out(tmp_path: Path) -> N
         choose(conversations, range(1, 2), LENGTH, "skip", "train")
 
 
-def test_a_file_is_tokenised_once_and_again_when_it_changes(tmp_path: Path) -> None:
+def test_a_file_is_tokenized_once_and_again_when_it_changes(tmp_path: Path) -> None:
     path = write(tmp_path / "a")
     with ThreadPoolExecutor(4) as pool:
         assert {len(cache) for cache in pool.map(cache_of, [path] * 4)} == {5}
