@@ -131,4 +131,4 @@ def _refuse_more(rest: bytes, file: BinaryIO, path: Path) -> None:
         rest = file.read(BYTES_PER_READ)
         if not rest:
             return
-    raise DataError(f"{path}: more text behind the end of a JSON array; give one array, or an object on each line.")
+    raise DataError(f"{path}: more text after the end of a JSON array; give one array, or an object on each line.")

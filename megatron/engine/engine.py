@@ -144,11 +144,11 @@ class Engine:
 
     def weights_not_finite(self) -> list[str]:
         """Return the names of parameters with values on this rank that are not finite. Synchronizes with the device."""
-        held = {name: _held(parameter) for name, parameter in self.module.named_parameters()}
+        shards = {name: _local_shard(parameter) for name, parameter in self.module.named_parameters()}
         device = get_accelerator().current_device_name()  # some shards may be offloaded
-        norms = [torch.linalg.vector_norm(weights, dtype=torch.float32).to(device) for weights in held.values()]
+        norms = [torch.linalg.vector_norm(weights, dtype=torch.float32).to(device) for weights in shards.values()]
         are_finite = torch.stack(norms).isfinite().tolist()
-        return [name for name, is_finite in zip(held, are_finite, strict=True) if not is_finite]
+        return [name for name, is_finite in zip(shards, are_finite, strict=True) if not is_finite]
 
     def held_bytes(self) -> dict[tuple[str, str], int]:
         """Return the bytes of this rank's weights, gradients and optimizer states by (kind, device type)."""
@@ -162,14 +162,14 @@ class Engine:
         own = [p for p in optimized if not any(p is parameter for parameter in parameters)]
         states = own + [t for state in inner.state.values() for t in state.values() if isinstance(t, Tensor)]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        sums: Counter[tuple[str, str]] = Counter()
+        totals: Counter[tuple[str, str]] = Counter()
         seen: set[int] = set()
         for what, tensors in (("weights", weights), ("gradients", gradients), ("optimizer states", states)):
             for storage in (tensor.untyped_storage() for tensor in tensors):
                 if storage.data_ptr() not in seen:
                     seen.add(storage.data_ptr())
-                    sums[what, storage.device.type] += storage.nbytes()
-        return {key: num_bytes for key, num_bytes in sums.items() if num_bytes}
+                    totals[what, storage.device.type] += storage.nbytes()
+        return {key: num_bytes for key, num_bytes in totals.items() if num_bytes}
 
     @contextmanager
     def whole_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -256,7 +256,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: owners[id(parameter)] for name, parameter in every if owners[id(parameter)] != name}
 
 
-def _held(parameter: Any) -> Tensor:
+def _local_shard(parameter: Any) -> Tensor:
     """Return this rank's part of a parameter: its shard without the padding at the end, or the whole parameter."""
     whole: Tensor = parameter.detach()
     if not hasattr(parameter, "ds_tensor"):

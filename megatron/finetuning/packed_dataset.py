@@ -164,10 +164,10 @@ def build_packed_datasets(config: Config, tokenizer: Tokenizer, num_samples: tup
 
 
 def _open(paths: Sequence[str], config: Config, encoder: ConversationEncoder) -> Conversations:
-    kept, fingerprint = config.data.data_cache_path, tokenizer_fingerprint(config.tokenizer)
+    cache_dir, fingerprint = config.data.data_cache_path, tokenizer_fingerprint(config.tokenizer)
     most = config.finetuning.max_document_mb
     return Conversations(
-        [tokenized(Path(path), Path(kept or f"{path}_cache"), encoder, fingerprint, most) for path in paths]
+        [tokenized(Path(path), Path(cache_dir or f"{path}_cache"), encoder, fingerprint, most) for path in paths]
     )
 
 

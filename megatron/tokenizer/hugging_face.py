@@ -69,7 +69,7 @@ class HFTokenizer:
         )
 
     def _refuse_if_text_spells(self, token: str, eod: int, path: Path) -> None:
-        """Raise TokenizerError if text can spell the token: a vocabulary may hold it as a word, despite all settings."""
+        """Raise TokenizerError if text can spell the token: a vocabulary may hold it as a whole word."""
         if eod in self.tokenize(token):
             raise TokenizerError(
                 f"--tokenizer-model ({path}) reads the text {token!r} as the end of a document, so that a document "

@@ -365,11 +365,11 @@ def _config_json(family: Family, portable: PortableConfig, dtype: torch.dtype) -
     """Build the family's config.json; keys that do not affect the arithmetic are carried over from the original."""
     # A model that did not come from Hugging Face has no token ids; if they are absent, transformers uses the family's.
     before: Mapping[str, Any] = portable.hugging_face or dict.fromkeys(TOKEN_IDS)
-    kept = set(before) - family.managed - {"dtype", "torch_dtype", "transformers_version"}
+    carried_over = set(before) - family.managed - {"dtype", "torch_dtype", "transformers_version"}
     if before.get("model_type") != family.model_type:
-        kept &= set(TOKEN_IDS)
+        carried_over &= set(TOKEN_IDS)
     return {
-        **{key: value for key, value in before.items() if key in kept},
+        **{key: value for key, value in before.items() if key in carried_over},
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": portable.vocab_size,

@@ -20,7 +20,7 @@ KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", _SHARE, _ORIG
 _PREFIX = "rope_scaling_"
 _TYPES = {"default": "none"} | {name: name for name in ROPE_SCALING_PARAMETERS if name != "none"}
 # Keys next to a scaling's own parameters, and keys whose meaning is fixed here.
-_BESIDE = {"rope_type", "type", "rope_theta", _SHARE, "finetuned"}
+_OTHER_KEYS = {"rope_type", "type", "rope_theta", _SHARE, "finetuned"}
 _ALWAYS = {"truncate": True}
 _NEEDED = {"factor", "low_freq_factor", "high_freq_factor"}
 _DEFAULT_IF_ZERO = {"beta_fast", "beta_slow"}
@@ -43,10 +43,10 @@ def rope_fields(config: HuggingFaceConfig, theta_key: str = "rope_theta") -> dic
             f"remove {_SHARE}."
         )
     is_unused = "rope_theta" in rope and config.get(theta_key) is None
-    beside = 1e4 if is_unused else number(config, theta_key, 1e4, _THETA)
+    outer_theta = 1e4 if is_unused else number(config, theta_key, 1e4, _THETA)
     return {
         "use_rotary_position_embeddings": True,
-        _THETA: number(rope, "rope_theta", beside, _THETA),
+        _THETA: number(rope, "rope_theta", outer_theta, _THETA),
         "rotary_percent": 1.0,
         "rope_scaling_type": kind,
         **_scaling_fields(kind, rope, config),
@@ -90,7 +90,7 @@ def _scaling_fields(kind: Any, rope: HuggingFaceConfig, config: HuggingFaceConfi
     uses max_position_embeddings, whatever else is named.
     """
     known = {name.removeprefix(_PREFIX): name for name in ROPE_SCALING_PARAMETERS[kind]}
-    _refuse_unknown(kind, rope, set(known) | _BESIDE | {_ORIGINAL})
+    _refuse_unknown(kind, rope, set(known) | _OTHER_KEYS | {_ORIGINAL})
     given = {key: rope[key] for key in known if rope.get(key) is not None and key != _ORIGINAL}
     given = {key: value for key, value in given.items() if value != 0 or key not in _DEFAULT_IF_ZERO}
     if "attention_factor" in given or not all(given.get(key) for key in _MSCALES):  # which transformers ignores
