@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tune a model on conversations, with the loss on the answers alone: docs/finetuning.md.
+"""Fine-tune a model on conversations, with the loss on the answers only: docs/finetuning.md.
 
 deepspeed --num_gpus 4 finetune_llama.py --load weights/llama --data-path conversations.jsonl ...
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -27,17 +27,17 @@ from megatron.tokenizer import Tokenizer, tokenizer_of
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run; returns the exit code. What the user can mend is one line on rank 0, before the model is allocated."""
-    return run(argv, check_data, provide_source, keep_conversations_apart)
+    """Run and return the exit code. An error the user can fix is one line on rank 0, before the model is allocated."""
+    return run(argv, check_data, provide_source, separate_conversations)
 
 
-def keep_conversations_apart(config: Config) -> Config:
-    """Conversations that share a sequence do not see each other, and positions of each begin at 0."""
+def separate_conversations(config: Config) -> Config:
+    """Separate conversations that share a sequence in attention, and restart positions at 0 for each."""
     return replace(config, data=replace(config.data, reset_position_ids=True, reset_attention_mask=True))
 
 
 def check_data(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError or DataError for what can be seen before the conversations are tokenised."""
+    """Raise ConfigError or DataError for errors that are visible before the conversations are tokenized."""
     find_template(config.tokenizer, config.finetuning.chat_template)
     if config.data.eod_mask_loss:
         raise ConfigError(
@@ -50,13 +50,13 @@ def check_data(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
-    """Conversations, several to a sequence."""
+    """Provide conversations, several per sequence."""
     tokenizer = tokenizer_of(config.tokenizer)
 
-    def as_it_is(sample: Sample) -> Sample:
+    def identity(sample: Sample) -> Sample:
         return sample
 
-    return SampleSource(lambda num_samples: build_packed_datasets(config, tokenizer, num_samples), as_it_is)
+    return SampleSource(lambda num_samples: build_packed_datasets(config, tokenizer, num_samples), identity)
 
 
 if __name__ == "__main__":

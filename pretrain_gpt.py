@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pretrain GPT or LLaMA on indexed datasets: say what is looked at and where samples come from, and train.
+"""Pretrain GPT or LLaMA on indexed datasets: the data checks and the source of samples.
 
 deepspeed --num_gpus 4 pretrain_gpt.py --help
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -28,12 +28,12 @@ FINETUNING_FLAGS = ("chat_template", "max_document_mb", "long_samples")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run; returns the exit code. What the user can mend is one line on rank 0, before anything is allocated."""
+    """Run and return the exit code. An error the user can fix is one line on rank 0, before anything is allocated."""
     return run(argv, check_data, provide_source)
 
 
 def check_data(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise DataError for unusable datasets, and ConfigError for flags that are about conversations."""
+    """Raise DataError for unusable datasets, and ConfigError for flags of fine-tuning."""
     for name in FINETUNING_FLAGS:
         if name in config.given:
             flag = f"--{name.replace('_', '-')}"
@@ -42,7 +42,7 @@ def check_data(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
-    """Consecutive tokens of the datasets, in which the flags say what an end of document does."""
+    """Provide consecutive tokens of the datasets; flags determine the effect of an end of document."""
     data = config.data
     end_of_document = EndOfDocument(
         vocabulary.end_of_document, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss
@@ -53,7 +53,7 @@ def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
 
 
 def datasets(config: Config, num_samples: tuple[int, int, int], vocab_size: int) -> Datasets:
-    """Training, validation and test data: parts of one dataset, or a dataset each."""
+    """Build the training, validation and test data: parts of one dataset, or one dataset each."""
     data, seed, seq_length = config.data, config.training.seed, config.model.seq_length
     cache = Path(data.data_cache_path) if data.data_cache_path else None
     if data.data_path:

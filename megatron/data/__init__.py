@@ -1,1 +1,1 @@
-"""Token files, the order in which their documents are read, and the samples that a step takes."""
+"""Token files, the order in which their documents are read, and the samples of each step."""

@@ -1,7 +1,7 @@
-"""From a sample to what one rank computes on: its slices of the sequence, in the order of its layout.
+"""Slicing of samples into one rank's batch: its slices of the sequence, in the order of its layout.
 
-A rank reads the tokens of its slices and the one after each, a block at a time, straight into its part of the batch.
-Only where ends of documents matter does it look through the whole sequence for them, again a block at a time.
+A rank reads the tokens of its slices and the one token after each, block by block, straight into its part of the batch.
+It scans the whole sequence for document ends only if they matter, also block by block.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from megatron.data.tokens import Tokens, blocks
 
 ModelInputs = tuple[Tensor, Tensor, Tensor, Tensor, Documents | None]
 Positions = npt.NDArray[np.int64]
-BatchProvider = Callable[[Sequence[Any]], "Batch"]  # from samples as the datasets give them
+BatchProvider = Callable[[Sequence[Any]], "Batch"]  # from samples as the datasets return them
 
 
 @dataclass(frozen=True)
 class Sample:
     """S+1 tokens: inputs are the first S, labels the last S.
 
-    `loss_spans` int64 [n, 2] are the spans of the labels that count, ascending; all count without it. `documents` are
-    the spans of the S inputs that see themselves alone, and where positions begin at 0; what is in none of them is
+    `loss_spans` int64 [n, 2] are the ascending spans of the unmasked labels; None means all labels. `documents` are the
+    spans of the S inputs that attend only to themselves and whose positions begin at 0. Tokens outside of them are
     padding.
     """
 
@@ -40,7 +40,7 @@ class Sample:
 
     @property
     def num_unmasked(self) -> int:
-        """Labels that count."""
+        """Number of unmasked labels."""
         if self.loss_spans is None:
             return len(self.tokens) - 1
         return int((self.loss_spans[:, 1] - self.loss_spans[:, 0]).sum())
@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class EndOfDocument:
-    """What the id that ends a document does to a sample; Megatron's flags of these names."""
+    """Effect of the end-of-document id on a sample; the fields are Megatron's flags of the same names."""
 
     token: int
     reset_position_ids: bool = False
@@ -56,7 +56,7 @@ class EndOfDocument:
     eod_mask_loss: bool = False
 
     def sample(self, tokens: Tokens) -> Sample:
-        """The sample of S+1 tokens; the id belongs to the document that it ends. Reads them only with a flag."""
+        """Make a sample of S+1 tokens, which are read only if a flag is set. The id belongs to the document it ends."""
         length, separates = len(tokens) - 1, self.reset_position_ids or self.reset_attention_mask
         if not (separates or self.eod_mask_loss):
             return Sample(tokens)
@@ -71,18 +71,18 @@ class EndOfDocument:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on one rank, [B, S/p] each, on the host: pinned where it will be copied to a GPU."""
+    """One micro-batch on one rank, [B, S/p] each, on the host: pinned if it will be copied to a GPU."""
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     positions: Tensor
-    documents: Documents | None  # of the whole sequences; None: each is one
+    documents: Documents | None  # of the whole sequences; None: each is one document
     num_tokens: int  # unmasked tokens of the whole sequences, over all sequence-parallel ranks
-    squared_lengths: int  # of the documents of the whole sequences, summed: attention's work
+    squared_lengths: int  # summed over the documents of the whole sequences: attention's work
 
     def inputs(self) -> ModelInputs:
-        """Arguments of the model's forward pass."""
+        """Return the arguments of the model's forward pass."""
         return self.tokens, self.labels, self.loss_mask, self.positions, self.documents
 
 
@@ -94,7 +94,7 @@ def slice_batch(
     restart_positions: bool = True,
     separate_documents: bool = True,
 ) -> Batch:
-    """This rank's part of samples. Of their documents, positions begin at 0 and attention stays within if so asked."""
+    """Slice this rank's part of the samples; optionally restart positions and separate attention per document."""
     spans, shape = layout.owned_spans(sequence_parallel_rank), (len(samples), layout.local_length)
     tokens_BS, labels_BS, mask_BS, positions_BS = (
         torch.empty(shape, dtype=dtype, pin_memory=pin)
@@ -123,7 +123,7 @@ def _fill(
     loss_mask: npt.NDArray[np.float32],
     positions: npt.NDArray[np.int64],
 ) -> None:
-    """Write what a sample has at `spans`, one after the other, into the arrays [S/p]."""
+    """Write a sample's content at `spans`, one span after another, into the arrays [S/p]."""
     starts = document_starts(sample.documents if restart_positions else None)
     end = 0
     for start, stop in blocks(spans):
@@ -135,24 +135,24 @@ def _fill(
 
 
 def _within(positions: Positions, spans: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which positions lie in one of the spans [n, 2], ascending: those with an odd number of bounds up to them."""
+    """Mask the positions in one of the ascending spans [n, 2]: those with an odd number of bounds up to them."""
     return np.searchsorted(spans.ravel(), positions, side="right") % 2 == 1
 
 
 def document_starts(documents: Sequence[Span] | None) -> Positions:
-    """Where each document begins; nowhere if there are none, the sequence being one."""
+    """Return the start of each document; empty if the sequence is one document."""
     return np.array([start for start, _ in documents or ()], np.int64)
 
 
 def document_positions(positions: Positions, starts: Positions) -> Positions:
-    """Positions in the document, of which those of the sequence are given, and where its documents begin."""
+    """Convert positions in the sequence to positions in their documents, which begin at `starts`."""
     if not len(starts):
         return positions
     return positions - starts[np.maximum(np.searchsorted(starts, positions, side="right") - 1, 0)].clip(max=positions)
 
 
 def _documents(samples: Sequence[Sample], sequence_length: int) -> Documents | None:
-    """None where no sample has more than one, which fills it."""
+    """Return the documents; None if every sample is one document that fills it."""
     whole = ((0, sequence_length),)
     spans = tuple(whole if sample.documents is None else sample.documents for sample in samples)
     return None if all(row == whole for row in spans) else Documents(spans)

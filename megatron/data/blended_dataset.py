@@ -1,4 +1,4 @@
-"""Several datasets drawn from by weight."""
+"""A blend of several datasets by weight."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,7 +10,7 @@ from megatron.data.tokens import Tokens
 
 
 class SampleDataset(Protocol):
-    """A fixed number of samples, each of seq_length + 1 tokens, which are read where they are sliced."""
+    """A fixed number of samples, each of seq_length + 1 tokens, which are read lazily when sliced."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +38,7 @@ class BlendedDataset:
         return len(self._dataset_index)
 
     def __getitem__(self, index: int) -> Tokens:
-        """Sample `index`, of seq_length + 1 tokens."""
+        """Return sample `index`, of seq_length + 1 tokens."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a blend of {len(self)}")
         dataset = self._datasets[int(self._dataset_index[index])]

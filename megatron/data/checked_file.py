@@ -1,7 +1,7 @@
-"""Files that tell whether they are as they were written: the content is followed by its checksum.
+"""Files with a checksum at the end, which detects damage.
 
-It is the CRC-32 of a key and the content, in little-endian order; the key says what the file is for, so that a whole
-file in the place of another is told apart too.
+The checksum is the CRC-32 of a key and the content, in little-endian order. The key says what the file is for, so an
+undamaged file in the place of another is detected too.
 """
 
 import zlib
@@ -14,15 +14,15 @@ CHECKSUM_BYTES = 4
 
 
 def append_checksum(path: Path, key: str) -> None:
-    """End a file that holds something with its checksum."""
+    """Append the checksum to a file that is not empty."""
     checksum = _checksum(np.memmap(path, np.uint8, "r"), key)
     with path.open("ab") as file:
         file.write(checksum)
 
 
 def is_as_written(path: Path, key: str) -> bool:
-    """Whether a file is there, and as `append_checksum` left it. Reads all of it."""
-    if not path.is_file() or path.stat().st_size <= CHECKSUM_BYTES:  # a file of no bytes cannot be mapped
+    """Return whether a file exists and is as `append_checksum` left it. Reads all of it."""
+    if not path.is_file() or path.stat().st_size <= CHECKSUM_BYTES:  # an empty file cannot be mapped
         return False
     content = np.memmap(path, np.uint8, "r")
     return content[-CHECKSUM_BYTES:].tobytes() == _checksum(content[:-CHECKSUM_BYTES], key)

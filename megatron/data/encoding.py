@@ -1,4 +1,4 @@
-"""Texts to tokens in other processes, in the order of the input."""
+"""Tokenization in worker processes, in the order of the input."""
 
 import os
 import signal
@@ -27,10 +27,10 @@ BATCHES_PER_WORKER = 4
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """The tokens of a batch of records, and the place in the input behind them.
+    """The tokens of a batch of records, and the position in the input after them.
 
-    tokens: one array per key, the texts of all records on end; sizes: int32, tokens per text, for each key as many as
-    there are documents. num_bytes: what they took in the input. bad_records: a message for each record left out.
+    tokens: one array per key, the texts of all records concatenated. sizes: int32, tokens per text, one per document
+    for each key. num_bytes: the size of the records in the input. bad_records: a message for each record left out.
     """
 
     tokens: list[npt.NDArray[Any]]
@@ -46,9 +46,9 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Texts to arrays of tokens in the dtype of the dataset; `append_eod` ends every text that has any tokens.
+    """Encodes texts to arrays of tokens in the dataset's dtype; `append_eod` ends every text that has any tokens.
 
-    A record that is not what its file's format says is an error, or is left out and counted with `skip_bad_records`.
+    A record that does not match its file's format is an error; with `skip_bad_records` it is left out and counted.
     """
 
     tokenizer: Tokenizer
@@ -57,7 +57,7 @@ class Encoder:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type in which tokens are stored."""
+        """The dtype in which tokens are stored."""
         return smallest_dtype(self.tokenizer.vocab_size)
 
     def encode(self, batch: RecordBatch) -> EncodedBatch:
@@ -104,21 +104,21 @@ class Encoder:
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """What an encoder is made from, cheap to send to another process; the rest as in `Encoder`."""
+    """The settings of an `Encoder`, cheap to send to another process."""
 
     tokenizer: TokenizerConfig
     append_eod: bool
     skip_bad_records: bool = False
 
     def build(self) -> Encoder:
-        """Make the encoder; TokenizerError if its files are not right."""
+        """Build the encoder; TokenizerError if its files are not valid."""
         return Encoder(tokenizer_of(self.tokenizer), self.append_eod, self.skip_bad_records)
 
 
 def encode_batches(batches: Iterable[RecordBatch], plan: EncoderPlan, num_workers: int) -> Iterator[EncodedBatch]:
-    """Encode records in `num_workers` processes, this one if it is 1; the order of the input is kept.
+    """Encode records in `num_workers` processes, or in this process if it is 1, in the order of the input.
 
-    Only a few batches per worker are read ahead, however large the input. Raises DataError and TokenizerError of the
+    Only a few batches per worker are read ahead, however large the input. Raises DataError and TokenizerError for the
     input and the tokenizer, and DataError if a worker dies.
     """
     if num_workers == 1:
@@ -147,8 +147,8 @@ def _encode_batch(plan: EncoderPlan, batch: RecordBatch) -> EncodedBatch:
 
 
 def _end_with_parent() -> None:
-    """End this worker when the process that feeds it is killed or interrupted; it would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all, and the parent answers it
+    """End this worker when its parent is killed or interrupted; otherwise it would wait for work forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     parent = parent_process()
 
     def watch() -> None:

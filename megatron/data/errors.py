@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """A data file, or what is asked of it, is unusable; the message is one line for the person who gave it."""
+    """A data file, or a request for it, is unusable; the message is one line for the person who gave it."""

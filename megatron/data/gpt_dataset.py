@@ -1,7 +1,7 @@
-"""Samples for a causal language model: seq_length + 1 consecutive tokens, running across document ends.
+"""Samples for a causal language model: seq_length + 1 consecutive tokens, across document ends.
 
-Inputs are the first seq_length tokens of a sample and labels the last seq_length; neighbouring samples overlap by one
-token, so that every token is a label once per epoch.
+Inputs are the first seq_length tokens of a sample and labels the last seq_length. Neighboring samples overlap by one
+token, so every token is a label once per epoch.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from megatron.data.vocabulary import check_tokens
 
 @dataclass(frozen=True, eq=False)
 class StoredSample:
-    """The tokens of a sample in pieces of documents, of which a slice reads what it covers, in the type of the file.
+    """The tokens of a sample, in pieces of documents. A slice reads only the tokens it covers, in the file's dtype.
 
     Piece k begins at token `starts[k]` of the file and at `bounds[k]` of the sample; the last of `bounds` is its end.
-    With `vocab_size` what is read is checked: DataError, naming the sample by `name`, for a token outside.
+    With `vocab_size` the tokens are checked when read: DataError, naming the sample by `name`, for one outside.
     """
 
     indexed: IndexedDataset
@@ -51,10 +51,10 @@ class StoredSample:
 
 
 class GPTDataset:
-    """`num_samples` samples of some documents of an indexed dataset, in an order that `seed` decides.
+    """`num_samples` samples of some documents of an indexed dataset, in an order determined by `seed`.
 
-    Sample i depends on (documents, seq_length, seed, i) alone, not on num_samples. Documents are read as many times as
-    it takes. With `cache_dir` the order is kept there; without, it is computed each time. With `vocab_size` every
+    Sample i depends only on (documents, seq_length, seed, i), not on num_samples. Documents are read for as many epochs
+    as needed. With `cache_dir` the order is cached there; without, it is computed each time. With `vocab_size` every
     token read is checked against it. Raises DataError if the documents hold too few tokens or are not token ids.
     """
 
@@ -83,7 +83,7 @@ class GPTDataset:
         return self._num_samples
 
     def __getitem__(self, index: int) -> StoredSample:
-        """Sample `index`, of seq_length + 1 tokens. Reads none of them: that is for who slices it."""
+        """Return sample `index`, of seq_length + 1 tokens. Reads none of them: slicing the sample does."""
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self.name}, which has {self._num_samples}")
         row = int(self._order.shuffle_index[index])
@@ -107,11 +107,11 @@ def build_datasets(
     cache_dir: Path | None = None,
     vocab_size: int | None = None,
 ) -> tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]:
-    """The training, validation and test parts of one dataset, or of several blended by weight.
+    """Build the training, validation and test parts of one dataset, or of several blended by weight.
 
     data_paths: one prefix, or pairs of weight and prefix. split: such as "969,30,1". A part with num_samples 0 is None.
     A validation or test part whose share holds no document is None too.
-    cache_dir: where sample orders are kept; by default a folder PREFIX_cache beside each dataset, if it can be written.
+    cache_dir: where sample orders are cached; by default a folder PREFIX_cache next to each dataset, if writable.
     Raises DataError.
     """
     prefixes, weights = parse_data_paths(data_paths)
@@ -124,7 +124,7 @@ def build_datasets(
         for k, name in enumerate(PART_NAMES)
         if num_samples[k] and (name == "train" or any(part_ranges[k] for part_ranges in ranges))
     }
-    # All parts are looked at before the order of one is computed and kept.
+    # All parts are checked before the order of any is computed and cached.
     for name, documents in wanted.items():
         counts = _samples_per_source(weights, num_samples[PART_NAMES.index(name)])
         for source, part, count in zip(sources, documents, counts, strict=True):
@@ -146,7 +146,7 @@ def build_dataset(
     cache_dir: Path | None = None,
     vocab_size: int | None = None,
 ) -> SampleDataset | None:
-    """All documents of `data_paths` as one part called `name`, for parts that have files of their own.
+    """Build one part called `name` from all documents of `data_paths`, for parts that have files of their own.
 
     Otherwise as `build_datasets`.
     """
@@ -209,7 +209,7 @@ def _build_source(
     try:
         return build(settings.cache_dir or Path(f"{indexed.prefix}_cache"))
     except OSError as error:
-        # A folder that was asked for must work; data on a read-only disk is no mistake.
+        # A folder that was given must be writable; data on a read-only disk is not an error.
         if settings.cache_dir:
             raise DataError(
                 f"--data-cache-path ({settings.cache_dir}) cannot be used: {error.strerror}; give a folder that can be "
@@ -219,7 +219,7 @@ def _build_source(
 
 
 def _check_usable(indexed: IndexedDataset, documents: range, seq_length: int, name: str) -> int:
-    """The number of tokens in `documents`. Raises DataError if they are too few, or not token ids."""
+    """Count the tokens in `documents`. Raises DataError if they are too few, or not token ids."""
     num_tokens = int(indexed.document_sizes[documents.start : documents.stop].sum())
     if indexed.dtype.kind not in "iu":
         raise DataError(

@@ -1,4 +1,4 @@
-// The two index builders that are loops by nature. index_helpers.py holds the same functions in numpy.
+// The two index builders that are inherently loops. index_helpers.py holds the same functions in numpy.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -47,7 +47,7 @@ py::array_t<std::int64_t> build_sample_index(const Int64Array& sizes, const Int6
 }
 
 // weights [datasets], summing to 1 -> (int16 [size], int64 [size]): which dataset, and which of its samples.
-// Each step takes the dataset that lags its weight most; the first of equals.
+// Each step takes the dataset that lags its weight most; on a tie, the first of them.
 py::tuple build_blending_indices(const DoubleArray& weights, std::int64_t size) {
     const auto weight = weights.unchecked<1>();
     const py::ssize_t num_datasets = weight.shape(0);

@@ -1,6 +1,6 @@
-"""Megatron's `.idx` file: what is in the `.bin` file beside it, and where.
+"""Megatron's `.idx` file: the index of the `.bin` file next to it.
 
-All little-endian, nothing padded; a sequence is a run of tokens, a document is a run of sequences:
+All values are little-endian, without padding. A sequence is a run of tokens, a document is a run of sequences:
 
     magic              9 bytes           b"MMIDIDX" and two zeros
     version            uint64            1
@@ -29,7 +29,7 @@ HEADER = struct.Struct("<9sQBQQ")
 ENTRIES_PER_CHECK = 1 << 20
 PREPROCESS_AGAIN = "make the dataset again with tools/preprocess_data.py, or copy both files again"
 
-# Forks of Megatron disagree about the width of codes 6 and 7; the size of the .bin tells which one is meant.
+# Forks of Megatron disagree about the width of codes 6 and 7; the size of the .bin determines which one is meant.
 DTYPE_OF_CODE: dict[int, tuple[type[np.generic], ...]] = {
     1: (np.uint8,),
     2: (np.int8,),
@@ -55,7 +55,7 @@ class Index:
 
 
 def code_of_dtype(dtype: npt.DTypeLike) -> int:
-    """The code that stands for `dtype` in the file; DataError if there is none."""
+    """Return the file's code for `dtype`; DataError if there is none."""
     wanted = np.dtype(dtype)
     for code, choices in DTYPE_OF_CODE.items():
         if wanted == np.dtype(choices[0]):
@@ -67,7 +67,7 @@ def code_of_dtype(dtype: npt.DTypeLike) -> int:
 def write_index(
     file: BinaryIO, dtype: npt.DTypeLike, sizes: npt.NDArray[np.int32], document_indices: npt.NDArray[np.int64]
 ) -> None:
-    """Write an `.idx` for sequences that lie one after the other in the `.bin`."""
+    """Write an `.idx` for sequences that are stored one after another in the `.bin`."""
     pointers = np.zeros(len(sizes), dtype="<i8")
     np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
     pointers *= np.dtype(dtype).itemsize
@@ -78,9 +78,9 @@ def write_index(
 
 
 def read_index(index_path: Path, token_path: Path) -> Index:
-    """Map an `.idx` and check it against itself and against the size of its `.bin`.
+    """Memory-map an `.idx`; check its consistency and the size of its `.bin`.
 
-    Reads all of the `.idx` and none of the `.bin`. Raises DataError if anything does not add up.
+    Reads all of the `.idx` and none of the `.bin`. Raises DataError if anything is inconsistent.
     """
     dtype_code, num_sequences = _read_header(index_path)
     content = np.asarray(np.memmap(index_path, mode="r"))
@@ -97,7 +97,7 @@ def read_index(index_path: Path, token_path: Path) -> Index:
 
 
 def _read_header(path: Path) -> tuple[int, int]:
-    """The dtype code and the number of sequences, after checking that the file has the length that follows."""
+    """Return the dtype code and the number of sequences, after checking the file's length against the header."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(HEADER.size)
@@ -147,7 +147,7 @@ def _check_document_indices(path: Path, document_indices: npt.NDArray[np.int64],
 
 
 def _check_sizes(path: Path, sizes: npt.NDArray[np.int32]) -> int:
-    """The number of tokens of all sequences together."""
+    """Return the total number of tokens."""
     for start, stop in _spans(len(sizes)):
         if (sizes[start:stop] < 0).any():
             sequence = start + int(np.argmax(sizes[start:stop] < 0))
@@ -186,6 +186,6 @@ def _check_pointers(path: Path, sizes: npt.NDArray[np.int32], pointers: npt.NDAr
 
 
 def _spans(length: int, overlap: int = 0) -> list[tuple[int, int]]:
-    """Cut `range(length)` into spans small enough to check in little memory, each `overlap` into the next."""
+    """Cut `range(length)` into spans that take little memory to check; neighbors share `overlap` elements."""
     bounds = [*range(0, length, ENTRIES_PER_CHECK), length]
     return [(start, min(stop + overlap, length)) for start, stop in pairwise(bounds)]

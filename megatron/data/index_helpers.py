@@ -1,4 +1,4 @@
-"""Index builders: the compiled ones of helpers.cpp where they were built, numpy ones with equal results elsewhere."""
+"""Index builders: those of helpers.cpp if it was compiled, otherwise numpy ones with equal results."""
 
 import importlib
 from functools import cache
@@ -13,7 +13,7 @@ MAX_BLENDED_DATASETS = 2**15 - 1
 
 @cache
 def compiled_helpers() -> ModuleType | None:
-    """The compiled module, None where it was not built."""
+    """Return the compiled module, or None if it was not built."""
     try:
         return importlib.import_module("megatron.data._helpers")
     except ImportError:
@@ -27,7 +27,7 @@ def build_sample_index(
     num_epochs: int,
     tokens_per_epoch: int,
 ) -> npt.NDArray[np.int64]:
-    """Cut the documents, read one after the other, into samples of seq_length + 1 tokens that overlap by one.
+    """Cut the documents, concatenated in order, into samples of seq_length + 1 tokens that overlap by one.
 
     sizes: tokens per document. document_index: documents in the order they are read, all epochs.
     Returns int64 [num_samples + 1, 2] with num_samples = (num_epochs * tokens_per_epoch - 1) // seq_length: row s is
@@ -61,7 +61,7 @@ def numpy_sample_index(
     num_epochs: int,
     tokens_per_epoch: int,
 ) -> npt.NDArray[np.int64]:
-    """`build_sample_index` without a compiler."""
+    """Do the same as `build_sample_index`, without a compiler."""
     if seq_length < 1:
         raise ValueError("seq_length must be at least 1")
     num_samples = max(0, num_epochs * tokens_per_epoch - 1) // seq_length
@@ -80,7 +80,7 @@ def numpy_sample_index(
 def numpy_blending_indices(
     weights: npt.NDArray[np.float64], size: int
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-    """`build_blending_indices` without a compiler."""
+    """Do the same as `build_blending_indices`, without a compiler."""
     weights = np.asarray(weights, dtype=np.float64)
     if not 1 <= len(weights) <= MAX_BLENDED_DATASETS:
         raise ValueError(f"1 to {MAX_BLENDED_DATASETS} weights are allowed")

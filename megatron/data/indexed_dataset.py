@@ -1,4 +1,4 @@
-"""Tokens on disk in Megatron's format: PREFIX.bin holds them one after the other, PREFIX.idx says whose they are."""
+"""Tokens on disk in Megatron's format: PREFIX.bin holds all tokens, PREFIX.idx the bounds of their documents."""
 
 import os
 from array import array
@@ -21,22 +21,22 @@ TOKENS_PER_COPY = 1 << 22
 
 
 def index_path(prefix: str | Path) -> Path:
-    """Where the index of the dataset `prefix` lies."""
+    """Return the path of the index of the dataset `prefix`."""
     return Path(f"{prefix}.idx")
 
 
 def token_path(prefix: str | Path) -> Path:
-    """Where the tokens of the dataset `prefix` lie."""
+    """Return the path of the tokens of the dataset `prefix`."""
     return Path(f"{prefix}.bin")
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type in which Megatron stores tokens of a vocabulary: uint16 where it suffices, otherwise int32."""
+    """Return the dtype in which Megatron stores tokens of a vocabulary: uint16 if it is enough, otherwise int32."""
     return np.dtype(np.uint16 if vocab_size < UINT16_VOCAB_LIMIT else np.int32)
 
 
 class IndexedDataset:
-    """Read the tokens of PREFIX.bin through PREFIX.idx; both stay on disk and are mapped.
+    """Read the tokens of PREFIX.bin through PREFIX.idx; both stay on disk and are memory-mapped.
 
     Opening checks everything that can be checked without reading the tokens and raises DataError.
     """
@@ -55,7 +55,7 @@ class IndexedDataset:
         self.document_indices = index.document_indices
         self._first_tokens = index.pointers // index.dtype.itemsize
         self.num_tokens = int(self.sizes.sum(dtype=np.int64))
-        # A file of no bytes cannot be mapped.
+        # An empty file cannot be mapped.
         self._tokens: npt.NDArray[Any] = (
             np.asarray(np.memmap(token_path(prefix), dtype=self.dtype, mode="r"))
             if self.num_tokens
@@ -88,17 +88,17 @@ class IndexedDataset:
         return self.num_sequences
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
-        """Tokens [offset, offset + length) of a sequence (to its end by default), a read-only view of the file."""
+        """View tokens [offset, offset + length) of a sequence (to its end by default), read-only, without a copy."""
         start = int(self._first_tokens[sequence])
         return self._slice("sequence", sequence, start, int(self.sizes[sequence]), offset, length)
 
     def get_document(self, document: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
-        """Tokens [offset, offset + length) of a document (to its end by default), a read-only view of the file."""
+        """View tokens [offset, offset + length) of a document (to its end by default), read-only, without a copy."""
         start = int(self.document_starts[document])
         return self._slice("document", document, start, int(self.document_sizes[document]), offset, length)
 
     def get_tokens(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Tokens [start, stop) of the whole file, whoever owns them, a read-only view of it."""
+        """View tokens [start, stop) of the whole file, across documents, read-only, without a copy."""
         return self._tokens[start:stop]
 
     def _slice(
@@ -111,9 +111,9 @@ class IndexedDataset:
 
 
 class IndexedDatasetWriter:
-    """Write a dataset whose two files appear only when they are whole.
+    """Write a dataset whose two files appear only when they are complete.
 
-    A context manager: leaving the block normally commits, leaving it by an exception removes what was written.
+    A context manager: leaving the block normally commits; leaving it by an exception removes all that was written.
     """
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
@@ -132,7 +132,7 @@ class IndexedDatasetWriter:
         return len(self._document_indices) - 1
 
     def add_sequence(self, tokens: Sequence[int] | npt.NDArray[Any]) -> None:
-        """Append a sequence to the document that is being written; DataError if a token does not fit the dtype."""
+        """Append a sequence to the open document; DataError if a token does not fit the dtype."""
         values = np.asarray(tokens) if len(tokens) else np.empty(0, dtype=self.dtype)
         if len(values) > MAX_SEQUENCE_TOKENS:
             raise DataError(
@@ -145,7 +145,7 @@ class IndexedDatasetWriter:
         self.num_tokens += len(values)
 
     def end_document(self) -> None:
-        """Close the document that is being written; the next sequence opens another."""
+        """Close the open document; the next sequence opens another."""
         self._document_indices.append(len(self._sizes))
 
     def add_document(self, tokens: Sequence[int] | npt.NDArray[Any]) -> None:
@@ -162,7 +162,7 @@ class IndexedDatasetWriter:
             )
 
     def add_dataset(self, other: IndexedDataset) -> None:
-        """Append all documents of another dataset, a block in memory at a time; DataError if its dtype is another."""
+        """Append all documents of another dataset, one block in memory at a time; DataError if its dtype differs."""
         self.require_same_dtype(other)
         if self._document_indices[-1] != len(self._sizes):
             self.end_document()
@@ -174,20 +174,20 @@ class IndexedDatasetWriter:
         self.num_tokens += other.num_tokens
 
     def commit(self) -> None:
-        """Finish both files and give them their names. An open document is closed."""
+        """Finish both files and rename them to their final names. Closes an open document."""
         if self._document_indices[-1] != len(self._sizes):
             self.end_document()
         self._file.close()
         sizes = np.frombuffer(self._sizes, dtype=np.int32) if self._sizes else np.empty(0, dtype=np.int32)
         with self._index_path.open("wb") as file:
             write_index(file, self.dtype, sizes, np.frombuffer(self._document_indices, dtype=np.int64))
-        # No moment may pair a new .bin with an old .idx, so the old .idx goes first and the new one comes last.
+        # A new .bin must never be paired with an old .idx, so the old .idx is removed first and the new one comes last.
         index_path(self.prefix).unlink(missing_ok=True)
         publish(self._token_path, token_path(self.prefix))
         publish(self._index_path, index_path(self.prefix))
 
     def abort(self) -> None:
-        """Remove what was written so far."""
+        """Remove everything written so far."""
         self._file.close()
         self._token_path.unlink(missing_ok=True)
         self._index_path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The records of a file of JSON lines, or of one that is a single JSON array, as bytes, one in memory at a time.
+"""Reader of records from JSON lines or from a single JSON array, as bytes, one in memory at a time.
 
-None is looked into; a record longer than it may be is passed over piece by piece.
+Records are not parsed here. A record above the size limit is skipped piece by piece.
 """
 
 import re
@@ -21,7 +21,7 @@ STRUCTURE, WITHIN_STRING = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
 
 @dataclass(frozen=True)
 class TooLong:
-    """Stands for a record of more than `max_bytes` bytes."""
+    """Placeholder for a record of more than `max_bytes` bytes."""
 
     max_bytes: int
 
@@ -29,7 +29,7 @@ class TooLong:
         return self.max_bytes
 
     def error(self, where: str) -> DataError:
-        """What to say of the record at `where`."""
+        """Return the error for the record at `where`."""
         return DataError(
             f"{where}: more than --max-document-mb ({self.max_bytes // MIB}) MiB; cut it, leave it out, or raise "
             "--max-document-mb to what memory holds several times."
@@ -37,7 +37,7 @@ class TooLong:
 
 
 def bytes_of(max_document_mb: int) -> int:
-    """The bytes that a record may have. DataError for a limit that is none."""
+    """Convert the limit on a record to bytes; DataError if it is out of range."""
     if not 1 <= max_document_mb <= LARGEST_MAX_DOCUMENT_MB:
         raise DataError(
             f"--max-document-mb ({max_document_mb}) must be 1 to {LARGEST_MAX_DOCUMENT_MB}; use for example "
@@ -47,13 +47,13 @@ def bytes_of(max_document_mb: int) -> int:
 
 
 def is_array(path: Path) -> bool:
-    """Whether a file begins as a JSON array does. DataError if it cannot be read."""
+    """Return whether a file begins like a JSON array. DataError if it cannot be read."""
     with open_unpacked(path) as file:
         return file.read(BYTES_PER_READ).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
 def read_lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes | TooLong]:
-    """Yield the lines of a file, each with its end."""
+    """Yield the lines of a file, each with its line end."""
     while line := file.readline(max_bytes + 1):
         if len(line) <= max_bytes:
             yield line
@@ -64,16 +64,16 @@ def read_lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes | TooLong]:
 
 
 def read_entries(file: BinaryIO, max_bytes: int, path: Path) -> Iterator[bytes | TooLong]:
-    """Yield the entries of a file that is one JSON array. DataError, naming `path`, if they do not end as one."""
+    """Yield the entries of a file that is one JSON array. DataError, naming `path`, if the array is malformed."""
     for number, (entry, is_last) in enumerate(_entries(file, max_bytes, path), start=1):
         if len(entry):
             yield entry
-        elif not is_last or number > 1:  # an array may have no entry, but none that is empty
+        elif not is_last or number > 1:  # an array may be empty, an entry may not
             raise DataError(f"{path}, entry {number}: empty; put one comma between two entries and none at the end.")
 
 
 def _entries(file: BinaryIO, max_bytes: int, path: Path) -> Iterator[tuple[bytes | TooLong, bool]]:
-    """Yield what stands between the commas of the outermost array, and whether it is the last."""
+    """Yield the content between the commas of the outermost array, and whether it is the last."""
     depth, in_string, escaped = 0, False, False
     entry = _Entry(max_bytes)
     for block in iter(lambda: file.read(BYTES_PER_READ), b""):
@@ -91,7 +91,7 @@ def _entries(file: BinaryIO, max_bytes: int, path: Path) -> Iterator[tuple[bytes
                 in_string = not in_string
             elif mark in b"[{":
                 depth += 1
-                if depth == 1:  # the array itself; what stands before it is whitespace
+                if depth == 1:  # the array itself; only whitespace comes before it
                     entry.take()
                     begin = place
             elif mark in b"]}" or depth == 1:
@@ -104,11 +104,11 @@ def _entries(file: BinaryIO, max_bytes: int, path: Path) -> Iterator[tuple[bytes
                     _refuse_more(block[place:], file, path)
                     return
         entry.add(block[begin:])
-    raise DataError(f"{path}: a JSON array that breaks off; give a whole file.")
+    raise DataError(f"{path}: a truncated JSON array; give a whole file.")
 
 
 class _Entry:
-    """An entry of an array as it grows; its content is dropped once it is too long."""
+    """An array entry as it grows; its content is dropped once it is too long."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self._content, self._num_bytes = max_bytes, bytearray(), 0
@@ -120,7 +120,7 @@ class _Entry:
             self._content.clear()
 
     def take(self) -> bytes | TooLong:
-        """The whole entry; another begins."""
+        """Return the whole entry and begin the next."""
         content, num_bytes = bytes(self._content).strip(), self._num_bytes
         self._content, self._num_bytes = bytearray(), 0
         return content if num_bytes <= self._max_bytes else TooLong(self._max_bytes)
@@ -131,4 +131,4 @@ def _refuse_more(rest: bytes, file: BinaryIO, path: Path) -> None:
         rest = file.read(BYTES_PER_READ)
         if not rest:
             return
-    raise DataError(f"{path}: more text behind the end of a JSON array; give one array, or an object on each line.")
+    raise DataError(f"{path}: more text after the end of a JSON array; give one array, or an object on each line.")

@@ -1,4 +1,4 @@
-"""Names of what is written, checked before the work begins."""
+"""Check of output names before the work begins."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ SHOWN_CHARACTERS = 50
 
 
 def check_output_name(path: Path, flag: str) -> None:
-    """Raise DataError, naming `flag`, if a name within `path` is longer than file systems take."""
+    """Raise DataError, naming `flag`, if a name within `path` is longer than file systems allow."""
     for name in path.parts:
         num_bytes = len(os.fsencode(name))
         if num_bytes > MAX_NAME_BYTES:

@@ -1,4 +1,4 @@
-"""Bytes of files that may be packed, chosen by the ending: .gz, .zst, anything else as it is."""
+"""Reader of files that may be compressed, by file ending: .gz, .zst, anything else unchanged."""
 
 import gzip
 import importlib
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from megatron.data.errors import DataError
 
-PACKED_BYTES_PER_READ = 1 << 9  # four of them may stand for 128 KiB, all of which are unpacked at once
+PACKED_BYTES_PER_READ = 1 << 9  # four of them may decompress to 128 KiB, all at once
 UNPACKED_BYTES_PER_READ = 1 << 16
 ZSTANDARD_MAGIC, CHECKSUM_FLAG = b"\x28\xb5\x2f\xfd", 4
 LARGEST_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes
@@ -20,7 +20,7 @@ LARGEST_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes
 
 @contextmanager
 def open_unpacked(path: Path) -> Iterator[BinaryIO]:
-    """The unpacked bytes of a file. DataError, also of reads within the block, if the file is not whole."""
+    """Open the decompressed bytes of a file. DataError, also from reads within the block, if the file is damaged."""
     try:
         with _open(path) as file:
             yield file
@@ -29,19 +29,19 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
 
 
 def has_checksum(path: Path) -> bool:
-    """Whether the first frame of a .zst file says that it ends with a checksum of its content; True of other files."""
+    """Return whether the first frame of a .zst file declares a checksum of its content; True for other files."""
     with path.open("rb") as file:
         head = file.read(len(ZSTANDARD_MAGIC) + 1)
     return not head.startswith(ZSTANDARD_MAGIC) or bool(head[-1] & CHECKSUM_FLAG)
 
 
 def unreadable(path: Path, error: object) -> DataError:
-    """The error for a file that breaks off or is not of the form that its name says."""
+    """Return the error for a file that is truncated or not in the format of its file ending."""
     return DataError(f"{path} cannot be read: {error}; give a whole, readable file.")
 
 
 def require(package: str, purpose: str) -> ModuleType:
-    """Import an optional package or one of its modules; DataError that says how to install it."""
+    """Import an optional package or one of its modules; the DataError says how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -58,7 +58,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 class _ZstandardFile(io.RawIOBase):
-    """The content of all frames of a .zst file; EOFError where it breaks off, which the package's reader lets pass."""
+    """The content of all frames of a .zst file; EOFError if it is truncated, which the package's reader ignores."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
@@ -84,7 +84,7 @@ class _ZstandardFile(io.RawIOBase):
         super().close()
 
     def _unpack(self) -> bool:
-        """Unpack what comes next in the file; False at its end."""
+        """Decompress the next part of the file; False at its end."""
         self._packed = self._packed or self._file.read(PACKED_BYTES_PER_READ)
         if not self._packed:
             if self._frame is not None:

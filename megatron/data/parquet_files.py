@@ -1,6 +1,6 @@
-"""Rows of Parquet files, one row group in memory at a time.
+"""Reader of Parquet rows, one row group in memory at a time.
 
-Pages are compared with their checksums, where they have any: writers such as pyarrow leave them out by default.
+Pages are verified against their checksums if they have any: writers such as pyarrow leave them out by default.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,9 @@ NEXT_FIELD_INT32 = 0x15
 
 
 def read_rows(path: Path, columns: Sequence[str], skip: int = 0) -> Iterator[tuple[bytes | None, ...]]:
-    """Yield for each row after the first `skip` the bytes of its texts, one per column, None where there is none.
+    """Yield the bytes of each row's texts, after the first `skip` rows: one per column, None if the cell is empty.
 
-    Raises DataError if the file is not whole or has no such columns of text.
+    Raises DataError if the file is damaged or has no such columns of text.
     """
     arrow: Any = require("pyarrow", f"{path}, a Parquet file,")
     parquet: Any = require("pyarrow.parquet", f"{path}, a Parquet file,")
@@ -27,13 +27,13 @@ def read_rows(path: Path, columns: Sequence[str], skip: int = 0) -> Iterator[tup
             _check_columns(path, file.schema_arrow, columns, arrow)
             _check_counts(path, file.metadata)
             yield from _rows(path, file, columns, skip, arrow)
-    # UnicodeDecodeError: the name of a column, even of one that is not asked for.
+    # UnicodeDecodeError: from the name of a column, even one that is not read.
     except (arrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         raise unreadable(path, " ".join(str(error).split())) from error
 
 
 def has_checksums(path: Path, columns: Sequence[str]) -> bool:
-    """Whether the pages of columns have checksums, judged by the first of each, in a file that `read_rows` can read."""
+    """Return whether the columns' pages have checksums, judged by each first page, in a file `read_rows` can read."""
     parquet: Any = require("pyarrow.parquet", f"{path}, a Parquet file,")
     with path.open("rb") as raw, parquet.ParquetFile(path) as file:
         if not file.num_row_groups:
@@ -48,9 +48,9 @@ def has_checksums(path: Path, columns: Sequence[str]) -> bool:
 
 
 def _header_has_checksum(header: bytes) -> bool:
-    """Whether the header of a page, in Thrift's compact form, has a fourth field behind its type and two sizes.
+    """Return whether a page header, in Thrift's compact form, has a fourth field after its type and two sizes.
 
-    Each is a byte that says by how much the number of the field rises and its type, and a number of seven bits a byte.
+    A field is one byte, with the increment of the field number and the field's type, and a number of seven bits a byte.
     """
     place = 0
     for _ in range(3):
@@ -64,7 +64,7 @@ def _header_has_checksum(header: bytes) -> bool:
 def _check_counts(path: Path, metadata: Any) -> None:
     """Raise DataError unless the row groups of a file have as many rows as the file.
 
-    The footer has no checksum, and a reader stops at the rows that it says.
+    The footer has no checksum, and a reader stops at the number of rows that the footer gives.
     """
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     num_rows = sum(group.num_rows for group in groups)
@@ -90,7 +90,7 @@ def _rows(path: Path, file: Any, columns: Sequence[str], skip: int, arrow: Any) 
 
 
 def _bytes_of(column: Any, arrow: Any) -> list[bytes | None]:
-    """Cells as they are stored; whether they are UTF-8 is for the one to say who decodes them."""
+    """Return the cells as stored; the caller decodes them and checks that they are UTF-8."""
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     cells: list[bytes | None] = column.cast(arrow.large_binary()).to_pylist()

@@ -1,8 +1,8 @@
-"""Items made ahead of their use by a thread: reading samples and making batches run beside the training step.
+"""Prefetching in a thread: reading samples and building batches overlaps with the training step.
 
-A thread is enough: copying out of a memory map and slicing let go of the interpreter's lock. The order is that of the
-iterator, whatever the depth, and items that were made and not taken leave no trace, so a run that goes on from the
-samples consumed takes up exactly where it stopped.
+A thread is enough: copying from a memory map and slicing release the GIL. Items come in the iterator's order, whatever
+the depth. Items that were prefetched and not consumed leave no trace, so a run that resumes from the samples consumed
+continues exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ LONGEST_WAIT_SECONDS = 30.0
 
 
 class _End:
-    """What comes after the last item: the error that ended the iterator, or None."""
+    """Marker after the last item: the error that ended the iterator, or None."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
 
 
 class Prefetcher(Generic[Item]):
-    """An iterator over `items`, of which at most `depth` are made and not yet taken; depth 0 makes each when asked.
+    """An iterator over `items` that prefetches at most `depth` of them; depth 0 makes each item on demand.
 
-    `items` runs in the thread alone. An error of it is raised, itself and with its traceback, where its item would
-    have come. A context manager: leaving the block ends the thread, once it has finished the item at hand;
-    one that takes longer than LONGEST_WAIT_SECONDS is left to itself.
+    `items` runs only in the thread. An error in it is raised, with its traceback, in place of its item. A context
+    manager: leaving the block ends the thread once the current item is finished. If that takes longer than
+    LONGEST_WAIT_SECONDS, the thread is abandoned.
     """
 
     def __init__(self, items: Iterator[Item], depth: int) -> None:
@@ -39,7 +39,7 @@ class Prefetcher(Generic[Item]):
         self._room = Semaphore(depth)
         self._closed = False
         self._end: _End | None = None
-        # A daemon, so that a read that never returns does not keep the process from ending.
+        # A daemon, so that a read that never returns does not prevent the process from ending.
         self._thread = Thread(target=self._make, name="prefetch", daemon=True) if depth else None
         if self._thread:
             self._thread.start()
@@ -59,7 +59,7 @@ class Prefetcher(Generic[Item]):
         raise self._end.error or StopIteration
 
     def close(self) -> None:
-        """End the thread and drop what it has made."""
+        """End the thread and drop the prefetched items."""
         if self._thread is None:
             return
         self._closed = True

@@ -1,14 +1,14 @@
-"""The order in which a dataset's samples are drawn, a function of (document sizes, documents, sequence length, seed).
+"""Order of a dataset's samples, a function of (document sizes, documents, sequence length, seed).
 
-Every epoch reads the documents in a fresh random order. The epochs laid end to end are cut into samples, and the
-samples that end within one epoch are shuffled among themselves:
+Every epoch reads the documents in a new random order. The concatenated epochs are cut into samples, and the samples
+that end within one epoch are shuffled among themselves:
 
     document_index  [num_epochs * num_documents]   documents in reading order
     sample_index    [num_samples + 1, 2]           where each sample starts, in reading order
-    shuffle_index   [num_samples]                  which of those the i-th drawn sample is
+    shuffle_index   [num_samples]                  row of sample_index for the i-th sample drawn
 
-More epochs only append to each of them: what was drawn before stays as it was. Every document is read once before any
-is read twice.
+More epochs only append to each array: earlier samples do not change. Every document is read once before any is read
+twice.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class OrderPlan:
-    """What an order is made from: document sizes int64 [...] of the whole file, the documents used, and the rest."""
+    """The inputs of an order: document sizes int64 [...] of the whole file, the documents used, and the rest."""
 
     document_sizes: npt.NDArray[np.int64]
     documents: range
@@ -53,11 +53,11 @@ class OrderPlan:
         return int(self.document_sizes[self.documents.start : self.documents.stop].sum())
 
     def num_samples_after(self, num_epochs: int) -> int:
-        """Samples that are complete after so many epochs."""
+        """Return the number of complete samples after `num_epochs` epochs."""
         return max(0, num_epochs * self.tokens_per_epoch - 1) // self.seq_length
 
     def fingerprint(self) -> str:
-        """A name that two plans share only if they give the same order, in files of the same form."""
+        """Return a name that two plans share only if they give the same order, in files of the same format."""
         digest = hashlib.sha256()
         settings = (CACHE_VERSION, self.documents.start, self.seq_length, self.seed, self.num_epochs)
         digest.update(repr(settings).encode())
@@ -67,7 +67,7 @@ class OrderPlan:
 
 
 def num_epochs_for(num_samples: int, tokens_per_epoch: int, seq_length: int) -> int:
-    """Epochs that hold `num_samples` samples of seq_length + 1 tokens that overlap by one."""
+    """Return the number of epochs that hold `num_samples` samples of seq_length + 1 tokens that overlap by one."""
     return -(-(num_samples * seq_length + 1) // tokens_per_epoch)
 
 
@@ -90,7 +90,7 @@ def build_order(plan: OrderPlan) -> SampleOrder:
 def cached_order(
     plan: OrderPlan, cache_dir: Path, build: Callable[[OrderPlan], SampleOrder] = build_order
 ) -> SampleOrder:
-    """The order from `cache_dir`, built and put there if it is absent or, with a warning, damaged.
+    """Load the order from `cache_dir`; build and cache it if it is absent or, with a warning, damaged.
 
     Any number of processes may call this at once. Raises OSError if the folder cannot be written.
     """
@@ -108,11 +108,11 @@ def cached_order(
 
 
 def _load(plan: OrderPlan, path: Path) -> SampleOrder | None:
-    """Map the one flat array that holds all three; None if the file is absent or, with a warning, damaged."""
+    """Memory-map the flat array that holds all three; None if the file is absent or, with a warning, damaged."""
     if not path.exists():
         return None
     if not is_as_written(path, path.name):
-        LOG.warning("%s is cut short or was changed since it was written; it is made again", path)
+        LOG.warning("%s is cut short or was changed since it was written; rebuilding it", path)
         return None
     flat = np.asarray(np.load(path, mmap_mode="r"))
     num_documents, num_samples = plan.num_epochs * len(plan.documents), plan.num_samples_after(plan.num_epochs)
@@ -121,5 +121,5 @@ def _load(plan: OrderPlan, path: Path) -> SampleOrder | None:
 
 
 def epoch_random(seed: int, epoch: int, stream: int) -> np.random.RandomState:
-    """The legacy generator: the only one whose stream numpy promises never to change."""
+    """Return numpy's legacy generator: the only one whose stream numpy promises never to change."""
     return np.random.RandomState([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, epoch, stream])

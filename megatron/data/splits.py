@@ -1,4 +1,4 @@
-"""`--split` and `--data-path` as values."""
+"""Parsing of `--split` and `--data-path`."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ PART_NAMES = ("train", "valid", "test")
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
-    """Shares of training, validation and test, summing to 1, from text such as "969,30,1" or "90/10".
+    """Parse the shares of training, validation and test, summing to 1, from text such as "969,30,1" or "90/10".
 
     Missing parts get 0. Raises DataError.
     """
@@ -33,7 +33,7 @@ def split_documents(num_documents: int, shares: Sequence[float]) -> list[range]:
 
 
 def parse_data_paths(data_paths: Sequence[str]) -> tuple[list[str], list[float]]:
-    """Prefixes, and weights that sum to 1, from one prefix or from pairs of weight and prefix. Raises DataError."""
+    """Parse one prefix, or pairs of weight and prefix, to prefixes and weights that sum to 1. Raises DataError."""
     given = " ".join(data_paths)
     allowed = f"--data-path ({given}) must be one prefix, or pairs of weight and prefix; use for example 0.3 A 0.7 B."
     if len(data_paths) == 1:

@@ -1,6 +1,6 @@
-"""Documents from text: lines of JSON, rows of Parquet, or whole files; lines and files may be packed (.gz, .zst).
+"""Documents from text: JSON lines, Parquet rows, or whole files; lines and files may be compressed (.gz, .zst).
 
-Reading is cheap and goes in order; what a record holds is looked at later, in another process where there are several.
+Reading is cheap and sequential. Records are parsed later, in a worker process if there are several.
 """
 
 import glob
@@ -41,12 +41,12 @@ RECORDS_PER_BATCH = 1024
 LOG = logging.getLogger("megatron")
 
 Record = bytes | tuple[bytes | None, ...] | TooLong
-"""A line, an entry of an array or a file as it is, or the texts of a row; or what stands for one that is too long."""
+"""The bytes of a line, an array entry or a file; the texts of a row; or the placeholder for a record too long."""
 
 
 @dataclass(frozen=True)
 class InputPosition:
-    """A place between two records: `record` records of input number `file` lie before it, and all files before that."""
+    """A position between two records: after `record` records of input number `file`, and after all earlier files."""
 
     file: int = 0
     record: int = 0
@@ -54,7 +54,7 @@ class InputPosition:
 
 @dataclass(frozen=True)
 class RecordBatch:
-    """Consecutive records of one file, not looked into; `end` is the place behind them."""
+    """Consecutive, unparsed records of one file; `end` is the position after them."""
 
     path: str
     input_format: str
@@ -64,13 +64,13 @@ class RecordBatch:
     end: InputPosition
 
     def where(self, index: int) -> str:
-        """What to call record `index` of the batch."""
+        """Name record `index` of the batch for a message."""
         if self.input_format == "text":
             return self.path
         return f"{self.path}, {UNITS[self.input_format]} {self.first + index + 1}"
 
     def texts(self, index: int) -> list[str] | None:
-        """The texts of record `index`, one per key; None for an empty line. Raises DataError that names it."""
+        """Parse the texts of record `index`, one per key; None for an empty line. The DataError names the record."""
         record = self.records[index]
         if isinstance(record, TooLong):
             raise record.error(self.where(index))
@@ -84,7 +84,7 @@ class RecordBatch:
         return _texts_of_line(record, self.keys, self.where(index)) if record.strip() else None
 
     def num_bytes(self, index: int) -> int:
-        """Bytes of record `index` in the input, unpacked."""
+        """Return the bytes of record `index` in the input, decompressed."""
         return _num_bytes(self.records[index])
 
     def _present(self, cell: bytes | None, key: str, index: int) -> bytes:
@@ -97,8 +97,8 @@ BAD_RECORD_ADVICE = "repair it, or leave such records out (--skip-bad-lines of t
 
 
 def find_inputs(inputs: Sequence[str], input_format: str) -> list[Path]:
-    """The files that names, folders (searched to any depth) and patterns stand for, sorted within each. DataError if
-    one of them stands for nothing."""
+    """Expand names, folders (searched to any depth) and patterns to files, sorted within each. DataError if
+    one of them matches nothing."""
     files: list[Path] = []
     for name in inputs:
         found = _matching_files(name, SUFFIXES[input_format])
@@ -119,12 +119,12 @@ def read_batches(
     start: InputPosition | None = None,
     max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB,
 ) -> Iterator[RecordBatch]:
-    """Yield the records of all files from `start` on; every file ends with a batch, if need be an empty one.
+    """Yield the records of all files from `start` on; every file ends with a batch, possibly an empty one.
 
     "jsonl": a line is a JSON object, each key one of its texts, or the file is one array of such objects. "parquet": a
     row, each key a column. "text": a file is a document of one text, whatever the keys. "auto": Parquet by the ending
-    .parquet, else jsonl. A record of more than `max_document_mb` MiB is refused when it is looked into. The first file
-    whose form may have checksums and that has none is named in a warning. Raises DataError where a file cannot be read.
+    .parquet, else jsonl. A record of more than `max_document_mb` MiB is refused when it is parsed. A warning names the
+    first file without checksums whose format may have them. Raises DataError if a file cannot be read.
     """
     start, max_bytes = start or InputPosition(), bytes_of(max_document_mb)
     may_warn = True
@@ -145,9 +145,9 @@ def read_batches(
 def read_documents(
     paths: Sequence[Path], input_format: str, keys: Sequence[str], max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB
 ) -> Iterator[tuple[list[str], int]]:
-    """Yield for each document its texts, one per key, and the bytes it took in the input, unpacked.
+    """Yield each document's texts, one per key, and its bytes in the input, decompressed.
 
-    Formats as in `read_batches`. Raises DataError, naming file and line, where the input is not that.
+    Formats as in `read_batches`. Raises DataError, naming file and line, if the input is not in the format.
     """
     for batch in read_batches(paths, input_format, keys, max_document_mb=max_document_mb):
         for index in range(len(batch.records)):
@@ -157,7 +157,7 @@ def read_documents(
 
 
 def read_source(path: Path) -> str | None:
-    """The text of a Python source in the encoding that it declares; None if it is not readable as such."""
+    """Read a Python source in the encoding that it declares; None if it cannot be decoded."""
     try:
         with tokenize.open(path) as file:
             return file.read()
@@ -198,7 +198,7 @@ def _read_records(path: Path, kind: str, keys: Sequence[str], skip: int, max_byt
 
 def _whole(file: BinaryIO, max_bytes: int) -> Iterator[bytes | TooLong]:
     content = bytearray()
-    while len(content) <= max_bytes and (block := file.read(BYTES_PER_READ)):  # which reserves no more than that
+    while len(content) <= max_bytes and (block := file.read(BYTES_PER_READ)):  # allocates no more than that
         content += block
     yield bytes(content) if len(content) <= max_bytes else TooLong(max_bytes)
 

@@ -1,4 +1,4 @@
-"""Token ids that are read where they are sliced, and nowhere else."""
+"""Token ids that are read lazily, when they are sliced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK_TOKENS = 2**16
 
 
 class Tokens(Protocol):
-    """Token ids, one after the other: an array, or what reads a slice of them from a file, in the type of the file."""
+    """A sequence of token ids: an array, or an object that reads slices from a file, in the file's dtype."""
 
     def __len__(self) -> int: ...
 
@@ -23,7 +23,7 @@ class Tokens(Protocol):
 
 
 def blocks(spans: Iterable[Span]) -> Iterator[Span]:
-    """The spans in their order, each cut into spans of at most BLOCK_TOKENS, which take little memory to read."""
+    """Cut each span, in order, into spans of at most BLOCK_TOKENS, which take little memory to read."""
     for start, stop in spans:
         for first in range(start, stop, BLOCK_TOKENS):
             yield first, min(first + BLOCK_TOKENS, stop)
@@ -32,10 +32,10 @@ def blocks(spans: Iterable[Span]) -> Iterator[Span]:
 def read_pieces(
     bounds: npt.NDArray[np.int64], span: slice, read: Callable[[int, int, int], npt.NDArray[Any]]
 ) -> npt.NDArray[Any]:
-    """What a slice covers of pieces that lie one after the other, asking each for its part alone.
+    """Read a slice of concatenated pieces, and from each piece only the tokens that the slice covers.
 
-    bounds int64 [num_pieces + 1]: where each piece begins, and the last ends. read(piece, start, stop) gives tokens
-    [start, stop) of a piece, counted from its own beginning. A slice of one piece is what that piece gave: no copy.
+    bounds int64 [num_pieces + 1]: where each piece begins, and where the last ends. read(piece, start, stop) returns
+    tokens [start, stop) of a piece, counted from its own beginning. A slice within one piece is not copied.
     """
     start, stop, step = span.indices(int(bounds[-1]))
     if step != 1:

@@ -1,6 +1,6 @@
-"""Do the tokens of a dataset belong to the vocabulary of the model?
+"""Check that the tokens of a dataset are in the vocabulary of the model.
 
-An id outside it would read past the embedding: an assertion deep in a GPU kernel, or a wrong row.
+An id outside of it would read past the embedding: an assertion deep in a GPU kernel, or a wrong row.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ def check_tokens(tokens: npt.NDArray[Any], vocab_size: int, where: str) -> None:
 def check_vocabulary(indexed: IndexedDataset, vocab_size: int, max_tokens: int = SCAN_TOKENS) -> int:
     """Raise DataError, naming the document, if the dataset holds a token id outside the vocabulary.
 
-    Reads all tokens where they are at most `max_tokens`, otherwise that many in blocks spread evenly from the first
-    token to the last, one block in memory at a time. Returns how many tokens were read.
+    Reads all tokens if there are at most `max_tokens`, otherwise that many in blocks spread evenly from the first
+    token to the last, one block in memory at a time. Returns the number of tokens read.
     """
     num_read = 0
     for start, stop in _blocks(indexed.num_tokens, max_tokens):
@@ -43,7 +43,7 @@ def check_vocabulary(indexed: IndexedDataset, vocab_size: int, max_tokens: int =
 
 
 def check_document_ends(indexed: IndexedDataset, end_of_document: int, num_documents: int = 64) -> None:
-    """Raise DataError unless one of the first documents ends with the id that is to separate documents."""
+    """Raise DataError unless one of the first documents ends with the end-of-document id."""
     ends = indexed.document_starts[1 : num_documents + 1]
     last_tokens = [int(indexed.get_tokens(end - 1, end)[0]) for end in ends.tolist() if end]
     if last_tokens and end_of_document not in last_tokens:

@@ -1,15 +1,15 @@
-"""The folder in which datasets grow until they are whole, and from which an interrupted run goes on.
+"""Folder in which datasets are written until they are complete, and from which an interrupted run resumes.
 
     PREFIX.preprocessing/
-        lock              held by the process at work
+        lock              held by the process that is writing
         inputs.json       every input file with its size and times of change, as they were at the start
-        note.json         the settings, and the place reached
-        KEY.bin           tokens so far, and perhaps some more than the note says
+        note.json         the settings, and the position reached
+        KEY.bin           tokens so far, and perhaps some more than the note counts
         KEY.sizes         int32, tokens of each document so far
         KEY.idx           when all input is read
 
-A note counts only what has reached the disk before it, and is replaced atomically. At the end the files are moved to
-where datasets are looked for, .bin before .idx, and the folder is removed.
+A note counts only data that reached the disk before it, and is replaced atomically. At the end the files are moved to
+their final place, .bin before .idx, and the folder is removed.
 """
 
 import fcntl
@@ -35,15 +35,15 @@ from megatron.data.text_files import InputPosition
 WORKSPACE_VERSION = 2
 
 InputStates = list[tuple[str, int, int, int]]
-"""Name, bytes, and times (ns) of the last change of content and of anything, of every input file.
+"""(name, bytes, mtime in ns, ctime in ns) of every input file.
 
-A program can set the time of the content back, and not the other one, so that an edit behind the other's back shows.
+A program can set mtime back but not ctime, so an edit that hides its mtime is still detected.
 """
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in the input and what was written up to there: documents and tokens of each dataset."""
+    """A position in the input, and the documents and tokens of each dataset written up to there."""
 
     position: InputPosition
     written: tuple[tuple[int, int], ...]
@@ -52,7 +52,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Note:
-    """How far a run is: the last mark, the one at the start of the file it lies in, and whether all input is read."""
+    """A run's progress: the last mark, the mark at the start of its input file, and whether all input is read."""
 
     mark: Mark
     start_of_file: Mark
@@ -60,7 +60,7 @@ class Note:
 
 
 class PartialDataset:
-    """A dataset of one-sequence documents, being written to a workspace; opened, it is cut back to a mark's counts."""
+    """A dataset of one-sequence documents, being written to a workspace; opening truncates it to a mark's counts."""
 
     def __init__(self, folder: Path, name: str, dtype: npt.DTypeLike, num_documents: int, num_tokens: int) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -71,11 +71,11 @@ class PartialDataset:
 
     @property
     def written(self) -> tuple[int, int]:
-        """Documents and tokens."""
+        """Documents and tokens written so far."""
         return self.num_documents, self.num_tokens
 
     def add_documents(self, tokens: npt.NDArray[Any], sizes: npt.NDArray[np.int32]) -> None:
-        """Append documents that lie on end in `tokens`; those of size 0 are left out."""
+        """Append documents that are concatenated in `tokens`; those of size 0 are left out."""
         kept = sizes[sizes > 0]
         self._token_file.write(tokens.astype(self.dtype, copy=False).data)
         self._size_file.write(kept.astype("<i4", copy=False).data)
@@ -83,7 +83,7 @@ class PartialDataset:
         self.num_tokens += len(tokens)
 
     def flush(self) -> None:
-        """Wait until all that was added is on the disk."""
+        """Wait until everything added is on disk."""
         for file in (self._token_file, self._size_file):
             file.flush()
             os.fsync(file.fileno())
@@ -106,8 +106,8 @@ class PartialDataset:
 class Workspace:
     """A locked workspace for some inputs and settings; see the module's docstring.
 
-    A context manager. `settings` are what the output depends on, by the name of the flag. Raises DataError if another
-    process is at work, and if an interrupted run differs in a setting or in a file that it has read.
+    A context manager. `settings`, by flag name, determine the output. Raises DataError if another process is using the
+    workspace, or if an interrupted run differs in a setting or in a file that it has read.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], inputs: Sequence[Path], restart: bool) -> None:
@@ -120,7 +120,7 @@ class Workspace:
             self._inputs = _states_of(inputs)
             if restart:
                 self._clear()
-            self.note = self._note_to_go_on_from()
+            self.note = self._note_to_resume_from()
             if self.note is None:
                 self._clear()
             _write_json(folder / "inputs.json", self._inputs)
@@ -129,11 +129,11 @@ class Workspace:
             raise
 
     def open_dataset(self, name: str, dtype: npt.DTypeLike, written: tuple[int, int]) -> PartialDataset:
-        """The dataset `name`, holding the documents and tokens of a mark."""
+        """Open the dataset `name`, truncated to the documents and tokens of a mark."""
         return PartialDataset(self.folder, name, dtype, *written)
 
     def save(self, note: Note, datasets: Sequence[PartialDataset]) -> None:
-        """Keep a place to go on from."""
+        """Save a position from which to resume."""
         for dataset in datasets:
             dataset.flush()
         content = {"version": WORKSPACE_VERSION, "settings": self._settings, **asdict(note)}
@@ -141,16 +141,16 @@ class Workspace:
         self.note = note
 
     def check_unchanged(self, number: int) -> None:
-        """Raise DataError if input `number` is not what it was at the start."""
+        """Raise DataError if input `number` has changed since the start."""
         name, *_ = self._inputs[number]
         if _states_of([Path(name)]) != [self._inputs[number]]:
             raise DataError(f"{name} was changed while it was read; run again once it is whole.")
 
     def publish(self, prefixes: Mapping[str, str]) -> None:
-        """Move finished datasets, by name, to their prefixes; one that a run before this one has moved stays."""
+        """Move finished datasets, by name, to their prefixes; one that an earlier run has moved stays."""
         for name, prefix in prefixes.items():
             tokens, index = self.folder / f"{name}.bin", self.folder / f"{name}.idx"
-            # No moment may pair a new .bin with an old .idx.
+            # A new .bin must never be paired with an old .idx.
             if tokens.exists():
                 index_path(prefix).unlink(missing_ok=True)
                 publish(tokens, token_path(prefix))
@@ -168,19 +168,19 @@ class Workspace:
         self._leave()
 
     def _leave(self) -> None:
-        """Release the lock; a folder without a note is of no use to anyone."""
+        """Release the lock, and remove a folder without a note: no run can resume from it."""
         if not (self.folder / "note.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
     def _clear(self) -> None:
-        # The note first: what it counts must be there.
+        # The note first: the data that it counts must exist.
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name != "note.json"):
             if path.name != "lock":
                 path.unlink()
 
-    def _note_to_go_on_from(self) -> Note | None:
-        """The note of an interrupted run, moved back to the start of the file it lies in if that has changed since."""
+    def _note_to_resume_from(self) -> Note | None:
+        """Return the note of an interrupted run, moved back to the start of its input file if that file has changed."""
         found = _read_json(self.folder / "note.json")
         before = _read_json(self.folder / "inputs.json")
         if not isinstance(found, dict) or not isinstance(before, list):
@@ -208,11 +208,11 @@ class Workspace:
             if before.get(name) != now.get(name):
                 raise DataError(
                     f"{name} is {now.get(name)!r} and was {before.get(name)!r} in the interrupted run that "
-                    f"{self.folder} is of; use the same again to go on, or {RESTART}."
+                    f"{self.folder} is of; use the same again to resume, or {RESTART}."
                 )
 
     def _check_inputs_read(self, before: list[Any], num_read: int) -> None:
-        """Raise DataError unless the files that are read already are the first ones now, unchanged."""
+        """Raise DataError unless the files already read are still the first inputs, unchanged."""
         states = _states(before)[:num_read]
         for number, state in enumerate(states):
             if number >= len(self._inputs) or self._inputs[number] != state:
@@ -224,7 +224,7 @@ class Workspace:
                 )
 
 
-RESTART = "give --restart to begin anew"
+RESTART = "give --restart to start over"
 
 
 def _mark(content: dict[str, Any]) -> Mark:
@@ -242,7 +242,7 @@ def _states(content: list[Any]) -> InputStates:
 
 
 def _open_at(path: Path, num_bytes: int) -> BinaryIO:
-    """Open a file for writing behind its first `num_bytes` bytes; what lies there is dropped."""
+    """Open a file for writing after its first `num_bytes` bytes; the rest is dropped."""
     if num_bytes and (not path.exists() or path.stat().st_size < num_bytes):
         raise DataError(f"{path} has fewer than the {num_bytes} bytes that were written to it; {RESTART}.")
     file = path.open("r+b" if num_bytes else "wb")
@@ -252,7 +252,7 @@ def _open_at(path: Path, num_bytes: int) -> BinaryIO:
 
 
 def _locked(path: Path) -> BinaryIO:
-    """A file that one process at a time holds; the lock goes with the process."""
+    """Lock a file for this process; the lock is released when the process ends."""
     file = path.open("wb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -266,7 +266,7 @@ def _locked(path: Path) -> BinaryIO:
 
 
 def _read_json(path: Path) -> Any:
-    """The content of a JSON file; None if it is not there or not whole."""
+    """Read a JSON file; None if it is missing or incomplete."""
     try:
         return parse_json(path.read_text())
     except (OSError, ValueError):

@@ -1,1 +1,1 @@
-"""DeepSpeed, and nothing else that knows of it."""
+"""The DeepSpeed engine; no other package imports DeepSpeed."""

@@ -1,4 +1,4 @@
-"""Which Adam steps the parameters: DeepSpeed's own kernels where they build, else apex's or torch's."""
+"""Choice of the Adam implementation: DeepSpeed's kernels if they build, else apex's or torch's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("megatron")
 def build_adam(
     groups: Sequence[dict[str, Any]], config: OptimizerConfig, device: torch.device, on_host: bool
 ) -> torch.optim.Optimizer:
-    """AdamW over the parameter groups; `on_host` when ZeRO keeps the optimizer states in host memory."""
+    """Build AdamW over the parameter groups; `on_host` if ZeRO offloads the optimizer states to host memory."""
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -42,10 +42,10 @@ def build_adam(
 
 
 def set_moments(adam: torch.optim.Optimizer, masters: Iterable[Tensor], step: int) -> None:
-    """Give the master weights moments of zeros, to be filled, and the count of steps taken.
+    """Allocate zero moments for the master weights, to be filled, and set the step count.
 
-    Each Adam keeps the count in its own way: torch's as a tensor (on the device if its kernel is fused), DeepSpeed's
-    as a number with the weights, and apex's as a number with the group.
+    Each Adam stores the count differently: torch's as a tensor (on the device if its kernel is fused), DeepSpeed's as a
+    number per weight, and apex's as a number per group.
     """
     is_torch = isinstance(adam, torch.optim.AdamW)
     on_device = is_torch and adam.param_groups[0]["fused"]
@@ -58,7 +58,7 @@ def set_moments(adam: torch.optim.Optimizer, masters: Iterable[Tensor], step: in
 
 
 def _builds(builder_name: str, substitute: str) -> bool:
-    """Whether DeepSpeed can compile and load one of its extensions here; there are many ways in which it may not."""
+    """Return whether DeepSpeed can compile and load one of its extensions here; it can fail in many ways."""
     from deepspeed.ops import op_builder
 
     builder = _with_readable_architectures(getattr(op_builder, builder_name)())
@@ -72,7 +72,7 @@ def _builds(builder_name: str, substitute: str) -> bool:
 
 
 def _with_readable_architectures(builder: Any) -> Any:
-    """Take the letters off what DeepSpeed's builder has read of TORCH_CUDA_ARCH_LIST: it (0.19.8) knows numbers alone.
+    """Strip letters from the TORCH_CUDA_ARCH_LIST that DeepSpeed's builder has read: it (0.19.8) accepts only numbers.
 
     Many images are configured with "9.0a". An elementwise kernel needs none of the instructions that it adds to "9.0".
     """
@@ -89,9 +89,9 @@ def _with_readable_architectures(builder: Any) -> Any:
 
 
 def _apex_adam() -> Callable[..., torch.optim.Optimizer] | None:
-    """apex's Adam, or None where apex is not installed or was built without its CUDA extensions."""
+    """Return apex's Adam, or None if apex is not installed or was built without its CUDA extensions."""
     try:
-        import amp_C  # noqa: F401  the extensions, which apex asks for only when an optimizer is made
+        import amp_C  # noqa: F401  the extensions, which apex imports only when an optimizer is built
         from apex.optimizers import FusedAdam
     except ImportError:
         return None

@@ -1,8 +1,8 @@
-"""DeepSpeed's reader and writer of files, which differ from its own in three ways.
+"""Replacement for DeepSpeed's checkpoint reader and writer, different in three ways.
 
-What is read executes no code: DeepSpeed (0.19.8) unpickles whatever a file holds. What is written is on the disk. An
-error of a save waits for its turn: DeepSpeed ends a save with a barrier. A rank whose disk is full must reach it, or
-the others wait there for ever; so the first error is kept, nothing more is written, and the error is raised when the
+Reading executes no code, whereas DeepSpeed (0.19.8) unpickles whatever a file holds. Written files are flushed to disk.
+An error during a save is deferred. DeepSpeed ends a save with a barrier: a rank whose disk is full must reach it, or
+the others wait there forever. So the first error is recorded, nothing more is written, and the error is raised when the
 save is over.
 """
 
@@ -26,13 +26,13 @@ _STAGES = {stage.name: stage for stage in ZeroStageEnum}
 
 
 def _member(enumeration: type, name: str) -> ZeroStageEnum:
-    """Stand for `getattr`, by which some versions of Python pickle the members of an enumeration, and for no more."""
+    """Replace `getattr`, with which some versions of Python pickle enum members; accept only ZeRO stages."""
     if enumeration is not ZeroStageEnum or name not in _STAGES:
         raise pickle.UnpicklingError(f"the attribute {name!r} of {enumeration!r} is nothing that a checkpoint needs")
     return _STAGES[name]
 
 
-# What DeepSpeed's files hold besides tensors and plain values.
+# The classes that DeepSpeed's files hold besides tensors and plain values.
 _KNOWN: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     fragment_address,
     LossScaler,
@@ -43,23 +43,23 @@ _KNOWN: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 class SafeReader(TorchCheckpointEngine):
-    """Reads the files of a checkpoint without running what a pickle may name."""
+    """Reads the files of a checkpoint without executing code from their pickles."""
 
     def __init__(self, zipfile_serialization: bool) -> None:
         super().__init__()
         self.zipfile_serialization = zipfile_serialization
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file; called by DeepSpeed. WeightsError if it is damaged or names what is not known here."""
+        """Read one file; called by DeepSpeed. WeightsError if it is damaged or names a class that is not known here."""
         try:
             with torch.serialization.safe_globals(_KNOWN):
                 return torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:  # a damaged file shows itself in many ways, all of them inside torch
+        except Exception as error:  # a damaged file can raise many kinds of errors inside torch
             raise unreadable(Path(path), error) from error
 
 
 class DurableWriter(SafeReader):
-    """Writes the files of one save."""
+    """Writes the files of one save, and flushes them to disk."""
 
     def __init__(self, zipfile_serialization: bool) -> None:
         super().__init__(zipfile_serialization)
@@ -71,7 +71,7 @@ class DurableWriter(SafeReader):
         self.attempt(lambda: self._write(state_dict, Path(path)))
 
     def attempt(self, work: Callable[[], None]) -> None:
-        """Do the work unless something failed before; keep its error."""
+        """Do the work unless an earlier step failed; record its error."""
         if self._error is None:
             try:
                 work()
@@ -79,13 +79,13 @@ class DurableWriter(SafeReader):
                 self._error = error
 
     def add(self, path: Path) -> None:
-        """Take in a file that was written, once it is on the disk."""
+        """Flush a written file to disk and record it."""
         with path.open("rb") as file:
             os.fsync(file.fileno())
         self._written.append(path)
 
     def finish(self) -> list[Path]:
-        """What was written. Raises the error that was kept."""
+        """Return the files written. Raises the recorded error."""
         if self._error is not None:
             raise self._error
         return list(self._written)

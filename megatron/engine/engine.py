@@ -1,12 +1,12 @@
 """One model under DeepSpeed: construction, forward, backward, step, save and load.
 
-DeepSpeed is told that every rank, sequence-parallel or data-parallel, is data parallel, and it averages gradients
+DeepSpeed is configured as if all ranks, sequence-parallel and data-parallel, were data parallel: it averages gradients
 over all of them. A rank's loss is its share of
 
     loss = (sum of token losses over all ranks) / (count of unmasked tokens over all ranks)
 
 so the engine multiplies the share by the number of ranks before the backward pass. The mean over ranks is then the
-exact gradient, for every ZeRO stage alike; checkpoints and universal checkpoints do not know of sequence parallelism.
+exact gradient at every ZeRO stage. Checkpoints and universal checkpoints do not depend on sequence parallelism.
 (DeepSpeed 0.19.8's own sequence parallelism scales ZeRO-3 gradients by 1/sp, or does not reduce them over sp at all.)
 """
 
@@ -40,7 +40,7 @@ _WHOLE = (None, ZeroParamStatus.AVAILABLE)
 
 
 class Engine:
-    """A model, its gradients and its optimizer, partitioned as the DeepSpeed configuration says."""
+    """A model, its gradients and its optimizer, partitioned according to the DeepSpeed configuration."""
 
     def __init__(
         self,
@@ -53,23 +53,23 @@ class Engine:
         device: torch.device,
         world_size: int,
     ) -> None:
-        """Build the model and hand it to DeepSpeed. Collective over all ranks.
+        """Build the model and pass it to DeepSpeed. Collective over all ranks.
 
-        `leaf_modules` are gathered whole, once per forward and once per backward pass, under ZeRO-3. Each needs an
-        input that requires a gradient: DeepSpeed (0.19.8) takes the moment that gradient arrives for the end of the
-        module's backward pass, and without one reduces the gradients before they exist.
+        Under ZeRO-3, `leaf_modules` are gathered whole, once per forward and once per backward pass. Each needs an
+        input that requires a gradient. DeepSpeed (0.19.8) treats the arrival of that gradient as the end of the
+        module's backward pass; without it, DeepSpeed reduces the gradients before they exist.
         """
         settings = dict(deepspeed_config)
         zero = settings.get("zero_optimization", {})
         self.zero_stage = int(zero.get("stage", 0))
         on_host = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-        # DeepSpeed calls collectives by names that newer torch has deprecated, and torch says so on every rank.
+        # DeepSpeed calls collectives by deprecated names, and newer torch warns about it on every rank.
         warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
-        # DeepSpeed's shared-memory all-reduce serves its inference alone. It would compile for a minute on a machine
-        # without a GPU, and leave 66 MB per rank in /dev/shm after every run.
+        # DeepSpeed uses its shared-memory all-reduce only for inference. On a machine without a GPU it would compile
+        # for a minute, and leave 66 MB per rank in /dev/shm after every run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(auto_mpi_discovery=False)  # takes up torch's process group
-        # Its dtype argument makes bf16 of fp32 on CPUs without fp16 (DeepSpeed 0.19.8); the settings say it as well.
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # uses torch's process group
+        # No dtype argument: it turns fp32 into bf16 on CPUs without fp16 (DeepSpeed 0.19.8). The settings name it.
         with deepspeed.zero.Init(config_dict_or_path=settings) if self.zero_stage == 3 else nullcontext():
             model = build_model()
         if self.zero_stage == 3:
@@ -97,11 +97,11 @@ class Engine:
         learning_rate: float,
         before_step: Callable[[Tensor], object] = lambda loss: None,
     ) -> Tensor:
-        """Forward, backward and step over this rank's micro-batches; the sum of its token losses, on the device.
+        """Run forward, backward and step over this rank's micro-batches; return the sum of its losses, on the device.
 
         Collective over all ranks. `num_tokens`, above 0, counts the unmasked tokens of the whole step over all ranks.
-        `before_step` is given the result when all gradients are there and the weights are as they were; what it raises
-        leaves them so.
+        `before_step` is called with the result when all gradients are ready, before the weights change; if it raises,
+        they do not change.
         """
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
@@ -123,60 +123,60 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: Sequence[Any]) -> Tensor:
-        """Sum of this rank's token losses. Collective over all ranks."""
+        """Return the sum of this rank's token losses. Collective over all ranks."""
         self._engine.eval()
         return self._engine(*batch).float()
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step met an overflow and left the parameters as they were."""
+        """Whether the last step overflowed and left the parameters unchanged."""
         return not self._engine.was_step_applied()
 
     @property
     def loss_scale(self) -> float:
-        """The factor that fp16 gradients are scaled by; 1 elsewhere."""
+        """The loss scale of fp16 training; 1 for other number formats."""
         return float(getattr(self._engine.optimizer, "cur_scale", 1.0))
 
     def gradient_norm(self) -> float | None:
-        """Norm of the last step's whole gradient, before clipping."""
+        """Return the norm of the last step's whole gradient, before clipping."""
         norm = self._gradient_norm if self._measures_norm else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def weights_not_finite(self) -> list[str]:
-        """Names of the parameters of which this rank holds values that are not finite. Waits for the device."""
-        held = {name: _held(parameter) for name, parameter in self.module.named_parameters()}
-        device = get_accelerator().current_device_name()  # shards may be offloaded, some of them
-        norms = [torch.linalg.vector_norm(weights, dtype=torch.float32).to(device) for weights in held.values()]
+        """Return the names of parameters with values on this rank that are not finite. Synchronizes with the device."""
+        shards = {name: _local_shard(parameter) for name, parameter in self.module.named_parameters()}
+        device = get_accelerator().current_device_name()  # some shards may be offloaded
+        norms = [torch.linalg.vector_norm(weights, dtype=torch.float32).to(device) for weights in shards.values()]
         are_finite = torch.stack(norms).isfinite().tolist()
-        return [name for name, is_finite in zip(held, are_finite, strict=True) if not is_finite]
+        return [name for name, is_finite in zip(shards, are_finite, strict=True) if not is_finite]
 
     def held_bytes(self) -> dict[tuple[str, str], int]:
-        """Bytes of this rank's weights, gradients and optimizer states by (what, type of the device)."""
+        """Return the bytes of this rank's weights, gradients and optimizer states by (kind, device type)."""
         parameters = list(self.module.parameters())
         weights = [p.data for p in parameters]
         shards = [getattr(p, "ds_tensor", None) for p in parameters]
         weights += [shard for shard in shards if shard is not None]
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        # DeepSpeed's fp32 weights stand in the groups, and at stage 3 among the states alone.
+        # DeepSpeed's fp32 weights are in the groups, and at stage 3 only among the states.
         optimized = [*inner.state, *(p for group in inner.param_groups for p in group["params"])]
         own = [p for p in optimized if not any(p is parameter for parameter in parameters)]
         states = own + [t for state in inner.state.values() for t in state.values() if isinstance(t, Tensor)]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        sums: Counter[tuple[str, str]] = Counter()
+        totals: Counter[tuple[str, str]] = Counter()
         seen: set[int] = set()
         for what, tensors in (("weights", weights), ("gradients", gradients), ("optimizer states", states)):
             for storage in (tensor.untyped_storage() for tensor in tensors):
                 if storage.data_ptr() not in seen:
                     seen.add(storage.data_ptr())
-                    sums[what, storage.device.type] += storage.nbytes()
-        return {key: num_bytes for key, num_bytes in sums.items() if num_bytes}
+                    totals[what, storage.device.type] += storage.nbytes()
+        return {key: num_bytes for key, num_bytes in totals.items() if num_bytes}
 
     @contextmanager
     def whole_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Make parameters whole for a while, wherever DeepSpeed is in its order of gathering them.
+        """Gather parameters within a block, independently of DeepSpeed's own order of gathering.
 
-        Collective over all ranks. Only the tensors behind the parameters are exchanged, and put back: DeepSpeed's own
-        gathering follows the order of modules that it recorded, and another one in between would upset it.
+        Collective over all ranks. Only the tensors behind the parameters are replaced, and restored afterwards.
+        DeepSpeed's own gathering follows its recorded order of modules; an extra gather in between would break it.
         """
         partitioned = [p for p in parameters if getattr(p, "ds_status", None) not in _WHOLE]
         shards = [p.data for p in partitioned]
@@ -189,9 +189,10 @@ class Engine:
                 parameter.data = shard
 
     def save(self, folder: Path, tag: str) -> list[Path]:
-        """Write weights and optimizer states to folder/tag, which is there. Collective over all ranks.
+        """Write weights and optimizer states to the existing folder/tag. Collective over all ranks.
 
-        Returns what this rank wrote, which is on the disk. Its first error is raised after all ranks are through.
+        Returns the files that this rank wrote, flushed to disk. Raises this rank's first error after all ranks are
+        done.
         """
         writer = DurableWriter(self._engine.checkpoint_engine.zipfile_serialization)
         self._engine.checkpoint_engine = writer
@@ -201,29 +202,29 @@ class Engine:
         return writer.finish()
 
     def _copy_scripts(self, checkpoint: Path, writer: DurableWriter) -> None:
-        """Put DeepSpeed's scripts that gather the weights where they become visible together with them."""
+        """Copy DeepSpeed's consolidation scripts into the checkpoint, so that they appear together with the weights."""
         DeepSpeedEngine._copy_recovery_script(self._engine, str(checkpoint))
         for script in checkpoint.glob("zero_to_*.py"):
             writer.add(script)
 
     def _add_offloaded_files(self, checkpoint: Path, writer: DurableWriter) -> None:
-        """Of optimizer states on an NVMe disk DeepSpeed copies this rank's files itself."""
+        """Record this rank's optimizer-state files on NVMe, which DeepSpeed copies itself."""
         for path in (checkpoint / "offloaded_tensors" / f"rank{dist.get_rank():02d}").rglob("*"):
             if path.is_file():
                 writer.add(path)
 
     @property
     def states_are_on_nvme(self) -> bool:
-        """Whether DeepSpeed swaps the optimizer states to an NVMe disk, where it alone can read and write them."""
+        """Whether DeepSpeed swaps the optimizer states to NVMe, where only DeepSpeed can read and write them."""
         return bool(getattr(self._engine.optimizer, "swap_optimizer", False))
 
     def load_as_written(self, folder: Path, tag: str) -> None:
-        """Read weights and optimizer states of this very layout by DeepSpeed's reader.
+        """Load weights and optimizer states saved in exactly this layout, with DeepSpeed's loader.
 
-        Collective over all ranks. ValueError if nothing is found; WeightsError for a file that names what is not known
-        here, of which nothing is executed. For states on NVMe alone: DeepSpeed takes the Adam constants and the order
-        of the flat tensors from the files, whatever the settings say. Without the optimizer states it (0.19.8) reads
-        what `latest` names at stage 3, whatever the tag, and all of it on each rank.
+        Collective over all ranks. ValueError if nothing is found; WeightsError for a file that names an unknown class,
+        whose code is not executed. Use this only for states on NVMe: DeepSpeed takes the Adam constants and the order
+        of the flat tensors from the files, whatever the settings say. Without the optimizer states, DeepSpeed (0.19.8)
+        at stage 3 reads the checkpoint that `latest` names, whatever the tag, and all of it on each rank.
         """
         self._engine.checkpoint_engine = SafeReader(self._engine.checkpoint_engine.zipfile_serialization)
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
@@ -231,32 +232,32 @@ class Engine:
             raise ValueError(f"DeepSpeed found no checkpoint {tag} in {folder}")
 
     def load_state(self, source: StateSource, with_optimizer: bool) -> None:
-        """Read weights, and optimizer states if asked, whatever layout they were saved in.
+        """Load weights, and optimizer states if asked, from any layout.
 
-        Collective over all ranks. WeightsError if they are not of this model, or states are asked for and not there.
+        Collective over all ranks. WeightsError if they belong to another model, or if states are asked for and absent.
         """
         load_state(self._engine, self.zero_stage, source, with_optimizer)
 
     def _parameter_names(self) -> dict[str, Any]:
-        """What DeepSpeed's files do not tell at stage 0: whose the optimizer states are, and which weights are tied."""
+        """Return what DeepSpeed's files lack at stage 0: the names of the optimizer states and of tied weights."""
         return {PARAMETER_GROUPS: self._group_names, TIED_NAMES: tied_names(self.module)}
 
     def _measure_norm(self) -> None:
-        """DeepSpeed does not report the gradient norm in fp32 without ZeRO: take it from the averaged gradients."""
+        """Compute the norm from the averaged gradients in fp32 without ZeRO, where DeepSpeed does not report it."""
         if self._measures_norm:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Other names of tied parameters, each with the name of the owner."""
+    """Return the other names of tied parameters, each with the name of the owner."""
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: owners[id(parameter)] for name, parameter in every if owners[id(parameter)] != name}
 
 
-def _held(parameter: Any) -> Tensor:
-    """What this rank holds of a parameter: its shard without the padding behind it, or the whole."""
+def _local_shard(parameter: Any) -> Tensor:
+    """Return this rank's part of a parameter: its shard without the padding at the end, or the whole parameter."""
     whole: Tensor = parameter.detach()
     if not hasattr(parameter, "ds_tensor"):
         return whole
@@ -266,7 +267,7 @@ def _held(parameter: Any) -> Tensor:
 
 
 def _gathered(parameter: Any) -> Tensor:
-    """The whole of a parameter that ZeRO-3 has partitioned."""
+    """Gather a parameter that ZeRO-3 has partitioned."""
     shard = parameter.ds_tensor.to(get_accelerator().current_device_name())
     group = parameter.ds_process_group
     whole = shard.new_empty(shard.numel() * dist.get_world_size(group))

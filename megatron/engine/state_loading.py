@@ -1,14 +1,14 @@
-"""Weights and Adam's moments into a model under DeepSpeed, from files of any layout, without a collective per tensor.
+"""Loading of weights and Adam's moments into DeepSpeed, from files of any layout, without a collective per tensor.
 
-Each rank reads the elements that it keeps, writes them into its fp32 master weights and moments, and the weights that
-the model computes with are made from the masters once, at the end. DeepSpeed's own loader of universal checkpoints
-(0.19.8) cannot go from ZeRO 1 or 2 to 3 or back, as its converter writes a form for each, and knows no stage 0.
+Each rank reads the elements that it owns into its fp32 master weights and moments. The weights that the model computes
+with are cast from the masters once, at the end. DeepSpeed's own loader of universal checkpoints (0.19.8) cannot convert
+from ZeRO 1 or 2 to 3 or back, as its converter writes a different format for each, and it does not support stage 0.
 
-| stage | what a rank keeps of a parameter, in fp32                                          |
+| stage | shard of a parameter that a rank owns, in fp32                                     |
 |-------|------------------------------------------------------------------------------------|
 | 0     | all of it; the master is the parameter                                             |
-| 1, 2  | the run of it that falls into the rank's part of the group's flat tensor, or none  |
-| 3     | the rank-th of as many equal parts as there are ranks, the last one padded         |
+| 1, 2  | the run of it that is in the rank's part of the group's flat tensor, or none       |
+| 3     | the rank-th of equal parts, one per rank, the last one padded                      |
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron.weights.source import MOMENTS, WEIGHTS, StateSource
 
 @dataclass(frozen=True)
 class _Shard:
-    """Elements [start, start + count) of a parameter lie in the master tensor `master`, flattened, from `offset`."""
+    """Elements [start, start + count) of a parameter, stored in the flattened tensor `master` from `offset` on."""
 
     name: str
     start: int
@@ -37,14 +37,14 @@ class _Shard:
     offset: int
 
     def write(self, target: Tensor, values: Tensor) -> None:
-        """Write the shard's elements into the master or into a moment of it."""
+        """Write the shard's elements into the master or into one of its moments."""
         target.detach().view(-1)[self.offset : self.offset + self.count].copy_(values)
 
 
 def check_parameters(model: nn.Module, source: StateSource) -> None:
-    """Raise WeightsError unless `source` has the model's parameters, all and no other, in their shapes.
+    """Raise WeightsError unless `source` has exactly the model's parameters, in their shapes.
 
-    Names of tied weights besides the owner's may be there; they are not read.
+    It may also have the other names of tied weights; these are not read.
     """
     owned = {name: _shape(parameter) for name, parameter in model.named_parameters()}
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())
@@ -65,10 +65,10 @@ def check_parameters(model: nn.Module, source: StateSource) -> None:
 
 @torch.no_grad()
 def load_state(engine: Any, zero_stage: int, source: StateSource, with_moments: bool) -> None:
-    """Fill DeepSpeed's engine with weights, and with Adam's moments if asked. Collective over all ranks.
+    """Load weights into DeepSpeed's engine, and Adam's moments if asked. Collective over all ranks.
 
     Raises:
-        WeightsError: names or shapes differ, moments are asked for and not there, or DeepSpeed keeps the states
+        WeightsError: names or shapes differ, moments are asked for and absent, or DeepSpeed stores the states
             in a way that is not known here.
     """
     check_parameters(engine.module, source)
@@ -90,12 +90,12 @@ def load_state(engine: Any, zero_stage: int, source: StateSource, with_moments: 
     _refresh_model(engine.optimizer, zero_stage)
     if with_moments:
         _set_loss_scale(engine.optimizer, source.loss_scale)
-        engine.global_steps = source.step  # what DeepSpeed's monitors and profiler count from
+        engine.global_steps = source.step  # DeepSpeed's monitors and profiler count from here
         engine.global_samples = engine.global_steps * engine.train_batch_size()
 
 
 def _masters(optimizer: Any, zero_stage: int) -> list[Tensor]:
-    """The tensors that Adam steps."""
+    """Return the tensors that Adam updates."""
     if zero_stage == 0:
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return list(
@@ -104,7 +104,7 @@ def _masters(optimizer: Any, zero_stage: int) -> list[Tensor]:
 
 
 def _shards(engine: Any, zero_stage: int) -> Iterator[_Shard]:
-    """What this rank keeps. Frozen parameters have no master: they are written where they are."""
+    """Yield the shards that this rank owns. Frozen parameters have no master: they are written in place."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     if zero_stage == 3:
         yield from _partitioned_one_by_one(engine.optimizer, names)
@@ -120,9 +120,9 @@ def _shards(engine: Any, zero_stage: int) -> Iterator[_Shard]:
 
 
 def _partitioned_as_groups(optimizer: Any, names: Mapping[int, str]) -> Iterator[_Shard]:
-    """Stages 1 and 2, in the order and at the offsets that the group's flat tensor was made with.
+    """Yield the shards of stages 1 and 2, in the order and at the offsets of the group's flat tensor.
 
-    DeepSpeed's own `_hp_mapping` (0.19.8) takes the model's order, which is another with `round_robin_gradients`.
+    DeepSpeed's own `_hp_mapping` (0.19.8) uses the model's order, which is wrong with `round_robin_gradients`.
     """
     groups = zip(
         optimizer.round_robin_bit16_groups,
@@ -148,7 +148,7 @@ def _partitioned_one_by_one(optimizer: Any, names: Mapping[int, str]) -> Iterato
 
 
 def _own_part(name: str, parameter: Any, master: Tensor, offset: int) -> _Shard:
-    """This rank's part of a parameter that ZeRO-3 has partitioned; the last parts may be short or empty."""
+    """Return this rank's shard of a parameter that ZeRO-3 has partitioned; the last shards may be short or empty."""
     start = min(dist.get_rank(parameter.ds_process_group) * _part_length(parameter), parameter.ds_numel)
     count = min(_part_length(parameter), parameter.ds_numel - start)
     return _Shard(name, start, count, master, offset)
@@ -159,13 +159,13 @@ def _part_length(parameter: Any) -> int:
 
 
 def _refresh_model(optimizer: Any, zero_stage: int) -> None:
-    """Make the weights that the model computes with from the fp32 masters. Collective over all ranks."""
+    """Update the weights that the model computes with from the fp32 masters. Collective over all ranks."""
     if zero_stage in (1, 2):
         optimizer.update_lp_params()
     elif zero_stage == 3:
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        optimizer.checkpoint_event_epilogue()  # small parameters are kept gathered
+        optimizer.checkpoint_event_epilogue()  # small parameters stay gathered
 
 
 def _set_loss_scale(optimizer: Any, state: Mapping[str, float]) -> None:

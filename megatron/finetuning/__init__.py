@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: conversations to tokens of which the answers count, packed without padding between them."""
+"""Supervised fine-tuning: conversations packed without padding between them, with the loss on the answers only."""

@@ -1,11 +1,11 @@
-"""From a conversation to text, and which characters of it are answers.
+"""Chat templates: render a conversation to text, and mark the characters of its answers.
 
-The plain template, for tokenizers that bring none along, with the end-of-document id after each answer:
+The plain template, for tokenizers without one of their own, with the end-of-document id after each answer:
 
     System:\\n{content}\\n\\nUser:\\n{content}\\n\\nAssistant:\\n{content}<end>User:\\n...
 
-A Jinja template is Hugging Face's: it gets `messages`, `add_generation_prompt` and the tokenizer's special tokens. An
-answer is what it writes after the prompt for generation, up to and with the token that ends the turn.
+A Jinja template follows Hugging Face: it gets `messages`, `add_generation_prompt` and the tokenizer's special tokens.
+An answer is the text after the generation prompt, up to and including the token that ends the turn.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SECONDS_TO_RENDER = 10.0  # of CPU time; a conversation of a million tokens take
 
 @dataclass(frozen=True)
 class Part:
-    """Text that is tokenised at once, its answers, and whether the id that ends a document follows as part of one."""
+    """Text that is tokenized at once, its answers, and whether an end-of-document id follows as part of an answer."""
 
     text: str
     answers: tuple[Span, ...]
@@ -45,21 +45,21 @@ class Part:
 
 
 class ChatTemplate(Protocol):
-    """Conversations to text."""
+    """Renders conversations to text."""
 
     @property
     def description(self) -> str:
-        """What two templates share only if they write the same."""
+        """A string that two templates share only if they render the same text."""
 
     def render(self, conversation: Conversation) -> list[Part]:
-        """The text, in parts. DataError if the template cannot write the conversation."""
+        """Render the text, in parts. DataError if the template cannot render the conversation."""
 
 
 @dataclass(frozen=True)
 class PlainTemplate:
-    """The template of the module's docstring; without names of roles for a tokenizer that knows no words.
+    """The template of the module's docstring; without role names for a tokenizer that knows no words.
 
-    Whitespace around a turn is removed, so that no token of a byte-pair encoding reaches over its bounds.
+    Whitespace around a turn is removed, so no byte-pair token crosses the bounds of the turn.
     """
 
     names_roles: bool = True
@@ -83,7 +83,7 @@ class PlainTemplate:
 
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A Jinja template and the special tokens that it may write."""
+    """A Jinja template and the special tokens that it may use."""
 
     source: str
     special_tokens: tuple[tuple[str, str], ...] = ()
@@ -94,7 +94,7 @@ class JinjaTemplate:
 
     @cached_property
     def compiled(self) -> jinja2.Template:
-        """The template in a sandbox. Raises whatever the compiler does."""
+        """The template, compiled in a sandbox. Raises whatever the compiler raises."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -109,7 +109,7 @@ class JinjaTemplate:
         return [Part(text, tuple(self._answer(conversation, turn, text) for turn in turns), ends=False)]
 
     def _answer(self, conversation: Conversation, turn: int, text: str) -> Span:
-        """The characters of `text`, the whole conversation, that the assistant writes in a turn."""
+        """Find the characters of `text`, the whole conversation, that the assistant writes in a turn."""
         answered, before = self._text(conversation[: turn + 1]), self._text(conversation[:turn])
         header, tail = self._around_answer(conversation[: turn + 1], answered)
         prompt = self._text(conversation[:turn], add_generation_prompt=True)
@@ -124,23 +124,23 @@ class JinjaTemplate:
                 "--chat-template."
             )
         end = len(answered) - len(tail)
-        # Some contents have no header of their own, such as one with a thought where others get an empty one.
+        # Some contents have no header, such as one with a thought where other contents get an empty thought.
         begins = (len(header), len(prompt)) if answered.startswith(header) else (len(prompt),)
         content = conversation[turn].content.strip()
         begin = next((begin for begin in begins if answered[begin:end].strip() == content), None)
         if begin is None or len(prompt) > end or not answered.endswith(tail):
             raise _changed_answer(turn)
         if not answered[len(prompt) : begin].strip():
-            begin = len(prompt)  # anything but whitespace there is what the template writes, and not the model
+            begin = len(prompt)  # text other than whitespace there comes from the template, not from the model
         closed = tail.rstrip()
-        # A template that ends a turn with whitespace alone ends it with that.
+        # If a template ends a turn with only whitespace, that whitespace is the end.
         return begin, end + len(closed) if closed else len(answered)
 
     def _around_answer(self, conversation: Conversation, answered: str) -> tuple[str, str]:
-        """What the template writes before and after the content of the last turn, whose text is `answered`.
+        """Find what the template writes before and after the content of the last turn, whose text is `answered`.
 
-        It is seen around a mark in the place of the content, so that words which header and content share cannot be
-        mistaken for each other. DataError if the mark is not written once as it is.
+        A mark replaces the content, so words that header and content share cannot be confused. DataError if the mark
+        is not rendered exactly once and unchanged.
         """
         mark = next(mark for number in count() if (mark := f"aNsWeR-{number}-") not in answered)
         header, *tails = self._text((*conversation[:-1], Message(ANSWERING, mark))).split(mark)
@@ -154,16 +154,16 @@ class JinjaTemplate:
         try:
             with cpu_time_limit(SECONDS_TO_RENDER):
                 return self.compiled.render(messages=messages, tools=None, documents=None, **settings)
-        except (Exception, TimeLimitExceeded) as error:  # a template is a program, which may raise anything
+        except (Exception, TimeLimitExceeded) as error:  # a template is a program and may raise anything
             raise DataError(
                 f"the chat template refuses it: {_reason(error)}; change the line or --chat-template."
             ) from error
 
 
 def find_template(flags: TokenizerConfig, chat_template: str | None) -> ChatTemplate:
-    """The template of the file `chat_template`, else the tokenizer's own, else the plain one.
+    """Return the template of the file `chat_template`, else the tokenizer's own, else the plain one.
 
-    ConfigError if it cannot be read or is no Jinja template.
+    ConfigError if it cannot be read or is not a Jinja template.
     """
     if flags.tokenizer_type != "HFTokenizer" or flags.tokenizer_model is None:
         return PlainTemplate(names_roles=flags.tokenizer_type != "NullTokenizer")
@@ -178,7 +178,7 @@ def find_template(flags: TokenizerConfig, chat_template: str | None) -> ChatTemp
         return PlainTemplate()
     template = JinjaTemplate(source, _special_tokens(settings))
     try:
-        with cpu_time_limit(SECONDS_TO_RENDER):  # the compiler computes what is constant
+        with cpu_time_limit(SECONDS_TO_RENDER):  # the compiler evaluates constant expressions
             _ = template.compiled
     except (Exception, TimeLimitExceeded) as error:
         raise ConfigError(f"{where} is no Jinja template: {_reason(error)}; repair it or give another file.") from error
@@ -203,7 +203,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _default_of(configured: Any) -> str | None:
-    """The template of a tokenizer_config.json: text, or a list of named ones of which one is called "default"."""
+    """Return the template of a tokenizer_config.json: text, or the one called "default" in a list of named ones."""
     if isinstance(configured, list):
         named = {entry.get("name"): entry.get("template") for entry in configured if isinstance(entry, dict)}
         configured = named.get("default")
@@ -211,14 +211,14 @@ def _default_of(configured: Any) -> str | None:
 
 
 def _special_tokens(settings: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Names and texts; a token is given as text or as an object with its text."""
+    """Return names and texts; a token is given as text or as an object with its text."""
     given = {name: settings.get(name) for name in SPECIAL_TOKENS}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
     return tuple((name, text) for name, text in texts.items() if isinstance(text, str))
 
 
 class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, by which some templates mark answers; they are found without it."""
+    """{% generation %} ... {% endgeneration %}, with which some templates mark answers; it is accepted and ignored."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -235,7 +235,7 @@ def _changed_answer(turn: int) -> DataError:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong in a template, in one line."""
+    """Describe a template's error in one line."""
     message = " ".join(str(error).split())
     known = isinstance(error, jinja2.TemplateError | TimeLimitExceeded) and message
     return message if known else f"{type(error).__name__}: {message}"
@@ -246,5 +246,5 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """Without the escapes for HTML that Jinja's own filter adds."""
+    """Serialize to JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)

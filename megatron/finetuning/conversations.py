@@ -1,4 +1,4 @@
-"""Conversations from lines of JSON, or one JSON array, in the three forms in which they are passed around."""
+"""Reader of conversations from JSON lines, or one JSON array, in the three common forms."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -28,16 +28,16 @@ Conversation = tuple[Message, ...]
 
 
 def where(path: Path, number: int) -> str:
-    """What to call a line, or an entry of a file that is one array."""
+    """Name a line, or an entry of a file that is one array, for a message."""
     return f"{path}, {'entry' if is_array(path) else 'line'} {number}"
 
 
 def read_conversations(
     path: Path, max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB
 ) -> Iterator[tuple[int, Conversation]]:
-    """Yield the number of each line or entry, from 1, and its conversation; empty lines are passed over.
+    """Yield the number of each line or entry, from 1, and its conversation; empty lines are skipped.
 
-    The file may be packed (.gz, .zst). Raises DataError, naming file and line, where a line is no conversation that
+    The file may be compressed (.gz, .zst). Raises DataError, naming file and line, if a line is not a conversation that
     ends with an answer, or has more than `max_document_mb` MiB.
     """
     of_array, max_bytes = is_array(path), bytes_of(max_document_mb)
@@ -63,8 +63,8 @@ def _parse(record: bytes, path: Path, number: int) -> Conversation:
 
 
 def parse_conversation(record: Any) -> Conversation:
-    """The turns of {"messages": [{"role", "content"}, ..]}, {"prompt", "response"} or Alpaca's {"instruction", "input",
-    "output"}, whose input may be absent and comes below the instruction. DataError if it is none of them."""
+    """Parse the turns of {"messages": [{"role", "content"}, ..]}, {"prompt", "response"} or Alpaca's {"instruction",
+    "input", "output"}, whose input is optional and is appended to the instruction. DataError if it is none of them."""
     if not isinstance(record, dict):
         raise DataError(f"a JSON {type(record).__name__}; give an object with {FORMS}.")
     if "messages" in record:

@@ -1,4 +1,4 @@
-"""Conversations to tokens, and which of them are answers."""
+"""Tokenization of conversations, with a mask of the answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tokenize = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """tokens int32 [L], and is_answer bool [L]: which of them the assistant writes."""
+    """tokens int32 [L], and is_answer bool [L]: the tokens that the assistant writes."""
 
     tokens: npt.NDArray[np.int32]
     is_answer: npt.NDArray[np.bool_]
@@ -28,13 +28,13 @@ class EncodedConversation:
 
 @dataclass(frozen=True)
 class ConversationEncoder:
-    """Writes conversations by a template and tokenises each part of the text at once."""
+    """Renders conversations with a template and tokenizes each part of the text at once."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
 
     def encode(self, conversation: Conversation) -> EncodedConversation:
-        """The tokens of a conversation. DataError if a token belongs to an answer and to what stands around it, or if
+        """Tokenize a conversation. DataError if a token belongs both to an answer and to the text around it, or if
         no token is left to learn."""
         ids: list[int] = []
         is_answer: list[bool] = []
@@ -50,20 +50,20 @@ class ConversationEncoder:
         return EncodedConversation(np.array(ids, np.int32), np.array(is_answer, np.bool_))
 
     def _tokenize(self, text: str) -> list[int]:
-        """Ids of a part, in which a Jinja template may have written special tokens."""
+        """Tokenize a part, which may hold special tokens of a Jinja template."""
         if isinstance(self.template, JinjaTemplate) and isinstance(self.tokenizer, HFTokenizer):
             return self.tokenizer.tokenize_markup(text)
         return self.tokenizer.tokenize(text)
 
 
 def _tokens_and_bounds(tokenize: Tokenize, part: Part) -> tuple[list[int], list[int]]:
-    """(the tokens of the whole text, at which token each answer begins and ends)"""
+    """Return (the tokens of the whole text, the tokens at which each answer begins and ends)."""
     cuts = list(chain.from_iterable(part.answers))
     tokens = tokenize(part.text)
     pieces = [tokenize(part.text[start:stop]) for start, stop in pairwise([0, *cuts, len(part.text)])]
     if list(chain.from_iterable(pieces)) == tokens:
         return tokens, list(accumulate(map(len, pieces[:-1])))
-    # A piece may begin otherwise than the same text does further on, as after SentencePiece's leading space.
+    # The start of a piece may be tokenized differently in mid-text, as with SentencePiece's leading space.
     return tokens, [_bound(tokenize, part.text, tokens, cut) for cut in cuts]
 
 

@@ -1,10 +1,10 @@
-"""Conversations as training samples: several to a sequence, each a document of its own, the answers alone in the loss.
+"""Conversations as training samples: several per sequence, each its own document, with the loss on the answers only.
 
     tokens      p p a a a | p p p a a | p a a . . .      p prompt, a answer, . padding; S+1 of them
     loss mask     0 1 1 1   0 0 0 1 1   0 1 1 0 0 0      of the labels, the last S
 
-A conversation's first token counts nowhere, as no token of its own precedes it. The packing is made once; every epoch
-takes all sequences in an order of its own. So what sample i holds is a function of (files, sequence length, seed, i).
+A conversation's first token is never in the loss, as no token of its own precedes it. The packing is computed once;
+every epoch draws all sequences in a different order. So sample i is a function of (files, sequence length, seed, i).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOG = logging.getLogger("megatron")
 
 @dataclass(frozen=True)
 class Conversations:
-    """The conversations of several files, one after the other."""
+    """The concatenated conversations of several files."""
 
     caches: Sequence[TokenCache]
 
@@ -51,11 +51,11 @@ class Conversations:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """int64 [num_samples]: tokens of each."""
+        """int64 [num_samples]: tokens of each conversation."""
         return np.concatenate([cache.lengths for cache in self.caches])
 
     def where(self, index: int) -> str:
-        """File and line of a conversation."""
+        """Return the file and line of a conversation."""
         cache, place = self._find(index)
         return cache.where(place)
 
@@ -69,7 +69,7 @@ class Conversations:
 
 @dataclass(frozen=True, eq=False)
 class PackedTokens:
-    """The tokens of a sequence: conversations, each from its place in `bounds`, and padding up to the last of these."""
+    """The tokens of a sequence: conversations that begin at `bounds`, and padding up to the last of `bounds`."""
 
     conversations: Sequence[StoredConversation]
     bounds: npt.NDArray[np.int64]
@@ -88,7 +88,7 @@ class PackedTokens:
 
 
 class PackedDataset:
-    """`num_samples` sequences packed from the conversations `chosen`, which are taken as often as it needs."""
+    """`num_samples` sequences packed from the conversations `chosen`, for as many epochs as needed."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class PackedDataset:
         seed: int,
         padding: int,
     ) -> None:
-        """`padding` is the id of the tokens that fill a sequence up; what a conversation has beyond it is cut off."""
+        """`padding` is the id that fills up a sequence; a conversation that is longer than a sequence is truncated."""
         self._conversations, self._num_samples = conversations, num_samples
         self._seq_length, self._seed, self._padding = seq_length, seed, padding
         lengths = np.minimum(conversations.lengths, seq_length + 1)
@@ -111,7 +111,7 @@ class PackedDataset:
         return self._num_samples
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index` of seq_length + 1 tokens."""
+        """Return sample `index`, of seq_length + 1 tokens."""
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
         numbers = self.packing.sequence(self._sequence(index)).tolist()
@@ -141,9 +141,9 @@ PackedDatasets = tuple[PackedDataset | None, PackedDataset | None, PackedDataset
 
 
 def build_packed_datasets(config: Config, tokenizer: Tokenizer, num_samples: tuple[int, int, int]) -> PackedDatasets:
-    """The training, validation and test parts: shares of --data-path, or files of their own.
+    """Build the training, validation and test parts: shares of --data-path, or files of their own.
 
-    A part of which no samples are asked is None, and so is one for evaluation that has no conversations. Raises
+    A part is None if no samples of it are requested, or if it is for evaluation and has no conversations. Raises
     DataError.
     """
     data = config.data
@@ -164,10 +164,10 @@ def build_packed_datasets(config: Config, tokenizer: Tokenizer, num_samples: tup
 
 
 def _open(paths: Sequence[str], config: Config, encoder: ConversationEncoder) -> Conversations:
-    kept, fingerprint = config.data.data_cache_path, tokenizer_fingerprint(config.tokenizer)
+    cache_dir, fingerprint = config.data.data_cache_path, tokenizer_fingerprint(config.tokenizer)
     most = config.finetuning.max_document_mb
     return Conversations(
-        [tokenized(Path(path), Path(kept or f"{path}_cache"), encoder, fingerprint, most) for path in paths]
+        [tokenized(Path(path), Path(cache_dir or f"{path}_cache"), encoder, fingerprint, most) for path in paths]
     )
 
 
@@ -189,9 +189,9 @@ def _build_part(
 def choose(
     conversations: Conversations, part: range, seq_length: int, long_samples: LongSamples, name: str
 ) -> npt.NDArray[np.int64]:
-    """The conversations of a part that fit into a sequence, or are cut to fit, and leave something to learn.
+    """Choose the conversations of a part that fit into a sequence, or are truncated to fit, and have a token to learn.
 
-    Raises DataError, naming the first, for one that is too long where `long_samples` is "error", and if none is left.
+    Raises DataError if none is left, or if one is too long and `long_samples` is "error"; the message names the first.
     """
     numbers = np.arange(part.start, part.stop)
     too_long = numbers[conversations.lengths[part.start : part.stop] > seq_length + 1]

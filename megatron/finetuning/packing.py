@@ -1,8 +1,8 @@
-"""Which samples share a sequence: best fit, in an order that the seed decides, among a bounded number of open ones.
+"""Best-fit packing of samples into sequences, in an order given by the seed, with a bounded number of open sequences.
 
-A sample goes into the open sequence that it leaves the least room in. Where it fits into none, another is opened, and
-beyond OPEN_SEQUENCES the fullest is closed. That takes log OPEN_SEQUENCES steps per sample, and leaves little more
-padding than best fit among all of them.
+A sample goes into the open sequence in which it leaves the least room. If it fits into none, a new one is opened;
+beyond OPEN_SEQUENCES, the fullest is closed. That takes log OPEN_SEQUENCES steps per sample, and leaves little more
+padding than best fit among all sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OPEN_SEQUENCES = 256
 
 @dataclass(frozen=True)
 class Packing:
-    """samples int64 [num_samples], sequence after sequence; bounds int64 [num_sequences + 1], where each begins."""
+    """samples int64 [num_samples], sequence by sequence; bounds int64 [num_sequences + 1], where each begins."""
 
     samples: npt.NDArray[np.int64]
     bounds: npt.NDArray[np.int64]
@@ -27,14 +27,14 @@ class Packing:
         return len(self.bounds) - 1
 
     def sequence(self, index: int) -> npt.NDArray[np.int64]:
-        """The samples of a sequence, in their order there."""
+        """Return the samples of a sequence, in order."""
         return self.samples[self.bounds[index] : self.bounds[index + 1]]
 
 
 def pack(lengths: npt.NDArray[np.int64], order: npt.NDArray[np.int64], capacity: int) -> Packing:
-    """Put the samples `order` into sequences of `capacity` tokens.
+    """Pack the samples `order` into sequences of `capacity` tokens.
 
-    lengths int64 [..] are those of all samples; none of those in `order` may be above `capacity`.
+    lengths int64 [..] are the lengths of all samples; those in `order` must not exceed `capacity`.
     """
     sequence_of = np.empty(len(order), np.int64)
     open_sequences: list[tuple[int, int]] = []  # (room, number), ascending

@@ -1,4 +1,4 @@
-"""A limit of CPU time on code from outside, such as a template that loops without end."""
+"""CPU time limit for untrusted code, such as a template with an endless loop."""
 
 import signal
 import threading
@@ -9,14 +9,14 @@ from typing import NoReturn
 
 
 class TimeLimitExceeded(BaseException):
-    """A block took more CPU time than it may; no Exception, which code from outside may catch."""
+    """A block exceeded its CPU time; not an Exception, which untrusted code may catch."""
 
 
 @contextmanager
 def cpu_time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeLimitExceeded within the block after `seconds` of this process's CPU time.
 
-    Time that other processes take does not count. Signals reach the main thread alone: elsewhere there is no limit.
+    Time of other processes does not count. Signals reach only the main thread: in other threads there is no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,11 +1,11 @@
-"""Conversations tokenised once: a folder per file, written as a whole, mapped by every rank.
+"""Cache of tokenized conversations: one folder per file, written atomically, memory-mapped by every rank.
 
-    tokens.bin     int32 [num_tokens]       the id of a token of an answer, -1 - id of any other
-    samples.npy    int64 [num_samples, 2]   of each conversation, where its tokens end and its line in the file
+    tokens.bin     int32 [num_tokens]       id for a token of an answer, -1 - id for any other token
+    samples.npy    int64 [num_samples, 2]   for each conversation, the end of its tokens and its line in the file
 
-The folder's name holds what its content depends on: the content of the file, the tokenizer and the chat template. So
-an edit that leaves size and time as they were, and a copy elsewhere, are both seen for what they are. Both files end
-with their checksum. Nothing of the file but numbers of lines and tokens is kept in memory.
+The folder's name is a hash of everything its content depends on: the content of the file, the tokenizer and the chat
+template. So an edit that preserves size and time is detected, and a copy elsewhere is recognized. Both files end with
+their checksum. While the cache is written, only line numbers and token counts of the file stay in memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LOG = logging.getLogger("megatron")
 
 @dataclass(frozen=True, eq=False)
 class StoredConversation:
-    """A conversation as TOKENS holds it, int32 [L], mapped: nothing is read before it is asked for."""
+    """A conversation as stored in TOKENS, int32 [L], memory-mapped: tokens are read on demand."""
 
     stored: npt.NDArray[np.int32]
 
@@ -51,15 +51,15 @@ class StoredConversation:
         return len(self.stored)
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int32]:
-        """Tokens [start, stop)."""
+        """Return tokens [start, stop)."""
         stored = self.stored[start:stop]
         return np.where(stored < 0, -1 - stored, stored)
 
     def loss_spans(self, num_tokens: int) -> npt.NDArray[np.int64]:
-        """int64 [n, 2]: spans of its labels that are tokens of answers, of the first `num_tokens` tokens.
+        """Return the spans int64 [n, 2] of the labels that are tokens of answers, in the first `num_tokens` tokens.
 
-        Label i is token i + 1; so the first token, which none of its own precedes, counts nowhere. A long answer may be
-        several spans, each beginning where the one before it ends.
+        Label i is token i + 1, so the first token is never a label. A long answer may be several spans, each beginning
+        where the previous one ends.
         """
         labels = self.stored[1:num_tokens]
         bounds = [
@@ -71,7 +71,7 @@ class StoredConversation:
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The tokenised conversations of one file."""
+    """The tokenized conversations of one file."""
 
     path: Path
     """The file of JSON lines, or of one array."""
@@ -87,7 +87,7 @@ class TokenCache:
         return StoredConversation(self.tokens[start : int(self.samples[index, 0])])
 
     def where(self, index: int) -> str:
-        """The file and the line, or entry, that a conversation was read from."""
+        """Return the file and the line, or entry, that a conversation was read from."""
         return where(self.path, int(self.samples[index, 1]))
 
     @cached_property
@@ -97,7 +97,7 @@ class TokenCache:
 
 
 def tokenizer_fingerprint(flags: TokenizerConfig) -> str:
-    """A name that two tokenizers share only if they have the same files and settings."""
+    """Return a name that two tokenizers share only if they have the same files and settings."""
     digest = hashlib.sha256(repr((flags.tokenizer_type, flags.tiktoken_pattern, flags.vocab_size)).encode())
     for given in (flags.vocab_file, flags.merge_file, flags.tokenizer_model):
         if given is not None:
@@ -113,11 +113,11 @@ def tokenized(
     tokenizer: str,
     max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB,
 ) -> TokenCache:
-    """The conversations of `path`, tokenised now unless `cache_dir` has them.
+    """Load the tokenized conversations of `path` from `cache_dir`; tokenize and cache them if they are not there.
 
-    `tokenizer` is the fingerprint of the encoder's. Of any number of processes that call this at once, on machines that
-    share the folder, one works and the others wait. Raises DataError of the file, also for a line or entry of more than
-    `max_document_mb` MiB, or if the folder cannot be written.
+    `tokenizer` is the fingerprint of the encoder's tokenizer. Any number of processes, on machines that share the
+    folder, may call this at once: one tokenizes and the others wait. Raises DataError for the file, also for a line or
+    entry of more than `max_document_mb` MiB, or if the folder cannot be written.
     """
     content = _content_hash(path)
     settings = (CACHE_VERSION, content, tokenizer, encoder.tokenizer.eod, encoder.template.description)
@@ -125,7 +125,7 @@ def tokenized(
     try:
         if not _is_whole(folder):
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with _locked(folder.with_suffix(".lock"), f"another process tokenises {path}; waiting for it"):
+            with _locked(folder.with_suffix(".lock"), f"another process tokenizes {path}; waiting for it"):
                 if not _is_whole(folder):
                     _write(path, content, folder, encoder, max_document_mb)
     except OSError as error:
@@ -138,7 +138,7 @@ def tokenized(
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cache is there, and as it was written."""
+    """Return whether a cache exists and is undamaged."""
     return all(is_as_written(folder / name, _key(folder, name)) for name in (TOKENS, SAMPLES))
 
 
@@ -147,7 +147,7 @@ def _key(folder: Path, name: str) -> str:
 
 
 def _content_hash(path: Path) -> str:
-    """SHA-256 of a file, at more than a gigabyte per second."""
+    """Hash a file with SHA-256, at more than a gigabyte per second."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -157,7 +157,7 @@ def _content_hash(path: Path) -> str:
 
 @contextmanager
 def _locked(path: Path, while_waiting: str) -> Iterator[None]:
-    """Let one process at a time through; the lock goes with the process that holds it, however that ends."""
+    """Let one process in at a time; the lock is released when its process ends, however that ends."""
     with path.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,9 +169,9 @@ def _locked(path: Path, while_waiting: str) -> Iterator[None]:
 
 def _write(path: Path, content: str, folder: Path, encoder: ConversationEncoder, max_document_mb: int) -> None:
     if folder.is_dir():
-        LOG.warning("%s is cut short or was changed since it was written; it is made again", folder)
+        LOG.warning("%s is cut short or was changed since it was written; rebuilding it", folder)
         shutil.rmtree(folder)
-    LOG.info("tokenising %s into %s", path, folder)
+    LOG.info("tokenizing %s into %s", path, folder)
     temporary = temporary_path(folder)
     temporary.mkdir()
     try:
@@ -190,7 +190,7 @@ def _write(path: Path, content: str, folder: Path, encoder: ConversationEncoder,
 
 
 def _write_tokens(path: Path, token_path: Path, encoder: ConversationEncoder, max_document_mb: int) -> array[int]:
-    """Write the tokens of all conversations; where each ends and its line, one after the other."""
+    """Write the tokens of all conversations; return, for each in turn, where its tokens end and its line."""
     samples, num_tokens, reported = array("q"), 0, time.monotonic()
     with token_path.open("wb") as file:
         for line, conversation in read_conversations(path, max_document_mb):
@@ -202,7 +202,7 @@ def _write_tokens(path: Path, token_path: Path, encoder: ConversationEncoder, ma
             num_tokens += len(encoded.tokens)
             samples.extend((num_tokens, line))
             if time.monotonic() - reported > SECONDS_BETWEEN_LINES:
-                LOG.info("tokenising %s: line %d, %d tokens", path, line, num_tokens)
+                LOG.info("tokenizing %s: line %d, %d tokens", path, line, num_tokens)
                 reported = time.monotonic()
-    LOG.info("tokenised %s: %d conversations, %d tokens", path, len(samples) // 2, num_tokens)
+    LOG.info("tokenized %s: %d conversations, %d tokens", path, len(samples) // 2, num_tokens)
     return samples

@@ -2,4 +2,4 @@
 
 
 class TokenizerError(ValueError):
-    """A tokenizer is unknown, incomplete or unreadable; the message is one line for the person who asked for it."""
+    """A tokenizer is unknown, incomplete or unreadable; the message is one line for the user."""

@@ -1,7 +1,7 @@
-"""GPT-2's byte-level byte-pair encoding from vocab.json and merges.txt. Any text goes through unchanged.
+"""GPT-2's byte-level byte-pair encoding from vocab.json and merges.txt. Any text survives a round trip unchanged.
 
-Neither file holds a checksum, but each determines much of the other: every token is a byte, a special token, or made by
-a merge of two that are made before it, and every merge makes a token. So a file that is cut off shows, and so does a
+Neither file has a checksum, but each determines much of the other. Every token is a byte, a special token, or the
+result of a merge of two earlier tokens, and every merge makes a token. So a truncated file is detected, and so is a
 file of another pair.
 """
 
@@ -20,7 +20,7 @@ SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 
 
 class GPT2BPETokenizer:
-    """Byte-level BPE; <|endoftext|> ends a document, and is ordinary text where a document spells it out."""
+    """Byte-level BPE; <|endoftext|> ends a document, and is ordinary text if a document spells it out."""
 
     def __init__(self, vocab_file: Path, merge_file: Path) -> None:
         try:
@@ -31,7 +31,7 @@ class GPT2BPETokenizer:
                 f"--vocab-file ({vocab_file}) and --merge-file ({merge_file}) are not a byte-level BPE: {error}; give "
                 "GPT-2's vocab.json and merges.txt, or make a pair with tools/train_tokenizer.py."
             ) from error
-        # The library drops bytes it has no token for without a word.
+        # The library silently drops bytes for which it has no token.
         missing = sorted({END_OF_DOCUMENT, *pre_tokenizers.ByteLevel.alphabet()} - vocab.keys())
         if missing:
             raise TokenizerError(
@@ -55,7 +55,7 @@ class GPT2BPETokenizer:
 
 
 def find_fault(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> str | None:
-    """Why a vocabulary and the merges that are to make it are not as they were written; None if they may be."""
+    """Return why a vocabulary and its merges do not fit each other; None if no fault is found."""
     if sorted(vocab.values()) != list(range(len(vocab))):
         return f"the {len(vocab)} tokens of the vocabulary do not have the ids 0 to {len(vocab) - 1}, each once"
     made = set(pre_tokenizers.ByteLevel.alphabet())
@@ -77,7 +77,7 @@ def find_fault(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> s
 
 
 def byte_level_bpe(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer as the library has it, without special tokens. Raises Exception, as the library does."""
+    """Build the library's GPT-2 tokenizer, without special tokens. Raises Exception, as the library does."""
     tokenizer = tokenizers.Tokenizer(models.BPE(dict(vocab), list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Any tokenizer.json of the Hugging Face tokenizers library, read without transformers."""
+"""Tokenizers from any tokenizer.json of the Hugging Face tokenizers library, without transformers."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,9 +14,9 @@ END_OF_DOCUMENT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "
 
 
 class HFTokenizer:
-    """A tokenizer.json, or a folder that holds one; the eos_token of tokenizer_config.json beside it ends a document.
+    """A tokenizer.json, or a folder with one; the eos_token of the tokenizer_config.json next to it ends a document.
 
-    Special tokens that the text of a document spells out are ordinary text, other than in transformers.
+    Unlike in transformers, special tokens that a document spells out are ordinary text.
     """
 
     def __init__(self, model: Path) -> None:
@@ -32,10 +32,10 @@ class HFTokenizer:
             raise TokenizerError(
                 f"--tokenizer-model ({path}) is not a tokenizer.json: {error}; give the file of the Hugging Face model."
             ) from error
-        # Settings for batches of short texts, which would cut documents off or fill them up.
+        # Settings for batches of short texts would truncate or pad documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # what it means: as the text that they are
+        self._tokenizer.encode_special_tokens = True  # encodes them as ordinary text
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eod = self._find_eod(path)
 
@@ -43,7 +43,7 @@ class HFTokenizer:
         return encode_text(self._tokenizer, text)
 
     def tokenize_markup(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens mean themselves: what a chat template writes."""
+        """Encode a text in which special tokens are special: the output of a chat template."""
         return encode_text(self._markup, text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -69,7 +69,7 @@ class HFTokenizer:
         )
 
     def _refuse_if_text_spells(self, token: str, eod: int, path: Path) -> None:
-        """A vocabulary of whole words may hold the token as a word, which no setting keeps out of a text."""
+        """Raise TokenizerError if text can spell the token: a vocabulary may hold it as a whole word."""
         if eod in self.tokenize(token):
             raise TokenizerError(
                 f"--tokenizer-model ({path}) reads the text {token!r} as the end of a document, so that a document "
@@ -78,7 +78,7 @@ class HFTokenizer:
 
 
 def _configured_eos(path: Path) -> str | None:
-    """The eos_token of a tokenizer_config.json, which is text or an object with its text; None if there is none."""
+    """Read the eos_token of a tokenizer_config.json, a string or an object with its text; None if there is none."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Token ids written out as text, for data that is numbers already and for trials without a vocabulary."""
+"""Token ids written as text, for data that is already numbers and for trials without a vocabulary."""
 
 from collections.abc import Sequence
 

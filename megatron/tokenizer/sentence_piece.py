@@ -8,7 +8,7 @@ import sentencepiece
 from megatron.tokenizer.errors import TokenizerError
 from megatron.tokenizer.text import valid_unicode
 
-# Of the library's ModelProto: how the model was trained, and how it changes a text first; every model ends with both.
+# Fields of the library's ModelProto: the training and the normalization settings; every model ends with both.
 TRAINER_SPEC, NORMALIZER_SPEC = 2, 3
 WITH_LENGTH = 2
 END_OF_DOCUMENT_PIECES = ("<eod>", "<EOD>", "<|endoftext|>")
@@ -17,7 +17,7 @@ END_OF_DOCUMENT_PIECES = ("<eod>", "<EOD>", "<|endoftext|>")
 class SentencePieceTokenizer:
     """A SentencePiece model file; its end-of-sentence piece ends a document.
 
-    What the model's normalisation drops from a text is lost; control pieces that a text spells out are ordinary text.
+    Text that the model's normalization drops is lost. Control pieces that a text spells out are ordinary text.
     """
 
     def __init__(self, model_file: Path) -> None:
@@ -27,10 +27,10 @@ class SentencePieceTokenizer:
             raise TokenizerError(
                 f"--tokenizer-model ({model_file}) is not a SentencePiece model: {error}; give a tokenizer.model file."
             ) from error
-        # Without them the library splits text otherwise, and does not say so.
+        # Without them the library silently splits text differently.
         if not {TRAINER_SPEC, NORMALIZER_SPEC} <= _fields_of(model_file.read_bytes()):
             raise TokenizerError(
-                f"--tokenizer-model ({model_file}) breaks off before the settings that end a SentencePiece model; "
+                f"--tokenizer-model ({model_file}) ends before the settings that end a SentencePiece model; "
                 "fetch the file again."
             )
         self.vocab_size = int(self._processor.get_piece_size())
@@ -48,7 +48,7 @@ class SentencePieceTokenizer:
         candidates = [self._processor.eos_id()]
         candidates += [self._processor.piece_to_id(piece) for piece in END_OF_DOCUMENT_PIECES]
         for candidate in candidates:
-            # A piece of another kind, such as a user-defined symbol, is found in the text of a document.
+            # A piece of another kind, such as a user-defined symbol, would match the text of a document.
             if candidate >= 0 and self._processor.is_control(candidate):
                 return int(candidate)
         raise TokenizerError(
@@ -59,11 +59,11 @@ class SentencePieceTokenizer:
 
 
 def _fields_of(message: bytes) -> set[int]:
-    """The numbers of the fields that begin a protobuf message, up to the first without a length of its own."""
+    """Return the numbers of the leading fields of a protobuf message, up to the first that is not length-delimited."""
     fields, place = set(), 0
     while place < len(message):
         key, place = _varint(message, place)
-        if key & 7 != WITH_LENGTH:  # of an extension, behind all that the library defines
+        if key & 7 != WITH_LENGTH:  # an extension, after all fields that the library defines
             break
         length, place = _varint(message, place)
         fields.add(key >> 3)
@@ -72,7 +72,7 @@ def _fields_of(message: bytes) -> set[int]:
 
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:
-    """A number in protobuf's form, seven bits a byte, the least first, and the place behind it."""
+    """Decode a protobuf varint (seven bits a byte, least significant first); return it and the position after it."""
     number = shift = 0
     while message[place] & 0x80:
         number |= (message[place] & 0x7F) << shift

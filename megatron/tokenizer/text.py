@@ -1,10 +1,10 @@
-"""Text as tokenizers accept it, and the fastest way through the tokenizers library."""
+"""Valid Unicode for tokenizers, and the fastest call into the tokenizers library."""
 
 import tokenizers
 
 
 def valid_unicode(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates, which JSON can spell and UTF-8 cannot, as U+FFFD."""
+    """Join surrogate pairs, and replace lone surrogates, which JSON can spell and UTF-8 cannot, by U+FFFD."""
     if text.isascii():
         return text
     try:
@@ -15,7 +15,7 @@ def valid_unicode(text: str) -> str:
 
 
 def encode_text(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    """Ids of a text without special tokens around it; the offsets of tokens, a quarter of the work, are left out."""
+    """Encode a text without special tokens around it; skips token offsets, which are a quarter of the work."""
     (encoding,) = tokenizer.encode_batch_fast([valid_unicode(text)], add_special_tokens=False)
     ids: list[int] = encoding.ids
     return ids

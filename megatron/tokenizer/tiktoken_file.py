@@ -1,7 +1,7 @@
-"""tiktoken files, as Llama 3 and OpenAI publish them: a line per token, its bytes in base64 and its rank.
+"""tiktoken files, as published for Llama 3 and by OpenAI: one line per token, its bytes in base64 and its rank.
 
 Such a file holds neither the pattern that splits a text before its bytes are merged, nor the special tokens. Both
-belong to a family of models, which `--tiktoken-pattern` names; for a published file the number of its tokens does.
+belong to a family of models. `--tiktoken-pattern` names the family; a published file is recognized by its token count.
 """
 
 import base64
@@ -14,18 +14,18 @@ from pathlib import Path
 from megatron.tokenizer.errors import TokenizerError
 from megatron.tokenizer.text import valid_unicode
 
-# tiktoken gives up on a run of whitespace of several hundred thousand characters.
+# tiktoken fails on a run of whitespace of several hundred thousand characters.
 MAX_WHITESPACE = 100_000
 LONG_WHITESPACE = re.compile(rf"(?<!\s)\s{{{MAX_WHITESPACE + 1},}}")
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of a family split text, and which ids follow those of the file."""
+    """The split pattern of a family of models, and its special tokens, whose ids follow those of the file."""
 
     pattern: str
     num_ranks: int
-    """Tokens of the file that was published."""
+    """Number of tokens in the published file."""
 
     special_tokens: dict[int, str]
     """Special tokens, by their distance from the end of the file's ids."""
@@ -81,7 +81,7 @@ class TikTokenizer:
     """Byte-level BPE of a tiktoken file. Special tokens that a text spells out are ordinary text."""
 
     def __init__(self, model_file: Path, pattern: str | None = None) -> None:
-        """Read the file, and nothing from the network or the library's cache. `pattern`: a key of FAMILIES."""
+        """Read the file, without the network or the library's cache. `pattern`: a key of FAMILIES."""
         try:
             import tiktoken
         except ImportError as error:
@@ -106,7 +106,7 @@ class TikTokenizer:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """The tokens of a tiktoken file and their ranks, which are their ids. Raises TokenizerError."""
+    """Read the tokens of a tiktoken file and their ranks, which are their ids. Raises TokenizerError."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -137,7 +137,7 @@ def _choose_family(path: Path, num_ranks: int, pattern: str | None) -> Family:
 
 
 def _parts(text: str) -> list[str]:
-    """A text in one piece, or cut within runs of whitespace that are too long for the library."""
+    """Cut a text within runs of whitespace that are too long for the library."""
     runs = LONG_WHITESPACE.finditer(text)
     cuts = [cut for run in runs for cut in range(run.start() + MAX_WHITESPACE, run.end(), MAX_WHITESPACE)]
     return [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]

@@ -1,4 +1,4 @@
-"""From --tokenizer-type and its files to a tokenizer."""
+"""Tokenizer protocol, and construction of a tokenizer from --tokenizer-type and its files."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -26,10 +26,10 @@ class Tokenizer(Protocol):
     """The id that ends a document."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, without `eod`."""
+        """Encode a text to ids, without `eod`."""
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
+        """Decode ids to text."""
 
 
 def build_tokenizer(
@@ -40,7 +40,7 @@ def build_tokenizer(
     vocab_size: int | None = None,
     tiktoken_pattern: TiktokenPattern | None = None,
 ) -> Tokenizer:
-    """The tokenizer that the flags of the same names describe; TokenizerError if they are not enough or not right."""
+    """Build the tokenizer from the flags of the same names; TokenizerError if a flag is missing or wrong."""
     if tokenizer_type not in TOKENIZER_TYPES:
         allowed = ", ".join(TOKENIZER_TYPES)
         raise TokenizerError(f"--tokenizer-type ({tokenizer_type}) is unknown; use one of {allowed}.")
@@ -62,12 +62,12 @@ def build_tokenizer(
 
 
 def tokenizer_of(flags: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that a group of flags describes; TokenizerError if they are not enough or not right."""
+    """Build the tokenizer from a group of flags; TokenizerError if a flag is missing or wrong."""
     return build_tokenizer(**vars(flags))
 
 
 def pad_vocab_size(vocab_size: int, make_divisible_by: int) -> int:
-    """The smallest multiple of `make_divisible_by` that holds `vocab_size` ids: the rows of the embedding."""
+    """Round `vocab_size` up to a multiple of `make_divisible_by`: the number of rows of the embedding."""
     return -(-vocab_size // make_divisible_by) * make_divisible_by
 
 

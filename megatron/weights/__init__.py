@@ -1,1 +1,1 @@
-"""Weights as files that other programs read: safetensors, and what other programs call the same parameters."""
+"""Weights in files that other programs read: safetensors, and other programs' names for the same parameters."""

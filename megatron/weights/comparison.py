@@ -1,4 +1,4 @@
-"""What differs between two sets of weights, one tensor at a time."""
+"""Compare two sets of weights, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ELEMENTS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two tensors of one name are apart: max |a - b|, and ||a - b|| / ||a||, both reckoned in fp64."""
+    """Distance of two tensors of one name: max |a - b|, and ||a - b|| / ||a||, both computed in fp64."""
 
     name: str
     largest: float
@@ -24,13 +24,13 @@ class Difference:
 
 
 def names_only_in(first: StateSource, second: StateSource) -> list[str]:
-    """Names that `first` has and `second` lacks, in order."""
+    """Return the names that `first` has and `second` lacks, in order."""
     others = set(second.names)
     return [name for name in first.names if name not in others]
 
 
 def form_differences(first: StateSource, second: StateSource) -> Iterator[str]:
-    """Shapes and dtypes that differ, a line each. Reads no tensor."""
+    """Yield one line for each shape or dtype that differs. Reads no tensor."""
     for name in _common(first, second):
         ours, theirs = ((source.shape(name), source.dtype(name)) for source in (first, second))
         if ours != theirs:
@@ -38,7 +38,7 @@ def form_differences(first: StateSource, second: StateSource) -> Iterator[str]:
 
 
 def value_differences(first: StateSource, second: StateSource) -> Iterator[Difference]:
-    """Tensors of one shape whose values differ; moments too, where both have them. Two tensors are in memory."""
+    """Compare the values of tensors of one shape, and the moments where both have them. Holds two tensors in memory."""
     for name in _common(first, second):
         if first.shape(name) != second.shape(name):
             continue
@@ -51,7 +51,7 @@ def value_differences(first: StateSource, second: StateSource) -> Iterator[Diffe
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration's fields by dotted name."""
+    """Flatten a configuration to its fields by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -68,7 +68,7 @@ def _flat(source: StateSource, name: str, part: str) -> Tensor:
 
 
 def _distance(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """(max |a - b|, ||a - b|| / ||a||); equal infinities, and places where neither is a number, count as equal."""
+    """Return (max |a - b|, ||a - b|| / ||a||); equal infinities, and elements that are nan in both, count as equal."""
     largest = squares = scale = torch.zeros((), dtype=torch.float64)
     for a, b in zip(first.split(_ELEMENTS_AT_ONCE), second.split(_ELEMENTS_AT_ONCE), strict=True):
         a, b = a.double(), b.double()

@@ -1,18 +1,18 @@
-"""Checkpoints of DeepSpeed's ZeRO, read without DeepSpeed and without a process group, one tensor at a time.
+"""Reader of DeepSpeed ZeRO checkpoints, one tensor at a time, without DeepSpeed and without a process group.
 
-What a checkpoint of N ranks holds:
+Contents of a checkpoint of N ranks:
 
 | stage | mp_rank_00_model_states.pt    | zero_pp_rank_R_mp_rank_00_optim_states.pt, R < N                            |
 |-------|-------------------------------|-----------------------------------------------------------------------------|
 | 0     | weights, optimizer            |                                                                             |
 | 1, 2  | weights in the number format  | per group one flat fp32 tensor and its moments: the parameters one after    |
-|       | of training, shapes           | another in the order of the shapes, with the paddings that                  |
-|       |                               | `param_alignment_paddings` tells, cut into N runs                           |
-| 3     | zero_pp_rank_R_... instead:   | per group one flat fp32 tensor and its moments: of each parameter the R-th  |
-|       | shapes, frozen parameters     | of N parts of equal length, the last of them padded, one after another      |
+|       | of training, shapes           | another in the order of the shapes, with the paddings listed in             |
+|       |                               | `param_alignment_paddings`, cut into N runs                                 |
+| 3     | zero_pp_rank_R_... instead:   | per group one flat fp32 tensor and its moments: the R-th of N equal parts   |
+|       | shapes, frozen parameters     | of each parameter, the last part padded, one parameter after another        |
 
 So a parameter is a list of runs of elements in the ranks' flat tensors, in order. DeepSpeed (0.19.8) also records where
-its parameters are, `param_slice_mappings`. That record is wrong with `round_robin_gradients`, and not read.
+its parameters are, in `param_slice_mappings`. That record is wrong with `round_robin_gradients`, so it is not read.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Keys = tuple[str | int, ...]
 _OPTIMIZER_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 _WHOLE_MODEL_FILE = "mp_rank_00_model_states.pt"
 _PARTITIONED_MODEL_FILE = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
-# What Engine.save adds to DeepSpeed's files: names in the order of the optimizer's groups, and {other name: name}.
+# Engine.save adds these to DeepSpeed's files: names in the order of the optimizer's groups, and {tied name: name}.
 PARAMETER_GROUPS = "parameter_groups"
 TIED_NAMES = "tied_names"
 
 
 @dataclass(frozen=True)
 class _Run:
-    """`count` elements of a parameter, from element `start` of the tensors in `file` that `places` lead to by part."""
+    """`count` elements of a parameter: from element `start` of a tensor in `file`, found by the keys `places[part]`."""
 
     file: Path
     start: int
@@ -53,7 +53,7 @@ class _Run:
 
 @dataclass
 class _Parameter:
-    """A parameter and its runs, in order; `dtype` of its weights."""
+    """A parameter and its runs, in order; `dtype` is that of its weights."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
@@ -61,12 +61,12 @@ class _Parameter:
 
 
 def is_deepspeed_checkpoint(path: Path) -> bool:
-    """Whether a folder holds DeepSpeed's files."""
+    """Return whether a folder holds DeepSpeed's files."""
     return any(path.glob("*mp_rank_00_model_states.pt"))
 
 
 def open_deepspeed_checkpoint(path: str | Path) -> DeepSpeedCheckpoint:
-    """Open a folder global_stepN; WeightsError if it is not DeepSpeed's, lacks a rank's file or has a damaged one."""
+    """Open a folder global_stepN; WeightsError if it is not DeepSpeed's, or a rank's file is missing or damaged."""
     path = Path(path)
     if not is_deepspeed_checkpoint(path):
         raise WeightsError(f"{path} holds no checkpoint of DeepSpeed (*mp_rank_00_model_states.pt); name one.")
@@ -76,7 +76,7 @@ def open_deepspeed_checkpoint(path: str | Path) -> DeepSpeedCheckpoint:
 class DeepSpeedCheckpoint:
     """A StateSource over one checkpoint of any ZeRO stage and number of ranks; `aliases` are the names of tied weights.
 
-    `get` gives the fp32 master weights; `module_weights` those that the model computed with.
+    `get` returns the fp32 master weights, `module_weights` the weights that the model computed with.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,7 +95,7 @@ class DeepSpeedCheckpoint:
             self.loss_scale: Mapping[str, float] = {}
         else:
             states = read_torch_file(optimizer_files[0])["optimizer_state_dict"]
-            self.zero_stage = int(states.get("zero_stage", 1))  # DeepSpeed's BF16_Optimizer does not say it
+            self.zero_stage = int(states.get("zero_stage", 1))  # DeepSpeed's BF16_Optimizer does not record it
             _check_ranks(path, states["partition_count"], len(optimizer_files))
             if self.zero_stage == 3:
                 self._parameters = _partitioned_one_by_one(path, optimizer_files, model)
@@ -103,7 +103,7 @@ class DeepSpeedCheckpoint:
             else:
                 self._parameters = _partitioned_as_groups(path, optimizer_files, model)
                 optimizer = states["base_optimizer_state"]
-                if isinstance(optimizer, list):  # "elastic" checkpoints keep apex's count of steps apart
+                if isinstance(optimizer, list):  # "elastic" checkpoints store apex's step count separately
                     group = {"step": states.get("base_optimizer_state_step")}
                     optimizer = {"state": dict(enumerate(optimizer)), "param_groups": [group]}
             self.loss_scale = loss_scale_state(states.get("loss_scaler"))
@@ -117,20 +117,20 @@ class DeepSpeedCheckpoint:
         return tuple(sorted(self._parameters))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes of a parameter, without reading it."""
+        """Return the shape of a parameter, without reading it."""
         return self._find(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of `get`'s result: fp32 for what was trained."""
+        """Return the dtype of `get`'s result: fp32 for trained parameters."""
         return self._find(name).dtype
 
     def get(self, name: str) -> Tensor:
-        """The whole master weights of a parameter, on the CPU."""
+        """Read the whole master weights of a parameter, on the CPU."""
         parameter = self._find(name)
         return self.read(name, WEIGHTS, 0, Size(parameter.shape).numel()).view(parameter.shape)
 
     def module_weights(self, name: str) -> Tensor:
-        """The weights that the model computed with, in its number format; WeightsError at stage 3, which lacks them."""
+        """Read the weights the model computed with, in its number format; WeightsError at stage 3, which lacks them."""
         if self.zero_stage == 3:
             raise WeightsError(f"{self.path} is of ZeRO stage 3, which saves the fp32 weights alone; take these.")
         num_bytes = 4 * Size(self.shape(name)).numel()
@@ -138,11 +138,11 @@ class DeepSpeedCheckpoint:
         return weights.detach().clone()
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """What there is of a parameter: the weights, and the moments unless it was frozen."""
+        """List the stored parts of a parameter: the weights, and the moments unless it was frozen."""
         return tuple(next((run.places for run in self._find(name).runs), (WEIGHTS,)))
 
     def read(self, name: str, part: str, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) of the flattened weights ("fp32") or of a moment, on the CPU, [count]."""
+        """Read elements [start, start + count) of the flattened weights ("fp32") or a moment; [count], on the CPU."""
         parameter = self._find(name)
         out = torch.empty(count, dtype=parameter.dtype if part == WEIGHTS else torch.float32)
         position = 0  # of the run's first element in the parameter
@@ -157,7 +157,7 @@ class DeepSpeedCheckpoint:
 
     def _place(self, name: str, run: _Run, part: str) -> Keys:
         if part not in run.places:
-            raise WeightsError(f"{run.file} does not tell the optimizer state of {name!r}; take the weights alone.")
+            raise WeightsError(f"{run.file} does not identify the optimizer state of {name!r}; take the weights alone.")
         return run.places[part]
 
     def _find(self, name: str) -> _Parameter:
@@ -167,7 +167,7 @@ class DeepSpeedCheckpoint:
 
 
 def _optimizer_files(path: Path) -> list[Path]:
-    """The ranks' files, by rank; WeightsError if one is missing or the model was split by tensor parallelism."""
+    """Return the ranks' files, sorted by rank; WeightsError if the model was split by tensor parallelism."""
     found = {}
     for file in path.iterdir():
         if match := _OPTIMIZER_FILE.search(file.name):
@@ -186,7 +186,7 @@ def _check_ranks(path: Path, partition_count: int | Sequence[int], num_files: in
 
 
 def _unpartitioned(file: Path, model: Mapping[str, Any]) -> dict[str, _Parameter]:
-    """Stage 0: weights by name, and moments by position in the optimizer's groups."""
+    """Locate the parameters of stage 0: weights by name, and moments by position in the optimizer's groups."""
     groups: Sequence[Sequence[str]] = model.get(PARAMETER_GROUPS) or ()
     positions = {name: position for position, name in enumerate(name for group in groups for name in group)}
     parameters = {}
@@ -200,7 +200,7 @@ def _unpartitioned(file: Path, model: Mapping[str, Any]) -> dict[str, _Parameter
 
 
 def _partitioned_as_groups(path: Path, files: Sequence[Path], model: Mapping[str, Any]) -> dict[str, _Parameter]:
-    """Stages 1 and 2. WeightsError where the shapes do not fill the flat tensors."""
+    """Locate the parameters of stages 1 and 2. WeightsError where the shapes do not fill the flat tensors."""
     states = [read_torch_file(file)["optimizer_state_dict"] for file in files]
     is_elastic = isinstance(states[0]["base_optimizer_state"], list)
     moments: Keys = ("base_optimizer_state",) if is_elastic else ("base_optimizer_state", "state")
@@ -226,7 +226,7 @@ def _partitioned_as_groups(path: Path, files: Sequence[Path], model: Mapping[str
 def _cut_runs(
     files: Sequence[Path], lengths: Sequence[int], offset: int, numel: int, places: Mapping[str, Keys]
 ) -> Iterator[_Run]:
-    """Runs of the elements [offset, offset + numel) of a flat tensor, of which each file has the next `lengths`."""
+    """Yield the runs of elements [offset, offset + numel) of a flat tensor cut into `lengths`, one per file."""
     first = 0  # of the file's elements in the flat tensor
     for file, length in zip(files, lengths, strict=True):
         start, end = max(offset, first), min(offset + numel, first + length)
@@ -236,7 +236,7 @@ def _cut_runs(
 
 
 def _partitioned_one_by_one(path: Path, files: Sequence[Path], model: Mapping[str, Any]) -> dict[str, _Parameter]:
-    """Stage 3. DeepSpeed keeps frozen parameters, partitioned alike, beside the shapes."""
+    """Locate the parameters of stage 3. DeepSpeed stores frozen ones, partitioned the same way, next to the shapes."""
     parameters: dict[str, _Parameter] = {}
     for group, shapes in enumerate(model["param_shapes"]):
         places = _places("fp32_flat_groups", ("optimizer_state_dict", "state"), group)
@@ -256,7 +256,7 @@ def _partitioned_one_by_one(path: Path, files: Sequence[Path], model: Mapping[st
 
 
 def _equal_runs(files: Sequence[Path], numel: int, offset: int, places: Mapping[str, Keys]) -> Iterator[_Run]:
-    """Runs of a parameter that is cut into as many parts of equal length as there are files."""
+    """Yield the runs of a parameter that is cut into equal parts, one per file."""
     length = -(-numel // len(files))
     for rank, file in enumerate(files):
         if (count := min(length, numel - rank * length)) > 0:
@@ -264,7 +264,7 @@ def _equal_runs(files: Sequence[Path], numel: int, offset: int, places: Mapping[
 
 
 def _untrained(file: Path, model: Mapping[str, Any], known: set[str]) -> dict[str, _Parameter]:
-    """Buffers, and below stage 3 frozen parameters: whole in the module. Stage 3 leaves empty tensors of the others."""
+    """Locate buffers and, below stage 3, frozen parameters: whole in the module. Stage 3 leaves the others empty."""
     return {
         name: _whole(file, tensor, {WEIGHTS: ("module", name)})
         for name, tensor in model["module"].items()
@@ -286,7 +286,7 @@ def _at(content: Any, keys: Keys) -> Any:
 
 
 def _step(optimizer: Any) -> int | None:
-    """Steps that Adam counted: in the state of each parameter, or in the group (apex). None without one."""
+    """Read Adam's step count from the state of a parameter, or from the group (apex); None if there is none."""
     if optimizer is None:
         return None
     states, group = optimizer.get("state"), (optimizer.get("param_groups") or [{}])[0]

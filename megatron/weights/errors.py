@@ -9,11 +9,11 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WeightsError(ValueError):
-    """A folder of weights cannot be read or written, or is of an unsupported model; one line for its user."""
+    """A folder of weights cannot be read or written, or its model is not supported; one line for its user."""
 
 
 def first_line(error: BaseException) -> str:
-    """Name an error in one line: by what the operating system said, where that is behind it."""
+    """Describe an error in one line: by the operating system's message, if that is the cause."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
@@ -24,9 +24,9 @@ def first_line(error: BaseException) -> str:
 
 
 def raise_if_no_room(error: BaseException, target: Path) -> None:
-    """Raise WeightsError that names `target` if a file could not be written whole for want of room.
+    """Raise a WeightsError that names `target` if the disk was too full to write a file.
 
-    torch.save hides what the operating system said behind an error of its own.
+    torch.save replaces the operating system's error with its own.
     """
     cause: BaseException | None = error
     while cause is not None:

@@ -1,6 +1,6 @@
-"""Hugging Face models to portable weights and back, one parameter in memory at a time.
+"""Conversion of Hugging Face models to portable weights and back, one parameter in memory at a time.
 
-Everything is looked at before anything is written: the architecture, and the name and shape of every tensor.
+Everything is checked before anything is written: the architecture, and the name and shape of every tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
-# The embedding once more, which some files hold although it is tied.
+# A copy of the tied embedding, which some files hold all the same.
 _TIED_HEADS = {"lm_head.weight", "embed_out.weight"}
 # Keys of config.json that every family has.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -46,15 +46,15 @@ class Settings:
 
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
     dtype: torch.dtype | None = None
-    """None: as they are stored."""
+    """None: the dtype that they are stored in."""
 
     report: Report = field(default=lambda line: None)
-    """Takes a line of progress for each shard."""
+    """Receives one line of progress per shard."""
 
 
 @dataclass(frozen=True)
 class _Parameter:
-    """One of our parameters and the tensors of the other side."""
+    """One of our parameters and the Hugging Face tensors that it is made of."""
 
     ours: str
     shape: tuple[int, ...]
@@ -62,16 +62,17 @@ class _Parameter:
     arrangement: Rearrangement
 
     def their_shapes(self) -> list[tuple[int, ...]]:
-        """What each of their tensors must measure."""
+        """Return the shape that each of their tensors must have."""
         return [tuple(t.shape) for t in self.arrangement.split(torch.empty(self.shape, device="meta"))]
 
 
 class HuggingFaceWeights:
-    """The model in a Hugging Face folder as a WeightSource under our names, each parameter arranged when it is read.
+    """The model in a Hugging Face folder as a WeightSource under our names; each parameter is rearranged when read.
 
-    The vocabulary is padded with the mean of its rows. The logit of such a row is the mean of the others, which the
-    log-sum-exp exceeds by log(vocabulary) at least, so the loss rises by log(1 + padding / vocabulary) at most whatever
-    the weights are; the logit 0 of rows of zeros could outweigh all others. Other logits do not change.
+    The vocabulary is padded with the mean of its rows. The logit of such a row is the mean of the others. The
+    log-sum-exp exceeds that mean by at least log(vocabulary). So the loss rises by at most
+    log(1 + padding / vocabulary), whatever the weights are. Rows of zeros would have the logit 0, which could outweigh
+    all others. The other logits do not change.
 
     Raises:
         WeightsError: the model is not supported, or a tensor is absent, unknown or of another shape.
@@ -109,7 +110,7 @@ def from_hugging_face(
     """Write the Hugging Face model in folder `source` as portable weights into the new folder `out`.
 
     Raises:
-        WeightsError: as HuggingFaceWeights, or `out` is there.
+        WeightsError: as HuggingFaceWeights, or `out` exists already.
     """
     weights = HuggingFaceWeights(source, make_vocab_size_divisible_by)
     with _Progress(out, settings, with_manifest=True) as writer:
@@ -121,9 +122,9 @@ def from_hugging_face(
 
 
 def read_hugging_face_config(source: Path, make_vocab_size_divisible_by: int = 1) -> PortableConfig:
-    """What portable weights made of a Hugging Face model are described by.
+    """Read the config.json that portable weights made of a Hugging Face model would have.
 
-    `source` is its folder or its config.json, which alone is read.
+    `source` is the model's folder or its config.json; only config.json is read.
     WeightsError if the model is not supported.
     """
     config = read_json(source if source.is_file() else source / CONFIG_FILE)
@@ -134,9 +135,9 @@ def read_hugging_face_config(source: Path, make_vocab_size_divisible_by: int = 1
 
 
 def from_our_names(source: WeightSource, portable: PortableConfig, out: Path, settings: Settings) -> None:
-    """Write weights that have our names already as portable weights into the new folder `out`.
+    """Write weights that already have our names as portable weights into the new folder `out`.
 
-    WeightsError if a tensor is absent, unknown or of another shape, or `out` is there.
+    WeightsError if a tensor is absent, unknown or of another shape, or `out` exists already.
     """
     shapes = check_ours(source, portable)
     with _Progress(out, settings, with_manifest=True) as writer:
@@ -155,11 +156,11 @@ def to_hugging_face(
 ) -> Family:
     """Write the weights of `source`, which have our names, as a Hugging Face model into the new folder `out`.
 
-    `beside` are folders whose tokenizer files are copied, the first that has one of a name. Without a model_type the
-    family is the one that the weights came from, or the first that can express the architecture.
+    `beside` are folders whose tokenizer files are copied; of files of one name, the first is taken. Without a
+    model_type the family is the one that the weights came from, or the first that can express the architecture.
 
     Raises:
-        WeightsError: no family can express the architecture, a tensor is absent or of another shape, or `out` is there.
+        WeightsError: no family can express the architecture, a tensor is absent or of another shape, or `out` exists.
     """
     if portable.vocab_size > portable.padded_vocab_size:
         raise WeightsError(
@@ -184,7 +185,7 @@ def to_hugging_face(
 
 
 def choose_family(portable: PortableConfig, model_type: str | None = None) -> Family:
-    """The family named, else the one that the weights came from, else the first that can express the architecture."""
+    """Return the family named, else the one the weights came from, else the first that can express the architecture."""
     came_from = (portable.hugging_face or {}).get("model_type")
     wanted = [model_type or came_from] if model_type or came_from else list(FAMILIES)
     faults = {}
@@ -194,11 +195,11 @@ def choose_family(portable: PortableConfig, model_type: str | None = None) -> Fa
             return family
         faults[family.model_type] = difference
     described = " | ".join(f"{name}: {difference}" for name, difference in faults.items())
-    raise WeightsError(f"no model_type of Hugging Face that is supported can hold this architecture ({described}).")
+    raise WeightsError(f"no supported Hugging Face model_type can hold this architecture ({described}).")
 
 
 def _not_expressed(family: Family, model: ModelConfig) -> str:
-    """What would be another in a family's model; empty if nothing would."""
+    """Name the first setting that a model of the family would change; empty if there is none."""
     try:
         read_back = model_of(family.model_fields({**family.to_config(model), **family.fixed}))
     except WeightsError as error:
@@ -211,14 +212,14 @@ def _not_expressed(family: Family, model: ModelConfig) -> str:
 
 
 def num_rows(source: WeightSource) -> int:
-    """Rows of the embedding."""
+    """Return the number of rows of the embedding."""
     if TOKEN_ROWS[0] not in source.names:
         raise WeightsError(f"the weights have no tensor {TOKEN_ROWS[0]!r}; name portable weights.")
     return source.shape(TOKEN_ROWS[0])[0]
 
 
 def training_flags(portable: PortableConfig) -> list[str]:
-    """Flags of pretrain_gpt.py that describe the model; its embedding gets as many rows as the weights have."""
+    """Return the flags of pretrain_gpt.py that describe the model, with as many embedding rows as the weights have."""
     model, default = portable.model, ModelConfig(num_layers=0, hidden_size=0, num_attention_heads=0, seq_length=0)
     values = {**architecture_fields(model), "max_position_embeddings": model.max_position_embeddings}
     flags = []
@@ -232,14 +233,14 @@ def training_flags(portable: PortableConfig) -> list[str]:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy the tokenizer's files that are there and not yet in `out`."""
+    """Copy those of the tokenizer's files that exist and are not yet in `out`."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and not (out / name).exists():
             shutil.copyfile(source / name, out / name)
 
 
 class _Progress:
-    """A writer that casts if asked, and reports each shard when it is begun."""
+    """A writer that casts if asked, and reports each shard as it begins."""
 
     def __init__(self, out: Path, settings: Settings, with_manifest: bool) -> None:
         self._settings = settings
@@ -265,7 +266,7 @@ class _Progress:
 def _parameters(
     family: Family, model: ModelConfig, num_rows: int, folder: WeightSource | None = None
 ) -> list[_Parameter]:
-    """Our parameters in the model's order, each with what it is called on the other side."""
+    """List our parameters in the model's order, each with its Hugging Face names."""
     prefix = _prefix(family, folder)
     parameters = []
     for ours, shape in parameter_shapes(model, num_rows).items():
@@ -275,14 +276,14 @@ def _parameters(
 
 
 def _prefix(family: Family, folder: WeightSource | None) -> str:
-    """What stands before the names in a folder; what is written, where there is none."""
+    """Return the prefix of the names in a folder; without a folder, the prefix to write."""
     names, _ = family.names(TOKEN_ROWS[0])
     found = [] if folder is None else [prefix for prefix in family.prefixes if prefix + names[0] in set(folder.names)]
     return (found or list(family.prefixes))[0]
 
 
 def _check(parameters: Sequence[_Parameter], folder: SafetensorsFolder, family: Family, model: ModelConfig) -> None:
-    """Raise WeightsError unless every tensor is there and in its shape, and none is left over."""
+    """Raise WeightsError unless every tensor is present in the expected shape, and none is left over."""
     used: set[str] = set()
     for parameter in parameters:
         for name, shape in zip(parameter.theirs, parameter.their_shapes(), strict=True):
@@ -301,9 +302,9 @@ def _check(parameters: Sequence[_Parameter], folder: SafetensorsFolder, family: 
 
 
 def _check_tied(folder: SafetensorsFolder, embedding: str) -> None:
-    """Raise WeightsError if a file that ties the head to the embedding holds another head as well.
+    """Raise WeightsError if a file that ties the head to the embedding holds a different head as well.
 
-    transformers takes such a head since version 5, and drops it before.
+    transformers uses such a head since version 5; earlier versions drop it.
     """
     for head in sorted(_TIED_HEADS & set(folder.names)):
         if not folder.same(head, embedding):
@@ -314,7 +315,7 @@ def _check_tied(folder: SafetensorsFolder, embedding: str) -> None:
 
 
 def _check_num_layers(model: ModelConfig, folder: WeightSource) -> None:
-    """Raise WeightsError before a model is described that could not be: each layer has tensors of its own."""
+    """Raise WeightsError if there are more layers than tensors, before a model is described: each layer has some."""
     if model.num_layers > len(folder.names):
         raise WeightsError(
             f"config.json has {model.num_layers} layers, and the weights have {len(folder.names)} tensors; use the "
@@ -323,7 +324,7 @@ def _check_num_layers(model: ModelConfig, folder: WeightSource) -> None:
 
 
 def check_ours(source: WeightSource, portable: PortableConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of our parameters; WeightsError unless `source` has them all, and nothing else."""
+    """Return the shapes of our parameters; WeightsError unless `source` has them all, and nothing else."""
     shapes = parameter_shapes(portable.model, portable.padded_vocab_size)
     for name, shape in shapes.items():
         _check_shape(source, name, shape)
@@ -361,14 +362,14 @@ def _with_padding(rows: Tensor, portable: PortableConfig) -> Tensor:
 
 
 def _config_json(family: Family, portable: PortableConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of a model of the family, with what it had before where that has no part in the arithmetic."""
-    # A model that never was one of theirs has no token ids; without a word transformers takes those of the family.
+    """Build the family's config.json; keys that do not affect the arithmetic are carried over from the original."""
+    # A model that did not come from Hugging Face has no token ids; if they are absent, transformers uses the family's.
     before: Mapping[str, Any] = portable.hugging_face or dict.fromkeys(TOKEN_IDS)
-    kept = set(before) - family.managed - {"dtype", "torch_dtype", "transformers_version"}
+    carried_over = set(before) - family.managed - {"dtype", "torch_dtype", "transformers_version"}
     if before.get("model_type") != family.model_type:
-        kept &= set(TOKEN_IDS)
+        carried_over &= set(TOKEN_IDS)
     return {
-        **{key: value for key, value in before.items() if key in kept},
+        **{key: value for key, value in before.items() if key in carried_over},
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": portable.vocab_size,

@@ -1,7 +1,7 @@
-"""Checkpoints of upstream's Megatron-DeepSpeed, as a source of weights in our names.
+"""Upstream Megatron-DeepSpeed checkpoints as a source of weights under our names.
 
-Of any ZeRO stage, with tensor and pipeline parallelism or without. Queries, keys and values lie as ours do (since
-checkpoint_version 2.0), and so do gate and up within a rank.
+Any ZeRO stage is read, with or without tensor and pipeline parallelism. Queries, keys and values are stored in our
+order (since checkpoint_version 2.0), and so are gate and up within a rank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SUPPORTED = {
     "num_experts": (None, 1, [1]),
     "mlp_type": ("standard",),
 }
-# Same meaning and same name as in ModelConfig.
+# Same name and meaning as in ModelConfig.
 _SIZES = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings",
     "layernorm_epsilon",
@@ -67,24 +67,24 @@ class MegatronDeepSpeedCheckpoint:
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of all parameters, sorted."""
+        """All parameter names, sorted."""
         return tuple(sorted(self._ranks[0]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes of a parameter, without reading it."""
+        """Return the shape of a parameter, without reading it."""
         return merged_shape(name, self._ranks[0][name].shape, len(self._ranks))
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a parameter, without reading it: at ZeRO-3, which saves the master weights alone, fp32."""
+        """Return the dtype of a parameter, without reading it: fp32 at ZeRO-3, which saves only the master weights."""
         return self._ranks[0][name].dtype
 
     def get(self, name: str) -> Tensor:
-        """One parameter, in CPU memory of its own; WeightsError if ranks differ in what they share."""
+        """Read one parameter into CPU memory of its own; WeightsError if ranks differ in a tensor that they share."""
         parts = [places[name].read(self._files) for places in self._ranks]
         return merge(name, parts, bool(self._arguments.get("swiglu", False)))
 
     def config(self) -> PortableConfig:
-        """The architecture that upstream's arguments describe; WeightsError for what is not supported."""
+        """Return the architecture that upstream's arguments describe; WeightsError if it is not supported."""
         values = self._arguments
         for name, allowed in _SUPPORTED.items():
             value = values.get(name, allowed[0])
@@ -106,7 +106,7 @@ class MegatronDeepSpeedCheckpoint:
         return degree
 
     def _check_ranks(self) -> None:
-        """WeightsError unless all ranks have the same tensors in the same sizes."""
+        """Raise WeightsError unless all ranks have the same tensors in the same shapes."""
         for rank, places in enumerate(self._ranks):
             for name in sorted(set(places) ^ set(self._ranks[0])):
                 raise WeightsError(f"{self.path} has {name} on one of the tensor-parallel ranks 0 and {rank} alone.")
@@ -120,13 +120,13 @@ class MegatronDeepSpeedCheckpoint:
 
 
 def is_megatron_deepspeed(path: Path) -> bool:
-    """Whether a folder looks like a checkpoint of Megatron-DeepSpeed, or of this program, or holds one."""
+    """Return whether a folder is or holds what looks like a checkpoint of Megatron-DeepSpeed or of this program."""
     path = newest_checkpoint(path)
     return path.is_dir() and (main_file(path) is not None or has_layer_files(path))
 
 
 def _fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig, of upstream's arguments."""
+    """Convert upstream's arguments to fields of ModelConfig."""
     missing = [name for name in _SIZES if values.get(name) is None]
     if missing:
         raise WeightsError(f"{path} has args without {', '.join(missing)}; use a checkpoint of Megatron-DeepSpeed.")
@@ -146,7 +146,7 @@ def _fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(file: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Upstream's command line, by name."""
+    """Return upstream's command-line arguments, by name."""
     arguments = content.get("args")
     values = arguments if isinstance(arguments, dict) else vars(arguments) if isinstance(arguments, Inert) else {}
     if not values:

@@ -1,11 +1,11 @@
-"""Where the files of upstream's Megatron-DeepSpeed keep each tensor, by rank R of tensor parallelism.
+"""Location of each tensor in the files of upstream's Megatron-DeepSpeed, by tensor-parallel rank R.
 
     mp_rank_R_model_states.pt                           without pipeline, below ZeRO-3: the weights
-    layer_N-model_R-model_states.pt                     with pipeline: embedding, blocks, norm and head by their number
+    layer_N-model_R-model_states.pt                     with pipeline: embedding, blocks, norm and head, by layer number
     zero_pp_rank_D_mp_rank_R_model_states.pt            ZeRO-3: the shapes, in the order of the flat tensors,
-    [bf16_]zero_pp_rank_D_mp_rank_R_optim_states.pt     and of each parameter's fp32 weights the D-th of equal parts
+    [bf16_]zero_pp_rank_D_mp_rank_R_optim_states.pt     and the D-th of equal parts of each parameter's fp32 weights
 
-Files are mapped and read without running what a pickle may hold: a class that it names becomes an inert one.
+Files are memory-mapped, and no code in a pickle is executed: a class that it names is replaced by an inert one.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _RENAMES = (
     (re.compile(r"^output_layer\."), "head.output_layer."),
     (re.compile(r"(^layers\.\d+)\.attention\."), r"\1.self_attention."),
 )
-_COPIES = ("word_embeddings_for_head.", "inv_freq")  # the embedding once more; what is computed
+_COPIES = ("word_embeddings_for_head.", "inv_freq")  # a copy of the embedding; a computed buffer
 
 
 class Place(Protocol):
-    """Where a tensor lies."""
+    """Where a tensor is stored."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -46,12 +46,12 @@ class Place(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def read(self, files: MappedFiles) -> Tensor:
-        """The tensor, in CPU memory of its own."""
+        """Read the tensor into CPU memory of its own."""
 
 
 @dataclass(frozen=True)
 class _Whole:
-    """In one file, under a dotted name."""
+    """A tensor in one file, under a dotted name."""
 
     file: Path
     key: str
@@ -65,7 +65,7 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Partitioned:
-    """In equal parts, one in the flat tensors of each file, the last of them padded: elements from `start` on."""
+    """A tensor cut into equal parts, the last one padded: one part per file, from element `start` of a flat tensor."""
 
     files: tuple[Path, ...]
     group: int
@@ -84,18 +84,18 @@ class _Partitioned:
 
 
 def main_file(path: Path) -> Path | None:
-    """The file with upstream's arguments; None if the folder is none of its checkpoints."""
+    """Return the file with upstream's arguments; None if the folder is not a checkpoint of upstream."""
     names = (_model_file(0), f"zero_pp_rank_0_{_model_file(0)}")
     return next((path / name for name in names if (path / name).is_file()), None)
 
 
 def has_layer_files(path: Path) -> bool:
-    """Whether a folder holds a pipeline's layers."""
+    """Return whether a folder holds a pipeline's layer files."""
     return any(path.glob("layer_*-model_*-model_states.pt"))
 
 
 def find_places(path: Path, num_ranks: int) -> list[dict[str, Place]]:
-    """Places by our names, for each rank of tensor parallelism; WeightsError if a file is missing or damaged."""
+    """Locate every tensor, by our name, for each tensor-parallel rank; WeightsError if a file is missing or damaged."""
     if has_layer_files(path):
         return [_of_layers(files) for files in _layer_files(path, num_ranks)]
     if (path / _model_file(0)).is_file():
@@ -104,18 +104,18 @@ def find_places(path: Path, num_ranks: int) -> list[dict[str, Place]]:
 
 
 def load(file: Path) -> Any:
-    """Map a file of torch.save; WeightsError if it is damaged."""
+    """Memory-map a torch.save file; WeightsError if it is damaged."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in names]):
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged file shows itself in many ways, all of them inside torch
+    except Exception as error:  # a damaged file can raise many kinds of errors inside torch
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise WeightsError(f"{file} cannot be read ({lines[0]}); copy it again, or name another checkpoint.") from error
 
 
 class Inert:
-    """Stands for any class that a pickle names: keeps its attributes and does nothing."""
+    """Stand-in for any class that a pickle names: it stores the attributes and does nothing."""
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -136,7 +136,7 @@ def _existing(file: Path) -> Path:
 
 
 def _layer_files(path: Path, num_ranks: int) -> list[list[Path]]:
-    """For each rank its layers' files by their number."""
+    """Return each rank's layer files, by layer number."""
     found: dict[int, dict[int, Path]] = {}
     for file in path.glob("layer_*-model_*-model_states.pt"):
         if match := _LAYER_FILE.search(file.name):
@@ -151,7 +151,7 @@ def _layer_files(path: Path, num_ranks: int) -> list[list[Path]]:
 
 
 def _of_model(file: Path) -> dict[str, Place]:
-    """A model in one file, nested or flat."""
+    """Locate the tensors of a model in one file, nested or flat."""
     places: dict[str, Place] = {}
     for key, tensor in _tensors({"module": load(file).get("module") or {}}):
         if not _is_copy(key):
@@ -160,7 +160,7 @@ def _of_model(file: Path) -> dict[str, Place]:
 
 
 def _of_layers(files: Sequence[Path]) -> dict[str, Place]:
-    """A pipeline's layers: what each is, its tensors tell."""
+    """Locate the tensors of a pipeline's layers; the kind of a layer is recognized by its tensors."""
     places: dict[str, Place] = {}
     num_blocks = 0
     for file in files:
@@ -174,7 +174,7 @@ def _of_layers(files: Sequence[Path]) -> dict[str, Place]:
 
 
 def _of_partitions(path: Path, rank: int) -> dict[str, Place]:
-    """ZeRO-3. The flat tensors follow one another as the shapes do, and no parameter lies in two of them."""
+    """Locate the tensors of ZeRO-3. The flat tensors are in the order of the shapes; no parameter spans two of them."""
     files = _optimizer_files(path, rank)
     model = load(_existing(path / f"zero_pp_rank_0_{_model_file(rank)}"))
     shapes = {name: tuple(shape) for group in model.get("param_shapes") or () for name, shape in group.items()}
@@ -197,7 +197,7 @@ def _of_partitions(path: Path, rank: int) -> dict[str, Place]:
 
 
 def _optimizer_files(path: Path, rank: int) -> tuple[Path, ...]:
-    """The data-parallel ranks' files; WeightsError unless all are there."""
+    """Return the data-parallel ranks' files; WeightsError unless all are there."""
     found = {}
     for file in path.iterdir():
         if (match := _OPTIMIZER_FILE.fullmatch(file.name)) and int(match[2]) == rank:
@@ -241,7 +241,7 @@ def _is_block(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _renaming(tensors: Mapping[str, Tensor], num_blocks: int) -> Callable[[str], str]:
-    """From the names in a layer's file to ours."""
+    """Return the map from the names in a layer's file to ours."""
     if _is_block(tensors):
         return lambda key: f"layers.{num_blocks}.{re.sub(r'^attention[.]', 'self_attention.', key)}"
     if "word_embeddings.weight" in tensors:
@@ -252,7 +252,7 @@ def _renaming(tensors: Mapping[str, Tensor], num_blocks: int) -> Callable[[str],
 
 
 def _tensors(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested mappings, each with its dotted name."""
+    """Yield the tensors of nested mappings, each with its dotted name."""
     for key, value in content.items():
         if isinstance(value, Tensor):
             yield prefix + key, value

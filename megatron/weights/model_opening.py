@@ -1,4 +1,4 @@
-"""A model behind one path: its weights of any kind, and the configuration that is beside them."""
+"""Open a model by its path: weights of any kind, and the configuration next to them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron.weights.source import WeightSource
 
 
 def open_model(path: Path, with_hashes: bool = True) -> tuple[PortableConfig, WeightSource]:
-    """Open a model, reading no tensor: portable weights, a training checkpoint, or a folder of Hugging Face's.
+    """Open a model, reading no tensor: portable weights, a training checkpoint, or a Hugging Face folder.
 
-    A checkpoint may be of any layout, or of upstream's Megatron-DeepSpeed; `path` may be the folder of `latest`. Files
-    with a manifest are verified as `open_state` does.
+    A checkpoint may have any layout, or be one of upstream's Megatron-DeepSpeed; `path` may be the folder of `latest`.
+    Files with a manifest are verified as `open_state` does.
 
     Raises:
-        WeightsError: there is no such model, it is not supported, or it is not what was written.
+        WeightsError: there is no such model, it is not supported, or its files differ from the manifest.
     """
     path = newest_checkpoint(path)
     if _is_hugging_face(path):

@@ -1,7 +1,7 @@
-"""Weights of any kind behind one path: a checkpoint of DeepSpeed, a universal one, or safetensors.
+"""Open and verify weights of any kind by path: a DeepSpeed checkpoint, a universal checkpoint, or safetensors.
 
-Every reader comes through here, so that one rule holds for all: weights that have a manifest are what it says, or an
-error. Nothing that is read can execute code, whoever wrote it.
+Every reader uses this module, so one rule holds for all: weights that have a manifest match it, or reading them is an
+error. No file that is read can execute code, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron.weights.universal_checkpoint import UniversalCheckpoint, is_univer
 
 LATEST = "latest"
 KINDS = ("DeepSpeed checkpoint", "universal checkpoint", "safetensors")
-# Beside the weights of every checkpoint that this program has saved.
+# Stored next to the weights in every checkpoint that this program saves.
 _LAYOUT = "layout.json"
 _REPAIR_LATEST = "write global_stepN into it, the name of a folder beside it, or name that folder itself"
 LOG = logging.getLogger("megatron")
 
 
 def read_latest(folder: Path) -> Path | None:
-    """The checkpoint that `folder`/latest names, whether it is there or not; None without `latest`.
+    """Return the checkpoint that `folder`/latest names, whether it exists or not; None without `latest`.
 
     WeightsError if it names anything but an entry of `folder`.
     """
@@ -42,32 +42,32 @@ def read_latest(folder: Path) -> Path | None:
 
 
 def _is_plain_name(name: str) -> bool:
-    """Whether a name stays in its folder: one component, without separators or control characters."""
+    """Return whether a name stays in its folder: one component, without separators or control characters."""
     return name.isprintable() and name not in ("", ".", "..") and not {"/", "\\"} & set(name) and len(name) < 256
 
 
 def newest_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path`/latest names; `path` itself where there is no such file."""
+    """Return the checkpoint that `path`/latest names; `path` itself if there is no such file."""
     return read_latest(Path(path)) or Path(path)
 
 
 def is_portable(path: Path) -> bool:
-    """Whether a folder holds weights as safetensors."""
+    """Return whether a folder holds weights as safetensors."""
     return (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
 
 
 def is_layout_free(path: Path) -> bool:
-    """Whether a folder holds what depends on no ranks or ZeRO stage: portable weights or a universal checkpoint."""
+    """Return whether a folder's weights do not depend on ranks or ZeRO stage: portable, or a universal checkpoint."""
     return is_portable(path) or is_universal_checkpoint(path)
 
 
 def holds_weights(path: Path) -> bool:
-    """Whether a folder itself holds weights of any kind."""
+    """Return whether a folder itself holds weights of any kind."""
     return is_layout_free(path) or is_deepspeed_checkpoint(path)
 
 
 def kind_of(path: Path) -> str:
-    """One of KINDS; WeightsError where there is none of them."""
+    """Return the kind of weights, one of KINDS; WeightsError if there are none."""
     if is_universal_checkpoint(path):
         return KINDS[1]
     if is_deepspeed_checkpoint(path):
@@ -87,7 +87,7 @@ def open_state(path: str | Path, with_hashes: bool = True) -> StateSource:
     Without `with_hashes` the sizes of all files and the hashes of the small ones are verified.
 
     Raises:
-        WeightsError: there are none, or they are not what was written.
+        WeightsError: there are none, or they differ from the manifest.
     """
     path = newest_checkpoint(path)
     verify(path, with_hashes)
@@ -95,7 +95,7 @@ def open_state(path: str | Path, with_hashes: bool = True) -> StateSource:
 
 
 def open_verified(path: Path) -> StateSource:
-    """Open weights of any kind that are verified already; WeightsError if there are none."""
+    """Open weights of any kind that have been verified already; WeightsError if there are none."""
     match kind_of(path):
         case "universal checkpoint":
             return UniversalCheckpoint(path)
@@ -106,10 +106,10 @@ def open_verified(path: Path) -> StateSource:
 
 
 def verify(path: Path, with_hashes: bool = True) -> None:
-    """Raise WeightsError unless the files at `path` are those of its manifest.
+    """Raise WeightsError unless the files at `path` match its manifest.
 
-    A checkpoint of this program must have one, unless the hashes are left out. Weights of other programs have none,
-    which is logged of those that DeepSpeed wrote.
+    A checkpoint of this program must have a manifest, unless the hashes are left out. Weights of other programs have
+    none; for those that DeepSpeed wrote, a warning is logged.
     """
     kind = kind_of(path)
     folder = path if path.is_dir() else path.parent

@@ -1,6 +1,6 @@
-"""Portable weights: safetensors under this package's parameter names, beside the model's config.json and a manifest.
+"""Portable weights: safetensors under this package's parameter names, with the model's config.json and a manifest.
 
-They belong to no run: training starts with them at iteration 0.
+They do not belong to a run: training starts from them at iteration 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_portable(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     report: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Write every tensor of `source` to a new folder, one at a time, floating-point ones in `dtype` if given.
+    """Write every tensor of `source` to a new folder, one at a time, and cast floating-point ones to `dtype` if given.
 
     `report` is called with each name before its tensor is read. WeightsError if something is at `folder` already.
     """
@@ -42,7 +42,7 @@ def write_portable(
 
 
 def check_portable(path: Path, model: ModelConfig, padded_vocab_size: int, change_rope: bool = False) -> None:
-    """Raise WeightsError if the weights at `path` are of another architecture or vocabulary. Reads no tensor."""
+    """Raise WeightsError if the weights at `path` have another architecture or vocabulary. Reads no tensor."""
     saved = _saved_model(path)
     mismatch = describe_mismatch(saved, model, change_rope) if saved is not None else ""
     if mismatch:
@@ -64,7 +64,7 @@ def check_portable(path: Path, model: ModelConfig, padded_vocab_size: int, chang
 
 
 def _saved_model(path: Path) -> ModelConfig | None:
-    """The model in the config.json beside the weights; None if there is no such file or it is of another program."""
+    """Read the model in the config.json next to the weights; None without one or if another program wrote it."""
     if not (path / CONFIG_FILE).is_file():
         return None
     saved = read_json(path / CONFIG_FILE).get("model")

@@ -1,9 +1,9 @@
-"""The config.json beside portable weights, which are safetensors under our parameters' names.
+"""The config.json of portable weights, which are safetensors under our parameter names.
 
     {"model": {fields of ModelConfig}, "vocab_size": ids, "padded_vocab_size": rows,
      "hugging_face": the config.json of the Hugging Face model that they came from, or null}
 
-The config.json of a training run has "model" too, and serves as well where the rest is not needed or given otherwise.
+The config.json of a training run also has "model". It serves too, where the rest is not needed or is given otherwise.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 @dataclass(frozen=True)
 class PortableConfig:
-    """What config.json says of portable weights."""
+    """The content of the config.json of portable weights."""
 
     model: ModelConfig
     vocab_size: int
-    """Ids of the tokenizer that have a row of their own."""
+    """Number of tokenizer ids, each with an embedding row."""
 
     padded_vocab_size: int
     """Rows of the embedding."""
 
     hugging_face: Mapping[str, Any] | None = field(default=None, hash=False)
-    """The config.json that the weights came with."""
+    """The config.json of the Hugging Face model that the weights came from."""
 
     def write(self, folder: Path) -> None:
         """Write config.json."""
@@ -49,9 +49,9 @@ class PortableConfig:
 
     @classmethod
     def read(cls, folder: Path, num_rows: int) -> PortableConfig:
-        """Read config.json beside weights whose embedding has `num_rows`; without vocab_size, all rows are ids.
+        """Read the config.json of weights whose embedding has `num_rows`; without vocab_size, every row is an id.
 
-        WeightsError if it does not describe a model of ours.
+        WeightsError if it does not describe one of our models.
         """
         path = folder / CONFIG_FILE
         content = read_json(path)
@@ -73,9 +73,9 @@ class PortableConfig:
 
 
 def model_of(architecture: Mapping[str, Any]) -> ModelConfig:
-    """The model of the fields of an architecture, its training sequence as long as its positions.
+    """Build the ModelConfig from the fields of an architecture; seq_length becomes the number of positions.
 
-    WeightsError for a field that ModelConfig does not have: it would be another model without it.
+    WeightsError for a field that ModelConfig does not have: without it, the model would be a different one.
     """
     unknown = set(architecture) - {member.name for member in fields(ModelConfig)}
     if unknown:
@@ -93,7 +93,7 @@ def model_of(architecture: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; WeightsError if there is none."""
+    """Read the JSON object in a file; WeightsError if there is none."""
     try:
         return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -101,7 +101,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _is_of(kind: Any, value: object) -> bool:
-    """Whether a value of JSON is one of a field's type, where a whole number may stand for a real one."""
+    """Return whether a JSON value has a field's type; an int is accepted for a float."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) in (Union, UnionType):

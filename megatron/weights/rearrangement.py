@@ -1,7 +1,7 @@
-"""How one of our parameters is made of another program's tensors, and how it is taken apart into them again.
+"""Rearrangements that join another program's tensors into one of our parameters and split it into them again.
 
-Every rearrangement moves numbers and computes none, so there and back is exact. It serves weights [out, in] and biases
-[out] alike.
+A rearrangement moves numbers and computes none, so a round trip is exact. It works for weights [out, in] and for biases
+[out].
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 
 class Rearrangement(Protocol):
-    """From their tensors to ours and back."""
+    """Maps their tensors to our parameter and back."""
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
-        """Our parameter, of their tensors."""
+        """Join their tensors into our parameter."""
         ...
 
     def split(self, ours: Tensor) -> Sequence[Tensor]:
-        """Their tensors, of our parameter."""
+        """Split our parameter into their tensors."""
         ...
 
 
 @dataclass(frozen=True)
 class Same:
-    """One tensor, as it is."""
+    """One tensor, unchanged."""
 
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
         (tensor,) = theirs
@@ -52,7 +52,7 @@ class Transposed:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Several tensors of one size, the rows of one below those of the other: gate and up."""
+    """Several tensors of one size, concatenated along rows: gate and up."""
 
     count: int
 
@@ -65,7 +65,7 @@ class Stacked:
 
 @dataclass(frozen=True)
 class GroupedHeads:
-    """Queries, keys and values: ours hold for each key/value head its queries, its key and its value."""
+    """Queries, keys and values, interleaved per key/value head: its queries, its key, its value."""
 
     num_key_value_heads: int
     queries_per_group: int
@@ -83,7 +83,7 @@ class GroupedHeads:
 
 @dataclass(frozen=True)
 class TransposedHeads:
-    """GPT-2's one tensor of all queries, all keys and all values, stored [in, out]."""
+    """GPT-2's single tensor of all queries, then all keys, then all values, stored [in, out]."""
 
     heads: GroupedHeads
 

@@ -1,12 +1,12 @@
-"""Folders of safetensors as Hugging Face lays them out, read and written one tensor at a time.
+"""Safetensors folders in Hugging Face's layout, read and written one tensor at a time.
 
     model.safetensors                          all tensors, or
     model-00001-of-00003.safetensors ...       shards, and
     model.safetensors.index.json               {"weight_map": {tensor name: shard}}
 
-A file is the length of its header (8 bytes, little endian), a header in JSON that spaces may follow, and the tensors'
-bytes without gaps. Written here rather than through the safetensors package, which maps whole files and takes whole
-shards: so a model of any size passes through with one tensor in memory.
+A file is the length of its header (8 bytes, little endian), a JSON header that spaces may follow, and the tensors'
+bytes without gaps. The safetensors package maps whole files and takes whole shards. This module does neither, so a
+model of any size can be converted with one tensor in memory.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\0]{1,255}")
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100 * 10**6  # the format's own bound
+_MAX_HEADER_BYTES = 100 * 10**6  # the limit that the format sets
 _COMPARED_BYTES = 2**24
 _RESERVED_HEADER_BYTES = 256 * 1024 - _LENGTH_BYTES
 
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """Where a tensor lies: bytes [start, end) of a file."""
+    """Where a tensor is stored: bytes [start, end) of a file."""
 
     file: Path
     dtype: torch.dtype
@@ -67,10 +67,10 @@ class _StoredTensor:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder, or of one .safetensors file. Headers are read at once, a tensor when it is asked for."""
+    """The tensors of a folder, or of one .safetensors file. Headers are read at once, tensors on demand."""
 
     def __init__(self, path: str | Path) -> None:
-        """WeightsError if there is no such folder, a shard is missing or cut off, or the index does not fit."""
+        """Read the headers; WeightsError if the folder or a shard is missing or cut off, or the index is wrong."""
         self.path = Path(path)
         self._tensors = _find_tensors(self.path)
 
@@ -83,15 +83,15 @@ class SafetensorsFolder:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes of a tensor, without reading it."""
+        """Return the shape of a tensor, without reading it."""
         return self._find(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor, without reading it."""
+        """Return the dtype of a tensor, without reading it."""
         return self._find(name).dtype
 
     def get(self, name: str) -> Tensor:
-        """Read one tensor into CPU memory of its own, in the dtype that it is stored in."""
+        """Read one tensor into CPU memory of its own, in its stored dtype."""
         stored = self._find(name)
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
         with stored.file.open("rb") as file:
@@ -102,7 +102,7 @@ class SafetensorsFolder:
         return tensor
 
     def same(self, first: str, second: str) -> bool:
-        """Whether two tensors are equal bit for bit, a few megabytes of each in memory."""
+        """Return whether two tensors are bit-equal, reading a few megabytes of each at a time."""
         a, b = self._find(first), self._find(second)
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -123,16 +123,16 @@ class SafetensorsFolder:
 class SafetensorsWriter:
     """Writes tensors as they come, into shards of at most `max_shard_bytes` unless one tensor alone is larger.
 
-    The folder appears, whole, when `close` is called or the `with` block ends without an error. Until then everything
-    lies in `staging`, where files that belong beside the tensors may be put.
+    The folder appears, complete, when `close` is called or the `with` block ends without an error. Until then all files
+    are in `staging`. Other files that belong in the folder may be put there.
     """
 
     def __init__(
         self, folder: str | Path, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES, with_manifest: bool = False
     ) -> None:
-        """Begin a folder, `with_manifest` one that says what the files of tensors must be.
+        """Begin a folder; `with_manifest` adds the sizes and hashes of the files of tensors.
 
-        WeightsError if something is there already.
+        WeightsError if the folder exists and is not empty.
         """
         self.folder = Path(folder)
         self._finish_files = seal_safetensors if with_manifest else flush_files
@@ -155,7 +155,7 @@ class SafetensorsWriter:
         return len(self._shards)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor, from any device and of any strides; it is free again on return."""
+        """Write a tensor from any device and with any strides; the caller may free or reuse it on return."""
         if name in self._names:
             raise WeightsError(f"the tensor {name!r} is written twice to {self.folder}.")
         if tensor.dtype not in _DTYPE_NAMES:
@@ -170,7 +170,7 @@ class SafetensorsWriter:
         self._total_bytes += tensor.nbytes
 
     def close(self) -> None:
-        """Give the shards their names, write the index and let the folder appear."""
+        """Name the shards, write the index and publish the folder."""
         if self._shard is None:
             self._begin_shard()
         self._finish_shard()
@@ -187,7 +187,7 @@ class SafetensorsWriter:
     def discard(self) -> None:
         """Remove what was written."""
         if self._shard is not None:
-            with suppress(OSError):  # what is still buffered may have no room either
+            with suppress(OSError):  # flushing the buffer may fail on a full disk too
                 self._shard.file.close()
         shutil.rmtree(self.staging, ignore_errors=True)
 
@@ -223,7 +223,7 @@ class SafetensorsWriter:
 
 
 class _ShardWriter:
-    """One file: room for the header first, the tensors behind it, the header when all are known."""
+    """One file: space reserved for the header, then the tensors; the header is written last."""
 
     def __init__(self, path: Path) -> None:
         self.file: BinaryIO = path.open("wb")
@@ -233,7 +233,7 @@ class _ShardWriter:
         self._num_bytes = 0
 
     def has_room(self, name: str, tensor: Tensor, max_bytes: int) -> bool:
-        """Whether a tensor fits: its bytes, its line of the header, and its alignment."""
+        """Return whether a tensor fits: its bytes, its line of the header, and its alignment."""
         if self._num_bytes == 0:
             return True
         is_aligned = self._num_bytes % tensor.element_size() == 0
@@ -293,7 +293,7 @@ def _read_shards(index: Path) -> dict[str, _StoredTensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Shard by tensor; WeightsError unless each shard is a plain name of a file beside the index."""
+    """Read {tensor: shard}; WeightsError unless each shard is the plain name of a file next to the index."""
     try:
         weight_map = parse_object(index.read_bytes())["weight_map"].items()
     except (ValueError, KeyError, AttributeError) as error:
@@ -308,7 +308,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> dict[str, _StoredTensor]:
-    """Return where each tensor of a file lies; WeightsError if the file is cut off or not of this format."""
+    """Return where each tensor of a file is stored; WeightsError if the file is cut off or not in this format."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -344,7 +344,7 @@ def _stored_tensor(path: Path, data: int, entry: Mapping[str, Any]) -> _StoredTe
 
 
 def _end_without_gaps(tensors: Mapping[str, _StoredTensor], data: int) -> int:
-    """Where the last tensor ends; ValueError unless each begins where another ends, the first of them at `data`."""
+    """Return where the last tensor ends; ValueError unless the tensors follow one another from `data` without gaps."""
     end = data
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != end:
@@ -354,7 +354,7 @@ def _end_without_gaps(tensors: Mapping[str, _StoredTensor], data: int) -> int:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous CPU tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -367,7 +367,7 @@ def _temporary_shard(folder: Path, number: int) -> Path:
 
 
 def _shard_names(count: int) -> list[str]:
-    """Hugging Face's names of `count` shards."""
+    """Return Hugging Face's names for `count` shards."""
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

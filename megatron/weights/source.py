@@ -1,6 +1,6 @@
-"""Where a model's parameters and Adam's moments come from, whatever the files that hold them.
+"""Protocols for sources of parameters and Adam's moments, whatever the file format.
 
-A part of a parameter's training state is one of PARTS: the fp32 master weights, and Adam's two moments.
+PARTS are the parts of a parameter's training state: the fp32 master weights, and Adam's two moments.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ class WeightSource(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Every parameter once: a tied one under the name of the module that owns it."""
+        """Every parameter once; a tied one under the name of the module that owns it."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes of a parameter, without reading it."""
+        """Return the shape of a parameter, without reading it."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype that `get` returns, without reading."""
+        """Return the dtype of `get`'s result, without reading the parameter."""
 
     def get(self, name: str) -> Tensor:
-        """The whole parameter, on the CPU."""
+        """Read the whole parameter, on the CPU."""
 
 
 class StateSource(WeightSource, Protocol):
-    """Weights and, where `step` is a number, Adam's moments; any run of elements can be read alone."""
+    """Weights and, if `step` is a number, Adam's moments; any run of elements can be read by itself."""
 
     @property
     def step(self) -> int | None:
-        """Steps that Adam has taken; None where there are weights alone."""
+        """Steps that Adam has taken; None for weights alone."""
 
     @property
     def loss_scale(self) -> Mapping[str, float]:
         """State of the dynamic fp16 loss scale by DeepSpeed's names; empty where there is none."""
 
     def parts(self, name: str) -> Sequence[str]:
-        """Which of PARTS there are of a parameter: the weights alone of a frozen one."""
+        """Return which of PARTS a parameter has: only the weights if it is frozen."""
 
     def read(self, name: str, part: str, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) of a flattened parameter's weights or moment, [count], on the CPU."""
+        """Read elements [start, start + count) of a flattened parameter's weights or moment; [count], on the CPU."""
 
 
 class WeightsAlone:

@@ -1,4 +1,4 @@
-"""How the parts that ranks of upstream's tensor parallelism hold make one of our parameters.
+"""Merge the parts that upstream's tensor-parallel ranks hold into one of our parameters.
 
 | parameter                                                     | parts of the ranks                              |
 |---------------------------------------------------------------|-------------------------------------------------|
@@ -26,7 +26,7 @@ _COLUMNS = re.compile(r".*\.(self_attention\.dense|mlp\.dense_4h_to_h)\.weight$"
 
 
 def merged_shape(name: str, shape: Sequence[int], num_ranks: int) -> tuple[int, ...]:
-    """Sizes of a parameter, of those of one rank's part."""
+    """Return the shape of a parameter, given the shape of one rank's part."""
     if _COLUMNS.match(name):
         return (*shape[:-1], shape[-1] * num_ranks)
     if _ROWS.match(name) or _HALVES.match(name):
@@ -35,9 +35,9 @@ def merged_shape(name: str, shape: Sequence[int], num_ranks: int) -> tuple[int, 
 
 
 def merge(name: str, parts: Sequence[Tensor], swiglu: bool) -> Tensor:
-    """One parameter, of its parts by rank.
+    """Merge the parts of one parameter, sorted by rank.
 
-    WeightsError if ranks differ in what they should share: their files are of several steps or runs.
+    WeightsError if ranks differ in a tensor that they share: their files come from different steps or runs.
     """
     if _COLUMNS.match(name):
         return torch.cat(list(parts), -1)

@@ -1,6 +1,6 @@
-"""Files of torch.save, mapped into memory instead of read, and without running the code that a pickle may hold.
+"""Memory-mapped torch.save files, read without executing code from their pickles.
 
-DeepSpeed's files hold three classes of its own besides tensors and plain values. They are read as the stand-ins below:
+DeepSpeed's files hold three of its own classes besides tensors and plain values. They are read as the stand-ins below,
 so neither DeepSpeed nor the version that wrote a file is needed.
 """
 
@@ -17,7 +17,7 @@ from megatron.weights.errors import WeightsError, first_line
 
 
 class FragmentAddress:
-    """Where a parameter's part lies in a rank's flat tensor: elements [start, start + numel)."""
+    """Elements [start, start + numel) of a rank's flat tensor: a parameter's part."""
 
     start: int
     numel: int
@@ -35,7 +35,7 @@ _STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
 
 
 def _member(enumeration: type, name: str) -> ZeroStage:
-    """Stands for `getattr`, by which some versions of Python pickle the members of an enumeration, and for no more."""
+    """Replace `getattr`, with which some versions of Python pickle enum members; accept only ZeRO stages."""
     if enumeration is not ZeroStage or name not in _STAGES:
         raise WeightsError(f"the attribute {name!r} of {enumeration!r} is nothing that a checkpoint needs")
     return ZeroStage(_STAGES[name])
@@ -48,17 +48,17 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     "deepspeed.runtime.zero.config.ZeroStageEnum": ZeroStage,
     "builtins.getattr": _member,
 }
-# How torch says that a pickle names what `weights_only` does not know.
+# torch's error when a pickle names a class that `weights_only` does not allow.
 _REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _REASON = re.compile(r"WeightsUnpickler error:\s*([^\n]+)")
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class MappedFiles:
-    """Contents of torch.save's files. A file stays mapped until `max_bytes` have been read in all, then all are let go.
+    """Contents of torch.save files. Files stay mapped until `max_bytes` have been read in total, then all are released.
 
-    Pages of a mapped file count as memory of the process once they are touched, so a mapping that lives as long as a
-    conversion grows to the size of the checkpoint.
+    Pages of a mapped file count as memory of the process once they are touched. A mapping that lived as long as a
+    conversion would grow to the size of the checkpoint.
     """
 
     def __init__(self, max_bytes: int = 2**26, read: Callable[[Path], Any] | None = None) -> None:
@@ -69,7 +69,7 @@ class MappedFiles:
         self._contents: dict[Path, Any] = {}
 
     def content(self, path: Path, num_bytes: int) -> Any:
-        """What a file holds, of which `num_bytes` are about to be read. Nothing of it may be kept: copy."""
+        """Return the content of a file, of which the caller reads `num_bytes`. Copy it: do not hold references."""
         self._num_bytes += num_bytes
         if self._num_bytes > self._max_bytes:
             self._contents.clear()
@@ -80,21 +80,21 @@ class MappedFiles:
 
 
 def read_torch_file(path: Path) -> Any:
-    """Map a file of torch.save; WeightsError if it is damaged or holds classes that are not known here."""
+    """Memory-map a torch.save file; WeightsError if it is damaged or names classes that are not known here."""
     try:
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _STAND_INS.items()]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged file shows itself in many ways, all of them inside torch
+    except Exception as error:  # a damaged file can raise many kinds of errors inside torch
         raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: Exception) -> WeightsError:
-    """What to tell of a file that torch could not read with `weights_only`."""
+    """Return the error for a file that torch could not read with `weights_only`."""
     return WeightsError(f"{path} cannot be read ({why_unreadable(error)}); copy it again, or name another checkpoint.")
 
 
 def why_unreadable(error: Exception) -> str:
-    """What torch's error says, without its advice to read the file by running what it names."""
+    """Extract the reason from torch's error, without its advice to load the file with code execution."""
     refused, reason = _REFUSED.search(str(error)), _REASON.search(str(error))
     if refused:
         return f"it names {refused[1]}, which no checkpoint needs and which was not run"
@@ -102,6 +102,6 @@ def why_unreadable(error: Exception) -> str:
 
 
 def loss_scale_state(scaler: object) -> dict[str, float]:
-    """The numbers of a dynamic loss scaler; empty for a fixed one, which its flag describes."""
+    """Return the numbers of a dynamic loss scaler; empty for a static one, which its flag describes."""
     state = vars(scaler) if isinstance(scaler, LossScaler) else {}
     return {name: state[name] for name in _LOSS_SCALE if name in state} if state.get("dynamic") else {}

@@ -1,13 +1,13 @@
-"""Checkpoints that do not depend on ranks or ZeRO stage, in the form of DeepSpeed's universal checkpoints.
+"""Universal checkpoints in DeepSpeed's format, which do not depend on the number of ranks or the ZeRO stage.
 
     zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt    one whole parameter and its moments, {"param": tensor}
     zero/NAME/step.pt                               steps that Adam has taken
     zero/optimizer_state.pt                         the same, and the state of the fp16 loss scale
     manifest.json                                   size and hash of every file; DeepSpeed's converter writes none
 
-DeepSpeed's own converter is read too. From ZeRO-3 it writes bare flat tensors, no step.pt, and the shapes in a copy of
-the model's file. From ZeRO 1 and 2 with `round_robin_gradients` it (0.19.8) mixes up the parameters; the shapes in its
-copy of the model's file are then in another order than the model's, and that is refused.
+The output of DeepSpeed's own converter is read too. From ZeRO-3 it writes bare flat tensors, no step.pt, and the shapes
+in a copy of the model's file. From ZeRO 1 and 2 with `round_robin_gradients` it (0.19.8) mixes up the parameters. The
+shapes in its copy of the model's file are then in another order than the model's, and such a checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COMMON = "optimizer_state.pt"
 
 
 def is_universal_checkpoint(path: Path) -> bool:
-    """Whether a folder holds a universal checkpoint."""
+    """Return whether a folder holds a universal checkpoint."""
     return (path / _FOLDER / _COMMON).is_file()
 
 
@@ -40,7 +40,7 @@ class UniversalCheckpoint:
     """A StateSource over one universal checkpoint."""
 
     def __init__(self, path: Path) -> None:
-        """WeightsError if there is none at `path`."""
+        """Open the checkpoint; WeightsError if there is none at `path`."""
         if not is_universal_checkpoint(path):
             raise WeightsError(f"{path} holds no universal checkpoint ({_FOLDER}/{_COMMON}); name one.")
         self.path = path
@@ -53,27 +53,27 @@ class UniversalCheckpoint:
         self.loss_scale: Mapping[str, float] = dict(scaler) if isinstance(scaler, dict) else loss_scale_state(scaler)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes of a parameter."""
+        """Return the shape of a parameter."""
         return self._shapes.get(name) or tuple(self._tensor(name, WEIGHTS).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a parameter: fp32."""
+        """Return the dtype of a parameter: fp32."""
         return self._tensor(name, WEIGHTS).dtype
 
     def get(self, name: str) -> Tensor:
-        """The whole master weights of a parameter, on the CPU."""
+        """Read the whole master weights of a parameter, on the CPU."""
         return self._tensor(name, WEIGHTS).clone().view(self.shape(name))
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """What there is of a parameter: the weights, and the moments unless it was frozen."""
+        """List the stored parts of a parameter: the weights, and the moments unless it was frozen."""
         return tuple(part for part in PARTS if (self.path / _FOLDER / name / f"{part}.pt").is_file())
 
     def read(self, name: str, part: str, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) of the flattened weights ("fp32") or of a moment, on the CPU, [count]."""
+        """Read elements [start, start + count) of the flattened weights ("fp32") or a moment; [count], on the CPU."""
         return self._tensor(name, part).reshape(-1)[start : start + count].clone()
 
     def _tensor(self, name: str, part: str) -> Tensor:
-        """A tensor that is mapped, not read."""
+        """Return a tensor that is memory-mapped, not read."""
         file = self.path / _FOLDER / name / f"{part}.pt"
         if not file.is_file():
             raise WeightsError(f"{file} is not there; copy the whole of {self.path}.")
@@ -92,10 +92,10 @@ class UniversalCheckpoint:
 def write_universal_checkpoint(
     source: StateSource, path: Path, companions: Sequence[Path] = (), report: Callable[[str], None] = lambda name: None
 ) -> None:
-    """Write weights and moments to a new folder `path`, one tensor at a time; it appears when it is whole.
+    """Write weights and moments to a new folder `path`, one tensor at a time; it appears only when complete.
 
-    `companions` are files to copy beside them, and `report` is called with each name before its tensors are read.
-    WeightsError if something is there already, or if the source has no moments.
+    `companions` are files to copy into the folder. `report` is called with each name before its tensors are read.
+    WeightsError if `path` exists, or if the source has no moments.
     """
     if source.step is None:
         raise WeightsError("weights alone do not make a universal checkpoint; start from a checkpoint of training.")
@@ -121,7 +121,7 @@ def write_universal_checkpoint(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if is_first:
-            with suppress(OSError):  # which says that something is in it
+            with suppress(OSError):  # raised if the folder is not empty
                 path.parent.rmdir()
 
 
@@ -135,20 +135,20 @@ def _write_parameter(source: StateSource, name: str, folder: Path) -> None:
 
 
 def _save(content: object, path: Path) -> None:
-    """Write a file of torch.save, through a file of ours, which says why it cannot be written."""
+    """Save with torch.save through an open file, whose OSError says why it cannot be written."""
     with path.open("wb") as file:
         torch.save(content, file)
 
 
 def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name out of the copy of ZeRO-3's model file, where DeepSpeed's converter left one."""
+    """Read shapes by name from the copy of ZeRO-3's model file, if DeepSpeed's converter left one."""
     file = path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     groups = read_torch_file(file)["param_shapes"] if file.is_file() else ()
     return {name: tuple(shape) for group in groups for name, shape in group.items()}
 
 
 def _refuse_another_order(path: Path) -> None:
-    """WeightsError where DeepSpeed's converter took the parameters of ZeRO 1 or 2 in another order than their own."""
+    """Raise WeightsError if DeepSpeed's converter read the parameters of ZeRO 1 or 2 in the wrong order."""
     file = path / "mp_rank_00_model_states.pt"
     model = read_torch_file(file) if file.is_file() else {}
     for shapes in model.get("param_shapes") or ():

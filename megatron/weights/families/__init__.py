@@ -1,4 +1,4 @@
-"""Families of Hugging Face models, a file for each kind."""
+"""Families of Hugging Face models, one file for each kind."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from megatron.weights.families.gpt2 import GPT2
 from megatron.weights.families.gpt_neox import GPT_NEOX
 from megatron.weights.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 
-# In the order in which they are tried for a model that names none.
+# The order in which they are tried for a model that names none.
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX)}
 
 
 def family_of(model_type: object) -> Family:
-    """The family of a model_type; WeightsError if it is not supported."""
+    """Return the family of a model_type; WeightsError if it is not supported."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
         raise WeightsError(f"config.json has model_type {model_type!r}, and {supported} are supported.")

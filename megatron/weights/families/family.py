@@ -1,4 +1,4 @@
-"""What a family of Hugging Face models is: the meaning of its config.json and the names of its tensors."""
+"""A family of Hugging Face models: the meaning of its config.json and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ Arrange = Callable[[ModelConfig], Rearrangement]
 
 
 def same(model: ModelConfig) -> Rearrangement:
-    """One tensor, as it is."""
+    """Take one tensor unchanged."""
     return Same()
 
 
 def transposed(model: ModelConfig) -> Rearrangement:
-    """One weight that is stored [in, out]."""
+    """Transpose one weight that is stored [in, out]."""
     return Transposed()
 
 
 def gate_and_up(model: ModelConfig) -> Rearrangement:
-    """The two halves of SwiGLU's first layer."""
+    """Stack the two halves of SwiGLU's first layer."""
     return Stacked(2)
 
 
 def grouped_heads(model: ModelConfig) -> GroupedHeads:
-    """Queries, keys and values of their own."""
+    """Interleave separate queries, keys and values by key/value head."""
     per_group = model.num_attention_heads // model.num_key_value_heads
     return GroupedHeads(model.num_key_value_heads, per_group, model.kv_channels)
 
 
 def transposed_heads(model: ModelConfig) -> Rearrangement:
-    """GPT-2's queries, keys and values in one."""
+    """Rearrange GPT-2's single tensor of queries, keys and values."""
     return TransposedHeads(grouped_heads(model))
 
 
 @dataclass(frozen=True)
 class Module:
-    """Their modules that one of ours is made of; `*` stands for the number of the layer, from 0 on both sides."""
+    """Their modules that make up one of ours; `*` is the layer number, which starts at 0 on both sides."""
 
     names: tuple[str, ...]
     arrange: Arrange = same
@@ -50,13 +50,13 @@ class Module:
 
 @dataclass(frozen=True)
 class Needed:
-    """Values of a key of config.json that are supported, the first of them what an absent key means."""
+    """Supported values of a key of config.json; the first is the meaning of an absent key."""
 
     key: str
     values: tuple[Any, ...]
 
     def check(self, config: HuggingFaceConfig) -> None:
-        """WeightsError unless the key has one of the values."""
+        """Raise WeightsError unless the key has one of the values."""
         value = config.get(self.key, self.values[0])
         if not any(value == allowed and type(value) is type(allowed) for allowed in self.values):
             supported = " or ".join(repr(value) for value in self.values)
@@ -71,7 +71,7 @@ class NeededOfLayers:
     value: str
 
     def check(self, config: HuggingFaceConfig) -> None:
-        """WeightsError unless every layer has the value; an absent key means that it has."""
+        """Raise WeightsError unless every layer has the value; an absent key means that it does."""
         values = config.get(self.key) or []
         if not isinstance(values, list):
             raise WeightsError(f"config.json has {self.key} {values!r}, and a list or null is supported.")
@@ -80,7 +80,7 @@ class NeededOfLayers:
             raise WeightsError(f"config.json has {self.key} with {', '.join(other)}, and {self.value!r} is supported.")
 
 
-# transformers honours them in every family.
+# transformers honors them in every family.
 _NEEDED_BY_ALL: tuple[Needed | NeededOfLayers, ...] = (
     NeededOfLayers("layer_types", "full_attention"),
     Needed("is_causal", (True,)),
@@ -92,8 +92,8 @@ _NEEDED_BY_ALL: tuple[Needed | NeededOfLayers, ...] = (
 class Family:
     """One `model_type` of config.json.
 
-    `to_fields` makes fields of ModelConfig from a config.json, and `to_config` the reverse; `managed` are the keys
-    whose meaning is in those fields, so that they are never carried over from another config.json.
+    `to_fields` converts a config.json to fields of ModelConfig, and `to_config` does the reverse. `managed` are the
+    keys that those fields determine, so they are never carried over from another config.json.
     """
 
     model_type: str
@@ -104,18 +104,18 @@ class Family:
     needed: tuple[Needed, ...] = ()
     managed: frozenset[str] = frozenset()
     prefixes: tuple[str, ...] = ("",)
-    """What may stand before a tensor's name; the first is written."""
+    """Prefixes that a tensor's name may have; the first one is written."""
     buffers: tuple[str, ...] = ()
-    """Ends of the names of tensors that are computed, which older files hold and nobody needs."""
+    """Suffixes of the names of computed tensors, which older files hold and nobody needs."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of config.json with one value for all models of the family."""
+    """Keys of config.json that have the same value for all models of the family."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers takes an absent key of config.json for, where `to_fields` does not know it."""
+    """transformers' defaults for keys of config.json that `to_fields` does not handle."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names that transformers takes for a key of config.json, each with the family's own."""
+    """Aliases that transformers accepts for keys of config.json: {alias: the family's own name}."""
 
     def model_fields(self, config: HuggingFaceConfig) -> dict[str, Any]:
-        """Fields of ModelConfig, of a config.json; WeightsError for what is not supported."""
+        """Convert a config.json to fields of ModelConfig; WeightsError if it is not supported."""
         if config.get("quantization_config"):
             raise WeightsError("config.json has a quantization_config, and unquantized weights are supported.")
         config = {**self.defaults, **self._in_own_names(config)}
@@ -131,7 +131,7 @@ class Family:
         return fields
 
     def _in_own_names(self, config: HuggingFaceConfig) -> HuggingFaceConfig:
-        """The config without aliases; WeightsError if one says something else than the name it stands for."""
+        """Return the config without aliases; WeightsError if an alias contradicts the name it stands for."""
         own = {key: value for key, value in config.items() if key not in self.aliases}
         for alias, key in self.aliases.items():
             if alias in config and own.setdefault(key, config[alias]) != config[alias]:
@@ -142,7 +142,7 @@ class Family:
         return own
 
     def names(self, ours: str) -> tuple[tuple[str, ...], Arrange]:
-        """Their tensors that our parameter is made of, and how. WeightsError if the family has no such parameter."""
+        """Return their tensors that make up our parameter, and how; WeightsError if the family does not have it."""
         module, _, leaf = ours.rpartition(".")
         number = ""
         if module.startswith("layers."):
@@ -154,5 +154,5 @@ class Family:
         return tuple(f"{name.replace('*', number)}.{leaf}" for name in theirs.names), theirs.arrange
 
     def is_buffer(self, name: str) -> bool:
-        """Whether a tensor is computed, and so nobody's weight."""
+        """Return whether a tensor is a computed buffer and not a weight."""
         return name.endswith(self.buffers) if self.buffers else False

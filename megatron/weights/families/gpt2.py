@@ -37,7 +37,7 @@ _MANAGED = frozenset({
 
 
 def gpt2_fields(config: HuggingFaceConfig) -> dict[str, Any]:
-    """Fields of ModelConfig, of GPT-2's config.json."""
+    """Convert GPT-2's config.json to fields of ModelConfig."""
     hidden_size, heads = count(config, "n_embd"), count(config, "n_head")
     return {
         "num_layers": count(config, "n_layer"),
@@ -58,7 +58,7 @@ def gpt2_fields(config: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def gpt2_config(model: ModelConfig) -> dict[str, Any]:
-    """Keys of GPT-2's config.json."""
+    """Return the keys of GPT-2's config.json."""
     return {
         "n_layer": model.num_layers,
         "n_embd": model.hidden_size,

@@ -1,6 +1,6 @@
-"""GPT-NeoX and Pythia: LayerNorm, GELU, partly rotary positions, biases, attention and MLP side by side or in turn.
+"""GPT-NeoX and Pythia: LayerNorm, GELU, partial rotary positions, biases, attention and MLP in parallel or in turn.
 
-Queries, keys and values lie together head by head, as ours do where every head has a key and a value of its own.
+Queries, keys and values are interleaved head by head. Ours have the same order if every head has its own key and value.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PERCENT = 0.25
 
 
 def gpt_neox_fields(config: HuggingFaceConfig) -> dict[str, Any]:
-    """Fields of ModelConfig, of a config.json of GPT-NeoX."""
+    """Convert a GPT-NeoX config.json to fields of ModelConfig."""
     heads, hidden_size = count(config, "num_attention_heads"), count(config, "hidden_size")
     return {
         "num_layers": count(config, "num_hidden_layers"),
@@ -53,7 +53,7 @@ def gpt_neox_fields(config: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def _head_size(config: HuggingFaceConfig, derived: int) -> int:
-    """The width of a head. transformers takes a head_dim of config.json for the rotation alone, so it must be that."""
+    """Return the head size. transformers uses head_dim of config.json only for the rotation, so it must be equal."""
     given = count(config, "head_dim", derived)
     if given != derived:
         raise WeightsError(
@@ -64,7 +64,7 @@ def _head_size(config: HuggingFaceConfig, derived: int) -> int:
 
 
 def gpt_neox_config(model: ModelConfig) -> dict[str, Any]:
-    """Keys of config.json of GPT-NeoX."""
+    """Return the keys of a GPT-NeoX config.json."""
     keys = rope.rope_config(model)
     return {
         "num_hidden_layers": model.num_layers,

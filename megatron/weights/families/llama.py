@@ -1,6 +1,6 @@
-"""LLaMA 1 to 3.2 and its kin: RMSNorm, SwiGLU, rotary positions, separate queries, keys and values.
+"""LLaMA 1 to 3.2 and similar models: RMSNorm, SwiGLU, rotary positions, separate queries, keys and values.
 
-Mistral is the same under another name, Qwen2 has biases on queries, keys and values, and Qwen3 norms on queries and
+Mistral is the same under another name. Qwen2 has biases on queries, keys and values. Qwen3 has norms on queries and
 keys.
 """
 
@@ -42,7 +42,7 @@ MANAGED = rope.KEYS | {
 
 
 def llama_fields(config: HuggingFaceConfig) -> dict[str, Any]:
-    """Fields of ModelConfig, of a config.json of LLaMA's kind."""
+    """Convert a LLaMA-like config.json to fields of ModelConfig."""
     heads, hidden_size = count(config, "num_attention_heads"), count(config, "hidden_size")
     return {
         "num_layers": count(config, "num_hidden_layers"),
@@ -62,7 +62,7 @@ def llama_fields(config: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def llama_config(model: ModelConfig) -> dict[str, Any]:
-    """Keys of config.json, of a model of LLaMA's kind."""
+    """Return the keys of config.json for a LLaMA-like model."""
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -79,7 +79,7 @@ def llama_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def mistral_fields(config: HuggingFaceConfig) -> dict[str, Any]:
-    """Fields of ModelConfig; WeightsError if the sliding window is narrower than the positions that are there."""
+    """Convert Mistral's config.json; WeightsError if the sliding window is smaller than the number of positions."""
     fields = llama_fields(config)
     positions = fields["max_position_embeddings"]
     window = count(config, "sliding_window", positions)
@@ -92,12 +92,12 @@ def mistral_fields(config: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def qwen2_fields(config: HuggingFaceConfig) -> dict[str, Any]:
-    """Fields of ModelConfig, of Qwen2's config.json."""
+    """Convert Qwen2's config.json to fields of ModelConfig."""
     return {**llama_fields(config), "add_qkv_bias": True}
 
 
 def qwen3_fields(config: HuggingFaceConfig) -> dict[str, Any]:
-    """Fields of ModelConfig, of Qwen3's config.json."""
+    """Convert Qwen3's config.json to fields of ModelConfig."""
     return {**llama_fields(config), "qk_layernorm": True}
 
 

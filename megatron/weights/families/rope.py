@@ -1,7 +1,7 @@
-"""Rotary positions in config.json: transformers 5 writes `rope_parameters`, before it was `rope_theta`, `rope_scaling`.
+"""RoPE in config.json: transformers 5 writes `rope_parameters`; older versions write `rope_theta`, `rope_scaling`.
 
-The older spelling is written: every transformers, and the programs around it, read it. The parameters of a scaling are
-called the same here, after `rope_scaling_`.
+This module writes the older form: every version of transformers reads it, and so do the programs around it. Our names
+of a scaling's parameters are theirs with the prefix `rope_scaling_`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _THETA = "rotary_position_embeddings_theta"
 KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", _SHARE, _ORIGINAL})
 _PREFIX = "rope_scaling_"
 _TYPES = {"default": "none"} | {name: name for name in ROPE_SCALING_PARAMETERS if name != "none"}
-# Keys that stand beside a scaling's own, and those that say what is always so here.
-_BESIDE = {"rope_type", "type", "rope_theta", _SHARE, "finetuned"}
+# Keys next to a scaling's own parameters, and keys whose meaning is fixed here.
+_OTHER_KEYS = {"rope_type", "type", "rope_theta", _SHARE, "finetuned"}
 _ALWAYS = {"truncate": True}
 _NEEDED = {"factor", "low_freq_factor", "high_freq_factor"}
 _DEFAULT_IF_ZERO = {"beta_fast", "beta_slow"}
@@ -29,10 +29,10 @@ _BORDERS = {"yarn": ("beta_fast", "beta_slow"), "llama3": ("high_freq_factor", "
 
 
 def rope_fields(config: HuggingFaceConfig, theta_key: str = "rope_theta") -> dict[str, Any]:
-    """Fields of ModelConfig, in whichever spelling, for a family that rotates whole heads.
+    """Convert either form to fields of ModelConfig, for a family that rotates whole heads.
 
-    transformers ignores a share of the head that such a family names, and fails with one where there is a scaling.
-    WeightsError for a scaling that is not known here, or one that lacks a number or has one too many.
+    If such a family names a share of the head, transformers ignores it, or fails if there is a scaling as well.
+    WeightsError for an unknown scaling, or for one with a missing or an extra number.
     """
     rope = _parameters(config)
     kind = _kind(rope)
@@ -43,10 +43,10 @@ def rope_fields(config: HuggingFaceConfig, theta_key: str = "rope_theta") -> dic
             f"remove {_SHARE}."
         )
     is_unused = "rope_theta" in rope and config.get(theta_key) is None
-    beside = 1e4 if is_unused else number(config, theta_key, 1e4, _THETA)
+    outer_theta = 1e4 if is_unused else number(config, theta_key, 1e4, _THETA)
     return {
         "use_rotary_position_embeddings": True,
-        _THETA: number(rope, "rope_theta", beside, _THETA),
+        _THETA: number(rope, "rope_theta", outer_theta, _THETA),
         "rotary_percent": 1.0,
         "rope_scaling_type": kind,
         **_scaling_fields(kind, rope, config),
@@ -54,7 +54,7 @@ def rope_fields(config: HuggingFaceConfig, theta_key: str = "rope_theta") -> dic
 
 
 def partial_rope_fields(config: HuggingFaceConfig, theta_key: str, share_key: str, share: float) -> dict[str, Any]:
-    """The same for a family that rotates a share of each head, under its own names outside `rope_parameters`."""
+    """Convert either form for a family that rotates a share of each head, under own names outside `rope_parameters`."""
     rope = _parameters(config)
     in_rope = _SHARE in rope
     percent = number(rope if in_rope else config, _SHARE if in_rope else share_key, share, "rotary_percent")
@@ -64,7 +64,7 @@ def partial_rope_fields(config: HuggingFaceConfig, theta_key: str, share_key: st
 
 
 def _parameters(config: HuggingFaceConfig) -> HuggingFaceConfig:
-    """The object that describes RoPE: as in transformers the older of the two keys, where both hold something."""
+    """Return the object that describes RoPE; as in transformers, the older key wins if both are set."""
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key)
         if rope is not None and not isinstance(rope, dict):
@@ -75,7 +75,7 @@ def _parameters(config: HuggingFaceConfig) -> HuggingFaceConfig:
 
 
 def _kind(rope: HuggingFaceConfig) -> Any:
-    """Our name of the scaling."""
+    """Return our name for the scaling."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in _TYPES:
         supported = ", ".join(map(repr, _TYPES))
@@ -84,16 +84,16 @@ def _kind(rope: HuggingFaceConfig) -> Any:
 
 
 def _scaling_fields(kind: Any, rope: HuggingFaceConfig, config: HuggingFaceConfig) -> dict[str, Any]:
-    """The numbers of a scaling.
+    """Return the numbers of a scaling.
 
-    The original context is that of the scaling, unless the config names one beside it; with dynamic, transformers takes
-    max_position_embeddings whatever else is named.
+    The original context is that of the scaling, unless the config names one next to it. With dynamic, transformers
+    uses max_position_embeddings, whatever else is named.
     """
     known = {name.removeprefix(_PREFIX): name for name in ROPE_SCALING_PARAMETERS[kind]}
-    _refuse_unknown(kind, rope, set(known) | _BESIDE | {_ORIGINAL})
+    _refuse_unknown(kind, rope, set(known) | _OTHER_KEYS | {_ORIGINAL})
     given = {key: rope[key] for key in known if rope.get(key) is not None and key != _ORIGINAL}
     given = {key: value for key, value in given.items() if value != 0 or key not in _DEFAULT_IF_ZERO}
-    if "attention_factor" in given or not all(given.get(key) for key in _MSCALES):  # what transformers passes over
+    if "attention_factor" in given or not all(given.get(key) for key in _MSCALES):  # which transformers ignores
         given = {key: value for key, value in given.items() if key not in _MSCALES}
     for key in _NEEDED & set(known) - set(given):
         raise WeightsError(f"config.json has rope_type {kind!r} without a {key}; use the model's own config.json.")
@@ -115,7 +115,7 @@ def _refuse_unknown(kind: str, rope: HuggingFaceConfig, known: set[str]) -> None
 
 
 def _check_borders(kind: str, given: HuggingFaceConfig) -> None:
-    """WeightsError if the border of fast dimensions is below that of slow ones; llama3 divides by their distance."""
+    """Raise WeightsError unless the bound of fast dimensions is the larger one; llama3 divides by their difference."""
     if kind not in _BORDERS:
         return
     fast, slow = _BORDERS[kind]
@@ -126,7 +126,7 @@ def _check_borders(kind: str, given: HuggingFaceConfig) -> None:
 
 
 def rope_config(model: ModelConfig) -> dict[str, Any]:
-    """Keys of config.json. With dynamic, transformers takes max_position_embeddings for the original context."""
+    """Return the keys of config.json. With dynamic, max_position_embeddings is the original context in transformers."""
     kind, theta = model.rope_scaling_type, model.rotary_position_embeddings_theta
     if kind == "none":
         return {"rope_theta": theta, "rope_scaling": None}

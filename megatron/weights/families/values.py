@@ -1,4 +1,4 @@
-"""Values of a config.json, each of the kind and within the range that its meaning needs."""
+"""Checked values of a config.json: each must have the right type and be in range."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron.config.rules.ranges import RANGES
 from megatron.weights.errors import WeightsError
 
 HuggingFaceConfig = Mapping[str, Any]
-# Larger than any size of a model, and small enough for the product of two to be the size of a tensor.
+# Larger than any size of a model, and small enough that the product of two can be the size of a tensor.
 _MOST = 2**31 - 1
 _REMEDY = "use the model's own config.json"
 
 
 def required(config: HuggingFaceConfig, key: str) -> Any:
-    """The value of a key; WeightsError if it is absent or null."""
+    """Return the value of a key; WeightsError if it is absent or null."""
     value = config.get(key)
     if value is None:
         raise WeightsError(f"config.json has no {key}, which its model_type needs; {_REMEDY}.")
@@ -24,7 +24,7 @@ def required(config: HuggingFaceConfig, key: str) -> Any:
 
 
 def count(config: HuggingFaceConfig, key: str, default: int | None = None) -> int:
-    """A whole number above 0; where it is absent or null the default, and without one WeightsError."""
+    """Return a whole number above 0; the default if it is absent or null. WeightsError without a default."""
     value = required(config, key) if default is None else config.get(key)
     if value is None and default is not None:
         return default
@@ -37,7 +37,7 @@ def count(config: HuggingFaceConfig, key: str, default: int | None = None) -> in
 
 
 def number(config: HuggingFaceConfig, key: str, default: float, name: str) -> float:
-    """A finite number in the range of our setting `name`; the default where it is absent, but not where it is null."""
+    """Return a finite number in the range of our setting `name`; the default if it is absent, but not if it is null."""
     value = config.get(key, default)
     allowed = RANGES[name]
     is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for nan
@@ -47,7 +47,7 @@ def number(config: HuggingFaceConfig, key: str, default: float, name: str) -> fl
 
 
 def switch(config: HuggingFaceConfig, key: str, default: bool) -> bool:
-    """true or false; the default where it is absent, but not where it is null."""
+    """Return true or false; the default if the key is absent, but not if it is null."""
     value = config.get(key, default)
     if type(value) is not bool:
         raise WeightsError(f"config.json has {key} {_short(value)}, which must be true or false; {_REMEDY}.")
@@ -55,6 +55,6 @@ def switch(config: HuggingFaceConfig, key: str, default: bool) -> bool:
 
 
 def _short(value: object) -> str:
-    """What a value looks like, cut where it is long."""
+    """Return the value's repr, cut if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

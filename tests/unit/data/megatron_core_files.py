@@ -1,4 +1,4 @@
-"""Small datasets that PyPI's megatron-core 0.16.1 wrote, one per type; how to write them anew stands in
+"""Small datasets that PyPI's megatron-core 0.16.1 wrote, one per type; how to write them again is in
 tests/integration/megatron_core_dataset.py."""
 
 import json

@@ -1,4 +1,4 @@
-"""From samples to a rank's slices: inputs and labels are a token apart, and positions say where they were."""
+"""Slicing of samples for a rank: labels are inputs shifted by a token, and positions are those of the tokens."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_the_inputs_come_in_the_order_that_the_model_takes() -> None:
 
 
 END = 0
-# Documents of 3, 1 and 6 tokens, and 6 of one that goes on; the last label is an end.
+# Documents of 3, 1 and 6 tokens, and the first 6 of a longer one; the last label is an end.
 MARKED = np.array([5, 6, END, END, 7, 8, 9, 1, 2, END, 3, 4, 5, 6, 7, 8, END])
 SPANS = ((0, 3), (3, 4), (4, 10), (10, 16))
 
@@ -84,7 +84,7 @@ def test_what_follows_an_end_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("chunk, size", [(16, 1), (8, 2), (12, 4)])
-def test_positions_begin_anew_and_masks_follow_the_tokens_on_every_rank(chunk: int, size: int) -> None:
+def test_positions_restart_and_masks_follow_the_tokens_on_every_rank(chunk: int, size: int) -> None:
     layout = SequenceLayout(LENGTH, chunk, size)
     sample = EndOfDocument(END, reset_position_ids=True, eod_mask_loss=True).sample(MARKED)
     for rank in range(size):
@@ -118,7 +118,7 @@ def test_padding_before_the_first_document_has_positions_like_any_other() -> Non
 
 
 class Recorder:
-    """Tokens that note which spans of them were read."""
+    """Tokens that record which spans were read."""
 
     def __init__(self, tokens: np.ndarray) -> None:
         self._tokens = tokens
@@ -148,7 +148,7 @@ def test_looking_for_ends_reads_the_inputs_once_a_block_at_a_time(monkeypatch: p
 
 
 def from_whole_sequences(tokens: np.ndarray, flags: EndOfDocument, owned: np.ndarray) -> list[list[float]]:
-    """What a rank has of a sample, taken from arrays of the whole of it: tokens, labels, loss mask, positions."""
+    """Slice a rank's tokens, labels, loss mask and positions from arrays of the whole sample."""
     inputs, labels = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
     positions = np.arange(len(inputs))
     if flags.reset_position_ids:

@@ -1,4 +1,4 @@
-"""Valid files with bytes changed at random: a reader gives what the file says, or DataError; never anything else."""
+"""Valid files with bytes changed at random: a reader returns the file's content or raises DataError, nothing else."""
 
 import gzip
 import json
@@ -45,7 +45,7 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 
 
 def damaged(content: bytes, seed: int) -> bytes:
-    """Change, insert, remove or double a few bytes, or cut the end off; every kind of damage comes often."""
+    """Change, insert, remove or duplicate a few bytes, or truncate; every kind of damage is frequent."""
     source = random.Random(seed)
     result = bytearray(content)
     for _ in range(source.choice([1, 1, 1, 2, 5])):
@@ -86,7 +86,7 @@ def test_damaged_text_is_read_or_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_reading_on_from_any_record_gives_the_rest(tmp_path: Path, name: str) -> None:
+def test_resuming_from_any_record_gives_the_rest(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(PACKED[name](JSON_LINES))
     for first in range(len(LINES) + 1):
         batches = read_batches([tmp_path / name], "auto", ["text"], InputPosition(0, first))
@@ -104,7 +104,7 @@ def test_a_damaged_dataset_is_read_as_its_sizes_say_or_refused(tmp_path: Path, e
     path = tmp_path / f"data.{ending}"
     whole = path.read_bytes()
     messages = []
-    # The header is where most can go wrong, so that half of the cases touch nothing else.
+    # Most can go wrong in the header, so half of the cases damage only the header.
     for seed in range(2 * NUM_CASES):
         content = damaged(whole, seed)
         if ending == "idx" and seed % 2:

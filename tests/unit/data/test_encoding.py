@@ -45,7 +45,7 @@ def test_an_error_in_a_worker_reaches_the_caller(num_workers: int) -> None:
         list(encode_batches([batch_of("1", "word", first=4)], PLAN, num_workers))
 
 
-def test_a_worker_that_is_killed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.data.encoding._encode_batch", kill_this_worker)
     with pytest.raises(DataError, match="ended from outside, most likely for lack of memory; use fewer --workers"):
         list(encode_batches([batch_of("1")], PLAN, 2))

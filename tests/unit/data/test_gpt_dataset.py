@@ -22,7 +22,7 @@ def open_part(prefix: str, num_samples: int, seq_length: int = 7, seed: int = 1,
 
 
 def tokens_in_order(prefix: str, num_epochs: int, seq_length: int = 7, seed: int = 1) -> tuple[np.ndarray, SampleOrder]:
-    """The documents in the order of reading, laid end to end, and that order."""
+    """Return the concatenated documents in reading order, and that order."""
     indexed = IndexedDataset(prefix)
     order = build_order(OrderPlan(indexed.document_sizes, range(indexed.num_documents), seq_length, seed, num_epochs))
     return np.concatenate([indexed.get_document(document) for document in order.document_index.tolist()]), order
@@ -67,7 +67,7 @@ def test_a_sample_has_no_steps(make_dataset: MakeDataset) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint16])
 @pytest.mark.parametrize("flags", [{}, {"reset_position_ids": True, "eod_mask_loss": True}])
-def test_a_batch_of_two_million_tokens_takes_no_memory_but_its_own(
+def test_a_batch_of_two_million_tokens_uses_no_memory_but_its_own(
     tmp_path: Path, dtype: type, flags: dict[str, bool]
 ) -> None:
     length, end, rank = 2**21, 77, 1
@@ -172,7 +172,7 @@ def test_a_validation_part_without_documents_is_none_and_a_training_part_is_an_e
         build_datasets([prefix], "0,1,0", (3, 1, 0), 9, 1)
 
 
-def test_no_order_is_kept_where_a_later_part_is_refused(make_dataset: MakeDataset) -> None:
+def test_no_order_is_cached_if_a_later_part_is_refused(make_dataset: MakeDataset) -> None:
     prefix = make_dataset([10] * 20)
     with pytest.raises(DataError, match="the valid part"):
         build_datasets([prefix], "95,5,0", (3, 1, 0), 19, 1)
@@ -224,7 +224,7 @@ def test_a_part_with_files_of_its_own_uses_all_their_documents(make_dataset: Mak
     assert dataset[0][:].tolist() == list(range(10))
 
 
-def test_the_order_is_kept_beside_the_data_by_default(make_dataset: MakeDataset) -> None:
+def test_the_order_is_cached_next_to_the_data_by_default(make_dataset: MakeDataset) -> None:
     prefix = make_dataset(SIZES)
     build_datasets([prefix], "1", (20, 0, 0), 7, 1)
     assert len(list(Path(f"{prefix}_cache").glob("*.npy"))) == 1

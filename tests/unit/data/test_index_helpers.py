@@ -22,7 +22,7 @@ def random_documents(seed: int) -> tuple[np.ndarray, np.ndarray, int, int]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_samples_cut_the_documents_laid_end_to_end(seed: int) -> None:
+def test_samples_cut_the_concatenated_documents(seed: int) -> None:
     sizes, document_index, num_epochs, tokens_per_epoch = random_documents(seed)
     stream = [(p, k) for p, document in enumerate(document_index) for k in range(sizes[document])]
     for seq_length in (1, 2, 7, 30):
@@ -82,7 +82,7 @@ def test_a_larger_blend_begins_with_the_smaller_one() -> None:
     )
 
 
-def test_numpy_does_the_work_where_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_is_the_fallback_without_compiled_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_helpers, "compiled_helpers", lambda: None)
     assert build_sample_index(np.array([5]), np.array([0]), 2, 1, 5).tolist() == [[0, 0], [0, 2], [0, 4]]
     assert build_blending_indices(np.array([1.0]), 2)[1].tolist() == [0, 1]

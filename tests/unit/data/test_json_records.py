@@ -1,4 +1,4 @@
-"""Arrays are cut where json cuts them, whatever is read at a time; what is too long is named and takes no memory."""
+"""Arrays are cut where json cuts them, whatever the block size; a record too long is named and uses no memory."""
 
 import gzip
 import io
@@ -44,13 +44,13 @@ def test_the_entries_of_any_array_are_those_of_json(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('[{"a": 1}, {"a": 2}', "a: a JSON array that breaks off"),
-        ('[{"a": 1}, {"a": "]', "a: a JSON array that breaks off"),
-        ("[", "a JSON array that breaks off"),
+        ('[{"a": 1}, {"a": 2}', "a: a truncated JSON array"),
+        ('[{"a": 1}, {"a": "]', "a: a truncated JSON array"),
+        ("[", "a truncated JSON array"),
         ("[1, , 2]", "a, entry 2: empty"),
         ("[1, 2, ]", "a, entry 3: empty"),
         ("[,]", "a, entry 1: empty"),
-        ("[1]\n[2]", "a: more text behind the end of a JSON array"),
+        ("[1]\n[2]", "a: more text after the end of a JSON array"),
     ],
 )
 def test_an_array_that_is_not_whole_is_named(text: str, words: str) -> None:
@@ -78,7 +78,7 @@ def test_an_entry_in_error_is_named(tmp_path: Path) -> None:
         list(read_documents([path], "jsonl", ["text"]))
 
 
-def test_what_is_as_long_as_it_may_be_is_read_and_what_is_longer_stands_out() -> None:
+def test_a_record_at_the_limit_is_read_and_a_longer_one_is_marked() -> None:
     lines = [b"x" * 9 + b"\n", b"y" * 10 + b"\n", b"z" * 30 + b"\n", b"last"]
     assert list(read_lines(io.BytesIO(b"".join(lines)), 10)) == [lines[0], TooLong(10), TooLong(10), b"last"]
     entries = list(read_entries(io.BytesIO(b"[%s,%s,3]" % (b"1" * 10, b"2" * 11)), 10, Path("a")))
@@ -111,7 +111,7 @@ def write(path: Path, texts: list[str]) -> None:
         path.write_bytes(json.dumps([{"text": text} for text in texts]).encode() if path.suffix == ".json" else lines)
 
 
-def test_a_line_of_eight_gib_in_a_small_file_takes_no_memory(tmp_path: Path) -> None:
+def test_a_line_of_eight_gib_in_a_small_file_uses_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     frame = pytest.importorskip("zstandard").compress(b"a" * (64 * MIB))
     path.write_bytes(frame * 128)

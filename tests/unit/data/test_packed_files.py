@@ -36,9 +36,7 @@ def test_files_of_one_and_of_several_parts_are_unpacked(
 
 @pytest.mark.parametrize("name, pack", PACKED)
 @pytest.mark.parametrize("cut", [1, 9, 500])
-def test_a_packed_file_that_breaks_off_is_named(
-    tmp_path: Path, name: str, pack: Callable[[bytes], bytes], cut: int
-) -> None:
+def test_a_truncated_packed_file_is_named(tmp_path: Path, name: str, pack: Callable[[bytes], bytes], cut: int) -> None:
     path = tmp_path / name
     path.write_bytes(pack(CONTENT)[:-cut])
     with pytest.raises(DataError, match=rf"{name} cannot be read: .*; give a whole, readable file"):
@@ -46,7 +44,7 @@ def test_a_packed_file_that_breaks_off_is_named(
 
 
 @pytest.mark.parametrize("name, pack", PACKED)
-def test_a_packed_file_with_other_bytes_behind_it_is_named(
+def test_a_packed_file_followed_by_other_bytes_is_named(
     tmp_path: Path, name: str, pack: Callable[[bytes], bytes]
 ) -> None:
     path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Items made ahead: in order, no further ahead than asked, errors where they belong, and no thread left behind."""
+"""Prefetching: items in order, no more than the depth ahead, errors in place, and no thread left behind."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_no_more_than_depth_items_are_ahead(depth: int) -> None:
             assert next(items) == taken
 
 
-def test_with_depth_0_an_item_is_made_when_it_is_asked_for_and_there_is_no_thread() -> None:
+def test_with_depth_0_items_are_made_on_demand_without_a_thread() -> None:
     made: list[int] = []
     with Prefetcher((made.append(k) or k for k in range(3)), 0) as items:
         assert prefetch_threads() == []
@@ -76,7 +76,7 @@ def test_an_error_comes_after_the_items_before_it_with_its_type_message_and_trac
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_leaving_early_ends_the_thread_though_it_could_go_on_for_ever(taken: int) -> None:
+def test_leaving_early_ends_the_thread_of_an_endless_iterator(taken: int) -> None:
     def forever() -> Iterator[int]:
         while True:
             yield 1

@@ -45,7 +45,7 @@ def test_more_epochs_only_append() -> None:
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
-    """Checkpoints name their place in this order by a count of samples."""
+    """Checkpoints store their position in this order as a count of samples."""
     order = build_order(replace(PLAN, num_epochs=1))
     assert (order.document_index.tolist(), order.shuffle_index.tolist()) == GOLDEN
 
@@ -56,7 +56,7 @@ def test_the_number_of_epochs_is_the_least_that_holds_the_samples(num_samples: i
     assert PLAN.num_samples_after(num_epochs - 1) < num_samples <= PLAN.num_samples_after(num_epochs)
 
 
-def test_a_cached_order_is_read_and_not_built_again(tmp_path: Path) -> None:
+def test_a_cached_order_is_loaded_and_not_rebuilt(tmp_path: Path) -> None:
     first = cached_order(PLAN, tmp_path / "cache")
     assert_equal(first, build_order(PLAN))
     assert_equal(cached_order(PLAN, tmp_path / "cache", no_build), first)
@@ -69,7 +69,7 @@ def one_file(folder: Path) -> Path:
 
 
 def assert_built_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With a warning that names the file, and once."""
+    """Rebuild it once, with a warning that names the file."""
     caplog.clear()
     assert_equal(cached_order(PLAN, folder), build_order(PLAN))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -78,7 +78,7 @@ def assert_built_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 1
 
 
-def test_a_truncated_cache_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_cache_is_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cached_order(PLAN, tmp_path)
     whole = one_file(tmp_path).read_bytes()
     for keep_bytes in [*range(0, len(whole), 25), len(whole) - 8, len(whole) - 4, len(whole) - 1]:
@@ -86,7 +86,7 @@ def test_a_truncated_cache_is_built_again(tmp_path: Path, caplog: pytest.LogCapt
         assert_built_again(tmp_path, caplog)
 
 
-def test_a_cache_of_which_a_bit_has_changed_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_with_a_flipped_bit_is_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cached_order(PLAN, tmp_path)
     whole = one_file(tmp_path).read_bytes()
     for place in [*range(0, len(whole), 7), *range(len(whole) - 4, len(whole))]:
@@ -94,7 +94,7 @@ def test_a_cache_of_which_a_bit_has_changed_is_built_again(tmp_path: Path, caplo
         assert_built_again(tmp_path, caplog)
 
 
-def test_a_cache_with_a_hole_or_more_bytes_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_with_a_hole_or_more_bytes_is_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cached_order(PLAN, tmp_path)
     whole = one_file(tmp_path).read_bytes()
     for damaged in (bytes(len(whole)), whole[:200] + bytes(len(whole) - 200), whole + bytes(4), whole + whole):

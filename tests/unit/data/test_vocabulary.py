@@ -34,7 +34,7 @@ def test_a_negative_token_is_refused(tmp_path: pytest.TempPathFactory) -> None:
         check_vocabulary(IndexedDataset(f"{tmp_path}/data"), 6)
 
 
-def test_of_a_large_dataset_the_start_the_end_and_what_lies_between_is_read(
+def test_a_large_dataset_is_read_at_its_start_its_end_and_in_between(
     make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron.data.vocabulary.BLOCK_TOKENS", 10)
@@ -44,7 +44,7 @@ def test_of_a_large_dataset_the_start_the_end_and_what_lies_between_is_read(
         check_vocabulary(indexed, 990, max_tokens=50)
 
 
-def test_documents_without_ends_are_told_of(tmp_path: pytest.TempPathFactory) -> None:
+def test_documents_without_ends_are_reported(tmp_path: pytest.TempPathFactory) -> None:
     with IndexedDatasetWriter(f"{tmp_path}/data", np.int32) as writer:
         for document in ([1, 2], [3], [4, 5, 9], [9, 1]):
             writer.add_document(document)

@@ -103,9 +103,7 @@ class BrokenBuilder:
         ),
     ],
 )
-def test_an_extension_that_does_not_build_is_said_with_what_takes_its_place(
-    monkeypatch, caplog, builder, on_host, message
-):
+def test_an_extension_that_does_not_build_is_logged_with_its_substitute(monkeypatch, caplog, builder, on_host, message):
     monkeypatch.setattr(op_builder, builder, BrokenBuilder)
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: settings["fused"])
     with caplog.at_level(logging.INFO, logger="megatron"):
@@ -124,7 +122,7 @@ def test_an_extension_that_does_not_build_is_said_with_what_takes_its_place(
     ],
 )
 def test_deepspeed_s_adam_builds_for_the_listed_architectures_with_letters_or_without(monkeypatch, stated, built_for):
-    """All of DeepSpeed's own way to torch's compiler, which is told of the architectures by the environment."""
+    """Run DeepSpeed's whole path to torch's compiler, which reads the architectures from the environment."""
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

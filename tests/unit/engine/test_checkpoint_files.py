@@ -1,4 +1,4 @@
-"""DeepSpeed's files: what is read runs no code, what is written is on the disk, and an error waits for its turn."""
+"""DeepSpeed's files: reading executes no code, written files are flushed to disk, and an error is deferred."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_every_file_is_flushed_and_listed(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(torch.load(tmp_path / "first.pt", weights_only=True)["weight"], state["weight"])
 
 
-def test_the_first_error_is_kept_and_nothing_is_written_after_it(tmp_path: Path) -> None:
+def test_the_first_error_is_recorded_and_nothing_is_written_after_it(tmp_path: Path) -> None:
     writer = DurableWriter(zipfile_serialization=True)
     writer.save({}, str(tmp_path / "absent" / "first.pt"))
     writer.save({}, str(tmp_path / "second.pt"))
@@ -41,7 +41,7 @@ class Executes:
         return exec, ("raise SystemExit('executed')",)
 
 
-def test_what_deepspeed_s_files_hold_is_read_as_deepspeed_needs_it(tmp_path: Path) -> None:
+def test_the_classes_of_deepspeed_s_files_are_read_as_deepspeed_needs_them(tmp_path: Path) -> None:
     scaler = DynamicLossScaler(2.0**16, 1000, 1, 2, False)
     content = {"place": fragment_address(numel=5, start=2), "stages": list(ZeroStageEnum), "scaler": scaler}
     content |= {"fixed": LossScaler(8.0), "weight": torch.arange(3.0)}
@@ -56,7 +56,7 @@ def test_what_deepspeed_s_files_hold_is_read_as_deepspeed_needs_it(tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [Executes(), {"stage": ByAttribute(ZeroStageEnum, "__subclasses__")}])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, content: object) -> None:
+def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(WeightsError, match=r"a\.pt cannot be read \(.*(names exec, which|'__subclasses__' of)"):
         SafeReader(True).load(str(tmp_path / "a.pt"))

@@ -64,7 +64,7 @@ KINDS = ("gpt2", "sentencepiece", "hf plain", "hf chatml", "hf llama2")
 
 @pytest.fixture
 def make_chat(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Chat]:
-    """Return what makes a chat of a kind."""
+    """Return a function that makes a chat of a kind."""
 
     def make(kind: str) -> Chat:
         if kind == "sentencepiece":

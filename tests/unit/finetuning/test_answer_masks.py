@@ -41,7 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HFTokenizer:
 
 
 def ids_of(text: str) -> list[int]:
-    """What the tokenizer must make of a text, without it: the bytes, and 256 on for special tokens."""
+    """Compute the expected tokens of a text without the tokenizer: its bytes, and ids from 256 for special tokens."""
     parts = re.split(f"({'|'.join(map(re.escape, SPECIAL))})", text)
     return [token for part in parts for token in ([256 + SPECIAL.index(part)] if part in SPECIAL else part.encode())]
 

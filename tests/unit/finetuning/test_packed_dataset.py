@@ -119,7 +119,7 @@ def test_answers_are_found_whatever_is_read_at_a_time(monkeypatch: pytest.Monkey
             assert found.tolist() == labels.tolist()
 
 
-def test_a_batch_of_two_million_tokens_takes_no_memory_but_its_own() -> None:
+def test_a_batch_of_two_million_tokens_uses_no_memory_but_its_own() -> None:
     length, lengths = 2**21, np.full(40, 60_000)  # 34 of them and padding
     stored = np.where(np.arange(lengths.sum()) % 1000 < 400, 7, -8).astype(np.int32)
     cache = TokenCache(Path("a"), stored, np.stack((np.cumsum(lengths), np.arange(40)), axis=1))
@@ -173,7 +173,7 @@ def test_a_conversation_that_is_too_long_is_cut_or_left_out(tmp_path: Path) -> N
         choose(conversations, range(1, 2), LENGTH, "skip", "train")
 
 
-def test_a_file_is_tokenised_once_and_again_when_it_changes(tmp_path: Path) -> None:
+def test_a_file_is_tokenized_once_and_again_when_it_changes(tmp_path: Path) -> None:
     path = write(tmp_path / "a")
     with ThreadPoolExecutor(4) as pool:
         assert {len(cache) for cache in pool.map(cache_of, [path] * 4)} == {5}
@@ -227,7 +227,7 @@ def test_a_file_that_changes_while_it_is_tokenized_is_refused(tmp_path: Path) ->
     ],
     ids=["missing", "empty", "cut short", "longer", "a bit changed"],
 )
-def test_damaged_tokens_are_made_again(
+def test_a_damaged_cache_is_rebuilt(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[bytes], bytes | None]
 ) -> None:
     path = write(tmp_path / "a")

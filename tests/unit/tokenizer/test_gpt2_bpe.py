@@ -74,13 +74,13 @@ def assert_refused(files: tuple[Path, Path], words: str) -> None:
 
 
 @pytest.mark.parametrize("num_bytes", range(len("#version: 0.2\nt h\nth e\nĠ the\na a".encode())))
-def test_merges_that_break_off_anywhere_are_refused(bpe_files: tuple[Path, Path], num_bytes: int) -> None:
+def test_merges_truncated_anywhere_are_refused(bpe_files: tuple[Path, Path], num_bytes: int) -> None:
     bpe_files[1].write_bytes(bpe_files[1].read_bytes()[:num_bytes])
     assert_refused(bpe_files, "")
 
 
 @pytest.mark.parametrize("num_bytes", range(2, 4000, 37))
-def test_a_vocabulary_that_breaks_off_anywhere_is_refused(bpe_files: tuple[Path, Path], num_bytes: int) -> None:
+def test_a_vocabulary_truncated_anywhere_is_refused(bpe_files: tuple[Path, Path], num_bytes: int) -> None:
     bpe_files[0].write_bytes(bpe_files[0].read_bytes()[:-num_bytes])
     assert_refused(bpe_files, "not a byte-level BPE")
 
@@ -119,7 +119,7 @@ def test_a_vocabulary_with_other_ids_or_tokens_is_refused(
     assert_refused(bpe_files, words)
 
 
-def test_special_tokens_need_no_merge_wherever_they_stand(bpe_files: tuple[Path, Path]) -> None:
+def test_special_tokens_need_no_merge_whatever_their_ids(bpe_files: tuple[Path, Path]) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<file_sep>", "[PAD]"]
     vocab = [token for token in json.loads(bpe_files[0].read_text()) if token not in special]
     bpe_files[0].write_text(json.dumps({token: number for number, token in enumerate([*special, *vocab])}))

@@ -12,7 +12,7 @@ from tests.unit.tokenizer.conftest import HARD_TEXTS, random_texts
 
 @pytest.fixture
 def model_folder(tmp_path: Path, bpe_files: tuple[Path, Path]) -> Path:
-    """Write a byte-level tokenizer.json with two special tokens, set to cut texts off after four tokens."""
+    """Write a byte-level tokenizer.json with two special tokens, set to truncate texts to four tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE.from_file(*map(str, bpe_files)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,7 +99,7 @@ def test_a_folder_or_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         HFTokenizer(tmp_path)
 
 
-def test_a_file_that_breaks_off_anywhere_is_refused(model_folder: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(model_folder: Path) -> None:
     path = model_folder / "tokenizer.json"
     whole = path.read_bytes().strip()
     for num_bytes in range(0, len(whole), 7):

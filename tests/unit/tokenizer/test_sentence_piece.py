@@ -25,7 +25,7 @@ def train(path: Path, **settings: object) -> Path:
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS, ids=range(len(HARD_TEXTS)))
-def test_text_comes_back_unchanged_from_a_model_that_does_not_normalise(sentencepiece_file: Path, text: str) -> None:
+def test_text_comes_back_unchanged_from_a_model_without_normalization(sentencepiece_file: Path, text: str) -> None:
     tokenizer = SentencePieceTokenizer(sentencepiece_file)
     ids = tokenizer.tokenize(text)
     assert tokenizer.detokenize(ids) == text.replace(SPACE, " ")
@@ -51,7 +51,7 @@ def test_ids_are_those_of_the_library(sentencepiece_file: Path) -> None:
 @pytest.mark.parametrize(
     "text, lost", [("  two  spaces ", "two spaces"), ("ﬁne ½ Ａ", "fine 1⁄2 A"), ("line\r\nend\t.", "line end .")]
 )
-def test_the_librarys_default_normalisation_loses_spaces_line_ends_and_forms(
+def test_the_librarys_default_normalization_loses_spaces_line_ends_and_forms(
     tmp_path: Path, text: str, lost: str
 ) -> None:
     tokenizer = SentencePieceTokenizer(train(tmp_path / "nfkc.model", byte_fallback=True))
@@ -79,12 +79,12 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
-def test_a_model_that_breaks_off_anywhere_is_refused(tmp_path: Path, model_type: str) -> None:
+def test_a_model_truncated_anywhere_is_refused(tmp_path: Path, model_type: str) -> None:
     path = train(tmp_path / "tokenizer.model", model_type=model_type, normalization_rule_name="identity")
     whole = path.read_bytes()
     for num_bytes in range(len(whole)):
         path.write_bytes(whole[:num_bytes])
-        with pytest.raises(TokenizerError, match=r"\.model\) (breaks off before|is not a SentencePiece)"):
+        with pytest.raises(TokenizerError, match=r"\.model\) (ends before|is not a SentencePiece)"):
             SentencePieceTokenizer(path)
     path.write_bytes(whole)
     assert SentencePieceTokenizer(path).vocab_size > 3

@@ -123,7 +123,7 @@ def test_the_number_format_can_be_chosen(tmp_path):
         (["to-hf", "{tmp}/absent", "{tmp}/out"], "is not there: no weights; name a checkpoint"),
         (["to-megatron", "{tmp}/theirs", "{tmp}/theirs"], "exists and is not an empty folder"),
         (["to-hf", "{tmp}/theirs", "{tmp}/out"], "no tensor 'embedding.word_embeddings.weight'; name portable weights"),
-        (["to-hf", "{tmp}/ours", "{tmp}/out", "--model-type", "gpt2"], "no model_type of Hugging Face"),
+        (["to-hf", "{tmp}/ours", "{tmp}/out", "--model-type", "gpt2"], "no supported Hugging Face model_type"),
     ],
 )
 def test_an_error_is_one_line(tmp_path, capsys, arguments, message):

@@ -145,7 +145,7 @@ def test_a_changed_input_that_was_read_is_refused_by_name(
     os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert first.stat().st_size == status.st_size
     assert tool.main(words(corpus)) == 2
-    assert "0.jsonl, has changed; give --restart to begin anew" in capsys.readouterr().err
+    assert "0.jsonl, has changed; give --restart to start over" in capsys.readouterr().err
     (corpus / "-.jsonl").write_text('{"a": "1", "b": "1"}\n')
     assert tool.main(words(corpus)) == 2
     assert "0.jsonl, is now " in capsys.readouterr().err

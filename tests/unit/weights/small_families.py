@@ -30,7 +30,7 @@ _GPT2 = {
     "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 44, "n_positions": POSITIONS,
     "bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
 }  # fmt: skip
-# Numbers that make every part of each scaling count within POSITIONS.
+# Numbers with which every part of each scaling has an effect within POSITIONS.
 _SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 2.5},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def small_model(name: str, **changes: Any) -> nn.Module:
-    """A model of transformers in fp32, every parameter random: none zero or one."""
+    """Build a transformers model in fp32 with every parameter random: none zero or one."""
     model_type, keys = CASES[name]
     config = CONFIG_MAPPING[model_type](**keys | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -93,7 +93,7 @@ def save(name: str, folder: Path, **changes: Any) -> nn.Module:
 
 
 def read_portable(folder: Path) -> tuple[PortableConfig, SafetensorsFolder]:
-    """What a folder of portable weights holds."""
+    """Read the tensors of a folder of portable weights."""
     weights = SafetensorsFolder(folder)
     return PortableConfig.read(folder, weights.shape("embedding.word_embeddings.weight")[0]), weights
 
@@ -122,7 +122,7 @@ def our_logits(model: nn.Module, tokens_BS: Tensor) -> Tensor:
 
 
 def in_their_names(tensors: Mapping[str, Tensor], portable: PortableConfig) -> dict[str, Tensor]:
-    """Our parameters, or their gradients, taken apart into the tensors of transformers; padding cut off."""
+    """Split our parameters, or their gradients, into the tensors of transformers, without the padding."""
     model_type = (portable.hugging_face or {})["model_type"]
     family = family_of(model_type)
     result = {}

@@ -45,7 +45,7 @@ def test_equal_sources_do_not_differ():
     assert [*form_differences(first, second), *value_differences(first, second)] == []
 
 
-def test_names_and_forms_that_differ_are_told():
+def test_names_and_forms_that_differ_are_reported():
     first = weights(a=torch.zeros(2), b=torch.zeros(3), c=torch.ones(4))
     second = weights(b=torch.zeros(3, 1), c=torch.ones(4).bfloat16(), d=torch.zeros(1))
     assert (names_only_in(first, second), names_only_in(second, first)) == (["a"], ["d"])

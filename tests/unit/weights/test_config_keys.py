@@ -1,4 +1,4 @@
-"""Keys of config.json that transformers reads in its own way: the model here is the one that it builds of them."""
+"""Keys of config.json that transformers reads in its own way: the model here equals the one it builds from them."""
 
 import json
 

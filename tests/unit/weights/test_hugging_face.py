@@ -1,4 +1,4 @@
-"""Models of transformers, converted: the same tensors back, the same logits, loss, gradients and greedy tokens."""
+"""Converted transformers models: a bit-exact round trip, equal logits, loss, gradients and greedy tokens."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def case(request, tmp_path):
     return model, tmp_path / "theirs", tmp_path / "ours"
 
 
-def test_there_and_back_is_bit_exact(case, tmp_path):
+def test_a_round_trip_is_bit_exact(case, tmp_path):
     _, theirs, ours = case
     export(ours, tmp_path / "back")
     assert_same_tensors(SafetensorsFolder(tmp_path / "back"), SafetensorsFolder(theirs))
@@ -92,7 +92,7 @@ def test_logits_loss_and_all_gradients_are_those_of_transformers(case, execution
     assert not {name: error for name, error in errors.items() if error > TOLERANCE}
 
 
-def test_transformers_loads_what_is_exported_and_writes_the_same_tokens(case, tmp_path):
+def test_transformers_loads_the_export_and_generates_the_same_tokens(case, tmp_path):
     theirs, _, ours = case
     export(ours, tmp_path / "back")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")

@@ -23,13 +23,13 @@ TOOL = "hf2megads_weight_converter"
 
 
 class PositionEmbeddingType(enum.Enum):
-    """A class of upstream's that a pickle names and nobody here has."""
+    """A class of upstream's that a pickle names and that does not exist here."""
 
     rotary = 1
 
 
 class Runs:
-    """Creates a file when it is unpickled by whoever runs what a pickle says."""
+    """Creates a file if it is unpickled with code execution."""
 
     def __init__(self, path):
         self.path = path
@@ -47,7 +47,7 @@ MODELS = {
 
 
 def upstream_arguments(model, **changes):
-    """The command line that upstream saves, as its Namespace."""
+    """Return the arguments that upstream saves, as its Namespace."""
     names = (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "kv_channels",
         "max_position_embeddings", "layernorm_epsilon", "use_rotary_position_embeddings", "rotary_percent", "swiglu",
@@ -81,7 +81,7 @@ def nested(state):
 
 
 def flat(state):
-    """Dotted names, as a state_dict has them, with the copy that a tied model keeps for its last stage."""
+    """Dotted names, as in a state_dict, with the embedding copy that a tied model has for its last stage."""
     result = {}
     for name, tensor in state.items():
         name = name.removeprefix("head.")
@@ -91,7 +91,7 @@ def flat(state):
 
 
 def part_of_rank(model, name, tensor, rank, num_ranks):
-    """What one rank of upstream's tensor parallelism holds of a tensor, head by head and half by half."""
+    """Slice a tensor to the part of one of upstream's tensor-parallel ranks, head by head and half by half."""
 
     def size(whole):
         return whole // num_ranks
@@ -143,7 +143,7 @@ def write_partitions(folder, model, state, num_partitions, num_ranks=1, prefix="
 
 
 def padded_parts(tensor, count):
-    """A tensor's elements in `count` parts of one length, the last filled up with what must not be read."""
+    """Cut a tensor's elements into `count` equal parts, the last one padded with values that must not be read."""
     missing = -tensor.numel() % count
     return torch.cat([tensor.flatten(), torch.full((missing,), 1e9)]).chunk(count)
 
@@ -238,7 +238,7 @@ def test_the_ranks_of_tensor_parallelism_are_merged(tmp_path, model, layout, num
 @pytest.mark.parametrize(
     "num_partitions, num_ranks, prefix, sub_groups", [(1, 1, "", 1), (3, 1, "bf16_", 2), (3, 2, "", 3)]
 )
-def test_the_partitions_of_zero_3_are_put_together(tmp_path, model, num_partitions, num_ranks, prefix, sub_groups):
+def test_the_partitions_of_zero_3_are_merged(tmp_path, model, num_partitions, num_ranks, prefix, sub_groups):
     model = replace(model, num_attention_heads=8, num_key_value_heads=4, kv_channels=8)
     state = weights_of(model)
     write_partitions(tmp_path / "step", model, state, num_partitions, num_ranks, prefix, sub_groups)
@@ -247,7 +247,7 @@ def test_the_partitions_of_zero_3_are_put_together(tmp_path, model, num_partitio
 
 
 def test_deepspeed_reads_the_same_out_of_these_files(tmp_path):
-    """The files written here are what DeepSpeed's own script takes for those of ZeRO-3."""
+    """DeepSpeed's own script accepts the files written here as those of ZeRO-3."""
     model = MODELS["llama-grouped"]
     state = weights_of(model)
     write_partitions(tmp_path / "step", model, state, 3)
@@ -331,7 +331,7 @@ def test_the_tool_takes_the_folder_of_latest(tmp_path, capsys):
     assert "(128) must divide the 64 rows that the checkpoint has" in capsys.readouterr().err
 
 
-def test_nothing_that_a_pickle_says_is_run(tmp_path):
+def test_no_code_of_a_pickle_is_executed(tmp_path):
     model = MODELS["gpt"]
     arguments = upstream_arguments(model, trap=Runs(str(tmp_path / "ran")))
     write_one_file(tmp_path / "step", model, weights_of(model), arguments=arguments)
@@ -351,7 +351,7 @@ def test_nothing_that_a_pickle_says_is_run(tmp_path):
         ({"hidden_size": None}, "args without hidden_size"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(tmp_path, changes, message):
+def test_an_unsupported_setting_is_refused_by_name(tmp_path, changes, message):
     model = MODELS["gpt"]
     write_one_file(tmp_path / "step", model, weights_of(model), arguments=upstream_arguments(model, **changes))
     with pytest.raises(WeightsError, match=re.escape(message)):

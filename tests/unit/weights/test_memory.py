@@ -1,4 +1,4 @@
-"""Consolidating holds little more than a tensor: measured on the process, whose mapped pages count too."""
+"""Consolidating uses little more memory than one tensor, measured on the process, mapped pages included."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from tests.unit.tools.tool import TOOLS
 MIB = 2**20
 NUM_RANKS, NUM_TENSORS, TENSOR_BYTES = 2, 24, 12 * MIB  # 288 MiB of weights
 NUMEL = TENSOR_BYTES // 4
-# The tensor, its copy in another dtype, what stays mapped (64 MiB), and the imports that the tool does late.
+# The tensor, its copy in another dtype, the mapped files (64 MiB), and the tool's late imports.
 ALLOWED_BYTES = 140 * MIB
 
 PROGRAM = """
@@ -31,7 +31,7 @@ print(peak() - before)
 
 
 def write_checkpoint(folder: Path) -> None:
-    """Write what ZeRO 2 writes for a model of NUM_TENSORS parameters on two ranks, without moments."""
+    """Write a ZeRO-2 checkpoint of a model of NUM_TENSORS parameters on two ranks, without moments."""
     names = [f"layers.{number}.weight" for number in range(NUM_TENSORS)]
     shape = torch.Size((NUMEL // 1024, 1024))
     model = {"module": {}, "param_shapes": [dict.fromkeys(names, shape)], "shared_params": {}}

@@ -105,7 +105,7 @@ def test_a_tied_weight_may_be_there_under_both_names(tmp_path):
         ),
     ],
 )
-def test_names_and_shapes_that_do_not_fit_are_told(tmp_path, tensors, words):
+def test_names_and_shapes_that_do_not_match_are_reported(tmp_path, tensors, words):
     with pytest.raises(WeightsError, match=words):
         check_parameters(Tied(), source(write(tmp_path / "w", **tensors)))
 
@@ -121,7 +121,7 @@ def test_the_newest_checkpoint_is_the_one_that_latest_names(tmp_path):
     assert opened.read("a", WEIGHTS, 1, 1).tolist() == [1.0]
 
 
-def test_what_holds_no_weights_is_refused(tmp_path):
+def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(WeightsError, match="holds no weights"):
         open_state(tmp_path)
     with pytest.raises(WeightsError, match="is not there"):

@@ -1,4 +1,4 @@
-"""What cannot be converted is refused before anything is written, by name, with the value and what is supported."""
+"""Unsupported models are refused before anything is written, by name, with the value and the supported values."""
 
 import json
 import math
@@ -191,7 +191,7 @@ def test_a_tensor_that_nothing_takes_is_refused(tmp_path):
         ("pythia", "gpt_neox.layers.1.attention.masked_bias"),
     ],
 )
-def test_tensors_of_older_files_that_are_computed_are_passed_over(tmp_path, name, harmless):
+def test_computed_tensors_of_older_files_are_skipped(tmp_path, name, harmless):
     save(name, tmp_path / "theirs")
     edit_weights(tmp_path / "theirs", lambda tensors: tensors | {harmless: torch.ones(3)})
     from_hugging_face(tmp_path / "theirs", tmp_path / "out", Settings())
@@ -205,7 +205,7 @@ def test_tensors_of_older_files_that_are_computed_are_passed_over(tmp_path, name
         ("gpt-neox-tied", "gpt_neox.embed_in.weight", "embed_out.weight"),
     ],
 )
-def test_a_tied_head_may_stand_in_the_file_if_it_is_the_embedding(tmp_path, name, embedding, head):
+def test_a_tied_head_may_be_in_the_file_if_it_equals_the_embedding(tmp_path, name, embedding, head):
     save(name, tmp_path / "theirs")
     edit_weights(tmp_path / "theirs", lambda tensors: tensors | {head: tensors[embedding].clone()})
     from_hugging_face(tmp_path / "theirs", tmp_path / "ours", Settings())
@@ -233,7 +233,7 @@ def ours(tmp_path):
 def test_an_architecture_that_no_family_has_is_refused_with_the_differences(ours, tmp_path):
     portable, weights = read_portable(ours)
     changed = PortableConfig(model_of({**vars(portable.model), "normalization": "layernorm"}), 61, 61)
-    with pytest.raises(WeightsError, match=r"no model_type .*llama: --normalization is rmsnorm there and layer"):
+    with pytest.raises(WeightsError, match=r"no supported Hugging Face model_type .*llama: --normalization is rmsnorm there and layer"):
         to_hugging_face(weights, changed, tmp_path / "out", Settings())
     assert not list(tmp_path.glob("out*"))
 

@@ -1,4 +1,4 @@
-"""Folders of safetensors: read and written like the safetensors package, and refused with a reason."""
+"""Safetensors folders: read and written like the safetensors package, and refused with a reason."""
 
 import json
 
@@ -94,7 +94,7 @@ def test_many_names_begin_a_new_shard_before_the_header_is_full(tmp_path):
     assert all(torch.equal(folder.get(name), tensor) for name, tensor in tensors.items())
 
 
-def test_a_tensor_that_would_lie_askew_begins_a_new_shard(tmp_path):
+def test_a_tensor_that_would_be_misaligned_begins_a_new_shard(tmp_path):
     write(tmp_path / "out", {"odd": torch.ones(3).bfloat16(), "wide": torch.ones(2)})
     assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == [
         "model-00001-of-00002.safetensors",
@@ -252,7 +252,7 @@ def test_a_header_that_is_not_of_the_format_is_refused_as_by_the_safetensors_pac
         load_file(tmp_path / SINGLE_FILE)
 
 
-def test_empty_tensors_lie_between_others(tmp_path):
+def test_empty_tensors_between_others_are_read(tmp_path):
     header = {"c": entry(8, 16), "b": entry(8, 8, [0, 3]), "a": entry(0, 8)}
     write_raw(tmp_path, header)
     assert SafetensorsFolder(tmp_path).names == tuple(load_file(tmp_path / SINGLE_FILE)) == ("a", "b", "c")

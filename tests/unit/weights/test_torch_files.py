@@ -1,4 +1,4 @@
-"""DeepSpeed's files without DeepSpeed, and without the code that a pickle may hold."""
+"""DeepSpeed's files, read without DeepSpeed and without executing code from a pickle."""
 
 import pickle
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_the_state_of_a_dynamic_loss_scale_is_carried(tmp_path: Path) -> None:
     assert state == {"cur_scale": 1024.0, "cur_iter": 9, "last_overflow_iter": 7, "cur_hysteresis": 1}
 
 
-def test_a_fixed_loss_scale_is_left_to_its_flag(tmp_path: Path) -> None:
+def test_a_static_loss_scale_is_left_to_its_flag(tmp_path: Path) -> None:
     assert loss_scale_state(read_torch_file(save(tmp_path / "a.pt", LossScaler(128.0)))) == {}
     assert loss_scale_state(None) == {}
 
@@ -60,14 +60,14 @@ class Executes:
         return exec, ("raise SystemExit('executed')",)
 
 
-def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"a\.pt cannot be read"):
         read_torch_file(save(tmp_path / "a.pt", Executes()))
     with pytest.raises(SystemExit, match="executed"):
         pickle.loads(pickle.dumps(Executes()))
 
 
-def test_files_are_let_go_once_enough_was_read(tmp_path: Path) -> None:
+def test_files_are_released_once_enough_was_read(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{name}.pt", {"x": torch.ones(4)}) for name in "ab"]
     files = MappedFiles(max_bytes=100)
     first = [files.content(path, 40) for path in paths]
