@@ -119,4 +119,4 @@ def test_the_plan_is_in_the_ledger():
     text = "\n".join(ledger.lines("GPU", torch.OutOfMemoryError("CUDA out of memory.")))
     assert "  the planner estimates, per rank\n    GPU                  " in text
     assert " of 139.8 GiB, " in text
-    assert "GiB of it for chunks\n  what to change:\n    - the planner takes" in text
+    assert "GiB of it for chunks\n  what to change:\n    - the planner estimates" in text
