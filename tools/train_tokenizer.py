@@ -63,9 +63,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="maximum MiB of a line, row or text file [%(default)s]")  # fmt: skip
     parser.add_argument("--tokenizer-type", choices=SMALLEST_VOCABULARY, default="GPT2BPETokenizer",
                         help="type of the tokenizer [%(default)s]")  # fmt: skip
-    parser.add_argument(
-        "--vocab-size", type=int, required=True, help="number of ids, end-of-document id included"
-    )
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, end-of-document id included")
     parser.add_argument("--min-frequency", type=int, help="how often a pair must occur to be merged in GPT-2's BPE [2]")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the tokenizer's files")
     arguments = parser.parse_args(argv)
