@@ -12,7 +12,7 @@
 Model FLOPs count every matmul once forward and twice backward, causal attention once as a triangle, and no
 recompute (`megatron.planner.flops`).
 
-"Peak above weights and their gradients" is the higher of two peaks of live GPU tensors, less the bytes allocated before:
+"Peak above weights and their gradients" is the higher of two peaks of live GPU tensors, minus the prior allocation:
 
     forward       peak - weights
     backward      peak - weights - weight gradients, in the precision in which that way accumulates them (fp32 for
