@@ -90,10 +90,10 @@ def measure_case(case: str, arguments: argparse.Namespace) -> Row:
     if run.returncode:
         last = (run.stderr or run.stdout).strip().splitlines()[-1:]
         return {"failed": f"exit code {run.returncode}: {' '.join(last)}"}
-    return beside(*json.loads(output.with_name(output.name + ".json").read_text())["rows"])
+    return compared(*json.loads(output.with_name(output.name + ".json").read_text())["rows"])
 
 
-def beside(step: Row, planned: Row) -> Row:
+def compared(step: Row, planned: Row) -> Row:
     """Return the measurements, the estimates, and the relative errors."""
     known = [name for name in LIMITS if step[name]]
     return (

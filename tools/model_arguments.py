@@ -66,7 +66,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer.add_argument(
         "--tokenizer-type",
         choices=TOKENIZER_TYPES,
-        help="[HFTokenizer, of the tokenizer.json beside the weights, or what the weights were trained with]",
+        help="[HFTokenizer, of the tokenizer.json next to the weights, or what the weights were trained with]",
     )
     tokenizer.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
     tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
@@ -88,11 +88,11 @@ def tokenizer_of(arguments: argparse.Namespace) -> Tokenizer:
     if named.tokenizer_type is None:
         named = replace(named, tokenizer_type="HFTokenizer")
         if named.tokenizer_model is None:
-            named = _tokenizer_beside(newest_checkpoint(arguments.load))
+            named = _tokenizer_next_to(newest_checkpoint(arguments.load))
     return build_tokenizer(**vars(named))
 
 
-def _tokenizer_beside(folder: Path) -> TokenizerConfig:
+def _tokenizer_next_to(folder: Path) -> TokenizerConfig:
     """Return the tokenizer settings of a folder of weights: its tokenizer.json, or the flags of the training run."""
     if not folder.is_dir():
         raise TokenizerError(f"--load ({folder}) is no folder; name one with a checkpoint, weights or a model.")

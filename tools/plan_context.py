@@ -285,10 +285,10 @@ def flags_of(job: Job) -> list[str]:
     ]  # fmt: skip
     if job.streamed:
         chunk = f"--ds-sequence-parallel-fpdt-chunk-size {job.chunk_length}"
-        kept = job.device_memory_bytes / GIB
+        on_device = job.device_memory_bytes / GIB
         return [
             *flags, "--ds-sequence-parallel-fpdt", chunk, "--ds-sequence-parallel-fpdt-offloading",
-            *[f"--ds-sequence-parallel-fpdt-device-memory {kept:g}"] * bool(kept),
+            *[f"--ds-sequence-parallel-fpdt-device-memory {on_device:g}"] * bool(on_device),
         ]  # fmt: skip
     return flags + {
         "kept": [],

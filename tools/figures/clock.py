@@ -1,10 +1,10 @@
-"""The stream under a clock: the real schedule, with the time that each piece would take on a GPU.
+"""Simulated clock for the stream: the real schedule, with the time that each piece would take on a GPU.
 
-`megatron.fpdt` runs on the CPU as it is. What it is given in place of a GPU does no arithmetic and counts time: a store
-whose copies, a stream whose all-to-all, a kernel and a block whose work take up a lane of the clock each. So what is
-queued, in which order, and what waits for what is the stream's own doing; how long a piece takes is from the planner's
-rates. The tensors are those of the job with `SCALE` times fewer tokens, and every element of a block's input holds the
-number of its chunk, from which queries and keys have it too: that is how a tile knows what it is.
+`megatron.fpdt` runs unchanged on the CPU. In place of a GPU it gets parts that compute nothing and count time: a store
+whose copies, a stream whose all-to-all, and a kernel and a block whose work each occupy a lane of the clock. So the
+stream itself decides what is queued, in which order, and what waits for what; the durations come from the planner's
+rates. The tensors are those of the job with `SCALE` times fewer tokens. Every element of a block's input is the number
+of its chunk, and so are queries and keys: that is how a tile identifies itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HIDDEN, OUTPUT, LSE, KEYS, GRADIENTS = "hidden", "o", "lse", "kv", "dkv"
 
 
 class Piece(NamedTuple):
-    """Something that takes up a lane from `start` to `end`, in seconds."""
+    """A piece of work that occupies a lane from `start` to `end`, in seconds."""
 
     lane: str
     kind: str
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Clock:
-    """When each lane is free, and what has run. A lane does one thing at a time, in the order in which it is queued."""
+    """The time at which each lane is free, and the pieces that have run. A lane runs one piece at a time, in order."""
 
     free: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LANES, 0.0))
     pieces: list[Piece] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Clock:
     phase: str = ""
 
     def run(self, lane: str, kind: str, label: str, seconds: float, after: float = 0.0) -> float:
-        """Queue a piece behind what its lane has and not before `after`; when it ends."""
+        """Queue a piece on its lane, to start not before `after`; return the time of its end."""
         start = max(self.free[lane], after)
         self.free[lane] = start + seconds
         self.pieces.append(Piece(lane, kind, label, start, start + seconds, self.layer, self.phase))
@@ -73,17 +73,17 @@ class Clock:
         del self.pieces[num_pieces:]
 
     def wait(self, until: float) -> None:
-        """Let the compute lane wait."""
+        """Make the compute lane wait."""
         self.free[COMPUTE] = max(self.free[COMPUTE], until)
 
     def report(self, phase: str, layer_number: int, chunk: int, num_chunks: int) -> None:
-        """Note where the stream is, for the pieces from now on."""
+        """Record the position of the stream, for later pieces."""
         self.layer, self.phase = layer_number, phase
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long the pieces of one block take on one rank; of whole chunks, forward and backward."""
+    """Durations of the pieces of one block on one rank, for whole chunks, forward and backward."""
 
     tile: tuple[float, float]
     before: tuple[float, float]
@@ -95,7 +95,7 @@ class Seconds:
 
     @classmethod
     def of(cls, plan: Plan) -> Seconds:
-        """From the planner's rates; its time of token-wise work is shared out by the FLOPs of matrix products."""
+        """Derive durations from the planner's rates; the FLOPs of matmuls divide its time of token-wise work."""
         job, shape, gpu = plan.job, plan.job.shape, plan.machines.gpu
         p, layers, chunks = job.sequence_parallel_size, job.model.num_layers, shape.layout.num_chunks
         attention = forward_flops(job.model, 0, job.model.seq_length).attention / layers / p
@@ -118,7 +118,7 @@ class Seconds:
 
 
 class TimedStore(ChunkStore):
-    """A store on the host whose copies take up the lanes of the link, ordered as the events of CUDA order them."""
+    """A store on the host whose copies occupy the lanes of the link, in the order that CUDA events enforce."""
 
     def __init__(self, clock: Clock, seconds: Seconds, kind_of: Callable[[Tensor], str]) -> None:
         super().__init__(torch.device("cpu"), offloading=True)
@@ -167,7 +167,7 @@ def kind_of(chunk: Tensor, layout: SequenceLayout, num_heads: int) -> str:
 
 @dataclass
 class TimedStream(Stream):
-    """A stream of one rank whose all-to-all takes up a lane, and gives tensors of the right shapes."""
+    """A stream of one rank whose all-to-all occupies a lane, and returns tensors of the right shapes."""
 
     clock: Clock = field(default_factory=Clock)
     per_exchanged_byte: float = 0.0
@@ -193,7 +193,7 @@ class TimedStream(Stream):
 
 @dataclass(frozen=True)
 class TimedAttention:
-    """A kernel whose tiles take their time and leave zeros; queries and keys hold the numbers of their chunks."""
+    """A kernel whose tiles take time and return zeros; queries and keys contain the numbers of their chunks."""
 
     clock: Clock
     seconds: Seconds
@@ -218,7 +218,7 @@ class TimedAttention:
 
 
 class _Timed(torch.autograd.Function):
-    """The tensor as it is; something is called when its gradient passes."""
+    """Identity that calls a function when the gradient passes in backward."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, in_backward: Callable[[], Any]) -> Tensor:
@@ -232,13 +232,13 @@ class _Timed(torch.autograd.Function):
 
 
 def chunk_of(tensor: Tensor) -> int:
-    """The number that all elements hold."""
+    """Return the number that all elements are equal to."""
     return int(tensor.flatten()[0])
 
 
 @dataclass
 class TimedBlock:
-    """A block whose token-wise work takes its time, and passes on what it is given."""
+    """A block whose token-wise work takes time and returns its input."""
 
     clock: Clock
     seconds: Seconds
@@ -289,7 +289,7 @@ def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> 
     layout = scaled(plan.job.shape.layout)
     p, heads, local_chunk = layout.sequence_parallel_size, model.num_attention_heads, layout.local_lengths[0]
     store = TimedStore(clock, seconds, lambda chunk: kind_of(chunk, layout, heads))
-    # The group is what tells the stream that there are other ranks; nothing is sent to it.
+    # The group only makes the stream see other ranks; nothing is sent to it.
     state = ParallelState(p, 0, p, 0, sequence_parallel_group=object())  # type: ignore[arg-type]
     stream = TimedStream(
         store, TimedAttention(clock, seconds), state, layout.chunk_length, SLICE_LENGTH // SCALE, clock.report,
@@ -303,7 +303,7 @@ def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> 
         streamed = StreamedBlock(stream, block)
         streamed.layer = TimedLayer(stream, block)
         with clock.stopped():
-            streamed.layer.trace(x[:1], positions[:, :1])  # which a block does in its first step alone
+            streamed.layer.trace(x[:1], positions[:, :1])  # a block does this only in its first step
         y = streamed(y, positions)
     y.backward(on_host(store, torch.zeros_like(x)))
     return clock.pieces

@@ -1,4 +1,4 @@
-"""Which rank holds which tokens and heads, before and after the all-to-all: from SequenceLayout."""
+"""The tokens and heads of each rank, before and after the all-to-all: from SequenceLayout."""
 
 from __future__ import annotations
 

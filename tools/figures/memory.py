@@ -1,4 +1,4 @@
-"""Memory over the length of the sequence, and a tile's copies beside its arithmetic: the planner's sums and rates."""
+"""Memory over the sequence length, and the copy time of a tile over its compute time: the planner's estimates."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def content() -> dict[str, Any]:
 
 
 def _plan(name: str, length: int, chunk_length: int, num_gpus: int) -> Plan:
-    """A model with FPDT and offloading, every product recomputed and every block's input kept."""
+    """Plan a model with FPDT and offloading, every matmul recomputed and every block's input saved."""
     model, vocabulary = named_model(name, length)
     chunk_length = min(chunk_length, length)
     job = Job(model, vocabulary, num_gpus, chunk_length, num_gpus, recompute="all", checkpoint_interval=1)
@@ -61,7 +61,7 @@ def _without_fpdt(plan: Plan, **changes: Any) -> Plan:
 
 
 def _with_chunks_on_the_gpu(plan: Plan) -> float:
-    """Bytes of the GPU with what rests on the host beside what is there at the largest moment."""
+    """Return the GPU bytes if the tensors on the host were added to those on the GPU at the peak."""
     return (plan.memory.gpu + plan.memory.host_chunks) * FRAGMENTATION + OUTSIDE_TORCH
 
 
@@ -104,7 +104,7 @@ def _short(length: int) -> str:
 
 
 def copies_content() -> dict[str, Any]:
-    """Time of a tile's copies over that of its arithmetic, by length of the chunk."""
+    """Return copy time over compute time of a tile, by chunk length."""
     ratios = {
         name: [_copies_over_arithmetic(_plan(name, 8 * chunk, chunk, 1)) for chunk in CHUNKS] for name in COPIED_MODELS
     }

@@ -1,6 +1,6 @@
-"""What the figures share: a white page, large letters, and colours that colour-blind readers tell apart.
+"""Shared style of the figures: a white page, large letters, and colors that color-blind readers can distinguish.
 
-The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), some of them lighter as a ground for text.
+The colors are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), some of them lighter as a background for text.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def box(axes: Any, x: float, y: float, width: float, height: float, color: str, 
 
 
 def legend_of(target: Any, colors: dict[str, str], **options: Any) -> None:
-    """A legend of colours."""
+    """Draw a legend of colors."""
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=color, edgecolor=GREY, linewidth=0.5, label=label) for label, color in colors.items()]

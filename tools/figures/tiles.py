@@ -66,20 +66,20 @@ def _forward_inputs(tile: Tile) -> list[str]:
 
 
 def _backward_inputs(tile: Tile) -> list[str]:
-    """Names of what the stream asks the store for."""
+    """Return the names of the chunks that the stream fetches from the store."""
     kv, dkv = (dict.fromkeys([tile.key], name) for name in ("kv", "dkv"))
     return [] if tile.is_diagonal else backward_tile_inputs(tile, kv, dkv)  # type: ignore[arg-type,return-value]
 
 
 def _result(tile: Tile, row: list[Tile]) -> str:
-    """What becomes of the gradients of keys and values that a backward tile leaves."""
+    """Describe where the gradients of keys and values of a backward tile go."""
     if tile.is_diagonal:
         return "dk, dv final"
     return "dkv stays" if tile is row[-1] else "dkv stored"
 
 
 def _entry(tile: Tile, inputs: list[str], *out: str) -> dict[str, Any]:
-    """A tile, what is copied in for it, and what of it is left."""
+    """Describe a tile: its regions, the chunks copied in for it, and its results."""
     spans = [(*_clipped(region.queries), *_clipped(region.keys)) for region in tile.regions]
     return {"tile": [tile.query, tile.key], "in": inputs, "out": out, "regions": spans}
 

@@ -1,4 +1,4 @@
-"""The timeline of a block, forward and backward: the real stream under a clock (figures.clock)."""
+"""The timeline of a block, forward and backward: the real stream under a simulated clock (figures.clock)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from megatron.planner.models import named_model
 from megatron.planner.plan import Plan
 
 MODEL, GPU, RANKS, LENGTH, CHUNK = "gpt-6.7b", "H200", 2, 131072, 32768
-BLOCK = 2  # of three, so that the blocks beside it are there
+BLOCK = 2  # of three, so that it has both neighbors
 COLORS = {
     BEFORE: SKY, AFTER: PALE_SKY, TILE: PALE_ORANGE, ALL_TO_ALL: RED, HIDDEN: GREEN, OUTPUT: PALE_GREEN,
     LSE: PALE_GREEN, KEYS: PURPLE, GRADIENTS: PALE_PURPLE,
@@ -67,7 +67,7 @@ def plan() -> Plan:
 
 
 def content() -> dict[str, Any]:
-    """What runs on each lane while the compute lane is with the block, in milliseconds from its beginning."""
+    """Return the pieces on each lane while the compute lane runs the block, in milliseconds from its start."""
     pieces = timeline_of(plan(), num_blocks=BLOCK + 1)
     about = {"model": MODEL, "gpu": GPU, "ranks": RANKS, "tokens": LENGTH, "chunk": CHUNK}
     return about | {phase: _window(pieces, phase) for phase in ("forward", "backward")}
@@ -84,7 +84,7 @@ def _window(pieces: list[Piece], phase: str) -> list[Any]:
 
 
 def draw(content: dict[str, Any]) -> Any:
-    """Draw a lane for the arithmetic and one for each way of copying, for either pass."""
+    """Draw a lane for compute and one for each direction of copies, for both passes."""
     figure, panels = new_figure(14, 8, rows=2)
     about = "{model}, {tokens:,} tokens in chunks of {chunk:,}, on one of {ranks} {gpu}".format(**content)
     for axes, phase in zip(panels, ("forward", "backward"), strict=True):
