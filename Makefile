@@ -30,9 +30,9 @@ help:  ## Show this list
 quickstart: $(INSTALLED)  ## Install, then train a small LLaMA with FPDT on real text (OUT=folder)
 	VENV="$(abspath $(VENV))" OUT="$(OUT)" tools/quickstart.sh
 
-venv: $(INSTALLED)  ## Make .venv with everything that training needs (PYTHON=python3.12)
+venv: $(INSTALLED)  ## Create .venv with everything that training needs (PYTHON=python3.12)
 
-venv-dev: $(INSTALLED_DEV)  ## The same, with the tools for development
+venv-dev: $(INSTALLED_DEV)  ## The same, plus the development tools
 
 test: lint  ## Lint and run the tests that need no GPU
 	$(PYTEST) -n $(TEST_WORKERS) --dist loadfile -m "not gpu and not slow and not grid"
@@ -46,7 +46,7 @@ test-slow: $(INSTALLED_DEV)  ## Run the tests that take minutes
 test-megatron-core: $(MEGATRON_CORE_PYTHON)  ## Exchange datasets with PyPI's megatron-core
 	MEGATRON_CORE_PYTHON="$(abspath $(MEGATRON_CORE_PYTHON))" $(PYTEST) -m slow tests/integration/test_megatron_core.py
 
-kill-test: $(INSTALLED_DEV)  ## Kill 50 runs at random moments and compare what they go on to
+kill-test: $(INSTALLED_DEV)  ## Kill 50 runs at random moments and compare the resumed runs
 	$(PYTEST) -rP tests/integration/test_kills.py
 
 grid: $(INSTALLED_DEV)  ## Run the whole exactness grid
@@ -58,7 +58,7 @@ lint: $(INSTALLED_DEV)  ## Check style, types and shell scripts
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SCRIPTS)
 
-format: $(INSTALLED_DEV)  ## Put the source into shape
+format: $(INSTALLED_DEV)  ## Fix style and format the source
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -72,7 +72,7 @@ $(BIN)/python:
 	       "name another one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Without an NVIDIA GPU the CPU build of torch comes first, so that nothing takes gigabytes of CUDA libraries along.
+# Without an NVIDIA GPU, install the CPU build of torch first, which avoids gigabytes of CUDA libraries.
 $(INSTALLED): pyproject.toml setup.py $(wildcard megatron/data/*.cpp) | $(BIN)/python
 	@if ! command -v nvidia-smi >/dev/null; then \
 	  echo "no nvidia-smi: installing the CPU build of torch $(TORCH_VERSION)"; \
@@ -86,7 +86,7 @@ $(INSTALLED_DEV): $(INSTALLED)
 	$(PIP) --quiet --editable '.[dev]'
 	touch $@
 
-# megatron-core is called megatron too, so it has an environment of its own. torch and numpy come from the other one.
+# megatron-core is also a package named megatron, so it gets its own environment. torch and numpy come from $(VENV).
 .venv-megatron-core/bin/python: | $(INSTALLED_DEV)
 	$(BIN)/python -m venv $(@D)/..
 	$@ -m pip install --disable-pip-version-check --quiet --no-deps megatron-core

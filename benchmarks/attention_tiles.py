@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""How fast is each attention kernel on one tile?
+"""Measure the speed of each attention kernel on one tile.
 
     python benchmarks/attention_tiles.py
 
-Times forward and backward of every backend of megatron.ops.attention that can serve, on square tiles of random bf16
-tensors, causal and full, by the GPU's own clock. FLOPs of a full tile of S tokens are 4 S^2 heads head_size forward and
-2.5 times that backward (five products, one of them the scores again); a causal tile counts as half. "model" is what the
-pair is worth in training where output and log-sum-exp are kept: 3 forward's FLOPs over both times.
+Times forward and backward of every available backend of megatron.ops.attention on square tiles of random bf16 tensors,
+causal and full, by the GPU's own clock. The FLOPs of a full tile of S tokens are 4 S^2 heads head_size forward and 2.5
+times that backward (five matmuls, one of which recomputes the scores); a causal tile counts half. "model" is the rate
+of the pair in training, where output and log-sum-exp are saved for backward: 3 times the forward FLOPs over both times.
 
-The reference backend, which is there for its correctness, runs only if --backends names it.
+The reference backend, which serves as ground truth, runs only if --backends names it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser(NAME, str(__doc__))
     parser.add_argument("--tiles", type=int, nargs="+", default=[8192, 16384, 32768, 65536], help="tokens per tile")
     parser.add_argument("--backends", nargs="+", choices=[backend.name for backend in BACKENDS],
-                        help="[all that can serve, but the reference]")  # fmt: skip
+                        help="[all available, except the reference]")  # fmt: skip
     parser.add_argument("--heads", type=int, default=32, help="query heads [%(default)s]")
     parser.add_argument("--key-value-heads", type=int, default=8, help="[%(default)s]")
     parser.add_argument("--head-size", type=int, default=128, help="[%(default)s]")
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serving_backends(arguments: argparse.Namespace, device: torch.device) -> list[AttentionBackend]:
-    """The backends asked for that can serve such tiles; why the others cannot is printed."""
+    """Return the available backends that the flags ask for; print why the others are not available."""
     serving = []
     for backend in BACKENDS:
         if backend.name not in (arguments.backends or [backend.name]):
@@ -104,7 +104,7 @@ def serving_backends(arguments: argparse.Namespace, device: torch.device) -> lis
 def measure_or_say_why(
     backend: AttentionBackend, tile: int, causal: bool, arguments: argparse.Namespace, report: Report
 ) -> Row:
-    """A kernel that breaks is a row that says so; the others are still measured."""
+    """Measure a kernel; if it fails, return a row with the error, so that the others are still measured."""
     try:
         return attempt(lambda: measure(backend, tile, causal, arguments, report), report.device)
     except Exception as error:
@@ -113,7 +113,7 @@ def measure_or_say_why(
 
 
 def measure(backend: AttentionBackend, tile: int, causal: bool, arguments: argparse.Namespace, report: Report) -> Row:
-    """Rates of one backend on one kind of tile."""
+    """Measure one backend on one kind of tile."""
     device, head_size = report.device, arguments.head_size
 
     def random(heads: int) -> Tensor:
@@ -130,12 +130,12 @@ def measure(backend: AttentionBackend, tile: int, causal: bool, arguments: argpa
 
 
 def forward_flops(tile: int, heads: int, head_size: int, causal: bool) -> int:
-    """Of both products of one tile's forward pass."""
+    """Count the FLOPs of both matmuls of one tile's forward pass."""
     return 4 * tile**2 * heads * head_size // (2 if causal else 1)
 
 
 def rates(flops: int, forward: Sequence[float], backward: Sequence[float], matmul: float) -> Row:
-    """Rates and ratios from the forward FLOPs and the seconds of each repeat."""
+    """Compute rates and ratios from the forward FLOPs and the seconds of each repeat."""
     f, b = statistics.median(forward), statistics.median(backward)
     tflops = {
         "forward": flops / f / 1e12,
@@ -154,7 +154,7 @@ def rates(flops: int, forward: Sequence[float], backward: Sequence[float], matmu
 
 
 def draw(report: Report) -> None:
-    """Rates over the tile's length, a line per backend; full tiles dashed."""
+    """Plot rates over the tile's length, a line per backend; full tiles dashed."""
     measured = [row for row in report.rows if "failed" not in row]
     names = list(dict.fromkeys(row["backend"] for row in measured))
     with report.picture(2) as axes:

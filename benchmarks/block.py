@@ -1,24 +1,24 @@
-"""Ways to run a transformer block forward and backward, and how each is measured.
+"""Ways to run a transformer block forward and backward, and their measurement.
 
-    offloaded     streamed chunk by chunk, everything of full length in host memory
-    on-device     streamed chunk by chunk, everything of full length on the GPU
-    recomputed    plain Ulysses at one rank: --checkpoint-activations with --checkpoint-in-cpu, no chunks
+    offloaded     streamed chunk by chunk, all full-length tensors in host memory
+    on-device     streamed chunk by chunk, all full-length tensors on the GPU
+    recomputed    plain Ulysses on one rank: --checkpoint-activations with --checkpoint-in-cpu, no chunks
     ceiling       the same attention kernel, forward and backward over the whole sequence in one call each, on tensors
-                  that are there already; and the block's matrix products as plain GEMMs over 32,768 tokens at a time,
-                  each once forward and twice backward. No norm, RoPE, SwiGLU or residual, nothing recomputed, nothing
-                  moved, no gradient summed: what any block would be left with if all else cost nothing
+                  that exist already; and the block's matmuls as plain GEMMs over 32,768 tokens at a time, each once
+                  forward and twice backward. No norm, RoPE, SwiGLU or residual, no recompute, no copies, no gradient
+                  accumulation: the speed of any block if everything else were free
     deepspeed     DeepSpeed's own FPDT attention layer, see `benchmarks.deepspeed_layer`
 
-Model FLOPs count every matrix product once forward and twice backward, causal attention once as a triangle, and no
+Model FLOPs count every matmul once forward and twice backward, causal attention once as a triangle, and no
 recompute (`megatron.planner.flops`).
 
-"Peak above weights and their gradients" is the higher of two peaks of live GPU tensors, less what was there before:
+"Peak above weights and their gradients" is the higher of two peaks of live GPU tensors, minus the prior allocation:
 
     forward       peak - weights
-    backward      peak - weights - weight gradients, in the precision in which that way of running sums them (fp32 for
-                  the streamed block, that of the weights where autograd sums)
+    backward      peak - weights - weight gradients, in the precision in which that way accumulates them (fp32 for
+                  the streamed block, that of the weights where autograd accumulates)
 
-The block's input, the gradient of its output, and all that lies between them count, wherever they are on the GPU.
+The block's input, the gradient of its output, and everything between them count, wherever they are on the GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ GEMM_TOKENS = 32768
 
 
 class Contestant(Protocol):
-    """A block that can be run forward, then backward, again and again."""
+    """A block that can be run forward, then backward, repeatedly."""
 
     num_blocks: int
     weight_bytes: int
@@ -69,7 +69,7 @@ class Contestant(Protocol):
     model_flops: int
 
     def prepare(self) -> None:
-        """Make the input and drop the gradients of the last run; not timed."""
+        """Make the input and release the gradients of the last run; not timed."""
         ...
 
     def forward(self) -> None: ...
@@ -77,12 +77,12 @@ class Contestant(Protocol):
     def backward(self) -> None: ...
 
     def host_bytes(self) -> tuple[int, int] | None:
-        """(most used, allocated) by the host pool; None where there is none."""
+        """Return (peak used, allocated) bytes of the host pool; None where there is none."""
         ...
 
 
 class Source(torch.autograd.Function):
-    """The input of a graph. Unlike a leaf, the graph does not keep it: it lives until its last use."""
+    """The input of a graph. Unlike a leaf, the graph does not save it: it is released after its last use."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, make: Callable[[], Tensor]) -> Tensor:
@@ -94,7 +94,7 @@ class Source(torch.autograd.Function):
 
 
 class Sink(torch.autograd.Function):
-    """The end of a graph: a scalar whose backward pass starts with the gradient given. It keeps no output."""
+    """The end of a graph: a scalar whose backward pass starts with the gradient given. It saves no output."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, dy: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Sink(torch.autograd.Function):
 
 
 class GraphContestant:
-    """Runs `run` between a source and a sink, as a block runs between its neighbours."""
+    """Runs `run` between a source and a sink, as a block runs between its neighbors."""
 
     def __init__(self, run: Callable[[Tensor], Tensor], weights: Sequence[Tensor], make_x: Callable[[], Tensor],
                  dy: Tensor) -> None:  # fmt: skip
@@ -136,7 +136,7 @@ class GraphContestant:
 
 
 class ModelBlock(GraphContestant):
-    """The block of this repository, executed as `execution` says; several stand one on the other, as in a model."""
+    """The block of this repository, run with `execution`; several are stacked, as in a model."""
 
     def __init__(self, geometry: Geometry, length: int, execution: Execution, backend: str,
                  device: torch.device, num_blocks: int = 1, documents: Documents | None = None) -> None:  # fmt: skip
@@ -149,10 +149,10 @@ class ModelBlock(GraphContestant):
             positions = positions.pin_memory()
         self._offloading = execution.offloading
         dy = random_(self._store.empty(shape, dtype), device)
-        resting_x = random_(self._store.empty(shape, dtype), device) if execution.offloading else None
+        stored_x = random_(self._store.empty(shape, dtype), device) if execution.offloading else None
 
         def make_x() -> Tensor:
-            return torch.randn(shape, dtype=dtype, device=device) if resting_x is None else resting_x.detach()
+            return torch.randn(shape, dtype=dtype, device=device) if stored_x is None else stored_x.detach()
 
         def run(x: Tensor) -> Tensor:
             for block in blocks:
@@ -162,7 +162,7 @@ class ModelBlock(GraphContestant):
         super().__init__(run, list(blocks.parameters()), make_x, dy)
         self.num_blocks = num_blocks
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
-        # The block whose backward pass runs last sums its gradients beside those of the others, which are done.
+        # The block whose backward pass runs last accumulates its gradients while those of all others exist.
         summed = sum(p.numel() * (4 if execution.fpdt else p.element_size()) for p in blocks[0].parameters())
         self.gradient_bytes = summed + sum(p.nbytes for block in blocks[1:] for p in block.parameters())
         attention_share = documents.squared_lengths / length**2 if documents else 1.0
@@ -174,7 +174,7 @@ class ModelBlock(GraphContestant):
 
 
 class Ceiling:
-    """The attention kernel and the matrix products alone, on tensors that are there already."""
+    """The attention kernel and the matmuls alone, on tensors that exist already."""
 
     def __init__(self, geometry: Geometry, length: int, backend: str, device: torch.device) -> None:
         g, dtype = geometry, compute_dtype(device)
@@ -196,21 +196,21 @@ class Ceiling:
         self._products = [(w, random(tokens, w.shape[1]), random(tokens, w.shape[0])) for w in self._weights]
         self.num_blocks = 1
         self.weight_bytes = sum(w.nbytes for w in self._weights)
-        self.gradient_bytes = 0  # made and dropped product by product
+        self.gradient_bytes = 0  # allocated and released matmul by matmul
         self.model_flops = model_flops(g.model_config(length), NO_VOCABULARY, length)
 
     def prepare(self) -> None:
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._saved: tuple[Tensor, Tensor] | None = None
 
     def forward(self) -> None:
-        self._kept = self._attention.forward(self._q, self._k, self._v, True, self._scale)
+        self._saved = self._attention.forward(self._q, self._k, self._v, True, self._scale)
         for n in self._slices:
             for w, x, _ in self._products:
                 torch.mm(x[:n], w.T)
 
     def backward(self) -> None:
-        assert self._kept is not None, "forward() comes first"
-        self._attention.backward(self._do, self._q, self._k, self._v, *self._kept, True, self._scale)
+        assert self._saved is not None, "forward() comes first"
+        self._attention.backward(self._do, self._q, self._k, self._v, *self._saved, True, self._scale)
         for n in self._slices:
             for w, x, dy in self._products:
                 torch.mm(dy[:n], w)
@@ -222,14 +222,14 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Way:
-    """How a block is run, by the name that stands in the table."""
+    """A way to run a block, by its name in the table."""
 
     name: str
     streamed: bool = False
     offloading: bool = False
 
     def execution(self, chunk: int, recompute: Recompute = "all") -> Execution:
-        """What the model is told; chunks count only where it is streamed."""
+        """Return the execution of the model; `chunk` matters only if it is streamed."""
         if self.streamed:
             return Execution(fpdt=True, chunk_size=chunk, offloading=self.offloading, fpdt_recompute=recompute)
         return Execution(recompute=True, checkpoint_in_cpu=True)
@@ -241,13 +241,13 @@ RECOMPUTED = Way("recomputed")
 
 
 def automatic_recompute(model: ModelConfig, chunk: int, device: torch.device) -> Recompute:
-    """What a training run with offloading would choose on this machine."""
+    """Return the recompute that a training run with offloading would choose on this machine."""
     shape = StreamShape.of(model, chunk, 1, 1, compute_dtype(device).itemsize)
     return choose_saved_activations(shape, available_host_bytes(), interval=1)[0]
 
 
 def random_(tensor: Tensor, device: torch.device, part_tokens: int = 32768) -> Tensor:
-    """Fill with random numbers that `device` draws, a part at a time."""
+    """Fill with random numbers from `device`, a part at a time."""
     for part in tensor.split(part_tokens):
         part.copy_(torch.randn(part.shape, device=device, dtype=tensor.dtype))
     return tensor
@@ -261,9 +261,9 @@ def measure(
     warm_ups: int = 1,
     profiled: bool = False,
 ) -> Row:
-    """Speed, peak memory and host bytes of a contestant; a row with "failed" where memory runs out.
+    """Measure speed, peak memory and host bytes of a contestant; a row with "failed" where memory runs out.
 
-    With `profiled` it runs once more at the end, and the row has a "profile".
+    With `profiled` it runs once more at the end, and the row gets a "profile".
     """
     return attempt(lambda: _measure(build, device, matmul, repeats, warm_ups, profiled), device)
 
@@ -301,7 +301,7 @@ def _measure(
 
 
 def _profile(contestant: Contestant) -> Row:
-    """One more run, traced; seconds are those of all its blocks."""
+    """Profile one more run; seconds are the total of all its blocks."""
     contestant.prepare()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -320,7 +320,7 @@ def _highest(peaks: Sequence[int | None]) -> int | None:
 def above_weights(
     forward_peak: int | None, backward_peak: int | None, before: int, weight_bytes: int, gradient_bytes: int
 ) -> int | None:
-    """Bytes above weights and weight gradients, as the head of this file defines them; `before` is not the block's."""
+    """Return bytes above weights and weight gradients, as the module docstring defines them, without `before`."""
     if forward_peak is None or backward_peak is None:
         return None
     return max(forward_peak, backward_peak - gradient_bytes) - before - weight_bytes

@@ -1,9 +1,9 @@
-"""What the benchmarks share: flags, clocks, the table, and the files that they leave.
+"""Shared parts of the benchmarks: flags, timers, the table, and the output files.
 
-Every rate stands beside that of a bf16 matrix product of 8192 x 8192 x 8192 on random data of the same run: "x matmul"
-is the ratio of the two. The product is timed 20 times in a row, and the header has its rate in a long row beside it,
-which is lower where a GPU does not hold its clock for the seconds that a block takes. The medians are over repeats
-after a warm-up; "spread" is the slowest repeat over the fastest, less one.
+Every rate is compared with that of a bf16 matmul of 8192 x 8192 x 8192 on random data in the same run: "x matmul" is
+the ratio of the two. The matmul is timed 20 times in a row. The header also has its sustained rate over a long row,
+which is lower where a GPU does not hold its clock for the seconds that a block takes. Medians are over repeats after a
+warm-up; "spread" is the slowest repeat over the fastest, minus one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Widths of one LLaMA block; those of Llama-3-8B by default."""
+    """The widths of one LLaMA block; Llama-3-8B's by default."""
 
     hidden_size: int = 4096
     ffn_hidden_size: int = 14336
@@ -50,7 +50,7 @@ class Geometry:
     kv_channels: int = 128
 
     def model_config(self, seq_length: int, backend: str = "auto", num_layers: int = 1) -> ModelConfig:
-        """A model of such blocks for sequences of `seq_length` tokens."""
+        """Return the config of a model with such blocks for sequences of `seq_length` tokens."""
         return ModelConfig(
             num_layers=num_layers,
             hidden_size=self.hidden_size,
@@ -74,10 +74,10 @@ TINY_GEOMETRY = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads
 
 
 def build_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags of every benchmark."""
+    """Return a parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
-                        help="cpu runs a tiny case in seconds, to try the script; its times mean nothing")  # fmt: skip
+                        help="cpu runs a tiny case in seconds, to try the script; ignore its times")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer and shorter cases, unless flags name them")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks") / name,
                         help="writes OUTPUT.json and OUTPUT.png [%(default)s]")  # fmt: skip
@@ -92,14 +92,14 @@ def add_geometry_flags(parser: argparse.ArgumentParser, default: Geometry) -> No
 
 
 def geometry_of(arguments: argparse.Namespace) -> Geometry:
-    """The block that the flags of `add_geometry_flags` describe."""
+    """Return the block that the flags of `add_geometry_flags` describe."""
     return Geometry(**{name: getattr(arguments, name) for name in vars(Geometry())})
 
 
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, quick: dict[str, Any], tiny: dict[str, Any]
 ) -> argparse.Namespace:
-    """Parse; `quick` and `tiny` replace defaults under --quick and --device cpu. Exits without the device asked for."""
+    """Parse; `quick` and `tiny` replace defaults with --quick and --device cpu. Exits if the device is missing."""
     chosen, _ = parser.parse_known_args(argv)
     if chosen.device == "cpu":
         parser.set_defaults(**tiny)
@@ -113,7 +113,7 @@ def parse(
 
 
 def run_script(main: Callable[[], int]) -> int:
-    """Exit code of a benchmark; what its user can mend is one line."""
+    """Run a benchmark and return its exit code; an error that the user can fix is one line."""
     try:
         return main()
     except (ConfigError, AttentionUnavailable) as error:
@@ -122,7 +122,7 @@ def run_script(main: Callable[[], int]) -> int:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU, fp32 on a CPU."""
+    """Return bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -133,7 +133,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def wall_seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds from an idle device to an idle device."""
+    """Time `work` in seconds, from an idle device to an idle device."""
     synchronize(device)
     started = time.perf_counter()
     work()
@@ -142,7 +142,7 @@ def wall_seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def kernel_seconds(work: Callable[[], Any], device: torch.device, repeats: int, warm_ups: int = 1) -> list[float]:
-    """Seconds of each of `repeats` calls queued one after the other, by the GPU's own clock."""
+    """Time each of `repeats` calls, queued back to back, in seconds by the GPU's own clock."""
     for _ in range(warm_ups):
         work()
     if device.type != "cuda":
@@ -157,53 +157,53 @@ def kernel_seconds(work: Callable[[], Any], device: torch.device, repeats: int, 
 
 
 def matmul_tflops(device: torch.device, repeats: int = 20) -> float:
-    """Rate of the yardstick: the median of products of random matrices. On a CPU they are small, and fp32."""
+    """Measure the reference rate: the median over matmuls of random matrices. On a CPU they are small, and fp32."""
     size = 8192 if device.type == "cuda" else 256
     a, b = (torch.randn(size, size, device=device, dtype=compute_dtype(device)) for _ in range(2))
     return 2 * size**3 / statistics.median(kernel_seconds(lambda: a @ b, device, repeats, warm_ups=5)) / 1e12
 
 
 def spread(seconds: Sequence[float]) -> float:
-    """Slowest over fastest, less one."""
+    """Return the slowest over the fastest, minus one."""
     return max(seconds) / min(seconds) - 1
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """Bytes of live tensors on a GPU; 0 on a CPU, where nobody counts them."""
+    """Return the bytes of live tensors on a GPU; 0 on a CPU, where they are not counted."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start a new peak at what is allocated now."""
+    """Reset the peak to the bytes allocated now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Most bytes of live tensors since `reset_peak`; None on a CPU."""
+    """Return the peak bytes of live tensors since `reset_peak`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def peak_process_bytes() -> int:
-    """Most host memory that this process has held; getrusage would count its parent's from before it began."""
+    """Return the peak host memory of this process; getrusage would count its parent's from before the fork."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
 def gib(num_bytes: int | None) -> float | None:
-    """GiB, or None where the bytes are not known."""
+    """Convert bytes to GiB; None stays None."""
     return None if num_bytes is None else num_bytes / GIB
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what earlier cases have left: GPU memory to the device, host slabs to the machine."""
+    """Release the memory of earlier cases: GPU memory to the device, host slabs to the machine."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def attempt(measure: Callable[[], Row], device: torch.device) -> Row:
-    """The row measured, or one that says which memory ran out."""
+    """Return the measured row, or one that says which memory ran out."""
     try:
         row = measure()
     except torch.OutOfMemoryError:
@@ -215,7 +215,7 @@ def attempt(measure: Callable[[], Row], device: torch.device) -> Row:
 
 
 def describe_run(name: str, arguments: argparse.Namespace, device: torch.device) -> Row:
-    """What a reader needs to judge the numbers: hardware, versions, commit, command, and the yardstick's rate."""
+    """Describe the run of the numbers: hardware, versions, commit, command, and the reference matmul's rate."""
     on_gpu = device.type == "cuda"
     return {
         "benchmark": name,
@@ -234,7 +234,7 @@ def describe_run(name: str, arguments: argparse.Namespace, device: torch.device)
 
 
 def git_commit(repository: Path) -> str:
-    """Short hash of the checkout, marked where files differ from it; "unknown" outside git."""
+    """Return the short hash of the checkout, marked if files have changed; "unknown" outside git."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -248,7 +248,7 @@ def git_commit(repository: Path) -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, None where there is none."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -257,7 +257,7 @@ def installed_version(package: str) -> str | None:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: a row's key, the title, the format of its values, and room for long ones."""
+    """One column of a table: a row's key, the title, the format of its values, and the minimum width."""
 
     key: str
     title: str
@@ -265,7 +265,7 @@ class Column:
     width: int = 7
 
     def text(self, row: Row) -> str:
-        """The row's value; n/a where it is not known, nothing where the row failed."""
+        """Format the row's value; n/a where it is unknown, empty where the row failed."""
         value = row.get(self.key)
         if value is None:
             return "" if "failed" in row else "n/a"
@@ -282,7 +282,7 @@ SPEED_COLUMNS = (
 
 
 class Table:
-    """Lines of equal width, one per row as it comes."""
+    """Lines of equal width, one per row."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.columns = columns
@@ -301,10 +301,10 @@ class Table:
 
 
 class Report:
-    """Prints each row as it comes and keeps OUTPUT.json up to date, so that a run cut short loses no row."""
+    """Prints each row at once and keeps OUTPUT.json up to date, so that an interrupted run loses no row."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, columns: Sequence[Column]) -> None:
-        """Measure the yardstick and print the heading."""
+        """Measure the reference matmul and print the heading."""
         self.device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
         self.header = describe_run(name, arguments, self.device)
         self.rows: list[Row] = []
@@ -322,7 +322,7 @@ class Report:
 
     @property
     def matmul(self) -> float:
-        """The yardstick's rate in TFLOP/s."""
+        """The rate of the reference matmul in TFLOP/s."""
         return float(self.header["matmul_tflops"])
 
     def add(self, row: Row) -> None:
@@ -332,31 +332,31 @@ class Report:
         self.write()
 
     def finish(self) -> None:
-        """Measure the yardstick again: a GPU whose clock has fallen since the start shows it here."""
+        """Measure the reference matmul again, which shows whether the GPU's clock has dropped since the start."""
         again = matmul_tflops(self.device)
         self.write(matmul_tflops_at_end=again)
         print(f"\nmatrix product at the end {again:.3g} TFLOP/s")
 
     def write(self, **more: Any) -> None:
-        """Write OUTPUT.json; `more` joins the header."""
+        """Write OUTPUT.json; `more` is added to the header."""
         self.header |= more
         path = self._output.with_name(self._output.name + ".json")
         path.write_text(json.dumps({**self.header, "rows": self.rows}, indent=2) + "\n")
 
     @contextmanager
     def picture(self, num_panels: int) -> Iterator[Any]:
-        """The axes of OUTPUT.png, side by side; what ran is written above them."""
+        """Yield the axes of OUTPUT.png, side by side, under a title with hardware and versions."""
         with picture(self._output.with_name(self._output.name + ".png"), num_panels, self.title()) as axes:
             yield axes
 
     def title(self) -> str:
-        """Hardware, torch and commit in a line."""
+        """Return hardware, torch version and commit in one line."""
         return f"{self.header['device']}, torch {self.header['torch']}, commit {self.header['commit']}"
 
 
 @contextmanager
 def picture(path: Path, num_panels: int, title: str) -> Iterator[Any]:
-    """Axes to draw on, saved to `path` at the end."""
+    """Yield axes to draw on, and save them to `path` at the end."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -370,14 +370,14 @@ def picture(path: Path, num_panels: int, title: str) -> Iterator[Any]:
 
 
 def token_axis(panel: Any, label: str) -> None:
-    """Tokens along x, doubling from tick to tick."""
+    """Label x with tokens, on a log2 scale."""
     panel.set_xlabel(label)
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda num_tokens, _: thousands(int(num_tokens)))
 
 
 def thousands(num_tokens: int) -> str:
-    """131072 as "128K", 1048576 as "1M", and anything that is no multiple of 1024 as it is."""
+    """Format 131072 as "128K", 1048576 as "1M", and other than multiples of 1024 in full."""
     for unit, size in (("M", 2**20), ("K", 2**10)):
         if num_tokens % size == 0 and num_tokens:
             return f"{num_tokens // size}{unit}"

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How long does a large corpus take from opening to the first sample?
+"""Measure the time from opening a large corpus to its first sample.
 
     python benchmarks/data_index.py
 
-The corpus has documents of lengths drawn from a log-normal law; its .bin is a hole of the right size, so that it takes
-no room on the disk. "open" reads and checks the index; "compiled" and "numpy" compute which tokens belong to which
-sample, and must agree; "order" is all that a first start computes, epochs and shuffles included; "cached" is a start
-after that.
+The document lengths of the corpus are drawn from a log-normal distribution. Its .bin is a sparse file of the right
+size, which uses no disk space. "open" reads and checks the index; "compiled" and "numpy" compute which tokens belong to
+which sample, and must agree; "order" is everything that a first start computes, including epochs and shuffles; "cached"
+is a later start.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_corpus(prefix: Path, num_documents: int, num_tokens: float) -> Path:
-    """Write an index of documents, and a .bin that is nothing but a hole."""
+    """Write an index of documents, and a sparse .bin without data."""
     lengths = np.random.default_rng(0).lognormal(0, 1, num_documents)
     sizes = np.maximum(lengths * (num_tokens / lengths.sum()), 1).astype(np.int32)
     with index_path(prefix).open("wb") as file:
@@ -83,7 +83,7 @@ def make_corpus(prefix: Path, num_documents: int, num_tokens: float) -> Path:
 
 
 def measure(prefix: Path, seq_length: int, epochs: int) -> Row:
-    """Seconds of each step. Raises AssertionError if compiled and numpy indices differ."""
+    """Time each step. Raises AssertionError if compiled and numpy indices differ."""
     dataset, open_seconds = timed(lambda: IndexedDataset(prefix))
     plan = OrderPlan(dataset.document_sizes, range(dataset.num_documents), seq_length, 1, epochs)
     order, order_seconds = timed(lambda: build_order(plan))
@@ -102,7 +102,7 @@ def measure(prefix: Path, seq_length: int, epochs: int) -> Row:
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """What `work` returns, and its seconds."""
+    """Return the result of `work`, and its seconds."""
     started = time.perf_counter()
     result = work()
     return result, time.perf_counter() - started

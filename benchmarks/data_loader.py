@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""How many tokens per second does a rank get from its data, and how many bytes does that take?
+"""Measure the tokens per second that the data loader gives a rank, and the memory that it uses.
 
     python benchmarks/data_loader.py
     python benchmarks/data_loader.py --lengths 2097152 --sequence-parallel-size 8
 
-Makes datasets of random tokens in documents of very different lengths, and takes micro-batches of one sample from them
-as a training does: the rank's slices through the memory map, the check against the vocabulary, and the thread that
-works ahead. "sources" is how many datasets are blended. What was just written is in the page cache, so that this is the
-rate of the program and not of a disk. The goal is a million tokens per second and rank; a step takes far fewer. The
-tokens of a sequence count whole for each of the ranks that share it.
+Writes datasets of random tokens in documents of very different lengths, and loads micro-batches of one sample as in
+training: the rank's slices through the memory map, the check against the vocabulary, and the prefetch thread. "sources"
+is the number of blended datasets. The files just written are in the page cache, so this is the rate of the program and
+not of a disk. The goal is a million tokens per second and rank; a step uses far fewer. All tokens of a sequence count
+for each of the ranks that share it.
 
-"batch" is what a micro-batch holds, and "peak" the most memory that making it takes, with the batch; "x batch" is the
-latter over the former. What is mapped does not count. With --documents ends of documents restart the positions, bound
-attention and do not count in the loss, for which every rank looks through the whole sequence. With --device cuda the
-batches are pinned.
+"batch" is the size of a micro-batch, "peak" the peak memory while it is made, batch included, and "x batch" the ratio
+of peak to batch. Memory-mapped files do not count. With --documents, ends of documents restart the positions, bound
+attention and do not count in the loss, so every rank scans the whole sequence. With --device cuda the batches are
+pinned.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(device="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 131072, 2097152],
                         help="tokens of a sample [8192 131072 2097152]")  # fmt: skip
-    parser.add_argument("--sources", type=int, nargs="+", default=[1, 4], help="datasets that are blended [1 4]")
+    parser.add_argument("--sources", type=int, nargs="+", default=[1, 4], help="number of blended datasets [1 4]")
     parser.add_argument("--tokens", type=int, default=2**25, help="of all datasets together, and of a repeat [32M]")
     parser.add_argument("--repeats", type=int, default=5, help="[%(default)s]")
     parser.add_argument("--vocab-size", type=int, default=128256, help="[%(default)s]")
     parser.add_argument("--sequence-parallel-size", type=int, default=1, help="[%(default)s]")
     parser.add_argument("--chunk-size", type=int, help="tokens of a chunk [the whole sample]")
-    parser.add_argument("--documents", action="store_true", help="keep the documents of a sample apart")
+    parser.add_argument("--documents", action="store_true", help="documents of a sample do not see each other")
     parser.add_argument("--prefetch-microbatches", type=int, default=2, help="[%(default)s]")
     quick = {"tokens": 2**23, "repeats": 2}
     on_cpu = quick if "--quick" in (sys.argv if argv is None else argv) else {}  # a CPU is what is measured here
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_datasets(folder: Path, sources: int, num_tokens: int, vocab_size: int) -> list[str]:
-    """Weights and prefixes of `sources` datasets of `num_tokens` random tokens together; one has no weight."""
+    """Write `sources` datasets, `num_tokens` random tokens in all; return weights and prefixes (no weight for one)."""
     random = np.random.default_rng(sources)
     paths = []
     for source in range(sources):
@@ -111,7 +111,7 @@ def write_datasets(folder: Path, sources: int, num_tokens: int, vocab_size: int)
 
 
 def measure(paths: Sequence[str], length: int, arguments: argparse.Namespace) -> Row:
-    """One row: the rate of the whole loader, and the memory of one micro-batch."""
+    """Measure one row: the rate of the whole loader, and the memory of one micro-batch."""
     per_repeat = arguments.tokens // length
     data, _, _ = build_datasets(paths, "1", (per_repeat, 0, 0), length, 1, vocab_size=arguments.vocab_size)
     assert data is not None
@@ -140,7 +140,7 @@ def measure(paths: Sequence[str], length: int, arguments: argparse.Namespace) ->
 
 
 def memory(make: Callable[[int], Batch]) -> Row:
-    """Bytes of one micro-batch, and the most that making it takes."""
+    """Measure the size of one micro-batch, and the peak memory while it is made."""
     batch = make(0)
     held = sum(part.nbytes for part in (batch.tokens, batch.labels, batch.loss_mask, batch.positions))
     peak = peak_bytes(lambda: make(0))
@@ -148,7 +148,7 @@ def memory(make: Callable[[int], Batch]) -> Row:
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """Most bytes of numpy's arrays plus most of torch's tensors on the host, while `work` runs."""
+    """Return the peak bytes of numpy arrays plus the peak of torch tensors on the host while `work` runs."""
     tracemalloc.start()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         tracemalloc.reset_peak()
@@ -160,7 +160,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 
 def _allocations(profiler: torch.profiler.profile) -> Iterator[int]:
-    """Bytes that torch took and, below 0, gave back, in the order of time."""
+    """Yield the bytes that torch allocated, or freed (negative), in order of time."""
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
@@ -168,7 +168,7 @@ def _allocations(profiler: torch.profiler.profile) -> Iterator[int]:
 
 
 def draw(report: Report) -> None:
-    """Tokens per second over the length, beside the goal."""
+    """Plot tokens per second over the length, with the goal."""
     with report.picture(1) as (panel,):
         for sources in sorted({row["sources"] for row in report.rows}):
             rows = [row for row in report.rows if row["sources"] == sources]

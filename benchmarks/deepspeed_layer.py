@@ -1,11 +1,11 @@
-"""DeepSpeed's own FPDT attention layer, run as Megatron-DeepSpeed runs it.
+"""DeepSpeed's own FPDT attention layer, called as in Megatron-DeepSpeed.
 
 `deepspeed.sequence.fpdt_layer.FPDT_Attention` with offloading, under reentrant activation checkpointing, on one rank:
 QKV projection with bias, causal attention, output projection. It gets neither the norm nor the rotary embedding that
 this repository's block has, so it does a little less work.
 
 It calls `_flash_attn_forward` and `_flash_attn_backward` of the package flash-attn, version 2. Where that is not
-installed it gets FlashAttention-2 as it is compiled into torch, behind the same two signatures.
+installed, torch's built-in FlashAttention-2 replaces it, behind the same two signatures.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLASH_ATTENTION_2_7 = "2.7.0"  # from this version on DeepSpeed calls the signat
 
 
 class DeepSpeedAttention(GraphContestant):
-    """FPDT_Attention and its weights."""
+    """FPDT_Attention with its weights."""
 
     def __init__(self, geometry: Geometry, length: int, chunk: int, device: torch.device) -> None:
         fpdt_layer = load_fpdt_layer(device)
@@ -60,7 +60,7 @@ class DeepSpeedAttention(GraphContestant):
 
 
 def load_fpdt_layer(device: torch.device) -> Any:
-    """DeepSpeed's module, its process group of one rank, and kernels where flash-attn is missing."""
+    """Import DeepSpeed's module, start its process group of one rank, and replace flash-attn where it is missing."""
     import deepspeed
     from deepspeed.sequence import fpdt_layer
     from packaging import version
@@ -80,16 +80,16 @@ def load_fpdt_layer(device: torch.device) -> Any:
 
 
 def kernel_name(device: torch.device) -> str:
-    """Whose FlashAttention-2 DeepSpeed's layer calls."""
-    stands_in = load_fpdt_layer(device)._flash_attn_forward.__module__ == __name__
-    return "torch-flash" if stands_in else "flash-attn-2"
+    """Return the name of the FlashAttention-2 kernel that DeepSpeed's layer calls."""
+    is_replaced = load_fpdt_layer(device)._flash_attn_forward.__module__ == __name__
+    return "torch-flash" if is_replaced else "flash-attn-2"
 
 
 def flash_attention_2(backend: AttentionBackend) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """flash-attn's `_flash_attn_forward` and `_flash_attn_backward` (2.7 and later), done by another backend.
+    """Implement flash-attn's `_flash_attn_forward` and `_flash_attn_backward` (2.7 and later) with another backend.
 
-    Tensors are [B, S, H, D]. The gradients that flash-attn writes into the caller's tensors become those tensors'
-    storage, so that nothing is copied and no memory is held twice.
+    Tensors are [B, S, H, D]. flash-attn writes gradients into the caller's tensors; here the gradients
+    become the storage of those tensors, so nothing is copied and no memory is used twice.
     """
 
     def forward(

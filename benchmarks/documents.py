@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How much faster is attention where documents share the sequence and do not see each other?
+"""Measure the speedup of attention where documents in one sequence do not see each other.
 
     python benchmarks/documents.py
     python benchmarks/documents.py --cut random --num-documents 1 16 256
 
-One streamed block with offloading, forward and backward, on a sequence that holds one document, then several: equally
+Runs one streamed block with offloading, forward and backward, on a sequence of one document, then several: equally
 long, or cut at random. "x faster" compares the block's time to that of the first row, "attention x faster" the time of
 the attention kernels alone, from a trace (on a GPU). Attention's work is proportional to the sum of the squares of the
 documents' lengths; "attention share" is that sum over the square of the sequence's length, and what model FLOPs count.
@@ -99,7 +99,7 @@ def cut(seq_length: int, number: int, how: str) -> Documents:
 
 
 def run(documents: Documents, backend: str, arguments: argparse.Namespace, report: Report) -> Row:
-    """Time and memory of one block."""
+    """Measure the time and memory of one block."""
     execution = replace(OFFLOADED.execution(arguments.chunk, "mlp"), documents=True)
     build = partial(ModelBlock, geometry_of(arguments), arguments.seq_length, execution, backend, report.device,
                     documents=documents)  # fmt: skip
@@ -110,21 +110,21 @@ def run(documents: Documents, backend: str, arguments: argparse.Namespace, repor
 
 
 def attention_seconds(row: Row) -> float | None:
-    """Those of the attention kernels in a row's trace."""
+    """Sum the seconds of the attention kernels in a row's trace."""
     if "profile" not in row:
         return None
     return sum(seconds for kind, seconds in row.pop("profile")["seconds"].items() if kind.startswith("attention"))
 
 
 def faster(row: Row, first: Row) -> Row:
-    """How many times as fast as the first row, where both were measured."""
+    """Return the speedup over the first row, where both were measured."""
     ratios = {"faster": "seconds", "attention_faster": "attention_seconds"}
     known = {name: key for name, key in ratios.items() if row.get(key) and first.get(key)}
     return {name: first[key] / row[key] for name, key in known.items()}
 
 
 def draw(report: Report, seq_length: int) -> None:
-    """Speed over the number of documents."""
+    """Plot the speedup over the number of documents."""
     with report.picture(1) as (panel,):
         for backend in dict.fromkeys(row["backend"] for row in report.rows):
             rows = [row for row in report.rows if row["backend"] == backend and "faster" in row]

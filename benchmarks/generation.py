@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""How fast is a long prompt read, and what does each new token cost, with the cache on the GPU and on the host?
+"""Measure prefill speed of long prompts and decode time per token, with the KV cache on the GPU and on the host.
 
     python benchmarks/generation.py
     python benchmarks/generation.py --num-layers 4 --lengths 1048576 --ways offloaded
 
-A model of `--num-layers` blocks with random weights reads a prompt of random ids chunk by chunk, and then takes new
-tokens one by one. "x matmul" is the rate of the prompt's arithmetic over that of the yardstick. "ms a token" is the
-median over the new tokens, and "GB/s" the cache's size over it, which an offloaded cache cannot bring above the rate of
-the link; "of a token" is the kernel that computes them. "above GiB" is the GPU's peak less the weights. The first
-prompt of each way is read twice, to warm up.
+A model of `--num-layers` blocks with random weights prefills a prompt of random ids chunk by chunk, and then decodes
+new tokens one by one. "x matmul" is the FLOP rate of the prefill over that of the reference matmul. "ms a token" is the
+median over the new tokens, and "GB/s" is the cache size divided by that time: an offloaded cache cannot exceed the
+bandwidth of the link. "of a token" is the decode kernel. "above GiB" is the GPU's peak minus the weights. The first
+prompt of each way is prefilled twice, to warm up.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(arguments: argparse.Namespace, way: str, length: int, is_first: bool, report: Report) -> Row:
-    """Time and memory of one prompt and the tokens after it."""
+    """Measure time and memory of one prompt and the tokens after it."""
     device = report.device
     longest = 2 * (length + arguments.new_tokens)
     config = geometry_of(arguments).model_config(longest, num_layers=arguments.num_layers)
@@ -142,7 +142,7 @@ def measure(arguments: argparse.Namespace, way: str, length: int, is_first: bool
 
 
 def build(config: ModelConfig, chunk: int, offloading: bool, device: torch.device) -> CachedModel:
-    """A model with random weights."""
+    """Build a model with random weights."""
     dtype = compute_dtype(device)
     execution = Execution(fpdt=True, chunk_size=chunk, offloading=offloading)
     model = build_model(config, VOCABULARY, ParallelState(), execution, dtype, device).eval()
@@ -150,7 +150,7 @@ def build(config: ModelConfig, chunk: int, offloading: bool, device: torch.devic
 
 
 def draw(report: Report) -> None:
-    """Tokens per second of the prompt, and the time of a new token, over the prompt's length."""
+    """Plot prefill tokens per second and decode time per token over the prompt's length."""
     with report.picture(2) as panels:
         for panel, key, label in zip(
             panels, ("tokens_per_second", "token_milliseconds"),

@@ -1,9 +1,9 @@
-"""One rank of several on a single device: a process group without the other processes.
+"""A process group that simulates one rank of several on a single device, without the other processes.
 
-A collective answers as if every other rank had called it with what this one holds: an all-gather repeats the shard, a
-sum multiplies, an all-to-all repeats the part that is meant for this rank. The copies are made on the device and on the
-stream that called. So one process holds, computes and copies what a rank of many does, on numbers as random as real
-ones; what nobody waits for is the network, and `received_bytes` says what would have come over it.
+A collective returns as if every other rank had called it with this rank's tensors: an all-gather repeats the shard, a
+sum multiplies, an all-to-all repeats the part for this rank. The copies are made on the device, on the calling stream.
+So one process stores, computes and copies as much as one rank of many, on numbers as random as real ones. Only the
+network time is missing; `received_bytes` counts the bytes that it would have carried.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 BACKEND = "loopback"
-_ProcessGroup: Any = dist.ProcessGroup  # whose stubs want each method's every overload
+_ProcessGroup: Any = dist.ProcessGroup  # its stubs require every overload of each method
 
 
 class LoopbackGroup(_ProcessGroup):  # type: ignore[misc]
-    """Rank `rank` of `size` ranks, of which the others are its twins."""
+    """Rank `rank` of `size` ranks; all other ranks are simulated as copies of it."""
 
     received_bytes = 0
-    """Bytes that all groups of this process would have received from other ranks, by the algorithms of rings."""
+    """Bytes that all groups of this process would have received from other ranks, with ring algorithms."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)
@@ -52,7 +52,7 @@ class LoopbackGroup(_ProcessGroup):  # type: ignore[misc]
 
     def all_gather_single(self, output: Tensor, tensor: Tensor, options: Any = None) -> dist.Work:
         for part in self._parts(output):
-            if part.data_ptr() != tensor.data_ptr():  # the shard may lie in its place already
+            if part.data_ptr() != tensor.data_ptr():  # the shard may be in place already
                 part.copy_(tensor.view(-1))
         self._count(tensor.nbytes)
         return _Queued([output])
@@ -90,7 +90,7 @@ class LoopbackGroup(_ProcessGroup):  # type: ignore[misc]
     def _end_coalescing(self, device: torch.device) -> dist.Work:
         return _Queued([])
 
-    # As torch calls them up to 2.12.
+    # Their names up to torch 2.12.
     _allgather_base = all_gather_single
     _reduce_scatter_base = reduce_scatter_single
     alltoall_base = all_to_all_single
@@ -101,7 +101,7 @@ class LoopbackGroup(_ProcessGroup):  # type: ignore[misc]
         return tensor.view(self._size, -1)
 
     def _reduce(self, tensor: Tensor, operation: Any) -> None:
-        """Of equal values only a sum is another."""
+        """Reduce `size` equal values: only a sum changes them."""
         if operation == dist.ReduceOp.SUM:
             tensor.mul_(self._size)
         elif not any(operation == each for each in (dist.ReduceOp.MIN, dist.ReduceOp.MAX, dist.ReduceOp.AVG)):
@@ -112,7 +112,7 @@ class LoopbackGroup(_ProcessGroup):  # type: ignore[misc]
 
 
 class _Queued(dist.Work):
-    """What was queued on the stream that called; to wait for it, another stream waits."""
+    """Work queued on the calling stream; `wait` makes the current stream wait for it."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class _Queued(dist.Work):
 
 
 def init_loopback(world_size: int, rank: int = 0) -> None:
-    """Make torch.distributed a world of so many ranks, of which this process is one and the others its twins."""
+    """Initialize torch.distributed with `world_size` ranks: this process is one, the others are simulated."""
     if BACKEND.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(
             BACKEND, lambda store, rank, size, timeout: LoopbackGroup(rank, size), devices=["cpu", "cuda"]

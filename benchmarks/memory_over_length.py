@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Does GPU memory stay the same however long the sequence is, and how much host memory does the sequence take?
+"""Measure GPU and host memory over the sequence length: GPU memory should stay constant.
 
     python benchmarks/memory_over_length.py                        up to 2M tokens in a narrow block
     python benchmarks/memory_over_length.py --lengths 1048576 --narrow-lengths 65536
 
-One streamed block with offloading, forward and backward. The time of attention grows with the square of the length, so
-the full width (Llama-3-8B's) runs at --lengths and a narrow block of 2 query heads and 1 key/value head, hidden size
-256, at --narrow-lengths, with the same code, chunks and number of tiles as a wide one. Nothing is extrapolated: every
-row is a whole pass. A pass at the shortest length warms up each chunk size; then every length runs once.
+Runs one streamed block with offloading, forward and backward. Attention time is quadratic in the length, so the full
+width (Llama-3-8B's) runs at --lengths, and a narrow block of 2 query heads and 1 key/value head, hidden size 256, at
+--narrow-lengths, with the same code, chunks and number of tiles as a wide one. Nothing is extrapolated: every row is a
+whole pass. A pass at the shortest length warms up each chunk size; then every length runs once.
 
-"GPU GiB" is the peak above weights and their gradients, as the head of benchmarks/block.py defines it. "host used" is
-the most that tensors held of the host pool, input and output of the block and their gradients included; "host
-allocated" is what the pool took from the machine.
+"GPU GiB" is the peak above weights and their gradients, as the docstring of benchmarks/block.py defines it. "host used"
+is the peak use of the host pool by tensors, including input and output of the block and their gradients; "host
+allocated" is the memory that the pool allocated from the machine.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="tokens, in the narrow block [65536 262144 1048576 2097152]")  # fmt: skip
     parser.add_argument("--chunks", type=int, nargs="+", default=[32768, 16384], help="[32768 16384]")
     parser.add_argument("--recompute", choices=get_args(Recompute), default="all",
-                        help="matrix products that are run again [%(default)s]")  # fmt: skip
+                        help="matmuls to recompute [%(default)s]")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
     add_geometry_flags(parser, Geometry())
     return parse(parser, argv, QUICK, TINY)
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(geometry: Geometry, length: int, chunk: int, arguments: argparse.Namespace, report: Report) -> Row:
-    """Memory of one pass."""
+    """Measure the memory of one pass."""
     execution = OFFLOADED.execution(chunk, arguments.recompute)
     build = partial(ModelBlock, geometry, length, execution, arguments.backend, report.device)
     row = measure(build, report.device, report.matmul, repeats=1, warm_ups=0)
@@ -105,7 +105,7 @@ def run(geometry: Geometry, length: int, chunk: int, arguments: argparse.Namespa
 
 
 def growths(rows: Sequence[Row]) -> list[Row]:
-    """By width and chunk: how much GPU memory the longest sequence takes over the shortest of two chunks or more."""
+    """Return by width and chunk the GPU memory of the longest sequence over that of the shortest, if there are two."""
     results = []
     for (width, chunk), group in series(rows).items():
         known = [row for row in group if row.get("above_gib") is not None]
@@ -122,7 +122,7 @@ def growths(rows: Sequence[Row]) -> list[Row]:
 
 
 def series(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows that did not fail, by width and chunk."""
+    """Group the rows that did not fail by width and chunk."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if "failed" not in row:
@@ -131,7 +131,7 @@ def series(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def draw(report: Report) -> None:
-    """GPU and host memory over the length."""
+    """Plot GPU and host memory over the length."""
     panels = (("above_gib", "GPU peak above weights and their gradients, GiB"), ("host_used_gib", "host used, GiB"))
     with report.picture(2) as axes:
         for panel, (key, title) in zip(axes, panels, strict=True):

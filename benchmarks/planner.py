@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Is it true what the planner reckons?
+"""Compare the planner's estimates with measurements.
 
     python benchmarks/planner.py
     python benchmarks/planner.py --cases gqa-64k mha-128k
 
-Runs benchmarks/training_step.py once per case, each in a process of its own, and sets the planner's figures beside what
-was measured: seconds of an optimizer step, peak GPU memory, the host memory that the chunks took, and that of the whole
-process. "off" is reckoned over measured, less one. Exit code 1 where one is beyond what docs/planner.md promises: 15%
-of a step's time, 10% of memory. Each case leaves its own OUTPUT-CASE.json.
+Runs benchmarks/training_step.py once per case, each in its own process, and compares the planner's estimates with the
+measurements: seconds of an optimizer step, peak GPU memory, host memory of the chunks, and host memory of the whole
+process. "off" is estimated over measured, minus one. Exit code 1 if one is beyond the limits of docs/planner.md: 15% of
+a step's time, 10% of memory. Each case writes its own OUTPUT-CASE.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import Column, Report, Row, build_parser, parse, run_script
 
 NAME = "planner"
-LIMITS = {"seconds": 0.15, "peak_gib": 0.1, "host_used_gib": 0.1, "process_gib": 0.1}  # and how far they may be off
+LIMITS = {"seconds": 0.15, "peak_gib": 0.1, "host_used_gib": 0.1, "process_gib": 0.1}  # largest relative error of each
 COLUMNS = (
     Column("case", "case", width=16),
     *(
@@ -37,7 +37,7 @@ COLUMNS = (
         )
         for column in (
             Column(name, title, form),
-            Column(f"planned_{name}", "reckoned", form),
+            Column(f"planned_{name}", "estimated", form),
             Column(f"{name}_off", "off", "+.1%"),
         )
     ),
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_case(case: str, arguments: argparse.Namespace) -> Row:
-    """One case's row, from a process of its own."""
+    """Measure the row of one case in its own process."""
     output = arguments.output.with_name(f"{arguments.output.name}-{case}")
     words = ["--device", arguments.device, "--step-only", "--output", str(output), *CASES.get(case, "").split()]
     words += ["--commit", arguments.commit] if arguments.commit else []
@@ -90,11 +90,11 @@ def measure_case(case: str, arguments: argparse.Namespace) -> Row:
     if run.returncode:
         last = (run.stderr or run.stdout).strip().splitlines()[-1:]
         return {"failed": f"exit code {run.returncode}: {' '.join(last)}"}
-    return beside(*json.loads(output.with_name(output.name + ".json").read_text())["rows"])
+    return compared(*json.loads(output.with_name(output.name + ".json").read_text())["rows"])
 
 
-def beside(step: Row, planned: Row) -> Row:
-    """What was measured, what was reckoned, and how far the one is off the other."""
+def compared(step: Row, planned: Row) -> Row:
+    """Return the measurements, the estimates, and the relative errors."""
     known = [name for name in LIMITS if step[name]]
     return (
         {name: step[name] for name in LIMITS}
@@ -104,7 +104,7 @@ def beside(step: Row, planned: Row) -> Row:
 
 
 def beyond_the_limits(row: Row) -> list[str]:
-    """A line for each figure that is farther off than it may be, and for a case that failed."""
+    """Return a line for each estimate beyond its limit, and for a case that failed."""
     if "failed" in row:
         return [f"{row['case']}: {row['failed']}"]
     return [
@@ -115,14 +115,14 @@ def beyond_the_limits(row: Row) -> list[str]:
 
 
 def draw(report: Report) -> None:
-    """How far each figure is off, per case."""
+    """Plot the relative error of each estimate, per case."""
     rows = [row for row in report.rows if "failed" not in row]
     with report.picture(1) as (panel,):
         for position, (name, limit) in enumerate(LIMITS.items()):
             places = [index + 0.2 * (position - 1.5) for index in range(len(rows))]
             panel.bar(places, [100 * row.get(f"{name}_off", 0.0) for row in rows], 0.2, label=f"{name}, {limit:.0%}")
         panel.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=30)
-        panel.set(ylabel="reckoned over measured, less 1, in %")
+        panel.set(ylabel="estimated over measured, minus 1, in %")
         panel.legend()
 
 

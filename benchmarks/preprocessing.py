@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""How much of the tokenizer library's own speed is left in tools/preprocess_data.py?
+"""Compare the speed of tools/preprocess_data.py with that of the bare tokenizer library.
 
     python benchmarks/preprocessing.py
 
-"bare library" is N processes that hold their share of the texts in memory and do nothing but encode them, by the
-library's fastest call (encode_batch_fast); the clock runs while they do. "bare encode" is the same by its usual call.
-"preprocess_data" is the tool with N workers, from JSON lines on the disk to the dataset, its start and that of its
-workers included, and "at work" is the same less the start: the time of a corpus of one document. The text is the
-standard library's source, over and over, the tokenizer a byte-level BPE trained on it.
+"bare library" is N processes that only encode their share of the texts, from memory, with the library's fastest call
+(encode_batch_fast). "bare encode" is the same with its usual call. "preprocess_data" is the tool with N workers, from
+JSON lines on disk to the dataset, including its start and that of its workers. "at work" is the same minus the start,
+which is the time of a corpus of one document. The text is the source of the standard library, repeated; the tokenizer
+is a byte-level BPE trained on it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(folder: Path, mib: float, vocab_size: int) -> Path:
-    """Write corpus.jsonl, one.jsonl with a document of it, and a tokenizer; return the folder."""
+    """Write corpus.jsonl, one.jsonl with one document of it, and a tokenizer; return the folder."""
     run_tool("make_stdlib_corpus", "--output", folder / "source.jsonl", "--max-bytes", int(min(mib, 16) * MIB))
     lines = (folder / "source.jsonl").read_bytes().splitlines(keepends=True)
     with (folder / "corpus.jsonl").open("wb") as file:
@@ -88,7 +88,7 @@ def prepare(folder: Path, mib: float, vocab_size: int) -> Path:
 
 
 def compare(folder: Path, workers: int, repeats: int) -> list[Row]:
-    """The library alone, the tool, and the tool without its start."""
+    """Measure the library alone, the tool, and the tool without its start."""
     texts = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").open(encoding="utf-8")]
     num_bytes = sum(len(text.encode()) for text in texts)
     bare, usual = ([bare_seconds(folder, texts, workers, call) for _ in range(repeats)] for call in CALLS)
@@ -112,7 +112,7 @@ def compare(folder: Path, workers: int, repeats: int) -> list[Row]:
 
 
 def bare_seconds(folder: Path, texts: Sequence[str], workers: int, call: str) -> float:
-    """Seconds that `workers` processes take to encode the texts, each its share."""
+    """Time `workers` processes that encode the texts, each its share."""
     context = get_context("spawn")
     pipes = [context.Pipe() for _ in range(workers)]
     processes = [
@@ -137,7 +137,7 @@ def bare_seconds(folder: Path, texts: Sequence[str], workers: int, call: str) ->
 
 
 def encode_share(pipe: Connection, folder: str, texts: Sequence[str], call: str) -> None:
-    """Encode texts when told to, as the library does it, and keep nothing."""
+    """Encode texts with the bare library on a signal, and discard the results."""
     files = (f"{folder}/tokenizer/vocab.json", f"{folder}/tokenizer/merges.txt")
     library: Any = build_tokenizer("GPT2BPETokenizer", *files)._tokenizer  # type: ignore[attr-defined]
     pipe.send("ready")

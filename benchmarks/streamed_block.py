@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""How fast is a streamed block, and how much GPU memory does it take, beside what else could be run?
+"""Compare speed and GPU memory of a streamed block with other ways to run it.
 
     python benchmarks/streamed_block.py                     whole blocks: ceiling, offloaded, on-device, recomputed
     python benchmarks/streamed_block.py --attention-only    attention layers: ceiling, offloaded, deepspeed
 
-One block, Llama-3-8B's by default, forward and backward, every way of running it in one process on one GPU; --blocks
-runs several in a row, where the copies at the ends of a block have its neighbours to hide behind. --profile runs each
-way once more and prints where its time goes. What the ways are and which FLOPs count stands at the head of
-benchmarks/block.py. "x ceiling" is the ratio to the ceiling of the same tokens and kernel. "peak" is all live GPU
-memory; "above" is the peak above weights and their gradients, as defined there too.
+Runs one block, Llama-3-8B's by default, forward and backward, every way in one process on one GPU. --blocks runs
+several in a row, so that the copies at the ends of a block overlap with the compute of its neighbors. --profile runs
+each way once more and prints a breakdown of its time. The docstring of benchmarks/block.py defines the ways and the
+FLOPs that count. "x ceiling" is the ratio to the ceiling of the same tokens and kernel. "peak" is all live GPU memory;
+"above" is the peak above weights and their gradients, as defined there too.
 
---attention-only is the comparison with DeepSpeed's FPDT attention layer, which has no MLP: multi-head attention, 256K
-tokens, and a block with an MLP of width 128 (as small as it can be) on our side. Each side's FLOPs are its own.
+--attention-only compares with DeepSpeed's FPDT attention layer, which has no MLP: multi-head attention, 256K tokens,
+and on our side a block with an MLP of width 128 (the smallest possible). Each side counts its own FLOPs.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=[*BLOCKS, "deepspeed"], help="ways of running [all that apply]")
     parser.add_argument("--deepspeed-chunk", type=int, default=65536, help="DeepSpeed's chunk [%(default)s]")
     parser.add_argument("--recompute", choices=["auto", *get_args(Recompute)], nargs="+", default=["auto"],
-                        help="matrix products that the streamed ways run again; auto is what a training run with "
-                        "offloading would choose [auto]")  # fmt: skip
+                        help="matmuls that the streamed ways recompute; auto: as a training run with offloading "
+                        "would choose [auto]")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=1,
-                        help="blocks one on the other, as in a model; times are per block [%(default)s]")  # fmt: skip
+                        help="stacked blocks, as in a model; times are per block [%(default)s]")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="[%(default)s]")
     parser.add_argument("--profile", action="store_true", help="trace one more run of each way")
     add_geometry_flags(parser, Geometry())
@@ -102,10 +102,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--profile traces a GPU; leave it out with --device cpu")
     possible = ATTENTION_LAYERS if arguments.attention_only else BLOCKS
     arguments.ways = arguments.ways or possible
-    strangers = [way for way in arguments.ways if way not in possible]
-    if strangers:
+    unknown = [way for way in arguments.ways if way not in possible]
+    if unknown:
         mode = "with" if arguments.attention_only else "without"
-        parser.error(f"--ways {strangers[0]} is not there {mode} --attention-only; use {', '.join(possible)}")
+        parser.error(f"--ways {unknown[0]} is not there {mode} --attention-only; use {', '.join(possible)}")
     for length in arguments.lengths if "deepspeed" in arguments.ways else ():
         if length % arguments.deepspeed_chunk:
             parser.error(f"--deepspeed-chunk ({arguments.deepspeed_chunk}) must divide --lengths ({length})")
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[Row, Callable[[], Contestant]]]:
-    """(what stands in the row, how the contestant is built), the ceiling of a length and kernel before the rest."""
+    """Yield (row keys, builder of the contestant), the ceiling of a length and kernel before the rest."""
     geometry = geometry_of(arguments)
     for length in arguments.lengths:
         names = {"tokens": length, "length": thousands(length)}
@@ -158,7 +158,7 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
 def executions(
     way: str, length: int, arguments: argparse.Namespace, device: torch.device
 ) -> Iterator[tuple[Row, Execution]]:
-    """(what stands in the row, how the block is executed)"""
+    """Yield (row keys, execution of the block)."""
     if not WAYS[way].streamed:
         yield {"chunk": "-", "recompute": "all"}, WAYS[way].execution(length)
         return
@@ -170,7 +170,7 @@ def executions(
 
 
 def against_deepspeed(rows: Sequence[Row]) -> Iterator[str]:
-    """A line per streamed row beside DeepSpeed's of the same length."""
+    """Yield a line per streamed row that compares it with DeepSpeed's of the same length."""
     measured = [row for row in rows if "failed" not in row]
     theirs = {row["tokens"]: row for row in measured if row["way"] == "deepspeed"}
     for row in measured:
@@ -184,7 +184,7 @@ def against_deepspeed(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def profile_lines(row: Row) -> Iterator[str]:
-    """Where the time of a row went: by kind, and the kernels that took the longest."""
+    """Yield the profile of a row: seconds by kind, and the kernels that took the longest."""
     if "profile" not in row:
         return
     yield f"\n{row['way']}, {row['length']} tokens, chunk {row['chunk']}, {row['backend']}: seconds of one traced run"
@@ -195,7 +195,7 @@ def profile_lines(row: Row) -> Iterator[str]:
 
 
 def draw(report: Report) -> None:
-    """Speed and memory as bars, a bar per row."""
+    """Plot speed and memory, a bar per row."""
     names = [f"{r['way']}, {r['length']}" + (f" by {r['chunk']}" if r["chunk"] != "-" else "") for r in report.rows]
     labels = [
         f"{name}\n{row['backend']}, recompute {row['recompute']}" for name, row in zip(names, report.rows, strict=True)

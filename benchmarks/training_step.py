@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""What do embedding, loss, optimizer and ZeRO cost on top of the blocks?
+"""Measure whole optimizer steps: the cost of embedding, loss, optimizer and ZeRO on top of the blocks.
 
     python benchmarks/training_step.py
     deepspeed --num_gpus 2 benchmarks/training_step.py      the same sequence shared by two GPUs
-    python benchmarks/training_step.py --as-one-of 4        one of four GPUs that share it, and no network
+    python benchmarks/training_step.py --as-one-of 4        simulates one rank of four that share it, without a network
 
-Runs whole optimizer steps of a LLaMA on random tokens, through the training path itself: the flags of pretrain_gpt.py,
-its model, engine and optimizer. On one GPU it measures, before that, one streamed block of the same geometry, length,
-chunk, kernel and offloading in the same process. On several the sequence is shared by all of them (Ulysses), and the
-rates are per GPU; "tokens/s" is of all together, and memory that of the first. With --as-one-of a single GPU holds,
-computes and copies what one of several would, and collectives are copies on that GPU (benchmarks/loopback.py): the
-network's time is missing, and the last line says how many bytes it would carry.
+Runs optimizer steps of a LLaMA on random tokens, through the training path itself: the flags of pretrain_gpt.py, its
+model, engine and optimizer. On one GPU it first measures one streamed block of the same geometry, length, chunk, kernel
+and offloading in the same process. On several GPUs all of them share the sequence (Ulysses), and the rates are per GPU;
+"tokens/s" is over all GPUs, and memory is the first one's. With --as-one-of a single GPU stores, computes and copies as
+much as one of several would, and collectives are copies on that GPU (benchmarks/loopback.py): the network time is
+missing, and one of the last lines reports the bytes that the network would carry.
 
     x block = (model FLOPs of a step / its seconds) / (model FLOPs of a block / its seconds)
 
-By default 6 layers of Llama-3.2-3B's widths with its vocabulary: 1.4B parameters. "outside blocks" is the step's time
-less as many blocks as the model has. "x block" can pass 1, as the head's products run faster than attention. "as
-planned" is what the planner (docs/planner.md) reckons for the same step. The last lines say what the host pool holds:
-"allocated over needed" is what it took from the machine over the most that was in use, and after the first step it must
+The default is 6 layers of Llama-3.2-3B's widths with its vocabulary: 1.4B parameters. "outside blocks" is the step time
+minus the time of all the model's blocks. "x block" can exceed 1, as the head's matmuls run faster than attention. "as
+planned" is the planner's estimate (docs/planner.md) of the same step. The last lines report the host pool: "allocated
+over needed" is the memory that it allocated from the machine over the peak in use. After the first step it must
 allocate nothing (else exit code 1).
 """
 
@@ -109,19 +109,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="[%(default)s]")
     parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and steps on the host")
     parser.add_argument("--on-device", action="store_true", help="without offloading")
-    parser.add_argument("--plain", choices=PLAIN, help="without FPDT, the activations kept, recomputed, or recomputed "
-                        "from inputs on the host; measures no block")  # fmt: skip
+    parser.add_argument("--plain", choices=PLAIN, help="without FPDT, with activations saved (kept), recomputed, or "
+                        "recomputed from inputs on the host; measures no block")  # fmt: skip
     parser.add_argument("--device-memory", type=float, default=0.0, metavar="GIB",
                         help="chunks that may stay on the GPU [%(default)s]")  # fmt: skip
     parser.add_argument("--recompute", choices=get_args(Recompute),
-                        help="matrix products that are run again [what fits and the link has time for]")  # fmt: skip
+                        help="matmuls to recompute [by memory and the link's bandwidth]")  # fmt: skip
     parser.add_argument("--checkpoint-interval", type=int, metavar="K",
-                        help="keep the input of every Kth block [the smallest that fits]")  # fmt: skip
+                        help="save the input of every Kth block [the smallest K that fits]")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
     parser.add_argument("--steps", type=int, default=2, help="steps timed, after one to warm up [%(default)s]")
     parser.add_argument("--short-warm-up", action="store_true",
-                        help="warm up with two chunks; the step timed then takes the host's memory")  # fmt: skip
-    parser.add_argument("--as-one-of", type=int, metavar="GPUS", help="be one rank of so many that share a sequence")
+                        help="warm up with two chunks; the timed step then allocates the host memory")  # fmt: skip
+    parser.add_argument(
+        "--as-one-of", type=int, metavar="GPUS", help="simulate one of so many ranks that share a sequence"
+    )
     parser.add_argument("--step-only", action="store_true", help="without the block")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     add_geometry_flags(parser, DEFAULT)
@@ -182,14 +184,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def name_of_run(arguments: argparse.Namespace, num_gpus: int) -> str:
-    """A name for the row of the steps."""
+    """Name the row of the steps."""
     if arguments.as_one_of:
         return f"one of {num_gpus} GPUs"
     return "optimizer step" if num_gpus == 1 else f"on {num_gpus} GPUs"
 
 
 def training_flags(arguments: argparse.Namespace, num_gpus: int = 1) -> list[str]:
-    """The words that pretrain_gpt.py would be given. Tokens are random, so the dataset is one in name only."""
+    """Return the flags for pretrain_gpt.py. Tokens are random, so --data-path names no real dataset."""
     widths = {name: getattr(arguments, name) for name in vars(DEFAULT)}
     values = {
         "num_layers": arguments.num_layers, **widths, "seq_length": arguments.seq_length,
@@ -221,7 +223,7 @@ def training_flags(arguments: argparse.Namespace, num_gpus: int = 1) -> list[str
 
 
 def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
-    """The row of one block, its seconds forward and backward together."""
+    """Measure the row of one block; its seconds are those of forward plus backward."""
     way, geometry = Way("block", streamed=True, offloading=not arguments.on_device), geometry_of(arguments)
     model = geometry.model_config(arguments.seq_length, arguments.backend, arguments.num_layers)
     automatic = automatic_recompute(model, arguments.chunk, report.device) if way.offloading else "all"
@@ -231,7 +233,7 @@ def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
 
 
 def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) -> Row:
-    """Steps as the training loop takes them: batch, forward, backward, optimizer. Collective over all ranks."""
+    """Time steps as in the training loop: batch, forward, backward, optimizer. Collective over all ranks."""
     from megatron.engine.engine import Engine  # imports DeepSpeed, which takes a while
 
     context = initialize(config)
@@ -286,7 +288,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
 
 
 def plan_of_step(config: Config, arguments: argparse.Namespace, step: Row, num_gpus: int, device: torch.device) -> Plan:
-    """The planner's view of the step that was measured; on a CPU the times are those of some GPU."""
+    """Plan the step that was measured; on a CPU the times are those of some GPU."""
     vocabulary = pad_vocab_size(arguments.vocab_size, config.model.make_vocab_size_divisible_by)
     gpu, backend = GPUS["H200"], "flash-attn-4"
     if device.type == "cuda":
@@ -295,12 +297,12 @@ def plan_of_step(config: Config, arguments: argparse.Namespace, step: Row, num_g
     plan = plan_of(config, num_gpus, gpu, 0, vocabulary, backend)  # no host memory: it chooses nothing here
     if arguments.as_one_of:
         plan = replace(plan, machines=replace(plan.machines, gpus_per_node=num_gpus))
-    kept = {"recompute": step["recompute_run"], "checkpoint_interval": step["checkpoint_interval"]}
-    return plan.with_job(replace(plan.job, **kept))
+    saved = {"recompute": step["recompute_run"], "checkpoint_interval": step["checkpoint_interval"]}
+    return plan.with_job(replace(plan.job, **saved))
 
 
 def planned_row(plan: Plan) -> Row:
-    """What the planner says of the columns that it knows."""
+    """Return the planner's estimates for the columns that it covers."""
     memory, speed = plan.memory, plan.speed
     return {
         "what": "as planned", "seq_length": plan.job.model.seq_length, "seconds": speed.step,
@@ -311,7 +313,7 @@ def planned_row(plan: Plan) -> Row:
 
 
 def rates(step: Row, num_gpus: int, matmul: float, peak: float | None) -> Row:
-    """The step's tokens per second over all GPUs, its model FLOP/s per GPU, and their ratios to yardstick and peak."""
+    """Return tokens per second over all GPUs, model FLOP/s per GPU, and its ratios to the matmul and the peak."""
     rate = step["model_flops"] / step["seconds"] / num_gpus / 1e12
     return {
         "tokens_per_second": step["seq_length"] / step["seconds"],
@@ -322,7 +324,7 @@ def rates(step: Row, num_gpus: int, matmul: float, peak: float | None) -> Row:
 
 
 def against_block(step: Row, block: Row, num_layers: int) -> Row:
-    """The ratio of the step's rate to the block's, and the time that is not the blocks'."""
+    """Return the ratio of the step's rate to the block's, and the time outside the blocks."""
     return {
         "times_block": step["model_tflops"] / block["model_tflops"],
         "outside_blocks_seconds": step["seconds"] - num_layers * block["seconds"],
@@ -330,7 +332,7 @@ def against_block(step: Row, block: Row, num_layers: int) -> Row:
 
 
 def draw(report: Report) -> None:
-    """The rates of a block and of the whole step."""
+    """Plot the rates of a block and of the whole step."""
     with report.picture(1) as (panel,):
         bars = panel.bar([row["what"] for row in report.rows], [row["times_matmul"] for row in report.rows])
         panel.bar_label(bars, fmt="%.3f")

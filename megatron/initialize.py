@@ -1,4 +1,4 @@
-"""From a configuration to a place in the world: process group, device, seeds, log; a value that is passed on."""
+"""Start-up of a rank: process group, device, seeds and log, in a Context that is passed as a value."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megatron.ranks.watchdog import Watchdog
 from megatron.ranks.world import World, join, local_rank, local_world_size
 
 GIB = 2**30
-SAME_SIZE = 0.95  # GPUs of one kind differ by what their drivers keep
+SAME_SIZE = 0.95  # GPUs of one kind differ by what their drivers reserve
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where this process runs and in which number format."""
+    """The place of this process among the ranks, its device and its number format."""
 
     parallel_state: ParallelState
     device: torch.device
@@ -42,22 +42,22 @@ class Context:
 
 
 def device_type() -> str:
-    """The kind of device that this machine computes on."""
+    """Return "cuda" where there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def number_format(config: Config) -> torch.dtype:
-    """The type of parameters and activations."""
+    """Return the dtype of parameters and activations."""
     if config.precision.bf16:
         return torch.bfloat16
     return torch.float16 if config.precision.fp16 else torch.float32
 
 
 def initialize(config: Config, watchdog: Watchdog | None = None) -> Context:
-    """Join the other ranks, take a device and seed the random numbers. Collective over all ranks.
+    """Join the other ranks, choose the device and seed the random numbers. Collective over all ranks.
 
-    The watchdog watches from here on. ConfigError where the launcher's environment cannot be, or ranks differ in what
-    they run with; RankLost where rank 0 does not come.
+    The watchdog starts here. ConfigError where the launcher's environment is impossible, or where the ranks' settings,
+    data or code differ; RankLost where rank 0 does not join.
     """
     world = World.from_environment()
     world.complete_environment()
@@ -74,14 +74,14 @@ def initialize(config: Config, watchdog: Watchdog | None = None) -> Context:
     torch.manual_seed(config.training.seed + world.rank)
     parallel_state = ParallelState.create(config.parallel.ds_sequence_parallel_size, timeout)
     watchdog.enter("comparing the memory of all ranks")
-    # Every rank must come to the same choices.
+    # Every rank must make the same choices.
     device_memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
     host_bytes, smallest, largest = least_over_ranks(
         available_host_bytes() // local_world_size(), device_memory, device
     )
     if smallest < SAME_SIZE * largest:
         log.warning(
-            "the GPUs of this run have between %.1f and %.1f GiB: every rank holds as much, so the smallest counts; "
+            "the GPUs of this run have between %.1f and %.1f GiB: every rank uses as much, so the smallest counts; "
             "choose others with CUDA_VISIBLE_DEVICES or the hostfile to use the larger ones in full",
             smallest / GIB, largest / GIB,
         )  # fmt: skip
@@ -113,7 +113,7 @@ def _start_process_group(
 
 
 def least_over_ranks(host_bytes: int, device_bytes: int, device: torch.device) -> tuple[int, int, int]:
-    """(least host memory, least and most device memory) over all ranks. Collective over all of them."""
+    """Return (least host memory, least and most device memory) over all ranks. Collective over all of them."""
     sizes = torch.tensor([host_bytes, device_bytes, -device_bytes], device=device)
     dist.all_reduce(sizes, dist.ReduceOp.MIN)
     host, smallest, largest = sizes.tolist()

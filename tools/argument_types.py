@@ -1,4 +1,4 @@
-"""Numbers on the command line: what is not one, or is out of range, is refused with the flag's name."""
+"""Number types for argparse: a value that is no number, or out of range, is an error with the flag's name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LARGEST = 2**63 - 1
 
 
 def real(low: float, example: str, open_low: bool = False) -> Callable[[str], float]:
-    """A type for argparse: a finite number from `low` on, or above it where the end is open."""
+    """Return a type for argparse: a finite number, at least `low`, or above it with `open_low`."""
     allowed = Range(low, _LARGEST, low_open=open_low)
 
     def parse(text: str) -> float:
@@ -21,7 +21,7 @@ def real(low: float, example: str, open_low: bool = False) -> Callable[[str], fl
 
 
 def whole(low: int, example: str) -> Callable[[str], int]:
-    """A type for argparse: a whole number from `low` on that fits into 63 bits."""
+    """Return a type for argparse: a whole number, at least `low`, that fits into 63 bits."""
 
     def parse(text: str) -> int:
         return int(_checked(text, int, Range(low, _LARGEST), f"a whole number, at least {low}", example))

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Gather the weights of a checkpoint, whatever ZeRO stage and ranks wrote it, into one folder of safetensors.
+"""Consolidate the weights of a checkpoint of any ZeRO stage and number of ranks into one folder of safetensors.
 
     tools/consolidate_checkpoint.py runs/llama/checkpoints weights                    the newest checkpoint, fp32
     tools/consolidate_checkpoint.py runs/llama/checkpoints/global_step1000 weights --dtype bf16
 
-The names are those of this package, and config.json says what model it is. `--load weights` starts a training
-with them. No GPU and no process group is needed, and little more memory than the largest tensor takes.
+The tensor names are those of this package, and config.json describes the model. `--load weights` starts a training run
+from them. No GPU and no process group is needed, and little more memory than the largest tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()

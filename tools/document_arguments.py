@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write docs/arguments.md: every flag of pretrain_gpt.py, as the code has it.
+"""Write docs/arguments.md: every flag of pretrain_gpt.py, generated from the code.
 
 python tools/document_arguments.py            write it
-python tools/document_arguments.py --check    exit code 1 if it is not what the code says
+python tools/document_arguments.py --check    exit code 1 if it is out of date
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -65,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the text of the page."""
     names = "".join(f"| `--{theirs}` | `--{ours}` |\n" for theirs, ours in sorted(OTHER_NAMES.items()))
     refusals = "".join(f"| `--{flag.name}` | {flag.why} | {cell(flag.advice)} |\n" for flag in REFUSED)
     return HEAD + "".join(sections()) + OTHER + names + REFUSALS + refusals
 
 
 def sections() -> Iterator[str]:
-    """A heading and a table for each group of flags."""
+    """Yield a heading and a table for each group of flags."""
     for group in build_parser()._action_groups:
         flags = [action for action in group._group_actions if action.dest != "help"]
         if flags:
@@ -86,7 +86,7 @@ def row(action: argparse.Action) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that stands in one cell of a table."""
+    """Escape text for one cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

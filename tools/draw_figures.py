@@ -2,9 +2,9 @@
 """Draw the figures of docs/ from the library's own objects.
 
     tools/draw_figures.py                                   docs/figures/*.svg
-    tools/draw_figures.py timeline --format png --folder .  one of them, as a picture
+    tools/draw_figures.py timeline --format png --folder .  one of them, as a PNG
 
-What a figure shows is kept in its file as JSON, so that a test can tell whether it is up to date with the code.
+Each file also stores its figure's content as JSON, so that a test can check whether it is up to date with the code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
 
 
 class Figure(NamedTuple):
-    """What a figure shows, as JSON knows it, and the function that draws that."""
+    """A figure: a function for its content, as JSON, and a function that draws it."""
 
     content: Callable[[], dict[str, Any]]
     draw: Callable[[dict[str, Any]], Any]
@@ -46,7 +46,7 @@ FIGURES = {
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(FIGURES)} [all]")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where they go [docs/figures]")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="output folder [docs/figures]")
     parser.add_argument("--format", choices=("svg", "png"), default="svg", help="[%(default)s]")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.figures if name not in FIGURES]
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Draw a figure into a file, which as an SVG also says what it shows and not when it was drawn."""
+    """Draw a figure to a file; an SVG also stores the content, but no date."""
     from matplotlib import pyplot
 
     content = figure.content()
@@ -77,12 +77,12 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def text_of(content: dict[str, Any]) -> str:
-    """What a figure shows, as it stands in its file."""
+    """Return the content of a figure as its file stores it."""
     return json.dumps(content, sort_keys=True)
 
 
 def text_in(path: Path) -> str | None:
-    """What a figure's file says that it shows."""
+    """Read the content that a figure's file stores."""
     return ElementTree.parse(path).findtext(f".//{DESCRIPTION}")
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure what a model makes of a long context.
+"""Measure how well a model uses a long context.
 
     tools/eval_long_context.py perplexity --load MODEL --data-path data/books_text_document --contexts 1024 8192 65536
     tools/eval_long_context.py needle --load MODEL --haystack book.txt --lengths 4096 32768 131072 --output-dir needle
 
-perplexity gives the loss of the same tokens behind more and more context, through FPDT's forward pass. needle hides a
+perplexity measures the loss of the same tokens after more and more context, with FPDT's forward pass. needle hides a
 statement at every depth of contexts of every length and asks for it; it writes a heat map and JSON. With
---ds-sequence-parallel-fpdt-offloading a context may be longer than the GPU holds. MODEL is a training checkpoint,
+--ds-sequence-parallel-fpdt-offloading a context may be longer than fits on the GPU. MODEL is a training checkpoint,
 portable weights or a Hugging Face folder.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -63,7 +63,7 @@ Tokens = npt.NDArray[Any]
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    perplexity = kinds.add_parser("perplexity", help="loss of the same tokens by length of context")
+    perplexity = kinds.add_parser("perplexity", help="loss of the same tokens by context length")
     data = perplexity.add_argument_group("documents").add_mutually_exclusive_group(required=True)
     data.add_argument("--data-path", metavar="PREFIX", help="a dataset, PREFIX.bin and PREFIX.idx")
     data.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="text files, a document each")
@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--contexts", type=int, nargs="+", default=CONTEXTS, metavar="N", help=f"tokens before the scored {CONTEXTS}"
     )
     perplexity.add_argument("--scored-tokens", type=int, default=256, metavar="N", help="[%(default)s]")
-    perplexity.add_argument("--documents", type=int, default=8, metavar="N", help="most to read [%(default)s]")
+    perplexity.add_argument("--documents", type=int, default=8, metavar="N", help="maximum to read [%(default)s]")
     perplexity.add_argument("--output", type=Path, metavar="FILE", help="JSON to write [none]")
     needle = kinds.add_parser("needle", help="find one statement in a long context")
     needle.add_argument("--haystack", type=Path, metavar="FILE", help="a text [synthetic ids: noise, keys and values]")
@@ -83,7 +83,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     needle.add_argument("--trials", type=int, default=4, metavar="N", help="needles per square [%(default)s]")
     needle.add_argument("--seed", type=whole(0, "1234"), default=1234, help="[%(default)s]")
     needle.add_argument(
-        "--isolated-chunks", action="store_true", help="control: no chunk of the context sees another one"
+        "--isolated-chunks", action="store_true", help="control: no chunk of the context attends to another one"
     )
     needle.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="for needle.json and needle.png")
     for each in (perplexity, needle):
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_perplexity(arguments: argparse.Namespace) -> None:
-    """Print a table, and write it as JSON if asked."""
+    """Print the loss and perplexity by context length, and write them as JSON if asked."""
     inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), opened_model_of(arguments)
     longest = max(arguments.contexts) + arguments.scored_tokens
     _refuse_too_long(opened, "--contexts with --scored-tokens", longest)
@@ -129,7 +129,7 @@ def measure_perplexity(arguments: argparse.Namespace) -> None:
 def read_documents(
     arguments: argparse.Namespace, tokenizer: Tokenizer, length: int, num_ids: int
 ) -> Iterator[list[int]]:
-    """The first documents that are long enough, `length` tokens of each; DataError for an unknown id."""
+    """Yield the first documents that are long enough, `length` tokens of each; DataError for an unknown id."""
     for name, tokens in islice(_documents(arguments, tokenizer, length), arguments.documents):
         check_tokens(tokens, num_ids, name)
         yield tokens.tolist()
@@ -148,7 +148,7 @@ def _documents(arguments: argparse.Namespace, tokenizer: Tokenizer, length: int)
 
 
 def search_needles(arguments: argparse.Namespace) -> None:
-    """Write needle.json and needle.png, and print a table."""
+    """Search for needles; write needle.json and needle.png, and print the accuracies."""
     inference, tokenizer = inference_of(arguments, arguments.isolated_chunks), tokenizer_of(arguments)
     opened = opened_model_of(arguments)
     _refuse_too_long(opened, "--lengths", max(arguments.lengths))
@@ -170,7 +170,7 @@ def search_needles(arguments: argparse.Namespace) -> None:
 
 
 def haystack_of(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Haystack:
-    """The text named, or synthetic ids; EvaluationError for what cannot hide a needle."""
+    """Return the text named, or synthetic ids; EvaluationError if neither can be used."""
     if arguments.haystack is not None:
         text = tokenizer.tokenize(arguments.haystack.read_text(encoding="utf-8"))
         return TextHaystack(text, tokenizer.tokenize, arguments.question)

@@ -5,8 +5,8 @@
     tools/generate_samples_gpt.py --load models/Llama-3.2-1B --sample-input-file prompts.jsonl --output-format jsonl
     tools/generate_samples_gpt.py --load weights          # asks for prompts, or reads them from stdin, a line each
 
-The prompt is run chunk by chunk, then one token after the other over the cache of keys and values, which rests in host
-memory with --ds-sequence-parallel-fpdt-offloading, so that a prompt may be longer than the GPU holds.
+The prompt is prefilled chunk by chunk; then tokens are decoded one by one over the KV cache. With
+--ds-sequence-parallel-fpdt-offloading the cache is in host memory, so a prompt may be longer than fits on the GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -55,20 +55,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     given.add_argument("--prompt", nargs="+", metavar="TEXT", help="one prompt or several [lines of stdin]")
     given.add_argument(
         "--sample-input-file", type=Path, metavar="FILE",
-        help='a prompt per line; of a .jsonl file {"prompt": "..."} per line',
+        help='a prompt per line; in a .jsonl file {"prompt": "..."} per line',
     )  # fmt: skip
-    prompts.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts run together [%(default)s]")
+    prompts.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts per batch [%(default)s]")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    sampling.add_argument("--temperature", type=float, default=1.0, help="what logits are divided by [%(default)g]")
-    sampling.add_argument("--top-k", type=int, default=0, help="draw from so many tokens [0: all]")
+    sampling.add_argument("--greedy", action="store_true", help="always take the most likely token")
+    sampling.add_argument("--temperature", type=float, default=1.0, help="divide logits by this [%(default)g]")
+    sampling.add_argument("--top-k", type=int, default=0, help="sample from the K most likely tokens [0: all]")
     sampling.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest of this probability [1: all]"
+        "--top-p", type=float, default=1.0, help="sample from the most likely tokens of this probability [1: all]"
     )
     sampling.add_argument("--seed", type=whole(0, "1234"), default=1234, help="[%(default)s]")
     length = sampling.add_mutually_exclusive_group()
-    length.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens after a prompt [128]")
-    length.add_argument("--out-seq-length", type=int, metavar="N", help="most tokens with the prompt's")
+    length.add_argument("--max-new-tokens", type=int, metavar="N", help="maximum number of tokens after a prompt [128]")
+    length.add_argument("--out-seq-length", type=int, metavar="N", help="maximum number of tokens, prompt included")
     output = parser.add_argument_group("output")
     output.add_argument("--sample-output-file", type=Path, metavar="FILE", help="[stdout]")
     output.add_argument("--output-format", choices=("text", "jsonl"), default="text", help="[%(default)s]")
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer every prompt. ValueError, before weights are read where prompts are given, for what cannot be done."""
+    """Answer every prompt. ValueError for a bad request, before weights are read where the flags give the prompts."""
     sampling = Sampling(arguments.greedy, arguments.temperature, arguments.top_k, arguments.top_p)
     inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), opened_model_of(arguments)
     num_ids = num_ids_of(opened, tokenizer)
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
-    """The prompts of the flags; ValueError if a file has none or is not in its form."""
+    """Read the prompts that the flags give; ValueError if a file has none or has the wrong form."""
     path: Path | None = arguments.sample_input_file
     if path is None:
         return list(arguments.prompt)
@@ -129,7 +129,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def limit_of(arguments: argparse.Namespace, prompt: Sequence[int]) -> int:
-    """Most tokens that may follow a prompt; GenerationError if none may."""
+    """Return the maximum number of new tokens for a prompt; GenerationError if it is below 1."""
     if arguments.out_seq_length is None:
         return int(arguments.max_new_tokens or 128)
     limit = arguments.out_seq_length - len(prompt)
@@ -142,7 +142,7 @@ def limit_of(arguments: argparse.Namespace, prompt: Sequence[int]) -> int:
 
 
 def open_output(path: Path | None) -> TextIO:
-    """The file to write to; stdout, whose closing changes nothing, where none is named."""
+    """Open the output file, or stdout, which closing leaves open."""
     if path is None:
         return open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def open_output(path: Path | None) -> TextIO:
 def answer_lines(
     arguments: argparse.Namespace, model: CachedModel, tokenizer: Tokenizer, sampling: Sampling, file: TextIO
 ) -> None:
-    """Answer the lines of stdin one by one; of a person a bad one is told and the next is asked for."""
+    """Answer the lines of stdin one by one; at a terminal, report a bad line and ask for the next."""
     is_terminal = sys.stdin.isatty()
     for line in _lines(is_terminal):
         try:
@@ -182,7 +182,7 @@ def write_samples(
     texts: Iterable[str],
     file: TextIO,
 ) -> None:
-    """Write what follows each text, batch by batch."""
+    """Generate after each text, batch by batch, and write the results."""
     remaining = iter(texts)
     seed = arguments.seed
     while batch := list(islice(remaining, arguments.batch_size)):
@@ -197,7 +197,7 @@ def write_samples(
 
 def _formatted(output_format: str, tokenizer: Tokenizer, text: str, prompt: list[int], result: Generated) -> str:
     tokens = result.tokens[:-1] if result.ended else result.tokens
-    # A tokenizer may write a token in another way where a text begins.
+    # A tokenizer may decode a token differently at the start of a text.
     before, whole = tokenizer.detokenize(prompt), tokenizer.detokenize(prompt + tokens)
     if output_format == "text":
         return whole

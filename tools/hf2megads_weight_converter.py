@@ -6,11 +6,11 @@
     tools/hf2megads_weight_converter.py flags HF_FOLDER
     tools/hf2megads_weight_converter.py --hf-ckpt-dir HF_FOLDER --save OUT ...             as Megatron-DeepSpeed's
 
-to-megatron turns a Hugging Face folder (config.json and safetensors) into portable weights, which --load takes, and
-prints the flags of pretrain_gpt.py that describe the model; it takes a checkpoint of upstream's Megatron-DeepSpeed as
-well. to-hf turns portable weights, or a training checkpoint, into a folder that AutoModelForCausalLM.from_pretrained
-takes. One parameter is in memory at a time, and OUT appears when it is whole. flags prints those of to-megatron alone,
-one line, and writes nothing.
+to-megatron converts a Hugging Face folder (config.json and safetensors) to portable weights, which --load reads, and
+prints the flags of pretrain_gpt.py that describe the model. It also reads checkpoints of upstream's Megatron-DeepSpeed.
+to-hf converts portable weights, or a training checkpoint, to a folder that AutoModelForCausalLM.from_pretrained reads.
+One parameter is in memory at a time, and OUT appears only when it is complete. flags only prints the flags that
+to-megatron prints, in one line, and writes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -70,15 +70,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="pad the vocabulary to a multiple of this with the mean of its rows [%(default)s: no padding]",
     )  # fmt: skip
     to_hf = directions.add_parser("to-hf", parents=[common], help="our weights to Hugging Face")
-    to_hf.add_argument("--model-type", choices=FAMILIES, help="[the one they came from, or the first that fits]")
+    to_hf.add_argument("--model-type", choices=FAMILIES, help="[the one the weights came from, or the first that fits]")
     tokenizer = to_hf.add_mutually_exclusive_group()
     tokenizer.add_argument(
         "--like", type=Path, metavar="HF_FOLDER",
-        help="the Hugging Face model that the training began with: its tokenizer, token ids and vocabulary are taken",
+        help="the Hugging Face model that training started from: use its tokenizer, token ids and vocabulary",
     )  # fmt: skip
     tokenizer.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER",
-        help="for a model trained from scratch: the tokenizer.json to go with it; vocabulary and end of text are its",
+        help="for a model trained from scratch: use this tokenizer.json, its vocabulary and its end of text",
     )  # fmt: skip
     to_hf.add_argument("--vocab-size", type=int, help="rows to keep [those before the padding, where it is known]")
     add_verification_argument(to_hf)
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def to_megatron(arguments: argparse.Namespace, settings: Settings) -> None:
-    """Write portable weights and print the flags that go with them."""
+    """Write portable weights and print the flags that describe them."""
     if is_megatron_deepspeed(arguments.source):
         checkpoint = MegatronDeepSpeedCheckpoint(arguments.source)
         portable = checkpoint.config()
@@ -134,7 +134,7 @@ def to_megatron(arguments: argparse.Namespace, settings: Settings) -> None:
 
 
 def opened(path: Path, with_hashes: bool) -> tuple[PortableConfig, WeightSource]:
-    """Weights in our names: portable ones, a training checkpoint, or one of upstream's."""
+    """Open weights under our names: portable ones, a training checkpoint, or one of upstream's."""
     if is_megatron_deepspeed(path) and not (path / CONFIG_FILE).is_file():
         upstream = MegatronDeepSpeedCheckpoint(path)
         return upstream.config(), upstream

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Say what a checkpoint or a folder of weights holds, or how it differs from another one.
+"""Describe a checkpoint or a folder of weights, or compare it with another one.
 
     tools/inspect_checkpoint.py runs/llama/checkpoints                 newest checkpoint: run, settings, every tensor
     tools/inspect_checkpoint.py weights --diff runs/llama/checkpoints  names, shapes, dtypes, values, settings
 
-Takes checkpoints of DeepSpeed of any ZeRO stage, universal ones, and safetensors, Hugging Face's too. One tensor at a
-time is in memory. Exit code of --diff: 0 where nothing differs, 1 where something does, 2 where one cannot be read.
+Reads DeepSpeed checkpoints of any ZeRO stage, universal checkpoints, and safetensors, including Hugging Face's. One
+tensor at a time is in memory. Exit code of --diff: 0 if nothing differs, 1 if something does, 2 if one cannot be read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -37,8 +37,8 @@ from megatron.weights.source import StateSource
 
 MIB = 2**20
 RUN_FILES = ("train_state.json", "layout.json")
-# What says how a run was told its settings, and not what they are.
-UNTOLD = ("given", "notes")
+# Keys that record how a run got its settings, not the settings themselves.
+PROVENANCE_KEYS = ("given", "notes")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def description(path: Path, with_hashes: bool) -> Iterator[str]:
-    """What there is, a line each: kind, run, settings, tensors."""
+    """Yield a line for each part: kind, run, settings, tensors."""
     source = open_state(path, with_hashes)
     yield f"{path}: {kind_of(path)}{_origin(source)}"
     for file in RUN_FILES:
@@ -88,7 +88,7 @@ def description(path: Path, with_hashes: bool) -> Iterator[str]:
 
 
 def differences(first_path: Path, second_path: Path, with_hashes: bool) -> Iterator[str]:
-    """Lines for what differs; none where nothing does."""
+    """Yield a line for each difference."""
     first, second = (open_state(path, with_hashes) for path in (first_path, second_path))
     yield from (f"only in {first_path}: {name}" for name in names_only_in(first, second))
     yield from (f"only in {second_path}: {name}" for name in names_only_in(second, first))
@@ -116,16 +116,16 @@ def _moments(source: StateSource, name: str) -> str:
 
 
 def _model_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Of this package's config.json the model; of another program's, all of it."""
+    """Return the model section of this package's config.json; all of another program's."""
     return {"model": config["model"]} if "model" in config else config
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    return {name: value for name, value in _read_json(path / "config.json").items() if name not in UNTOLD}
+    return {name: value for name, value in _read_json(path / "config.json").items() if name not in PROVENANCE_KEYS}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A file's content; nothing where there is no such file."""
+    """Read a JSON file; {} where there is no such file."""
     if not path.is_file():
         return {}
     try:

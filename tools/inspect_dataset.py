@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Check a dataset (PREFIX.bin and PREFIX.idx) and say what it holds.
+"""Check a dataset (PREFIX.bin and PREFIX.idx) and describe its content.
 
     python tools/inspect_dataset.py data/corpus_text_document                       counts and lengths of documents
     python tools/inspect_dataset.py data/corpus_text_document --document 7          the token ids of a document
     python tools/inspect_dataset.py data/corpus_text_document --document 7 --tokenizer-type HFTokenizer \\
         --tokenizer-model tokenizer.json                                            its text
 
-That the two files belong together is always checked. With a tokenizer, or --vocab-size alone, every token is read and
-checked against the vocabulary. Exit code: 0 for a sound dataset, 2 for any other.
+It always checks that the two files belong together. With a tokenizer, or --vocab-size alone, it also reads every token
+and checks it against the vocabulary. Exit code: 0 for a valid dataset, 2 for any other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", help="the dataset, without .bin or .idx")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw a histogram of the documents' lengths")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw a histogram of document lengths")
     parser.add_argument("--document", type=int, metavar="N", help="print document N, as text if there is a tokenizer")
     add_flags(parser, TokenizerConfig)
     return parser.parse_args(argv)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(arguments: argparse.Namespace) -> str:
-    """What is asked for, after the checks. Raises DataError and TokenizerError."""
+    """Check the dataset and return the output asked for. Raises DataError and TokenizerError."""
     dataset = IndexedDataset(arguments.prefix)
     tokenizer = given_tokenizer(arguments)
     vocab_size = tokenizer.vocab_size if tokenizer else arguments.vocab_size
@@ -81,13 +81,13 @@ def report(arguments: argparse.Namespace) -> str:
 
 
 def given_tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
-    """The tokenizer that the flags describe; None if only --vocab-size is given, or nothing."""
+    """Build the tokenizer that the flags describe; None if only --vocab-size is given, or nothing."""
     flags = section_of(arguments, TokenizerConfig)
     return None if flags == TokenizerConfig(vocab_size=flags.vocab_size) else tokenizer_of(flags)
 
 
 def describe(dataset: IndexedDataset) -> dict[str, Any]:
-    """Counts, and the lengths of documents in tokens."""
+    """Collect counts, and document lengths in tokens."""
     sizes = dataset.document_sizes
     facts: dict[str, Any] = {
         "prefix": dataset.prefix,
@@ -107,7 +107,7 @@ def describe(dataset: IndexedDataset) -> dict[str, Any]:
 
 
 def table(facts: dict[str, Any]) -> str:
-    """A line per fact; the lengths of documents under a line of their own."""
+    """Format a line per fact, then the document lengths under their own heading."""
     lengths = {name: facts[name] for name in ("min", "median", "mean", "max") if name in facts}
     lengths |= {f"{p}%": value for p, value in facts.get("percentiles", {}).items()}
     lines = [f"{name.replace('_', ' '):16} {_shown(value)}" for name, value in facts.items()
@@ -118,7 +118,7 @@ def table(facts: dict[str, Any]) -> str:
 
 
 def shown_document(dataset: IndexedDataset, number: int, tokenizer: Tokenizer | None, as_json: bool) -> str:
-    """The text of a document, or its ids without a tokenizer. DataError if there is no such document."""
+    """Return the text of a document, or its ids without a tokenizer. DataError if there is no such document."""
     if not 0 <= number < dataset.num_documents:
         raise DataError(
             f"--document ({number}) is not there: {dataset.prefix} has {dataset.num_documents} documents, numbered "
@@ -132,7 +132,7 @@ def shown_document(dataset: IndexedDataset, number: int, tokenizer: Tokenizer | 
 
 
 def draw(sizes: npt.NDArray[np.int64], path: Path, title: str) -> None:
-    """Write a histogram of lengths to a PNG, over a logarithmic axis; empty documents are left out."""
+    """Write a histogram of lengths to a PNG, over a logarithmic axis, without empty documents."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write a dataset of token ids in which a value can be told from its key by whoever remembers the first mention.
+"""Write a recall dataset of token ids: a model that remembers the first mention of a key can predict its value.
 
     tools/make_recall_corpus.py --output-prefix data/recall --documents 20000 --length 128
 
-It is for NullTokenizer, with the same --vocab-size, and --seq-length as long as a document, so that every sample is
-one. --ends-every cuts documents into pieces that a training with --reset-attention-mask keeps apart: a control that
-cannot remember.
+Use NullTokenizer with the same --vocab-size, and --seq-length equal to the document length, so that every sample is one
+document. --ends-every cuts documents into pieces that do not see each other in training with --reset-attention-mask: a
+control that cannot remember.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from argument_types import whole
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -38,7 +38,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--documents", type=whole(1, "10000"), default=10000, metavar="N", help="[%(default)s]")
     parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of a document [%(default)s]")
     parser.add_argument(
-        "--max-mentions", type=int, default=16, metavar="N", help="pairs of a document, 2 to this [%(default)s]"
+        "--max-mentions", type=int, default=16, metavar="N", help="pairs in a document, from 2 to this [%(default)s]"
     )
     parser.add_argument("--ends-every", type=int, metavar="N", help="end a document at every Nth token too [no]")
     ids = RecallVocabulary()

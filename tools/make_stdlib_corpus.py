@@ -1,9 +1,9 @@
-"""Write a corpus of real text that every machine has: the sources of the running Python's standard library.
+"""Write a corpus of real text available on every machine: the sources of the running Python's standard library.
 
     python tools/make_stdlib_corpus.py --output corpus.jsonl
 
-Each source file is one document, {"text": ..., "name": ...}. The files come in a random order that is always the same,
-so that any stretch of the corpus is like any other.
+Each source file is one document, {"text": ..., "name": ...}. The files are shuffled with a fixed seed, so that all
+parts of the corpus are alike.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()

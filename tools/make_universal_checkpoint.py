@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write a checkpoint in a form that any number of ranks, ZeRO stage and number format can go on from.
+"""Convert a checkpoint to a form that any number of ranks, ZeRO stage and number format can resume from.
 
     tools/make_universal_checkpoint.py runs/llama/checkpoints runs/llama/universal
     pretrain_gpt.py ... --load runs/llama/universal --universal-checkpoint
 
-Weights, Adam's moments and counters, each parameter whole: DeepSpeed's universal form. --universal-checkpoint takes
-the checkpoint itself too, where every machine can read it; the universal form is for one that goes elsewhere. No GPU
-and no process group is needed, and little more memory than the largest tensor takes.
+The output is DeepSpeed's universal form: weights, Adam's moments and counters, with each parameter in one piece.
+--universal-checkpoint also loads the checkpoint itself, where every machine can read it; the universal form is for a
+checkpoint that moves elsewhere. No GPU and no process group is needed, and little more memory than the largest tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -58,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (WeightsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{target}: {len(source.names)} tensors with their moments at step {source.step}; go on with")
+    print(f"{target}: {len(source.names)} tensors with their moments at step {source.step}; resume with")
     print(f"  --load {arguments.output} --universal-checkpoint")
     return 0
 
 
 def name_newest(target: Path) -> None:
-    """Let `latest` name the new checkpoint, which is removed where that fails."""
+    """Point `latest` to the new checkpoint; remove the checkpoint if that fails."""
     try:
         with atomic_path(target.parent / "latest") as latest:
             latest.write_text(target.name)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Join datasets (PREFIX.bin and PREFIX.idx) into one, their documents one after the other.
+"""Concatenate datasets (PREFIX.bin and PREFIX.idx) into one.
 
     python tools/merge_datasets.py --input data/a data/b --output-prefix data/all
     python tools/merge_datasets.py --input data/parts --output-prefix data/all       all datasets of a folder, by name
 
-All must hold tokens of one type. A block is in memory at a time, and the output appears only when it is whole.
+All must have the same token dtype. One block at a time is in memory, and the output appears only when it is complete.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_prefixes(names: Sequence[str]) -> list[Path]:
-    """The prefixes that names and folders stand for, those of a folder by name. DataError if a folder has none."""
+    """Return the prefixes named, with folders expanded in order of name. DataError if a folder has none."""
     prefixes: list[Path] = []
     for name in names:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""Flags that the tools share which run a model: which one, how, and its tokenizer."""
+"""Flags shared by the tools that run a model: the model, its execution, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, and where it runs."""
+    """Add the flags of the model and its execution."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--load", type=Path, required=True, metavar="MODEL",
@@ -34,21 +34,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         f"{fpdt}-chunk-size", type=int, default=65536, metavar="N", help="tokens per chunk [%(default)s]"
     )
-    model.add_argument(f"{fpdt}-offloading", action="store_true", help="keep chunks and the cache in host memory")
+    model.add_argument(f"{fpdt}-offloading", action="store_true", help="offload chunks and the KV cache to host memory")
     model.add_argument(
         f"{fpdt}-device-memory", type=real(0, "40"), default=0, metavar="GIB",
-        help="with offloading: what may stay on the GPU all the same [%(default)g]",
+        help="with offloading: GPU memory for chunks that stay on the GPU [%(default)g]",
     )  # fmt: skip
     model.add_argument(
         f"{fpdt}-host-memory",
         type=real(0, "64", open_low=True),
         metavar="GIB",
-        help="most host memory to take [no limit]",
+        help="maximum host memory to use [no limit]",
     )
 
 
 def add_verification_argument(parser: argparse._ActionsContainer) -> None:
-    """Whether what is read is hashed first, under the name that training has."""
+    """Add the flag that turns off hashing before reading, under the name that training uses."""
     parser.add_argument(
         "--no-verify-checkpoint", action="store_true",
         help="compare only the sizes of the files with the manifest before reading them, not their hashes",
@@ -56,17 +56,17 @@ def add_verification_argument(parser: argparse._ActionsContainer) -> None:
 
 
 def opened_model_of(arguments: argparse.Namespace) -> OpenedModel:
-    """The model that --load names; WeightsError if there is none, or it is not what was written."""
+    """Open the model that --load names; WeightsError if there is none, or it is damaged."""
     return OpenedModel(arguments.load, with_hashes=not arguments.no_verify_checkpoint)
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """The tokenizer, under the names that training has."""
+    """Add the flags of the tokenizer, under the names that training uses."""
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument(
         "--tokenizer-type",
         choices=TOKENIZER_TYPES,
-        help="[HFTokenizer, of the tokenizer.json beside the weights, or what the weights were trained with]",
+        help="[HFTokenizer, of the tokenizer.json next to the weights, or what the weights were trained with]",
     )
     tokenizer.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
     tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
@@ -74,13 +74,13 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer.add_argument(
         "--tiktoken-pattern",
         choices=get_args(TiktokenPattern),
-        help="models that TikTokenizer splits text as [those that published such a file]",
+        help="model family whose pattern TikTokenizer splits text by [those that published such a file]",
     )
     tokenizer.add_argument("--vocab-size", type=whole(1, "32000"), help="number of ids of NullTokenizer")
 
 
 def tokenizer_of(arguments: argparse.Namespace) -> Tokenizer:
-    """The tokenizer that the flags name, or the one beside the weights, or that of the training.
+    """Build the tokenizer that the flags name, else the one next to the weights, else that of the training run.
 
     TokenizerError if there is none.
     """
@@ -88,12 +88,12 @@ def tokenizer_of(arguments: argparse.Namespace) -> Tokenizer:
     if named.tokenizer_type is None:
         named = replace(named, tokenizer_type="HFTokenizer")
         if named.tokenizer_model is None:
-            named = _tokenizer_beside(newest_checkpoint(arguments.load))
+            named = _tokenizer_next_to(newest_checkpoint(arguments.load))
     return build_tokenizer(**vars(named))
 
 
-def _tokenizer_beside(folder: Path) -> TokenizerConfig:
-    """What tells the tokenizer of the weights in a folder: its tokenizer.json, or the flags of their training."""
+def _tokenizer_next_to(folder: Path) -> TokenizerConfig:
+    """Return the tokenizer settings of a folder of weights: its tokenizer.json, or the flags of the training run."""
     if not folder.is_dir():
         raise TokenizerError(f"--load ({folder}) is no folder; name one with a checkpoint, weights or a model.")
     if (folder / "tokenizer.json").is_file():
@@ -106,7 +106,7 @@ def _tokenizer_beside(folder: Path) -> TokenizerConfig:
 
 
 def inference_of(arguments: argparse.Namespace, isolated_chunks: bool = False) -> Inference:
-    """How the flags want the model to be run; ValueError for what cannot be."""
+    """Return the execution that the flags ask for; ValueError if it is impossible."""
     has_gpu = torch.cuda.is_available()
     try:
         device = torch.device(arguments.device or ("cuda" if has_gpu else "cpu"))
@@ -127,5 +127,5 @@ def inference_of(arguments: argparse.Namespace, isolated_chunks: bool = False) -
 
 
 def num_ids_of(opened: OpenedModel, tokenizer: Tokenizer) -> int:
-    """Ids that both the model and the tokenizer have."""
+    """Return the number of ids that both the model and the tokenizer have."""
     return min(opened.num_ids, tokenizer.vocab_size)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What does a long-context run need, how long does a step take, and what is the longest context that fits?
+"""Estimate the memory and step time of a long-context run, and the longest context that fits.
 
     tools/plan_context.py --model llama-8b --gpus 4 --gpu H100 --seq-length 1048576
     tools/plan_context.py --model path/to/config.json --gpus 8 --gpu A100-80GB --host-memory 1900
     tools/plan_context.py --gpus 4 --gpu H200 -- --num-layers 32 --hidden-size 4096 ...     flags of pretrain_gpt.py
-    tools/plan_context.py --published     what is reckoned for published configurations, beside what was published
+    tools/plan_context.py --published     estimates for published configurations next to the published results
 
-With FPDT and offloading, in bf16. Figures are per GPU unless they say otherwise. Where nothing is said, every GPU
-shares one sequence, and the chunk is the one that makes the shortest step. docs/planner.md says how the figures are
-reckoned, and how far they were from what was measured. Exit code 1 where the run does not fit.
+The estimates are for FPDT with offloading, in bf16, per GPU unless they say otherwise. By default all GPUs share one
+sequence, and the chunk is the one with the fastest step. docs/planner.md explains the estimates and compares them with
+measurements. Exit code 1 if the run does not fit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from argument_types import real
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -50,13 +50,13 @@ GPUS_PER_NODE = 8
 LARGEST_COUNT = 2**31 - 1
 SCRIPT_FLAGS = "--"
 ABOVE_ZERO = real(0, "100", open_low=True)
-# What every run must say and no plan depends on: flags, one of which is needed, and a value for the first.
+# Required flags that no plan depends on: alternatives, one of which is needed, and a value for the first.
 STAND_INS = (
     (("--lr",), "1e-4"),
     (("--train-iters", "--train-samples", "--train-tokens"), "1"),
     (("--data-path", "--train-data-path"), "none"),
 )
-# What the training flags say themselves: before -- it would not count.
+# Settings that the training flags give; before -- they would have no effect.
 DESCRIBED_BY_TRAINING = {
     "--model", "--seq-length", "--chunk-size", "--sequence-parallel", "--micro-batch-size", "--zero-stage",
     "--cpu-optimizer", "--device-memory",
@@ -64,12 +64,12 @@ DESCRIBED_BY_TRAINING = {
 
 
 def host_memory(text: str) -> float:
-    """GiB, or what this machine has free within its control group's limit."""
+    """Parse GiB, or `here` for the free memory of this machine within its cgroup limit."""
     return available_host_bytes() / GIB if text == "here" else ABOVE_ZERO(text)
 
 
 def count(text: str) -> int:
-    """A whole number from 1 to what 32 bits hold."""
+    """Parse a whole number from 1 to the largest of 32 bits."""
     if not text.isdecimal() or not 1 <= float(text) <= LARGEST_COUNT:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a whole number from 1 to {LARGEST_COUNT}; give one, such as 8"
@@ -84,19 +84,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", help=f"{', '.join(MODEL_NAMES)}, or a Hugging Face folder or config.json")
-    parser.add_argument("--vocab-size", type=count, help="tokens of the vocabulary, where the model does not say it")
+    parser.add_argument("--vocab-size", type=count, help="tokens of the vocabulary, where the model does not define it")
     machine = parser.add_argument_group("machines")
-    machine.add_argument("--gpus", type=count, default=1, help="all of them together [%(default)s]")
+    machine.add_argument("--gpus", type=count, default=1, help="total number of GPUs [%(default)s]")
     machine.add_argument("--gpus-per-node", type=count, default=GPUS_PER_NODE, help="[%(default)s]")
     machine.add_argument("--gpu", choices=GPUS, default="H100", help="[%(default)s]")
     machine.add_argument("--gpu-memory", type=ABOVE_ZERO, help="GiB [the GPU's]")
     machine.add_argument("--host-memory", type=host_memory, default=1900.0,
-                         help="GiB per machine, or `here` for what is free on this one [%(default)s]")  # fmt: skip
+                         help="GiB per machine, or `here` for the free memory of this one [%(default)s]")  # fmt: skip
     machine.add_argument("--link", type=ABOVE_ZERO, help="GB/s between a GPU and its host, one way [the GPU's]")
     machine.add_argument("--network", type=ABOVE_ZERO, default=50, help="GB/s per GPU between machines [%(default)s]")
-    job = parser.add_argument_group("run, where it is not described by flags of pretrain_gpt.py")
+    job = parser.add_argument_group("run, unless flags of pretrain_gpt.py describe it")
     job.add_argument("--seq-length", type=count, default=DEFAULT_LENGTH, help="tokens [%(default)s]")
-    job.add_argument("--chunk-size", type=count, help="tokens over all GPUs of a sequence [the quickest]")
+    job.add_argument("--chunk-size", type=count, help="tokens over all GPUs of a sequence [the fastest]")
     job.add_argument("--sequence-parallel", type=count, help="GPUs that share a sequence [all]")
     job.add_argument("--micro-batch-size", type=count, default=1, help="[%(default)s]")
     job.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3, help="[%(default)s]")
@@ -105,8 +105,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                      help="chunks that may stay on a GPU [%(default)s]")  # fmt: skip
     job.add_argument("--backend", help="attention kernel [the GPU's fastest]")
     output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, help="write the figures to a file")
-    output.add_argument("--plot", type=Path, help="draw memory and time over length into a PNG")
+    output.add_argument("--json", type=Path, help="write the estimates to a file")
+    output.add_argument("--plot", type=Path, help="plot memory and time over length to a PNG")
     output.add_argument("--published", action="store_true", help="print the table of published configurations")
     arguments = parser.parse_args(argv[:training])
     arguments.training = completed(argv[training + 1 :])
@@ -122,7 +122,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def completed(flags: Sequence[str]) -> list[str]:
-    """The flags of a run, with stand-ins for what a plan does not depend on; none where there are no flags."""
+    """Add stand-ins to the flags of a run for required flags that a plan does not depend on; [] stays []."""
     given = {flag.split("=")[0] for flag in flags}
     missing = [(names[0], value) for names, value in STAND_INS if given.isdisjoint(names)] if flags else []
     return [*flags, *chain.from_iterable(missing)]
@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    """The plan that the command line asks for."""
+    """Make the plan that the command line asks for."""
     gpu = GPUS[arguments.gpu]
     gpu = replace(gpu, memory_gib=arguments.gpu_memory or gpu.memory_gib, link_gbps=arguments.link or gpu.link_gbps)
     per_node = min(arguments.gpus_per_node, arguments.gpus)
@@ -175,7 +175,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def model_called(name: str, seq_length: int) -> tuple[ModelConfig, int]:
-    """(the model, its vocabulary) of a name, or of a Hugging Face folder or its config.json."""
+    """Return (model, vocabulary size) of a name, or of a Hugging Face folder or its config.json."""
     if name in MODEL_NAMES:
         return named_model(name, seq_length)
     if not Path(name).exists():
@@ -215,7 +215,7 @@ def job_of_config(config: Config, arguments: argparse.Namespace) -> Job:
 
 
 def vocabulary_of(tokenizer: TokenizerConfig) -> int:
-    """Ids of a run's tokenizer; a usual number, which is said, where its files are not here."""
+    """Return the vocabulary size of a run's tokenizer; a default, with a note, where its files are missing."""
     try:
         return tokenizer_of(tokenizer).vocab_size
     except TokenizerError as error:
@@ -226,7 +226,7 @@ def vocabulary_of(tokenizer: TokenizerConfig) -> int:
 
 
 def figures_of(plan: Plan) -> dict[str, Any]:
-    """Everything that is reckoned, by name; memory in GiB per GPU."""
+    """Return all estimates by name; memory in GiB per GPU."""
     job, memory, speed = plan.job, plan.memory, plan.speed
     return {
         "gpu": plan.machines.gpu.name, "gpus": job.num_gpus, "parameters": job.num_parameters,
@@ -247,7 +247,7 @@ def figures_of(plan: Plan) -> dict[str, Any]:
 
 
 def lines_of(plan: Plan) -> list[str]:
-    """The figures for a reader."""
+    """Format the estimates as lines of text."""
     f, gpu = figures_of(plan), plan.machines.gpu
     host = plan.machines.host_bytes_per_gpu / GIB
     per_node = min(plan.machines.gpus_per_node, plan.job.num_gpus)
@@ -270,7 +270,7 @@ def lines_of(plan: Plan) -> list[str]:
         f"longest context  {f['longest_context']:9,} tokens",
     ]
     if plan.job.streamed:
-        lines.append(f"smallest chunk that hides the copies: {f'{hiding:,} tokens' if hiding else 'none'}")
+        lines.append(f"smallest chunk that hides copies behind compute: {f'{hiding:,} tokens' if hiding else 'none'}")
     if plan.fits:
         return [*lines, "it fits; flags: " + " ".join(flags_of(plan.job))]
     where = " and ".join(name for name, fits in (("GPU", plan.fits_gpu), ("host", plan.fits_host)) if not fits)
@@ -278,17 +278,17 @@ def lines_of(plan: Plan) -> list[str]:
 
 
 def flags_of(job: Job) -> list[str]:
-    """Flags of pretrain_gpt.py for how the job is executed."""
+    """Return the flags of pretrain_gpt.py for the execution of the job."""
     flags = [
         f"--seq-length {job.model.seq_length}", f"--ds-sequence-parallel-size {job.sequence_parallel_size}",
         f"--zero-stage {job.zero_stage}", *["--cpu-optimizer"] * job.cpu_optimizer,
     ]  # fmt: skip
     if job.streamed:
         chunk = f"--ds-sequence-parallel-fpdt-chunk-size {job.chunk_length}"
-        kept = job.device_memory_bytes / GIB
+        on_device = job.device_memory_bytes / GIB
         return [
             *flags, "--ds-sequence-parallel-fpdt", chunk, "--ds-sequence-parallel-fpdt-offloading",
-            *[f"--ds-sequence-parallel-fpdt-device-memory {kept:g}"] * bool(kept),
+            *[f"--ds-sequence-parallel-fpdt-device-memory {on_device:g}"] * bool(on_device),
         ]  # fmt: skip
     return flags + {
         "kept": [],
@@ -298,7 +298,7 @@ def flags_of(job: Job) -> list[str]:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """GPU and host memory, and the time of a step, over the length."""
+    """Plot GPU and host memory, and the time of a step, over the length."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -313,7 +313,7 @@ def draw(plan: Plan, path: Path) -> None:
     memory.plot(lengths, [each.memory.host / GIB for each in plans], marker="s", label="host, per GPU")
     memory.axhline(plan.machines.gpu.memory_gib, linestyle="--", color="C0", linewidth=1)
     memory.axhline(plan.machines.host_bytes_per_gpu / GIB, linestyle="--", color="C1", linewidth=1)
-    memory.set(ylabel="GiB; dashed: what there is", yscale="log")
+    memory.set(ylabel="GiB; dashed: available", yscale="log")
     memory.legend()
     time.plot(lengths, [each.speed.step for each in plans], marker="o")
     time.set(ylabel="seconds per step", yscale="log")

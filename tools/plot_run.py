@@ -1,7 +1,7 @@
-"""Draw what runs have reported: `python tools/plot_run.py RUN_DIR [OTHER_RUN_DIR ...] --output run.png`.
+"""Plot the logged metrics of runs: `python tools/plot_run.py RUN_DIR [OTHER_RUN_DIR ...] --output run.png`.
 
-Loss, gradient norm and loss by position; speed, utilisation and memory over the time trained. A run may still be going
-on. Several runs are drawn into the same panels, each in its colour.
+Loss, gradient norm and loss by position; speed, utilization and memory over training time. A run may still be in
+progress. Several runs share the same panels, each in its own color.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -32,7 +32,7 @@ MARKS = {"skipped_iterations": ("x", "skipped"), "nan_iterations": ("*", "not fi
 
 
 class Panel(NamedTuple):
-    """Series of a run, by name of `SCALARS` and with what the legend adds, over tokens or over hours."""
+    """Series of a run, from a name of `SCALARS` to its suffix in the legend, over tokens or over hours."""
 
     label: str
     series: dict[str, str]
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw what runs have reported.")
+    parser = argparse.ArgumentParser(description="Plot the logged metrics of runs.")
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="folder with TensorBoard's events or a .log file, or the log"
     )
@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _named_apart(runs: list[RunHistory], paths: Sequence[Path]) -> list[RunHistory]:
-    """Call runs by their paths where their names are the same."""
+    """Name runs by their paths where their names are the same."""
     if len({run.name for run in runs}) < len(runs):
         for run, path in zip(runs, paths, strict=True):
             run.name = str(path)
@@ -79,7 +79,7 @@ def _named_apart(runs: list[RunHistory], paths: Sequence[Path]) -> list[RunHisto
 
 
 def draw(runs: Sequence[RunHistory], output: Path) -> None:
-    """Draw a panel of everything that any of the runs knows."""
+    """Draw a panel for each metric that any of the runs has."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -107,7 +107,7 @@ def draw(runs: Sequence[RunHistory], output: Path) -> None:
 
 
 def _tokens_at(run: RunHistory, iterations: Iterable[int]) -> list[float]:
-    """Tokens consumed at iterations; between those that are known in proportion."""
+    """Return tokens consumed at iterations, interpolated linearly between the known ones."""
     known = {0: 0.0, **run.train("consumed_tokens")}
     return np.interp(list(iterations), list(known), list(known.values())).tolist()
 
@@ -130,7 +130,7 @@ def _draw_losses(axes: Any, runs: Sequence[RunHistory]) -> None:
 
 
 def _draw_marks(axes: Any, run: RunHistory, iterations: list[int], marker: str, color: str, label: str) -> None:
-    """Mark iterations at the foot of the panel, where they show also without a loss."""
+    """Mark iterations at the foot of the panel, where they are visible even without a loss."""
     if iterations:
         places = _tokens_at(run, iterations)
         foot = axes.get_xaxis_transform()  # y from 0 at the foot to 1
@@ -138,7 +138,7 @@ def _draw_marks(axes: Any, run: RunHistory, iterations: list[int], marker: str, 
 
 
 def _draw_positions(axes: Any, runs: Sequence[RunHistory]) -> None:
-    """The loss of each bucket as a step from its first position to its last."""
+    """Draw the loss of each bucket as a step from its first position to its last."""
     for number, run in enumerate(runs):
         buckets = run.positions()
         if buckets:

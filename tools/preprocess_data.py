@@ -1,10 +1,10 @@
-"""Turn text into tokens: JSON lines, Parquet or text files in, Megatron's PREFIX_KEY_document.bin and .idx out.
+"""Tokenize text: JSON lines, Parquet or text files in, Megatron's PREFIX_KEY_document.bin and .idx out.
 
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --append-eod --workers 8 \\
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt
 
-The output appears only when all of it is written. Until then it grows in PREFIX.preprocessing, and a run that was
-interrupted goes on from there when the same command is given again.
+The output appears only when it is complete. Until then it grows in PREFIX.preprocessing, and the same command resumes
+an interrupted run from there.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -38,7 +38,7 @@ from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
 
 BAD_RECORDS_SHOWN = 5
-HOW_TO_GO_ON = "the same command goes on from the last note, or begins anew if there is none yet"
+HOW_TO_RESUME = "the same command resumes from the last saved progress, or starts over if there is none yet"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,19 +51,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--json-keys", nargs="+", default=["text"],
                         help="keys, or columns, of the texts; one dataset for each")  # fmt: skip
     source.add_argument("--skip-bad-lines", action="store_true",
-                        help="leave out and count lines, rows and text files that cannot be read")  # fmt: skip
+                        help="skip and count lines, rows and text files that cannot be read")  # fmt: skip
     source.add_argument("--max-document-mb", type=int, default=DEFAULT_MAX_DOCUMENT_MB,
-                        help="MiB of a line, row or text file; longer ones are bad lines [%(default)s]")  # fmt: skip
+                        help="maximum MiB of a line, row or text file; longer ones are bad [%(default)s]")  # fmt: skip
     source.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document id")
     add_flags(parser, TokenizerConfig)
     parser.set_defaults(tokenizer_type=TokenizerConfig().tokenizer_type)
     output = parser.add_argument_group("output")
     output.add_argument("--output-prefix", required=True, help="the files are PREFIX_KEY_document.bin and .idx")
-    output.add_argument("--workers", type=int, default=1, help="processes that tokenize")
-    output.add_argument("--log-interval", type=int, default=1000, help="documents between two progress reports")
+    output.add_argument("--workers", type=int, default=1, help="number of tokenizer processes")
+    output.add_argument("--log-interval", type=int, default=1000, help="documents between progress reports")
     output.add_argument("--save-seconds", type=float, default=30.0,
-                        help="seconds between notes from which a run can go on [%(default)s]")  # fmt: skip
-    output.add_argument("--restart", action="store_true", help="begin anew where an interrupted run would go on")
+                        help="seconds between saves of the progress, to resume from [%(default)s]")  # fmt: skip
+    output.add_argument("--restart", action="store_true", help="start over instead of resuming an interrupted run")
     arguments = parser.parse_args(argv)
     for flag in ("workers", "log_interval"):
         if getattr(arguments, flag) < 1:
@@ -81,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, TokenizerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, OSError):
-            print(HOW_TO_GO_ON, file=sys.stderr)
+            print(HOW_TO_RESUME, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; {HOW_TO_GO_ON}", file=sys.stderr)
+        print(f"interrupted; {HOW_TO_RESUME}", file=sys.stderr)
         return 130
     return 0
 
@@ -116,7 +116,7 @@ def preprocess(arguments: argparse.Namespace) -> None:
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the output depends on besides the input files, by the name of the flag."""
+    """Return the settings that the output depends on besides the input files, by flag."""
     names = ("input_format", "json_keys", "tokenizer_type", "tiktoken_pattern", "vocab_size", "append_eod")
     settings = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
     for name in ("vocab_file", "merge_file", "tokenizer_model"):
@@ -126,13 +126,13 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the files of a tokenizer in a folder."""
+    """Return the start of the SHA-256 of a file, or of the tokenizer files in a folder."""
     files = [path] if path.is_file() else [path / "tokenizer.json", path / "tokenizer_config.json"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
 
 
 class Run:
-    """One run over the input, from where the one before it was interrupted."""
+    """One run over the input, which resumes where the last one was interrupted."""
 
     def __init__(
         self, workspace: Workspace, plan: EncoderPlan, paths: Sequence[Path], keys: Sequence[str],
@@ -145,15 +145,15 @@ class Run:
         self.mark, self._start_of_file = note.mark, note.start_of_file
         if self.mark.bad_records and not plan.skip_bad_records:
             raise DataError(
-                f"the interrupted run left out {self.mark.bad_records} bad lines; give --skip-bad-lines to go on, or "
-                "--restart to begin anew."
+                f"the interrupted run left out {self.mark.bad_records} bad lines; give --skip-bad-lines to resume, "
+                "or --restart to start over."
             )
 
     def write(self, dtype: Any) -> None:
         """Read and tokenize the rest of the input. Raises DataError, also if there is no text at all."""
         position = self.mark.position
         if position != InputPosition():
-            print(f"going on after file {position.file} and {position.record} records of the next", file=sys.stderr)
+            print(f"resuming after file {position.file} and {position.record} records of the next", file=sys.stderr)
         datasets = [
             self._workspace.open_dataset(key, dtype, written)
             for key, written in zip(self._keys, self.mark.written, strict=True)
@@ -199,7 +199,7 @@ def refuse_empty(keys: Sequence[str], datasets: Sequence[PartialDataset]) -> Non
 
 
 class Progress:
-    """A bar where the output is a terminal, a line per `interval` documents or a few more where it is not."""
+    """A progress bar on a terminal; elsewhere a line per `interval` documents, or slightly more."""
 
     def __init__(self, interval: int) -> None:
         self._interval = interval

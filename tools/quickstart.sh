@@ -2,10 +2,10 @@
 # Train a small LLaMA with FPDT on real text: the sources of the running Python's own standard library.
 #
 #   tools/quickstart.sh                             from nothing to a checkpoint and curves
-#   CONTINUE=1 TRAIN_ITERS=160 tools/quickstart.sh   go on from the checkpoint
+#   CONTINUE=1 TRAIN_ITERS=160 tools/quickstart.sh   resume from the checkpoint
 #
-# Two processes with sequence-parallel size 2, ZeRO-3, and FPDT with offloading: on two GPUs in bf16, or on the CPU in
-# fp32. With one GPU it is one process. Every variable below can be set from the environment.
+# It runs two processes with sequence-parallel size 2, ZeRO-3, and FPDT with offloading: on two GPUs in bf16, or on the
+# CPU in fp32. With one GPU it runs one process. Every variable below can be set from the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -60,7 +60,7 @@ else
 fi
 echo "quickstart: $num_gpus GPUs, $num_processes processes, writing to $OUT"
 
-# --- data: made once, each part appears only when it is whole -----------------------------------------------------------
+# --- data: made once, each part appears only when it is complete --------------------------------------------------------
 data=$OUT/data
 mkdir -p "$data"
 if [[ ! -f $data/corpus.jsonl ]]; then

@@ -1,4 +1,4 @@
-"""Train a tokenizer on text: a byte-level BPE, in GPT-2's format and in Hugging Face's, or a SentencePiece model.
+"""Train a tokenizer on text: a byte-level BPE, in the GPT-2 and Hugging Face formats, or a SentencePiece model.
 
     python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output-dir tokenizer
     python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8192 --output-dir tokenizer \\
@@ -7,7 +7,7 @@
 GPT-2's vocabulary holds the 256 bytes, the merges, and <|endoftext|> as its last id. It is written twice, with the same
 ids: vocab.json and merges.txt for GPT2BPETokenizer, tokenizer.json and tokenizer_config.json for HFTokenizer and
 transformers. The SentencePiece model, tokenizer.model, is a BPE that leaves text as it is, falls back to bytes for rare
-characters, and ends documents with </s>. SentencePiece holds the text in memory while it learns: give it a part of a
+characters, and ends documents with </s>. SentencePiece holds the text in memory while it trains: give it a part of a
 large corpus.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # what comes next takes seconds to import
+if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
@@ -41,9 +41,9 @@ from megatron.tokenizer.text import valid_unicode
 
 SMALLEST_VOCABULARY = {"GPT2BPETokenizer": 257, "SentencePieceTokenizer": 258}
 END_OF_DOCUMENT_OF = {"GPT2BPETokenizer": END_OF_DOCUMENT, "SentencePieceTokenizer": "<unk> and </s>"}
-LONGEST_SENTENCE = 2**14  # characters; SentencePiece leaves out sentences above a number of bytes
+LONGEST_SENTENCE = 2**14  # characters; SentencePiece skips sentences above a number of bytes
 LARGEST_CHARACTER = 4  # bytes
-# What transformers has to know besides tokenizer.json.
+# Settings that transformers needs besides tokenizer.json.
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": END_OF_DOCUMENT,
@@ -58,14 +58,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="files, folders or quoted patterns; .gz and .zst are unpacked")  # fmt: skip
     parser.add_argument("--input-format", choices=INPUT_FORMATS, default="auto",
                         help="text: each file is a document; auto: .parquet is Parquet, the rest jsonl")  # fmt: skip
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts to learn from")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts to train on")
     parser.add_argument("--max-document-mb", type=int, default=DEFAULT_MAX_DOCUMENT_MB,
-                        help="MiB that a line, row or text file may have [%(default)s]")  # fmt: skip
+                        help="maximum MiB of a line, row or text file [%(default)s]")  # fmt: skip
     parser.add_argument("--tokenizer-type", choices=SMALLEST_VOCABULARY, default="GPT2BPETokenizer",
-                        help="that reads the result [%(default)s]")  # fmt: skip
-    parser.add_argument(
-        "--vocab-size", type=int, required=True, help="number of ids, that of the end of a document too"
-    )
+                        help="type of the tokenizer [%(default)s]")  # fmt: skip
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, end-of-document id included")
     parser.add_argument("--min-frequency", type=int, help="how often a pair must occur to be merged in GPT-2's BPE [2]")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the tokenizer's files")
     arguments = parser.parse_args(argv)
@@ -110,7 +108,7 @@ def read_texts(paths: Sequence[Path], input_format: str, keys: Sequence[str], ma
 
 
 def train(texts: Iterator[str], vocab_size: int, min_frequency: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Learn token ids and merges, the most frequent pair first; the last id is the end of a document."""
+    """Train a BPE; return token ids and merges, the most frequent pair first. The last id ends a document."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -127,7 +125,7 @@ def train(texts: Iterator[str], vocab_size: int, min_frequency: int) -> tuple[di
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
-    """Learn a BPE that loses nothing but the mark for a space; TokenizerError if the text has too little for it."""
+    """Train a BPE that loses nothing but the mark for a space; TokenizerError if there is too little text."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -158,7 +156,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The lines of a text, and parts of those that are too long."""
+    """Yield the lines of a text, with lines that are too long cut into parts."""
     for line in text.splitlines(keepends=True):
         for start in range(0, len(line), LONGEST_SENTENCE):
             yield line[start : start + LONGEST_SENTENCE]

@@ -1,11 +1,11 @@
-"""Megatron-DeepSpeed's command line of its converter, in the words of the one here.
+"""Translation of the command line of Megatron-DeepSpeed's converter to that of this converter.
 
     --hf-ckpt-dir HF --save OUT                                   to-megatron HF OUT
     --hf-ckpt-dir HF --load CHECKPOINT --save OUT --to-hf-ckpt    to-hf CHECKPOINT OUT --like HF
 
-There the model is built from the flags of a training, all of which must therefore be given; here config.json describes
-it, and flags that describe it as well must agree. The sizes of tensor and pipeline parallelism have no effect: the
-weights that are written depend on no layout.
+Megatron-DeepSpeed builds the model from training flags, so all of them must be given. Here config.json describes the
+model, and flags that also describe it must agree. The sizes of tensor and pipeline parallelism have no effect: the
+weights written do not depend on a layout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _USAGE = "%(prog)s --hf-ckpt-dir HF_FOLDER --save OUT [--to-hf-ckpt --load CHECK
 
 
 def is_upstream_line(argv: Sequence[str]) -> bool:
-    """Whether a command line is one of upstream's converter."""
+    """Return whether a command line is for upstream's converter."""
     return (
         bool(argv)
         and argv[0].startswith("--")
@@ -45,16 +45,16 @@ class Translation:
 
     argv: Sequence[str]
     notes: Sequence[str] = ()
-    """What was passed over, a line each."""
+    """Flags that were ignored, one line each."""
 
     described: Mapping[str, Any] = field(default_factory=dict)
-    """What flags say of the model, by our names."""
+    """Model settings that flags give, by our names."""
 
     hugging_face: str = ""
     """The folder whose config.json must agree with that."""
 
     def check(self) -> None:
-        """WeightsError if a flag describes another model than config.json."""
+        """Raise WeightsError if a flag contradicts config.json."""
         if not self.described:
             return
         model = read_hugging_face_config(Path(self.hugging_face)).model
@@ -68,7 +68,7 @@ class Translation:
 
 
 def translate(argv: Sequence[str]) -> Translation:
-    """Read a command line of upstream's; ends the program where a flag is missing or cannot be honored."""
+    """Translate an upstream command line; exits where a flag is missing or cannot be honored."""
     parser = _parser()
     arguments, others = parser.parse_known_args([_dashed(word) for word in argv])
     passed_over = [word.split("=")[0] for word in others if word.startswith("--")]
@@ -133,7 +133,7 @@ def _flag(name: str) -> str:
 
 
 def _dashed(word: str) -> str:
-    """A flag with dashes in its name; other words as they are."""
+    """Replace underscores in a flag's name with dashes; leave other words unchanged."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")

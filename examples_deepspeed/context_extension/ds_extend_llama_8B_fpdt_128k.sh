@@ -17,13 +17,13 @@ set -euo pipefail
 seq_len=${SEQ_LEN:-131072}
 tiny_seq_len=2048
 chunk_size=${CHUNK_SIZE:-32768}
-gpus_per_sequence=4 # at most, unless SEQUENCE_PARALLEL says how many; the others train on further sequences
+gpus_per_sequence=4 # at most, unless SEQUENCE_PARALLEL is set; the other GPUs train on other sequences
 stretched_theta=8400000 # theta of RoPE unless ROPE_SCALING or ROTARY_THETA is set
 train_tokens=${TRAIN_TOKENS:-1e9}
 warmup_tokens=${WARMUP_TOKENS:-2e7}
 lr=${LR:-2e-5}
 min_lr=${MIN_LR:-2e-6}
-output=${OUTPUT:-runs/llama_8B_extended_128k} # checkpoints, log, TensorBoard; a run that is started again goes on from here
+output=${OUTPUT:-runs/llama_8B_extended_128k} # checkpoints, log, TensorBoard; a restarted run resumes from here
 
 prepare_stage
 launch "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Extend the context of a LLaMA of 8B parameters from 131,072 to 1,048,576 tokens with FPDT. LOAD names the checkpoints
-# of the stage before.
+# of the previous stage.
 #
 #   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=runs/llama_8B_extended_128k/checkpoints \
 #     examples_deepspeed/context_extension/ds_extend_llama_8B_fpdt_1m.sh
@@ -17,13 +17,13 @@ set -euo pipefail
 seq_len=${SEQ_LEN:-1048576}
 tiny_seq_len=4096
 chunk_size=${CHUNK_SIZE:-65536}
-gpus_per_sequence=8 # at most, unless SEQUENCE_PARALLEL says how many; the others train on further sequences
+gpus_per_sequence=8 # at most, unless SEQUENCE_PARALLEL is set; the other GPUs train on other sequences
 stretched_theta=69000000 # theta of RoPE unless ROPE_SCALING or ROTARY_THETA is set
 train_tokens=${TRAIN_TOKENS:-5e8}
 warmup_tokens=${WARMUP_TOKENS:-1e7}
 lr=${LR:-1e-5}
 min_lr=${MIN_LR:-1e-6}
-output=${OUTPUT:-runs/llama_8B_extended_1m} # checkpoints, log, TensorBoard; a run that is started again goes on from here
+output=${OUTPUT:-runs/llama_8B_extended_1m} # checkpoints, log, TensorBoard; a restarted run resumes from here
 
 prepare_stage
 launch "$@"

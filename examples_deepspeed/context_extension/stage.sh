@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the stages of this folder share, beside sequence_parallel/common.sh: the model, which starts as LLaMA 3 with 8B
-# parameters, how its RoPE is stretched, and how many GPUs a stage puts on one sequence. A stage sources this file, sets
-# its values, calls `prepare_stage` and `launch`.
+# Shared parts of the stages in this folder, on top of sequence_parallel/common.sh: the model, which starts as LLaMA 3
+# with 8B parameters, the scaling of its RoPE, and the number of GPUs per sequence. A stage sources this file, sets its
+# values, and calls `prepare_stage` and `launch`.
 #
 # shellcheck disable=SC2034,SC2154  # values are set here for common.sh, and there for the functions below
 # shellcheck source=examples_deepspeed/sequence_parallel/common.sh
@@ -45,7 +45,7 @@ prepare_stage() {
   choose_rope
   if ((num_processes > gpus_per_sequence)); then sequence_parallel=${sequence_parallel:-$gpus_per_sequence}; fi
   assemble_arguments
-  # Only the weights of the stage before have another RoPE; what this stage has saved must have its own.
+  # Only the previous stage's weights may have another RoPE; the checkpoints of this stage must match its own.
   if [[ " ${files[*]} " == *" --finetune "* ]]; then files+=(--change-rope); fi
   model=("${llama[@]}" "${rope[@]}")
   parallel=("${fpdt[@]}")

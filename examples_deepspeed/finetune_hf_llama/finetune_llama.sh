@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Fine-tune a model of Hugging Face on conversations with FPDT: convert its weights, train with the loss on the answers
-# alone, and export what was trained. HF_MODEL names its folder, of any family that
+# Fine-tune a Hugging Face model on conversations with FPDT: convert its weights, train with the loss on the answers
+# alone, and export the trained weights. HF_MODEL names its folder, of any family that
 # tools/hf2megads_weight_converter.py takes, and DATA_PATH one or more files of conversations (docs/finetuning.md).
 #
 #   HF_MODEL=models/Llama-3.1-8B-Instruct DATA_PATH=conversations.jsonl \
 #     examples_deepspeed/finetune_hf_llama/finetune_llama.sh
 #
-#   convert_hf2mds     as first word: convert alone; convert_mds2hf: export alone
+#   convert_hf2mds     as first argument: only convert; convert_mds2hf: only export
 #   DRY_RUN=1          print the commands and the plan of the training, and stop
 #   MODEL_SCALE=tiny   a short training on one or two GPUs, or two processes on the CPU in fp32; for a tiny HF_MODEL
 #
@@ -52,7 +52,7 @@ parallel=("${fpdt[@]}")
 data+=(--long-samples "$long_samples" --data-cache-path "$output/data")
 if [[ -n $chat_template ]]; then data+=(--chat-template "$chat_template"); fi
 
-# --- convert, train, export; what is there already is not made again --------------------------------------------------
+# --- convert, train, export; outputs that exist already are not written again -----------------------------------------
 if [[ $task != convert_mds2hf && ! -d $output/weights ]]; then
   step "${converter[@]}" to-megatron "$HF_MODEL" "$output/weights"
   load_is_made=${DRY_RUN:-0}

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train a tiny LLaMA with FPDT to remember across chunks, and a control that cannot; look for needles with both.
+# Train a tiny LLaMA with FPDT to recall across chunks, and a control that cannot; run the needle test on both.
 #
 #   examples_deepspeed/long_context_eval/recall.sh      about two minutes on two CPU cores
 #
-# The control sees the same documents, cut at the end of each chunk, and is asked with chunks that do not see each other.
-# It finds what is in the last chunk, and the other model finds everything, also in longer contexts than it was trained
-# at. Every variable below can be set from the environment; Python's programs must be on PATH. With DRY_RUN=1 the
-# commands are printed and nothing is run.
+# The control trains on the same documents, cut at the end of each chunk, and is tested with chunks that do not see each
+# other. It finds only needles in the last chunk. The other model finds all needles, even in contexts longer than in
+# training. Every variable below can be set from the environment; Python's programs must be on PATH. DRY_RUN=1 prints
+# the commands and runs nothing.
 set -euo pipefail
 
 # --- where -----------------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ step() {
 step mkdir -p "$OUT"
 
 # --- lengths, in tokens ------------------------------------------------------------------------------------------------
-# No answer stands at the end of a chunk, where the control has learned that a document ends.
+# No answer is at the end of a chunk, where the control has learned that a document ends.
 SEQ_LEN=${SEQ_LEN:-128}
 CHUNK_SIZE=${CHUNK_SIZE:-32}
 read -ra lengths <<<"${LENGTHS:-28 60 92 124 156}"

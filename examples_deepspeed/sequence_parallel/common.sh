@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the launch scripts of this folder share. They source it, set their values, call `prepare`, which makes blocks of
-# arguments of them, choose `model` and `parallel`, and `launch`. Where a script is silent, the values below hold; a
-# variable of the same name in capitals sets any of them.
+# Shared parts of the launch scripts in this folder. A script sources this file, sets its values, calls `prepare`, which
+# builds blocks of arguments from them, chooses `model` and `parallel`, and calls `launch`. The values below are the
+# defaults; a variable of the same name in capitals overrides any of them.
 #
 # shellcheck disable=SC2034,SC2154  # values are set here for the scripts, and there for the functions below
 
@@ -38,8 +38,8 @@ attention=${ATTENTION:-use-flash-attn}    # the fastest kernel; or use-flash-att
 split=${SPLIT:-99,1,0}                    # shares of the documents for training, validation and test
 model_scale=${MODEL_SCALE:-full}
 program=pretrain_gpt.py
-load_is_made=${LOAD_IS_MADE:-0}           # 1: a step before this one writes LOAD, and a dry run leaves it out
-needed=() # variables that a script cannot do without
+load_is_made=${LOAD_IS_MADE:-0}           # 1: an earlier step writes LOAD, and a dry run skips that step
+needed=() # variables that a script requires
 chunk_size=
 num_layers=
 hidden_size=
@@ -157,7 +157,7 @@ find_gpus() {
     give_up "no GPU found; set NUM_GPUS if that is wrong, or MODEL_SCALE=tiny for a tiny model on the CPU"
   fi
   gpus_per_node=$num_processes
-  # The launcher reads CUDA_VISIBLE_DEVICES only where it is told no number.
+  # The launcher reads CUDA_VISIBLE_DEVICES only where it gets no --num_gpus.
   if [[ -n $num_gpus || -z ${CUDA_VISIBLE_DEVICES:-} || $model_scale == tiny ]]; then
     launcher+=(--num_gpus "$num_processes")
   fi
@@ -224,7 +224,7 @@ assemble_arguments() {
     --save "$output/checkpoints"
     --save-interval "$save_interval"
   )
-  # A run that is started again goes on from what it has saved; only a new one begins with somebody else's weights.
+  # A restarted run resumes from its own checkpoints; only a new run starts from the weights of LOAD.
   if [[ -n ${LOAD:-} && ! -f $output/checkpoints/latest ]]; then
     files+=(--load "$LOAD" --finetune)
   else
@@ -232,7 +232,7 @@ assemble_arguments() {
   fi
 }
 
-# Whether a folder holds weights of any form: safetensors, a checkpoint, or checkpoints.
+# Check whether a folder holds weights of any form: safetensors, a checkpoint, or checkpoints.
 holds_weights() {
   local folder=$1
   if [[ -f $folder/latest ]]; then
@@ -244,7 +244,7 @@ holds_weights() {
     compgen -G "$folder/*mp_rank_00_model_states.pt" >/dev/null
 }
 
-# LOAD is looked at here, so that a dry run and its plan are not of a run that cannot start.
+# Check LOAD here, so that a dry run fails, too, where the run could not start.
 check_load() {
   if [[ $load_is_made != 1 && " ${files[*]} " == *" --finetune "* ]] && ! holds_weights "$LOAD"; then
     give_up "LOAD ($LOAD) holds no weights; name a folder of checkpoints, one of them (global_stepN), or a folder of\
@@ -259,7 +259,7 @@ prepare() {
   assemble_arguments
 }
 
-# What tools/plan_context.py reckons for the flags, on standard error.
+# Print the estimates of tools/plan_context.py for the flags to standard error.
 print_plan() {
   local gpu=(--gpu "${PLAN_GPU:-$(name_gpu)}")
   if [[ -z ${gpu[1]} ]]; then
@@ -286,7 +286,7 @@ name_gpu() {
 }
 
 # --- launch -----------------------------------------------------------------------------------------------------------
-# The arguments are further flags of the program, which win over the script's own.
+# The arguments are more flags of the program, which override the script's own.
 launch() {
   local flags=("${model[@]}" "${parallel[@]}" "${zero[@]}" "${device[@]}" "${training[@]}" "${data[@]}" "${files[@]}")
   flags+=("${upstream_flags[@]}" "$@")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Finetune a LLaMA of 8B parameters at 131,072 tokens of context with FPDT. LOAD names weights that
-# tools/hf2megads_weight_converter.py made of Hugging Face's, or the checkpoints of another run.
+# tools/hf2megads_weight_converter.py converted from Hugging Face, or the checkpoints of another run.
 #
 #   DATA_PATH=data/corpus_text_document TOKENIZER_MODEL=llama/tokenizer.json LOAD=weights/llama \
 #     examples_deepspeed/sequence_parallel/ds_finetune_llama_8B_fpdt_128k.sh
@@ -18,7 +18,7 @@ seq_len=${SEQ_LEN:-131072}
 chunk_size=${CHUNK_SIZE:-65536}
 train_tokens=${TRAIN_TOKENS:-2e8}
 warmup_tokens=${WARMUP_TOKENS:-4e6}
-output=${OUTPUT:-runs/llama_8B_finetuned_128k} # checkpoints, log, TensorBoard; a run that is started again goes on from here
+output=${OUTPUT:-runs/llama_8B_finetuned_128k} # checkpoints, log, TensorBoard; a restarted run resumes from here
 tokenizer_type=${TOKENIZER_TYPE:-HFTokenizer}
 needed=(LOAD)
 

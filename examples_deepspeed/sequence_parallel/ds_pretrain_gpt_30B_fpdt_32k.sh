@@ -19,7 +19,7 @@ seq_len=${SEQ_LEN:-131072}
 chunk_size=${CHUNK_SIZE:-65536}
 train_tokens=${TRAIN_TOKENS:-300e9}
 warmup_tokens=${WARMUP_TOKENS:-3e9}
-output=${OUTPUT:-runs/gpt_30B_fpdt_32k} # checkpoints, log, TensorBoard; a run that is started again continues from here
+output=${OUTPUT:-runs/gpt_30B_fpdt_32k} # checkpoints, log, TensorBoard; a restarted run resumes from here
 tokenizer_type=${TOKENIZER_TYPE:-GPT2BPETokenizer}
 split=${SPLIT:-949,50,1}
 

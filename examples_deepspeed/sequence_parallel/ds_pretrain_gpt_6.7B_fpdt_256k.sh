@@ -17,9 +17,9 @@ seq_len=${SEQ_LEN:-262144}
 chunk_size=${CHUNK_SIZE:-65536}
 train_tokens=${TRAIN_TOKENS:-300e9}
 warmup_tokens=${WARMUP_TOKENS:-3e9}
-output=${OUTPUT:-runs/gpt_6.7B_fpdt_256k} # checkpoints, log, TensorBoard; a run that is started again goes on from here
+output=${OUTPUT:-runs/gpt_6.7B_fpdt_256k} # checkpoints, log, TensorBoard; a restarted run resumes from here
 tokenizer_type=${TOKENIZER_TYPE:-GPT2BPETokenizer}
-attention=${ATTENTION:-use-flash-attn-v2} # use-flash-attn takes the fastest kernel that is there
+attention=${ATTENTION:-use-flash-attn-v2} # use-flash-attn takes the fastest kernel available
 
 # --- model ------------------------------------------------------------------------------------------------------------
 num_layers=32

@@ -17,7 +17,7 @@ seq_len=${SEQ_LEN:-4194304}
 chunk_size=${CHUNK_SIZE:-65536}
 train_tokens=${TRAIN_TOKENS:-300e9}
 warmup_tokens=${WARMUP_TOKENS:-3e9}
-output=${OUTPUT:-runs/llama_70B_fpdt_4m} # checkpoints, log, TensorBoard; a run that is started again goes on from here
+output=${OUTPUT:-runs/llama_70B_fpdt_4m} # checkpoints, log, TensorBoard; a restarted run resumes from here
 tokenizer_type=${TOKENIZER_TYPE:-HFTokenizer}
 
 # --- model ------------------------------------------------------------------------------------------------------------

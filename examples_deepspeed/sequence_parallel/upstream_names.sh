@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Megatron-DeepSpeed's launch scripts call their values by other names. One that is set in the environment counts as the
-# variable or the flag beside it here. common.sh sources this file before it sets anything.
+# Megatron-DeepSpeed's launch scripts use other names for their values. A name set in the environment counts as the
+# variable or flag next to it in these lists. common.sh sources this file before it sets anything.
 #
 # shellcheck disable=SC2034  # upstream_flags is for common.sh
 
-# NAME THERE, VARIABLE HERE; an exponent behind the latter is written behind the value, too
+# NAME THERE, VARIABLE HERE; an exponent after the latter is appended to the value, too
 upstream_variables=(
   seq_len SEQ_LEN SEQ_LENGTH SEQ_LEN
   sp_size SEQUENCE_PARALLEL
@@ -31,7 +31,7 @@ upstream_settings=(
   NUM_LAYERS --num-layers HIDDEN_SIZE --hidden-size NUM_HEADS --num-attention-heads FFN_HIDDEN_SIZE --ffn-hidden-size
 )
 
-# NAME THERE, THE ONLY VALUE that can be honoured
+# NAME THERE, THE ONLY VALUE that can be honored
 upstream_fixed=(mp_size 1 pp_size 1 TP 1 PP 1 activation_checkpoint true)
 
 # take_upstream_variable VARIABLE NAME_THERE VALUE

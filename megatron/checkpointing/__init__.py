@@ -1,10 +1,10 @@
-"""Checkpoints that appear only when they are complete, and are loaded only when they are what was written.
+"""Checkpoints that appear only when they are complete, and load only when they are unchanged since the save.
 
 DIR/latest                          name of the newest complete checkpoint, written last
-DIR/run.lock                        who writes to the folder, while it does; left over where a run was killed
+DIR/run.lock                        the run that writes to the folder, while it runs; left over where a run was killed
 DIR/global_stepN/manifest.json      size and hash of every other file; nothing is added after it
 DIR/global_stepN/*.pt               weights and optimizer states, DeepSpeed's
-DIR/global_stepN/random_RANK.pt     random state of a rank
+DIR/global_stepN/random_RANK.pt     random number generator (RNG) state of a rank
 DIR/global_stepN/config.json        the configuration that wrote it
 DIR/global_stepN/layout.json        what DeepSpeed's files depend on besides the architecture
 DIR/global_stepN/train_state.json   counters and the position in the data

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the newest one that is what was written."""
+"""Choice of the checkpoint to resume from: the newest one that is undamaged."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _REMEDY = (
 
 
 def find_checkpoint(settings: CheckpointConfig) -> Path | None:
-    """The checkpoint to load as far as sizes and small files tell; None where a new run starts.
+    """Find the checkpoint to load, checking sizes and small files only; None where a new run starts.
 
-    For one process, before anything is allocated. CheckpointError or WeightsError where --load finds nothing, or none
-    of those there can be loaded.
+    For one process, before anything is allocated. CheckpointError or WeightsError where --load finds nothing, or where
+    none of the checkpoints there can be loaded.
     """
     return _first_good(_candidates(settings), lambda path: _faults(path, settings, small_files), settings)[0]
 
 
 def choose_checkpoint(settings: CheckpointConfig, context: Context) -> Path | None:
-    """The checkpoint to load, every file of it verified, the same on all ranks. Collective over all ranks.
+    """Choose the checkpoint to load and verify every file of it; the same on all ranks. Collective over all ranks.
 
-    A damaged one is passed over for the newest older one, with a warning, unless --ckpt-step asked for it. The ranks
-    share the hashing. None where a new run starts; CheckpointError like `find_checkpoint`.
+    A damaged one is skipped in favor of the newest older one, with a warning, unless --ckpt-step asked for it. The
+    ranks share the hashing. None where a new run starts; CheckpointError like `find_checkpoint`.
     """
     rank, num_ranks = context.parallel_state.rank, context.parallel_state.world_size
 
@@ -56,7 +56,7 @@ def choose_checkpoint(settings: CheckpointConfig, context: Context) -> Path | No
 
 
 def _candidates(settings: CheckpointConfig) -> list[Path]:
-    """What may be loaded, best first; empty where a new run starts. CheckpointError where --load finds nothing."""
+    """List what may be loaded, best first; empty where a new run starts. CheckpointError if --load finds nothing."""
     if settings.load is None:
         return []
     folder = Path(settings.load)
@@ -71,7 +71,7 @@ def _candidates(settings: CheckpointConfig) -> list[Path]:
 
 
 def _found(folder: Path, ckpt_step: int | None) -> list[Path]:
-    """The checkpoint asked for; else the one that `latest` names and older ones; else the folder itself."""
+    """List the checkpoint asked for; else the one that `latest` names and older ones; else the folder itself."""
     itself = [Path(os.path.abspath(folder))] if holds_weights(folder) else []
     if ckpt_step is not None:
         asked = checkpoint_path(folder, ckpt_step)
@@ -83,7 +83,7 @@ def _found(folder: Path, ckpt_step: int | None) -> list[Path]:
 
 
 def _is_new_run(settings: CheckpointConfig) -> bool:
-    """Whether --load names the folder that the run itself is to write, for a later start to resume from."""
+    """Return whether --load names the folder of --save, so that a later start resumes from it."""
     if settings.load is None or settings.save is None or settings.finetune:
         return False
     return os.path.realpath(settings.load) == os.path.realpath(settings.save)
@@ -92,7 +92,7 @@ def _is_new_run(settings: CheckpointConfig) -> bool:
 def _first_good(
     candidates: list[Path], faults: Callable[[Path], list[str]], settings: CheckpointConfig
 ) -> tuple[Path | None, list[str]]:
-    """(the first without a fault, why those before it were passed over). CheckpointError where all have one."""
+    """Return (the first without a fault, reasons for skipping those before it). CheckpointError if all have one."""
     passed_over: list[str] = []
     for path in candidates:
         found = faults(path)
@@ -107,7 +107,7 @@ def _first_good(
 
 
 def _faults(path: Path, settings: CheckpointConfig, selection: Selection) -> list[str]:
-    """What speaks against loading a checkpoint: sizes of all files, and hashes of those selected."""
+    """List the faults of a checkpoint: wrong sizes of any file, and wrong hashes of those selected."""
     if not path.is_dir():
         return [f"{path.name} is missing"]
     if (path / MANIFEST).is_file():

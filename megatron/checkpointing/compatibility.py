@@ -1,4 +1,4 @@
-"""Whether this run can load a checkpoint: the same model, and the same partitions unless a change is asked for."""
+"""Check that this run can load a checkpoint: same model, and same partitioning unless a change is asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.weights.portable import check_portable
 
 @dataclass(frozen=True)
 class Layout:
-    """What DeepSpeed's files depend on besides the architecture."""
+    """The settings that DeepSpeed's files depend on besides the architecture."""
 
     num_ranks: int
     zero_stage: int
@@ -23,14 +23,14 @@ class Layout:
 
     @classmethod
     def of(cls, config: Config, num_ranks: int, padded_vocab_size: int) -> Layout:
-        """The layout that a run writes and can read."""
+        """Return the layout that a run writes and can read."""
         precision = config.precision
         number_format = "--bf16" if precision.bf16 else "--fp16" if precision.fp16 else "fp32"
         return cls(num_ranks, zero_stage_run(config), number_format, padded_vocab_size)
 
     @property
     def partitioning(self) -> str:
-        """What optimizer states depend on."""
+        """The settings that optimizer states depend on."""
         return f"{self.num_ranks} ranks, --zero-stage {self.zero_stage}, {self.number_format}"
 
 
@@ -61,5 +61,5 @@ def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_si
 
 
 def loads_any_layout(path: Path, config: Config) -> bool:
-    """Whether the checkpoint is read whatever wrote it: it was asked for, or its form depends on no layout."""
+    """Return whether any layout can be loaded: the flags ask for it, or the form of the files depends on no layout."""
     return config.checkpoint.universal_checkpoint or is_layout_free(path)

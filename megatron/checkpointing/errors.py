@@ -1,4 +1,4 @@
-"""What goes wrong with checkpoints, in one line."""
+"""The error of checkpoints, whose message is one line."""
 
 from __future__ import annotations
 

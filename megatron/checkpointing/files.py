@@ -1,4 +1,4 @@
-"""Small files: JSON written so that it is on the disk, and read with a clear error."""
+"""Small JSON files: written and flushed to disk, and read with a clear error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron.core.json_text import parse_object
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is on the disk when this returns."""
+    """Write a file; it is on the disk when this returns."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     flush_to_disk(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; CheckpointError where there is none."""
+    """Read the JSON object in a file; CheckpointError where there is none."""
     try:
         return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The folder that checkpoints are in: their names, `latest`, what killed runs left, and deleting."""
+"""The folder of checkpoints: their names, `latest`, leftovers of killed runs, and deletion."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _RETIRED = re.compile(r"global_step\d+\.[0-9a-f]{32}\.old")
 
 
 def checkpoint_path(folder: Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration is."""
+    """Return the path of the checkpoint of an iteration."""
     return folder / f"global_step{iteration}"
 
 
 def unfinished_path(path: Path) -> Path:
-    """A name beside `path` under which it is written."""
+    """Return a temporary name next to `path`, under which the checkpoint is written."""
     return temporary_path(path)
 
 
 def write_latest(folder: Path, path: Path) -> None:
-    """Let `latest` name a checkpoint: it names the old one or the new one, whatever happens."""
+    """Point `latest` to a checkpoint, atomically: it names the old one or the new one, whatever happens."""
     with atomic_path(folder / LATEST) as temporary:
         temporary.write_text(path.name)
 
 
 def checkpoints(folder: Path, last_iteration: int | None = None) -> list[Path]:
-    """Complete checkpoints up to an iteration, newest first; of one that was being replaced, the old one too."""
+    """List complete checkpoints up to an iteration, newest first; includes the old one of a pair being replaced."""
     return [path for path in named_checkpoints(folder, last_iteration) if (path / MANIFEST).is_file()]
 
 
 def named_checkpoints(folder: Path, last_iteration: int | None = None) -> list[Path]:
-    """What has the name of a checkpoint, whole or not, up to an iteration, newest first.
+    """List everything with the name of a checkpoint, complete or not, up to an iteration, newest first.
 
-    One that was being deleted is none once its manifest is gone.
+    A checkpoint that was being deleted is left out once its manifest is gone.
     """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -54,25 +54,25 @@ def named_checkpoints(folder: Path, last_iteration: int | None = None) -> list[P
 
 
 def iteration_of(path: Path) -> int | None:
-    """The iteration in a checkpoint's name; None where the name has none."""
+    """Return the iteration in a checkpoint's name; None where the name has none."""
     match = _CHECKPOINT.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def retire(path: Path) -> None:
-    """Rename a checkpoint before it is deleted, so that no half of one ever has a good name."""
+    """Rename a checkpoint before it is deleted, so that a half-deleted one never has a valid name."""
     os.rename(path, path.with_name(f"{path.name}.{uuid4().hex}.old"))
     flush_to_disk(path.parent)
 
 
 def delete_unfinished(folder: Path) -> None:
-    """Delete what saves that were killed left."""
+    """Delete the leftovers of killed saves."""
     for path in _named(folder, _UNFINISHED):
         _delete(path)
 
 
 def delete_retired(folder: Path) -> None:
-    """Delete what was retired: the manifest first, so that a half of one is never taken for a checkpoint."""
+    """Delete retired checkpoints: the manifest first, so that a half-deleted one is never taken for a checkpoint."""
     for path in _named(folder, _RETIRED):
         if path.is_dir() and not path.is_symlink():
             (path / MANIFEST).unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def delete_retired(folder: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a folder with all that is in it, a file, or a link, whose target is left alone."""
+    """Delete a folder with its contents, a file, or a link without its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -91,7 +91,7 @@ def _delete(path: Path) -> None:
 def keep_newest(folder: Path, last_iteration: int, count: int) -> None:
     """Retire all but the `count` newest complete checkpoints up to an iteration.
 
-    Those of later iterations belong to an earlier run that went further, and are left.
+    Those of later iterations belong to an earlier run that went further, and are not touched.
     """
     for path in [path for path in checkpoints(folder, last_iteration) if not _RETIRED.fullmatch(path.name)][count:]:
         retire(path)

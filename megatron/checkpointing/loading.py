@@ -1,4 +1,4 @@
-"""Loading: what the flags leave to be read of a checkpoint that has been verified."""
+"""Loading of a verified checkpoint: weights, optimizer states, counters and RNG state, as the flags ask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron.weights.opening import is_portable, open_verified
 
 
 def saved_state(path: Path, config: Config) -> TrainState:
-    """The counters that loading the checkpoint gives; reads no tensor."""
+    """Return the counters that loading the checkpoint gives; reads no tensor."""
     if config.checkpoint.finetune or is_portable(path):
         return TrainState()
     try:
@@ -31,9 +31,9 @@ def saved_state(path: Path, config: Config) -> TrainState:
 
 
 def starting_state(path: Path | None, config: Config, context: Context) -> TrainState:
-    """The counters from which the run continues at its batch and length, read by rank 0. Collective over all ranks.
+    """Return the counters to resume from, at this run's batch and length; rank 0 reads. Collective over all ranks.
 
-    Warns of a batch or length that the checkpoint `path` does not have.
+    Warns of a batch or length that differs from the checkpoint `path`.
     """
     state = TrainState() if path is None else on_first_rank(lambda: saved_state(path, config))
     batch_size = global_batch_size(config, context.parallel_state.world_size)
@@ -43,9 +43,9 @@ def starting_state(path: Path | None, config: Config, context: Context) -> Train
 
 
 def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config) -> TrainState:
-    """Read what --finetune, --no-load-optim and --no-load-rng leave to be read. Collective over all ranks.
+    """Load all that --finetune, --no-load-optim and --no-load-rng do not exclude. Collective over all ranks.
 
-    Each rank reads its own part of the files in `path`; those of optimizer states on NVMe DeepSpeed reads itself.
+    Each rank reads its own part of the files in `path`. DeepSpeed itself reads the optimizer states on NVMe.
     `choose_checkpoint` must have verified the files: they are not hashed again.
     """
     settings = config.checkpoint
@@ -61,7 +61,7 @@ def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config
         return saved_state(path, config)
     except (CheckpointError, WeightsError):
         raise
-    except Exception as error:  # a damaged file shows itself in many ways, all of them inside DeepSpeed and torch
+    except Exception as error:  # a damaged file fails in many ways, all of them inside DeepSpeed and torch
         raise CheckpointError(
             f"the checkpoint {path} cannot be loaded: {first_line(error)}; "
             "name another one with --ckpt-step, or point --load elsewhere."

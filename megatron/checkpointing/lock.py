@@ -1,8 +1,8 @@
 """The lock on --save: two runs that write to one folder would replace and delete each other's checkpoints.
 
-The lock is POSIX's, over DIR/run.lock: the kernel releases it when its process ends, however that ends, and NFS and
-Lustre know it. The file says who holds it. It is removed at the end; where a run was killed it stays, and locks nobody
-out.
+It is a POSIX lock on DIR/run.lock: the kernel releases it when its process ends, however that ends, and NFS and Lustre
+support it. The file names the holder. It is removed at the end of the run. After a kill the file stays, but locks
+nobody out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Lock:
     made_folder: bool
 
     def release(self) -> None:
-        """Remove the file while it is locked, so that nobody else's is removed, and unlock."""
+        """Remove the file while it is locked, so that no other run's file is removed; then unlock."""
         with suppress(OSError):
             (self.folder / LOCK).unlink()
         os.close(self.descriptor)
@@ -51,7 +51,7 @@ class _Lock:
 def only_writer(settings: CheckpointConfig, context: Context) -> Iterator[None]:
     """Hold the lock on --save, by rank 0, while the block runs. Collective over all ranks.
 
-    CheckpointError on every rank where another run holds it, or the folder cannot be made. A file system that knows no
+    CheckpointError on every rank where another run holds it, or the folder cannot be created. A file system without
     locks gets a warning.
     """
     if settings.save is None:
@@ -78,7 +78,7 @@ def _acquire(folder: Path, context: Context) -> _Lock:
                 context.log.warning("%s knows no locks: see to it that no second run has the same --save", folder)
             if _is_there(path, descriptor):
                 break
-            os.close(descriptor)  # the holder before removed it
+            os.close(descriptor)  # the last holder removed it
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps(holder).encode())
@@ -90,7 +90,7 @@ def _acquire(folder: Path, context: Context) -> _Lock:
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Whether the file system took the lock; False where it knows none. CheckpointError where another run holds it."""
+    """Lock the file; return False where the file system has no locks. CheckpointError where another run holds it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -106,7 +106,7 @@ def _lock(descriptor: int, path: Path) -> bool:
 
 
 def _is_there(path: Path, descriptor: int) -> bool:
-    """Whether the file of a descriptor still has its name."""
+    """Return whether `path` is still the file of `descriptor`."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The random state of a rank, in a file."""
+"""The random number generator (RNG) state of a rank, in a file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron.weights.torch_files import why_unreadable
 
 
 def random_state_path(checkpoint: Path, context: Context) -> Path:
-    """Where a rank's random state is."""
+    """Return the path of a rank's RNG state."""
     return checkpoint / f"random_{context.parallel_state.rank}.pt"
 
 
 def write_random_state(path: Path, context: Context) -> None:
-    """Write the state of this rank's generators; the file is on the disk when this returns."""
+    """Write the RNG state of this rank; the file is on the disk when this returns."""
     state = {"cpu": torch.get_rng_state()}
     if context.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(context.device)
@@ -28,16 +28,16 @@ def write_random_state(path: Path, context: Context) -> None:
 
 
 def restore_random_state(path: Path, context: Context) -> None:
-    """Take the state up; CheckpointError if it is damaged.
+    """Restore the RNG state; CheckpointError if the file is damaged.
 
-    A rank that the saving run did not have keeps the state it was seeded with.
+    A rank that the saving run did not have keeps the state from its seed.
     """
     if not path.is_file():
         context.log.warning("%s is not there: this rank's dropout starts from its seed", path)
         return
     try:
         state = torch.load(path, weights_only=True)
-    except Exception as error:  # a damaged file shows itself in many ways, all of them inside torch
+    except Exception as error:  # a damaged file fails in many ways, all of them inside torch
         raise CheckpointError(
             f"{path} cannot be read ({why_unreadable(error)}); name another checkpoint with --ckpt-step, or point "
             "--load elsewhere."

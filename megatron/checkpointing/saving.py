@@ -1,4 +1,4 @@
-"""Saving: a checkpoint gets its name when every file of it is on the disk, and `latest` names it after that."""
+"""Saving: a checkpoint gets its name once all its files are on the disk; then `latest` is updated."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Saver:
     def save(self, folder: Path, state: TrainState) -> Path:
         """Write a checkpoint and make it the latest. Collective over all ranks.
 
-        CheckpointError on every rank where one of them cannot: what was written is removed, and earlier checkpoints
-        and `latest` are as they were.
+        CheckpointError on every rank where one rank fails: the new files are removed; earlier checkpoints and `latest`
+        are unchanged.
         """
         path = checkpoint_path(folder, state.iteration)
         unfinished = on_first_rank(lambda: unfinished_path(path))
@@ -56,8 +56,8 @@ class Saver:
         except CheckpointError as error:
             on_first_rank(lambda: shutil.rmtree(unfinished, ignore_errors=True))
             raise CheckpointError(
-                f"the checkpoint {path} cannot be saved: {error}; earlier ones are as they were: free the disk or "
-                f"mend the folder, and go on from them with --load {folder}."
+                f"the checkpoint {path} cannot be saved: {error}; earlier ones are intact: free disk space or "
+                f"fix the folder, and resume from them with --load {folder}."
             ) from error
         self.size_bytes = sum(entry.size_bytes for entry in manifest.values())
         if self._context.is_first_rank:
@@ -77,7 +77,7 @@ class Saver:
         unfinished.mkdir()
 
     def _write(self, unfinished: Path, state: TrainState) -> Manifest:
-        """Write this rank's files, and describe them when they are on the disk. Collective over all ranks."""
+        """Write this rank's files, and describe them once they are on the disk. Collective over all ranks."""
         written = self._engine.save(unfinished.parent, unfinished.name)
         random_state = random_state_path(unfinished, self._context)
         write_random_state(random_state, self._context)
@@ -97,21 +97,21 @@ class Saver:
         write_manifest(unfinished, manifest)
         for folder in {(unfinished / name).parent for name in manifest} | {unfinished}:
             flush_to_disk(folder)
-        if os.path.lexists(path):  # a link that leads nowhere counts, too
+        if os.path.lexists(path):  # a dangling link counts, too
             retire(path)
         os.rename(unfinished, path)
         flush_to_disk(path.parent)
         write_latest(path.parent, path)
 
     def _delete_old_ones(self, folder: Path, iteration: int) -> None:
-        """Delete what --keep-last-n-checkpoints leaves over, now that the new one is there."""
+        """Delete the checkpoints beyond --keep-last-n-checkpoints, now that the new one is complete."""
         count = self._config.checkpoint.keep_last_n_checkpoints
         if count is not None:
             self._tolerate(lambda: keep_newest(folder, iteration, count), f"an old checkpoint in {folder}")
         self._tolerate(lambda: delete_retired(folder), f"an old checkpoint in {folder}")
 
     def _tolerate(self, delete: Callable[[], None], what: str) -> None:
-        """Delete; a failure costs space and no checkpoint, so it is a warning."""
+        """Delete, with a warning on failure: it costs space, but no checkpoint."""
         try:
             delete()
         except OSError as error:

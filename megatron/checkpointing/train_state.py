@@ -1,4 +1,4 @@
-"""Counters of a run: everything that training advances and a checkpoint carries, apart from tensors."""
+"""Counters of a run: everything that training advances and a checkpoint stores, except tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megatron.core.course import Course
 
 @dataclass
 class TrainState:
-    """How far a run has come. `data_samples` is the position in the data of the present sequence length.
+    """The progress of a run. `data_samples` is the position in the data of the current sequence length.
 
-    Samples that a rollback left out are in it, and in `left_out_samples`; they are not consumed. `changes` holds the
-    iterations, samples and tokens consumed at each change of the global batch or the sequence length. A checkpoint
-    written before there were `global_batch_size` and `changes` counts as a run of one batch, its mean.
+    It includes samples that a rollback skipped, which `left_out_samples` counts; they are not consumed. `changes` lists
+    the iterations, samples and tokens consumed at each change of the global batch or the sequence length. A checkpoint
+    older than `global_batch_size` and `changes` counts as a run with one global batch size, the mean.
     """
 
     iteration: int = 0
@@ -37,9 +37,9 @@ class TrainState:
         self.data_samples += samples
 
     def start(self, global_batch_size: int, seq_length: int) -> list[str]:
-        """Continue with this batch and length; returns what is different from before, a line each.
+        """Continue with this batch and length; return the differences from before, one line each.
 
-        The data of another length than before start at their first sample.
+        If the length has changed, the data start at their first sample.
         """
         mean_batch = self.consumed_samples // self.iteration if self.iteration else 0
         batch_before, length_before = self.global_batch_size or mean_batch, self.seq_length
@@ -63,13 +63,13 @@ class TrainState:
 
     @property
     def course(self) -> Course:
-        """The counts of the run so far, and ahead at the present batch and length."""
+        """The counts of the run so far, continued at the current batch and length."""
         straight = Course.straight(self.global_batch_size, self.seq_length)
         changes = tuple((iterations, samples, tokens) for iterations, samples, tokens in self.changes)
         return Course((*straight.corners, *changes), straight.step)
 
     def leave_out_data_of(self, state: TrainState) -> None:
-        """Continue from this state, which was saved before, behind the data that a run has read up to `state`."""
+        """Continue from this older state, but skip the data that the run has read up to `state`."""
         self.left_out_samples += state.data_samples - self.data_samples
         self.data_samples = state.data_samples
         self.rollbacks = state.rollbacks + 1

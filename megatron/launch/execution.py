@@ -1,4 +1,4 @@
-"""From the configuration and the machine to how the model is executed."""
+"""Choice of how to execute the model, from the configuration and the memory of the machine."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from megatron.planner.memory import ACCURACY
 from megatron.planner.plan import Plan
 from megatron.ranks.world import local_world_size
 
-# Of the host memory that is free at the start: page tables, other processes, and what torch pins for its own copies.
+# Share of the host memory free at the start: page tables, other processes, and what torch pins for its own copies.
 _HOST_HEADROOM = 0.03
 
 
 def choose_execution(config: Config, context: Context, padded_vocab_size: int) -> Execution:
-    """What the flags say, and what they leave open, by what the machine can hold. Collective over all ranks.
+    """Return what the flags say; choose what they leave open by the memory available. Collective over all ranks.
 
     Raises:
-        ConfigError: the host, or with an automatic chunk the GPU, cannot hold it.
+        ConfigError: the run does not fit host memory or, as far as the planner can tell, GPU memory.
     """
     parallel, deepspeed = config.parallel, config.deepspeed
     device_memory = int(parallel.ds_sequence_parallel_fpdt_device_memory * GIB)
     asked = parallel.ds_sequence_parallel_fpdt_host_memory
     host_memory = int(context.host_memory_bytes * (1 - _HOST_HEADROOM))
     plan = _plan(config, context, padded_vocab_size, host_memory)
-    beside_chunks = 0 if plan is None else plan.memory.host_states + plan.memory.host_process
+    non_chunk_bytes = 0 if plan is None else plan.memory.host_states + plan.memory.host_process
     if asked is None:
-        host_memory = max(host_memory - beside_chunks, 0)
+        host_memory = max(host_memory - non_chunk_bytes, 0)
     else:
         host_memory = int(asked * GIB)
-        plan = _plan(config, context, padded_vocab_size, host_memory + beside_chunks)
+        plan = _plan(config, context, padded_vocab_size, host_memory + non_chunk_bytes)
     chunk_size: int = parallel.ds_sequence_parallel_fpdt_chunk_size
     if not chunk_size:
         chunk_size = _automatic_chunk(plan, context)
@@ -73,14 +73,14 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
 
 
 def _plan(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> Plan | None:
-    """The plan of a run with FPDT, which chooses its chunk and refuses what does not fit; None for the others."""
+    """Plan a run with FPDT, to choose its chunk and refuse what does not fit; None for other runs."""
     if not config.parallel.ds_sequence_parallel_fpdt:
         return None
     return plan_of_run(config, context, padded_vocab_size, host_memory)
 
 
 def plan_of_run(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> Plan | None:
-    """The run as the planner sees it, on the smallest GPU; None where it plans nothing of the kind."""
+    """Plan the run on the smallest GPU; None where the planner does not cover such a run."""
     model, parallel = config.model, config.parallel
     on_gpu_alone = parallel.ds_sequence_parallel_fpdt and not parallel.ds_sequence_parallel_fpdt_offloading
     in_half = context.dtype.itemsize == HALF
@@ -96,23 +96,23 @@ def plan_of_run(config: Config, context: Context, padded_vocab_size: int, host_m
 def plan_of(
     config: Config, num_gpus: int, gpu: Gpu, host_memory: int, padded_vocab_size: int, backend: str = "auto"
 ) -> Plan:
-    """The plan of a run on so many of these GPUs with `host_memory` bytes each; a kernel without rates as `auto`."""
+    """Plan a run on `num_gpus` GPUs with `host_memory` bytes each; a kernel without rates counts as `auto`."""
     per_node = min(local_world_size(), num_gpus)
     machines = Machines(gpu, num_gpus, per_node, host_memory * per_node / GIB)
     return Plan(Job.of(config, num_gpus, padded_vocab_size), machines, gpu.rated(backend) or gpu.fastest)
 
 
 def _automatic_chunk(plan: Plan | None, context: Context) -> int:
-    """The quickest chunk that fits every GPU; the flag's default where nothing is planned."""
+    """Choose the fastest chunk that fits every GPU; the flag's default where there is no plan."""
     if plan is None:
         return ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
     agreed = torch.tensor(fastest_chunk(plan), device=context.device)
-    dist.all_reduce(agreed, dist.ReduceOp.MIN)  # ranks with other GPUs have come to other chunks
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)  # ranks with other GPUs have chosen other chunks
     return int(agreed)
 
 
 def fastest_chunk(plan: Plan) -> int:
-    """Tokens of the chunk that the planner finds quickest; ConfigError where none fits."""
+    """Return the planner's fastest chunk, in tokens; ConfigError where none fits."""
     chunk = plan.fastest_chunk()
     if chunk is None:
         host = plan.machines.host_bytes_per_gpu / GIB
@@ -125,11 +125,11 @@ def fastest_chunk(plan: Plan) -> int:
 
 
 def check_gpu_memory(plan: Plan) -> None:
-    """ConfigError for a run whose tensors need more than the GPU has, whatever the planner is off by."""
+    """Raise ConfigError if the tensors need more than the GPU has, even with the planner's error allowed for."""
     needed, memory = plan.memory, plan.machines.gpu.memory_gib
     if needed.gpu * (1 - ACCURACY) > memory * GIB:
         raise ConfigError(
-            f"the run takes up about {needed.gpu / GIB:.0f} GiB of GPU memory per rank, {needed.states / GIB:.0f} of "
+            f"the run needs about {needed.gpu / GIB:.0f} GiB of GPU memory per rank, {needed.states / GIB:.0f} of "
             f"it for the model, and the smallest GPU has {memory:.1f} GiB; {'; '.join(plan.advice())}"
         )
 
@@ -166,5 +166,5 @@ def _check_host_memory(
 
 
 def _gib_up(num_bytes: int) -> str:
-    """GiB to the next tenth, so that a budget of as many is enough."""
+    """Round up to a tenth of a GiB, so that a budget of this size is enough."""
     return f"{ceil(num_bytes / GIB * 10) / 10:g}"

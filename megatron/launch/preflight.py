@@ -1,4 +1,4 @@
-"""What is looked at before anything is allocated: tokenizer, data, checkpoint, schedule, kernel and output folders."""
+"""Checks before anything is allocated: tokenizer, data, checkpoint, schedule, kernel and output folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DataCheck = Callable[[Config, Tokenizer], None]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the model and the batches know of the tokenizer."""
+    """The vocabulary size and end-of-document id that the model and the batches need."""
 
     padded_size: int
     """Rows of the embedding."""
@@ -37,7 +37,7 @@ class Vocabulary:
 
 
 def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Vocabulary:
-    """Look at all of it, at the data by `check_data`, and return what the tokenizer says. Writes nothing.
+    """Check all inputs, the data with `check_data`, and return the vocabulary. Writes nothing.
 
     Raises ConfigError, TokenizerError, DataError, CheckpointError or AttentionUnavailable.
     """
@@ -67,13 +67,13 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
 
 
 def data_paths(config: Config) -> tuple[tuple[str, ...], ...]:
-    """What each flag that names data was given."""
+    """Return the values of the flags that name data."""
     data = config.data
     return data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path
 
 
 def check_indexed_data(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise DataError unless the data are whole datasets of tokens of the vocabulary."""
+    """Raise DataError unless the data are complete datasets whose tokens are in the vocabulary."""
     for paths in data_paths(config):
         for prefix in parse_data_paths(paths)[0] if paths else ():
             indexed = IndexedDataset(prefix)
@@ -83,7 +83,7 @@ def check_indexed_data(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def check_writable(flag: str, folder: Path) -> None:
-    """Raise ConfigError, or DataError for its name, unless `folder` can be written, or made. Makes nothing."""
+    """Raise ConfigError, or DataError for its name, unless `folder` can be written or created. Creates nothing."""
     check_output_name(folder, flag)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

@@ -1,4 +1,4 @@
-"""What the programs at the top level share: from argv to an exit code, and from samples to a training."""
+"""The entry point that the training programs share: from argv to an exit code, and from samples to training."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ USER_ERRORS = (
     RollbackError,
     AttentionUnavailable,
 )
-# Of a training whose numbers went wrong; 2 of what else a user can mend.
+# For a run with non-finite numbers; other errors that the user can fix give 2.
 NOT_FINITE_EXIT_CODE = 5
 UNFORESEEN_EXIT_CODE = 1
 
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Where samples come from."""
+    """The source of the samples."""
 
     provide_datasets: DatasetsProvider
     to_sample: Callable[[Any], Sample]
-    """From what the datasets hold."""
+    """Convert an item of the datasets to a sample."""
 
 
 SourceProvider = Callable[[Config, Vocabulary], SampleSource]
@@ -74,7 +74,9 @@ def run(
     provide_source: SourceProvider,
     settle: Callable[[Config], Config] = lambda config: config,
 ) -> int:
-    """Run; returns the exit code. What the user can mend is one line on rank 0, before anything is allocated.
+    """Run and return the exit code. Inputs are checked before anything is allocated.
+
+    An error that the user can fix is one line on rank 0.
 
     `settle` sets what the program does not leave to the flags.
     """
@@ -101,7 +103,7 @@ def run(
 
 
 def end_by(error: BaseException, watchdog: Watchdog) -> int:
-    """Say why the run ends, to the user and to the other ranks; returns the exit code."""
+    """Report why the run ends, to the user and to the other ranks; return the exit code."""
     if isinstance(error, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C may come several times
         return end_interrupted(watchdog)
@@ -122,7 +124,7 @@ def end_by(error: BaseException, watchdog: Watchdog) -> int:
 
 
 def comes_of_a_collective(error: BaseException | None) -> bool:
-    """Whether a collective failed, as it does where another rank has died; the error may be put into other words."""
+    """Return whether a collective failed, as after the death of another rank; its error may be wrapped in others."""
     while error is not None:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
             return True
@@ -131,12 +133,12 @@ def comes_of_a_collective(error: BaseException | None) -> bool:
 
 
 def exit_code_of(error: Exception) -> int:
-    """Of an error that the user can fix."""
+    """Return the exit code of an error that the user can fix."""
     return NOT_FINITE_EXIT_CODE if isinstance(error, NotFiniteError | RollbackError) else 2
 
 
 def report(error: Exception, rank: int) -> int:
-    """Write the error once: other ranks leave time for rank 0 to write it and for the launcher to end them."""
+    """Write the error once: other ranks first give rank 0 time to write it, and the launcher time to end them."""
     if rank:
         time.sleep(SECONDS_FOR_OTHERS)
     sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error on rank {rank}: {error}\n")
@@ -144,9 +146,9 @@ def report(error: Exception, rank: int) -> int:
 
 
 def train(config: Config, context: Context, padded_vocab_size: int, source: SampleSource) -> None:
-    """Provide the model, the batches and the datasets, and train.
+    """Build the model, the batches and the datasets, and train.
 
-    OutOfMemory, with a ledger of who holds what, where GPU or host memory runs out.
+    OutOfMemory, with a table of what uses the memory, where GPU or host memory runs out.
     """
     parallel_state, execution = context.parallel_state, choose_execution(config, context, padded_vocab_size)
     seq_length = config.model.seq_length
@@ -185,10 +187,10 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
 
 
 def leave(code: int) -> NoReturn:
-    """End the process without tearing the interpreter down.
+    """End the process without tearing down the interpreter.
 
-    A communication thread may still be letting go of a tensor, which takes an interpreter that is whole: without one
-    it aborts, and a run that is over and saved would end with an error.
+    A communication thread may still be releasing a tensor, which needs a live interpreter: without one it aborts, and
+    a run that is finished and saved would end with an error.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,1 +1,1 @@
-"""What is watched while a model trains: finite values, speed, memory, losses by position."""
+"""Monitoring of a training run: finite values, speed, memory, losses by position."""

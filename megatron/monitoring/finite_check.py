@@ -1,11 +1,11 @@
-"""Which rank met the first value that is not finite, and where: in which layer, pass and chunk.
+"""Search for the first value that is not finite (NaN or infinity): its rank, layer, pass and chunk.
 
-Every piece of a step leaves the norm of what it has computed in a vector on the device: one kernel, and nothing waits.
-Before the optimizer takes its step the host asks once whether the loss and the gradients are finite on all ranks. If
-they are not, the norms of that very step tell what came first, and nothing is run again. All ranks note the same pieces
-in the same order, so that places in the order compare across ranks. Gradients of weights come last: nothing else of the
-step is made from them. The weights are still those of the forward pass: whether they are finite tells a model that was
-poisoned before from a step that overflows.
+Each piece of a step writes the norm of its result to a vector on the device: one kernel, no synchronization. Before the
+optimizer's step the host checks once whether the loss and the gradients are finite on all ranks. If they are not, the
+norms of that step show which value came first, without recomputation. All ranks record the same pieces in the same
+order, so positions in the order compare across ranks. Gradients of weights come last: nothing else in the step depends
+on them. The weights are still those of the forward pass: whether they are finite separates a model that was poisoned
+earlier from a step that overflows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron.fpdt.stream import Stream
 
-BLOCK = 4096  # norms that memory is taken for at a time
+BLOCK = 4096  # norms allocated at a time
 
 
 class NotFiniteError(Exception):
@@ -29,7 +29,7 @@ class NotFiniteError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """What was computed. `chunk` is None for what is of the whole sequence; `layer` counts from 1."""
+    """A computed value in the step. `chunk` is None for one of the whole sequence; `layer` counts from 1."""
 
     phase: str
     what: str
@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rank found: the first place of its own and where that is in the order of all, and weights."""
+    """The result of one rank: its first faulty place, the position of that in the common order, and faulty weights."""
 
     order: tuple[bool, int] | None = None
     place: Place | None = None
@@ -48,24 +48,24 @@ class Finding:
 
 
 class FiniteCheck:
-    """Looks at every step of a training, on every rank."""
+    """Checks every training step, on every rank."""
 
     def __init__(
         self, stream: Stream, model: nn.Module, find_weights: Callable[[], list[str]], seq_length: int
     ) -> None:
-        """Take notes of `stream` and of the gradients of `model`; `find_weights` names weights that are not finite."""
+        """Record values of `stream` and gradients of `model`; `find_weights` names weights that are not finite."""
         self._stream, self._find_weights, self._seq_length = stream, find_weights, seq_length
         self._norms = _Norms(stream.store.device)
         self._places: list[Place] = []
         self._results: list[int] = []  # the places of the loss and of the parameters' gradients
-        self._microbatch: int | None = None  # None outside of a step: evaluations are not looked at
+        self._microbatch: int | None = None  # None outside of a step: evaluations are not checked
         stream.note = self.note
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.register_hook(partial(self._note_result, "backward", f"weights of {_with_layer(name)}"))
 
     def start_microbatch(self, number: int) -> None:
-        """Take notes of a micro-batch of the step; the first, 0, begins anew."""
+        """Record a micro-batch of the step; the first, 0, clears the records of the last step."""
         if number == 0:
             self._norms.clear()
             self._places.clear()
@@ -73,16 +73,16 @@ class FiniteCheck:
         self._microbatch = number
 
     def note(self, phase: str, what: str, layer: int | None, chunk: int | None, value: Tensor) -> None:
-        """Note what a piece of the step has computed. Does not wait for the device."""
+        """Record the norm of a value that the step has computed. Does not wait for the device."""
         if self._microbatch is not None:
             self._places.append(Place(phase, what, layer, chunk, self._microbatch))
             self._norms.append(value)
 
     def finish(self, loss: Tensor) -> str | None:
-        """Say where the first value that is not finite is, if the loss or a gradient of any rank is not; end the step.
+        """End the step; describe the first value that is not finite if the loss or a gradient of any rank is not.
 
-        `loss` is this rank's, a scalar. To be called before the optimizer's step, and by all ranks: collective over
-        them. Waits for the device.
+        `loss` is this rank's, a scalar. Call it before the optimizer's step. Collective over all ranks. Waits for the
+        device.
         """
         self._note_result("forward", "sum of the losses", loss)
         self._microbatch = None
@@ -107,14 +107,14 @@ class FiniteCheck:
 
 
 def gather(finding: Finding) -> list[Finding]:
-    """The findings of all ranks, in their order. Collective over all ranks."""
+    """Return the findings of all ranks, in rank order. Collective over all ranks."""
     findings = [Finding()] * dist.get_world_size()
     dist.all_gather_object(findings, finding)
     return findings
 
 
 def first_fault(findings: Sequence[Finding], chunk_length: int, seq_length: int) -> str | None:
-    """Say what came first over all ranks: weights, or else a place; None if all is finite."""
+    """Describe the first fault over all ranks: weights, or else a place; None if all values are finite."""
     if (weights := weights_not_finite(findings)) is not None:
         return f"{weights} already"
     orders = [finding.order for finding in findings if finding.order is not None]
@@ -128,7 +128,7 @@ def first_fault(findings: Sequence[Finding], chunk_length: int, seq_length: int)
 
 
 def weights_not_finite(findings: Sequence[Finding]) -> str | None:
-    """Name the first weights that are not finite, and the ranks that hold them; None if all are."""
+    """Name the first weights that are not finite, and the ranks that have them; None if all are finite."""
     ranks = [rank for rank, finding in enumerate(findings) if finding.weights]
     if not ranks:
         return None
@@ -148,7 +148,7 @@ def _described(place: Place, chunk_length: int, seq_length: int) -> str:
 
 
 def _with_layer(name: str) -> str:
-    """ "layer 3 (layers.2.mlp.dense_h_to_4h.weight)"; a name outside of the layers as it is."""
+    """ "layer 3 (layers.2.mlp.dense_h_to_4h.weight)"; a name outside of the layers is unchanged."""
     first, *rest = name.split(".")
     return f"layer {int(rest[0]) + 1} ({name})" if first == "layers" else name
 
@@ -159,7 +159,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 class _Norms:
-    """A growing vector of norms in fp32; its memory is kept for the next step."""
+    """A growing vector of norms in fp32, which reuses its memory in the next step."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -170,7 +170,7 @@ class _Norms:
         block, index = divmod(self._count, BLOCK)
         if block == len(self._blocks):
             self._blocks.append(torch.empty(BLOCK, device=self._device))
-        # The 2-norm reads once and makes no copy; NaN and infinity go through it.
+        # The 2-norm reads once and makes no copy; it propagates NaN and infinity.
         torch.linalg.vector_norm(value.detach(), dtype=torch.float32, out=self._blocks[block][index])
         self._count += 1
 

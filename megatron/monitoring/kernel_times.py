@@ -1,7 +1,7 @@
-"""Where the time goes, as a profiler's trace has it: kernels and copies of the GPU, and named ranges of the host.
+"""Time by kind from a profiler's trace: kernels and copies on the GPU, and named ranges on the host.
 
-Kernels are sorted into kinds by their names. "waiting" is the time from the first kernel to the last in which no kernel
-ran, copies not counted: what copies, or the host that queues the work, did not hide.
+Kernels are sorted into kinds by their names. "waiting" is the time between the first and the last kernel in which no
+kernel ran; copies do not count as kernels. It is the exposed time of copies, or of the host that queues the work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 COPIES = "copies"
 COLLECTIVES = "collectives"
 
-# The first that matches counts. The attention packages call their backward passes bwd, bprop or backward.
+# The first match counts. The attention packages call their backward passes bwd, bprop or backward.
 _KINDS = (
     (COPIES, r"^Mem(cpy|set) "),
     (COLLECTIVES, r"^nccl"),
@@ -29,12 +29,12 @@ _KINDS = (
 )
 _LINK = re.compile(r"^Memcpy (HtoD|DtoH)")
 
-Span = tuple[int, int]  # from its first nanosecond to one past its last
+Span = tuple[int, int]  # first nanosecond, and one past the last
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One run of a kernel or copy, in nanoseconds of the GPU's clock."""
+    """One launch of a kernel or copy, in nanoseconds of the GPU's clock."""
 
     name: str
     start: int
@@ -51,14 +51,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Copies:
-    """Seconds of the copies between GPU and host, and those beside which arithmetic ran."""
+    """Seconds of the copies between GPU and host, and the seconds of them that overlapped with compute."""
 
     seconds: float
     hidden_seconds: float
 
 
 def kernels_of(profile: torch.profiler.profile) -> list[Kernel]:
-    """What the GPU ran while a profile, which is over, was taken."""
+    """Return the kernels and copies that the GPU ran in a finished profile."""
     return [
         Kernel(event.name(), event.start_ns(), event.duration_ns())
         for event in _events(profile)
@@ -67,7 +67,7 @@ def kernels_of(profile: torch.profiler.profile) -> list[Kernel]:
 
 
 def ranges_of(profile: torch.profiler.profile) -> list[Kernel]:
-    """The named ranges of the host (megatron.core.ranges) in a profile, which is over."""
+    """Return the named ranges of the host (megatron.core.ranges) in a finished profile."""
     return [
         Kernel(event.name(), event.start_ns(), event.duration_ns())
         for event in _events(profile)
@@ -81,18 +81,18 @@ def _events(profile: torch.profiler.profile) -> Iterable[torch._C._autograd._Kin
 
 
 def seconds_by_kind(kernels: Iterable[Kernel]) -> dict[str, float]:
-    """Seconds per kind, and those of waiting. Copies run beside the rest."""
+    """Sum seconds per kind, and those of waiting. Copies overlap with the other kinds."""
     kernels = list(kernels)
-    sums: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
     for kernel in kernels:
-        sums[kernel.kind] += kernel.duration
+        totals[kernel.kind] += kernel.duration
     busy = _merged(kernel for kernel in kernels if kernel.kind != COPIES)
-    sums["waiting"] = sum(start - end for (_, end), (start, _) in pairwise(busy))
-    return {kind: nanoseconds / 1e9 for kind, nanoseconds in sums.items()}
+    totals["waiting"] = sum(start - end for (_, end), (start, _) in pairwise(busy))
+    return {kind: nanoseconds / 1e9 for kind, nanoseconds in totals.items()}
 
 
 def hidden_copies(kernels: Iterable[Kernel]) -> Copies:
-    """How long copies over the link took, and for how much of it a kernel that is no collective ran beside them."""
+    """Measure the copies over the link, and their overlap with compute: kernels that are not collectives."""
     kernels = list(kernels)
     computing = _merged(kernel for kernel in kernels if kernel.kind not in (COPIES, COLLECTIVES))
     copies = [kernel for kernel in kernels if _LINK.search(kernel.name)]
@@ -101,7 +101,7 @@ def hidden_copies(kernels: Iterable[Kernel]) -> Copies:
 
 
 def _merged(kernels: Iterable[Kernel]) -> list[Span]:
-    """The spans in which any of the kernels runs, ascending and apart."""
+    """Return the spans in which any of the kernels runs, ascending and disjoint."""
     spans: list[Span] = []
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         if spans and kernel.start <= spans[-1][1]:
@@ -112,7 +112,7 @@ def _merged(kernels: Iterable[Kernel]) -> list[Span]:
 
 
 def _overlap(span: Span, others: list[Span]) -> int:
-    """Nanoseconds that a span has in common with others, which are ascending and apart."""
+    """Return the nanoseconds of a span that overlap with `others`, which are ascending and disjoint."""
     common = 0
     for start, end in others[bisect_right(others, span[0], key=lambda other: other[1]) :]:
         if start >= span[1]:
@@ -122,7 +122,7 @@ def _overlap(span: Span, others: list[Span]) -> int:
 
 
 def seconds_by_name(kernels: Iterable[Kernel], most: int = 25) -> list[tuple[float, int, str]]:
-    """(seconds, runs, name) of the kernels that took the longest."""
+    """Return (seconds, launches, name) of the kernels that took the longest."""
     seconds: Counter[str] = Counter()
     runs: Counter[str] = Counter()
     for kernel in kernels:
@@ -132,14 +132,14 @@ def seconds_by_name(kernels: Iterable[Kernel], most: int = 25) -> list[tuple[flo
 
 
 def exclusive_seconds(ranges: Iterable[Kernel]) -> dict[str, float]:
-    """Seconds by name of ranges that lie within one another, each without those that lie within it."""
-    sums: Counter[str] = Counter()
+    """Sum seconds by name of nested ranges; each range excludes the ranges nested in it."""
+    totals: Counter[str] = Counter()
     open_ranges: list[Kernel] = []
     for each in sorted(ranges, key=lambda each: (each.start, -each.duration)):
         while open_ranges and open_ranges[-1].end <= each.start:
             open_ranges.pop()
         if open_ranges:
-            sums[open_ranges[-1].name] -= each.duration
-        sums[each.name] += each.duration
+            totals[open_ranges[-1].name] -= each.duration
+        totals[each.name] += each.duration
         open_ranges.append(each)
-    return {name: nanoseconds / 1e9 for name, nanoseconds in sums.items()}
+    return {name: nanoseconds / 1e9 for name, nanoseconds in totals.items()}

@@ -1,8 +1,8 @@
-"""Mean token loss by position in the context: does a token far into the sequence profit from what came before?
+"""Mean token loss by position in the context, which shows whether later tokens profit from a longer context.
 
-Token losses are summed by bucket of position on the device, next to the loss itself and not instead of it, so that
-the buckets' sums add up to the sum that the evaluation reports. Where documents do not see each other, a token's
-position is that in its document.
+Token losses are summed by bucket of position on the device, in addition to the loss itself, so the buckets' sums add up
+to the sum that the evaluation reports. Where documents do not see each other, a token's position is its position in
+its document.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron.logging.log_line import Bucket
 
 
 def bucket_edges(logging: LoggingConfig, seq_length: int) -> list[int]:
-    """The first position of each bucket, and one past the last; [] where none are asked for."""
+    """Return the first position of each bucket, and one past the last; [] without --log-loss-by-position."""
     count = logging.loss_position_buckets
     if logging.log_loss_by_position is None:
         return []
@@ -32,18 +32,18 @@ def bucket_edges(logging: LoggingConfig, seq_length: int) -> list[int]:
 
 
 class LossByPosition:
-    """Sums over one evaluation, of all token losses of this rank. Without buckets it leaves evaluation as it is."""
+    """Token losses of this rank by bucket, summed over one evaluation. Without buckets it changes nothing."""
 
     def __init__(self, edges: list[int], seq_length: int, stream: Stream) -> None:
         self._edges, self._stream = edges, stream
         parallel, device = stream.parallel_state, stream.store.device
         layout = SequenceLayout(seq_length, min(stream.chunk_length, seq_length), parallel.sequence_parallel_size)
         self._owned = layout.owned_positions(parallel.sequence_parallel_rank)
-        # Of each bucket the token losses and the weight of the tokens in the mask.
+        # For each bucket: the sum of token losses, and the sum of the loss mask.
         self._sums = torch.zeros(2, max(len(edges) - 1, 0), dtype=torch.float64, device=device)
 
     def evaluate(self, batch: Batch, evaluate: Callable[[Any], Tensor]) -> Tensor:
-        """What `evaluate` says of the batch's inputs: the loss sum. Its token losses are added to their buckets."""
+        """Return the loss sum of the batch from `evaluate`; add its token losses to their buckets."""
         if not self._edges:
             return evaluate(batch.inputs())
         token_losses: list[Tensor] = []
@@ -59,7 +59,7 @@ class LossByPosition:
         return loss
 
     def _positions(self, batch: Batch) -> Tensor:
-        """Position of each token in what it sees, int64 [B, S/p]."""
+        """Return the position of each token in the context that it sees, int64 [B, S/p]."""
         if batch.documents is None:
             return self._owned.expand(len(batch.tokens), -1)
         owned = self._owned.numpy()
@@ -67,7 +67,7 @@ class LossByPosition:
         return torch.stack([torch.from_numpy(row) for row in rows])
 
     def buckets(self) -> list[Bucket]:
-        """The buckets that have tokens, summed over all ranks. Collective over all of them; waits for the device."""
+        """Return the buckets that have tokens, summed over all ranks. Collective over them; waits for the device."""
         if not self._edges:
             return []
         dist.all_reduce(self._sums)

@@ -1,4 +1,4 @@
-"""What is said when memory runs out: who holds what, what the planner reckons, and which settings would fit."""
+"""Out-of-memory report: what uses the memory, the planner's estimates, and settings that would fit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Row = tuple[str, str]
 
 
 class OutOfMemory(Exception):
-    """GPU or host memory has run out; the message is the whole ledger, in lines."""
+    """GPU or host memory has run out; the message is the whole report, in lines."""
 
 
 class Ledger:
-    """What of a run holds memory; `engine` and `stream` are set once they are there."""
+    """The memory use of a run; `engine` and `stream` are set once they exist."""
 
     def __init__(self, context: Context, make_plan: Callable[[], Plan | None]) -> None:
-        """`make_plan` gives the planner's view of the run; None where it plans nothing of the kind."""
+        """Take `make_plan`, which plans the run; its result is None where the planner does not cover such a run."""
         self._context, self._make_plan = context, make_plan
         self.engine: Engine | None = None
         self.stream: Stream | None = None
@@ -51,14 +51,14 @@ class Ledger:
             raise OutOfMemory("\n".join(self.lines(memory, error))) from error
 
     def lines(self, memory: str, error: BaseException) -> list[str]:
-        """The block for a reader; its first line is the error itself."""
+        """Format the report; its first line is the error itself."""
         plan = self._plan()
         rank = self._context.parallel_state.rank
         lines = [f"out of {memory} memory on rank {rank}: {str(error).splitlines()[0] if str(error) else 'no more'}"]
         lines += _table("GPU memory", self._on_gpu()) if self._context.device.type == "cuda" else []
         lines += _table("host memory", self._on_host())
         if plan is not None:
-            lines += _table("the planner reckons, per rank", _estimated(plan))
+            lines += _table("the planner estimates, per rank", _estimated(plan))
         return [*lines, "  what to change:", *(f"    - {line}" for line in suggestions(plan, memory))]
 
     def _on_gpu(self) -> list[Row]:
@@ -91,7 +91,7 @@ class Ledger:
         return [(what, num_bytes) for (what, device), num_bytes in held.items() if device == device_type]
 
     def _plan(self) -> Plan | None:
-        """What the planner makes of the run, as it is executed."""
+        """Plan the run as it is executed."""
         plan = self._make_plan()
         if plan is None or self.stream is None or not plan.job.streamed:
             return plan
@@ -106,34 +106,34 @@ class Ledger:
 
 
 def memory_that_ran_out(error: BaseException) -> str | None:
-    """ "GPU" or "host"; None for an error of another kind."""
+    """Return "GPU" or "host"; None for an error of another kind."""
     if isinstance(error, torch.OutOfMemoryError):
         return "GPU"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # as torch says it of the host's
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words for host memory
         return "host"
     return "GPU" if "CUDA out of memory" in str(error) or "CUDA error: out of memory" in str(error) else None
 
 
 def suggestions(plan: Plan | None, memory: str) -> list[str]:
-    """Settings that would fit: the planner's, or what comes nearest where it thinks that the run fits."""
+    """Return settings that would fit: the planner's, or those that save most where it estimates that the run fits."""
     if plan is None:
         return list(WITHOUT_A_PLAN)
     if not plan.fits:
         return plan.advice()
-    lines = ["the planner takes this run to fit: look for other processes that use the memory"]
+    lines = ["the planner estimates that this run fits: look for other processes that use the memory"]
     job, ranks = plan.job, plan.job.sequence_parallel_size
     smaller = plan.with_job(replace(job, chunk_length=max(job.chunk_length // 2 // ranks, 1) * ranks))
     if memory == "GPU" and job.streamed and smaller.memory.gpu < plan.memory.gpu:
         needs, instead = _gib(smaller.memory.gpu_with_overhead), _gib(plan.memory.gpu_with_overhead)
         lines.append(f"{CHUNK_SIZE} {smaller.job.chunk_length} needs {needs} of GPU memory instead of {instead}")
-    thriftier = plan.lowest_memory()
-    if memory == "host" and job.streamed and thriftier.memory.host < plan.memory.host:
-        needs, instead = _gib(thriftier.memory.host), _gib(plan.memory.host)
-        kept = thriftier.job
+    lower = plan.lowest_memory()
+    if memory == "host" and job.streamed and lower.memory.host < plan.memory.host:
+        needs, instead = _gib(lower.memory.host), _gib(plan.memory.host)
+        saved = lower.job
         flags = (
-            f"--ds-sequence-parallel-fpdt-recompute {kept.recompute} --ds-sequence-parallel-fpdt-checkpoint-interval"
+            f"--ds-sequence-parallel-fpdt-recompute {saved.recompute} --ds-sequence-parallel-fpdt-checkpoint-interval"
         )
-        lines.append(f"{flags} {kept.checkpoint_interval} needs {needs} of host memory instead of {instead}")
+        lines.append(f"{flags} {saved.checkpoint_interval} needs {needs} of host memory instead of {instead}")
     return [*lines, f"--seq-length {job.model.seq_length // 2} needs about half of what grows with the sequence"]
 
 

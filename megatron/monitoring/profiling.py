@@ -1,10 +1,10 @@
-"""A timeline of some iterations (--profile): a trace for Perfetto, and where the time went, as text and JSON.
+"""Profile of some iterations (--profile): a trace for Perfetto, and a summary of the time as text and JSON.
 
     DIR/rank0-iterations-11-12.trace.json.gz      open it in https://ui.perfetto.dev or chrome://tracing
     DIR/rank0-iterations-11-12.summary.json
 
-On a GPU the seconds are those of kernels and copies, which run beside one another. On the CPU they are those of the
-named ranges of megatron.core.ranges.
+On a GPU the seconds are those of kernels and copies, which overlap. On the CPU they are those of the named ranges of
+megatron.core.ranges.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, iteration: int) -> Iterator[None]:
-        """Run one iteration within this; what is asked for is written after the last of them, or by `close`."""
+        """Profile the iteration that runs in this context; the last one, or `close`, writes the result."""
         if not self._enabled or not self._first <= iteration <= self._last:
             yield
             return
@@ -73,7 +73,7 @@ class StepProfiler:
         self._started, self._iterations = time.monotonic(), (iteration, iteration)
 
     def close(self) -> None:
-        """Write what has been profiled, if anything is left to be written."""
+        """Stop the profile and write it, if one is running."""
         profile, self._profile = self._profile, None
         if profile is None:
             return
@@ -87,7 +87,7 @@ class StepProfiler:
         self._write(profile, summary)
 
     def _write(self, profile: torch.profiler.profile, summary: Summary) -> None:
-        """Write trace and summary, and where they are; a training does not end because they cannot be written."""
+        """Write trace and summary, and log their paths; a failure to write them does not stop the training."""
         first, last = self._iterations
         stem = self._folder / f"rank{self._context.parallel_state.rank}-iterations-{first}-{last}"
         trace, text = Path(f"{stem}.trace.json.gz"), Path(f"{stem}.summary.json")
@@ -95,7 +95,7 @@ class StepProfiler:
             self._folder.mkdir(parents=True, exist_ok=True)
             text.write_text(json.dumps(summary, indent=2) + "\n")
             profile.export_chrome_trace(str(trace))
-        except (OSError, RuntimeError) as error:  # RuntimeError: the profiler's own code cannot write
+        except (OSError, RuntimeError) as error:  # RuntimeError: from the profiler's own writer
             for path in (trace, text):
                 with suppress(OSError):
                     path.unlink()
@@ -110,7 +110,7 @@ class StepProfiler:
 
 
 def summarize(kernels: list[Kernel], ranges: list[Kernel]) -> Summary:
-    """Seconds by kind of kernel, or of range where no kernels ran, and what became of the copies."""
+    """Summarize seconds by kind of kernel, or of range where no kernels ran, and the overlap of the copies."""
     if not kernels:
         return {"seconds_by_kind": _seconds_by_kind_of_range(ranges), "copies": None}
     copies = hidden_copies(kernels)
@@ -123,15 +123,15 @@ def summarize(kernels: list[Kernel], ranges: list[Kernel]) -> Summary:
 
 
 def _seconds_by_kind_of_range(ranges: list[Kernel]) -> dict[str, float]:
-    """The ranges of blocks, chunks and passes count, less those of a kind within them, as other."""
-    sums: defaultdict[str, float] = defaultdict(float)
+    """Sum by kind of range; blocks, chunks and passes, without the kinds nested in them, count as other."""
+    totals: defaultdict[str, float] = defaultdict(float)
     for name, seconds in exclusive_seconds(ranges).items():
-        sums[name if name in KINDS_OF_RANGES else "other"] += seconds
-    return dict(sums)
+        totals[name if name in KINDS_OF_RANGES else "other"] += seconds
+    return dict(totals)
 
 
 def lines_of(summary: Summary) -> list[str]:
-    """The summary for a reader."""
+    """Format the summary as lines of text."""
     (first, last), copies = summary["iterations"], summary["copies"]
     lines = [f"profile of iterations {first} to {last}: {summary['seconds']:.3f} s"]
     by_kind = sorted(summary["seconds_by_kind"].items(), key=lambda item: -item[1])
@@ -142,5 +142,5 @@ def lines_of(summary: Summary) -> list[str]:
         lines.append("  nothing was copied between GPU and host")
     else:
         seconds, share = copies["seconds"], copies["hidden_share"]
-        lines.append(f"  between GPU and host {seconds:.3f} s of copies, {share:.1%} of them behind arithmetic")
+        lines.append(f"  between GPU and host {seconds:.3f} s of copies, {share:.1%} of them overlapped with compute")
     return lines

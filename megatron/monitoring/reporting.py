@@ -1,4 +1,4 @@
-"""What a run says of itself after an iteration: log line and metrics, from losses kept on the device until then."""
+"""Log line and metrics of a run after an iteration; losses stay on the device until then."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ class Reporter:
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
         self._watch = LossWatch(config.logging.loss_spike_factor)
-        self._losses: dict[int, Tensor] = {}  # by iteration; not of steps without a label that counts
+        self._losses: dict[int, Tensor] = {}  # by iteration; none for steps whose labels are all masked
         self._attention_shares: list[float] = []
         self._started = time.monotonic()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave out of the next line's times what happens within: evaluation, saving."""
+        """Exclude this context from the times of the next line: evaluation, saving."""
         paused = time.monotonic()
         yield
         self._started += time.monotonic() - paused
 
     def restart(self) -> None:
-        """Begin the next line's iterations and times here."""
+        """Start the next line's iterations and times here."""
         self._started = time.monotonic()
         self._losses.clear()
         self._attention_shares.clear()
@@ -103,7 +103,7 @@ class Reporter:
             seconds=seconds,
             num_gpus=self._context.parallel_state.world_size,
             model_flops_per_sequence=useful,
-            hardware_flops_per_sequence=useful + _flops_run_again(self._config, self._stream, attention_share),
+            hardware_flops_per_sequence=useful + _recomputed_flops(self._config, self._stream, attention_share),
             peak_tflops=self._peak_tflops,
         )
         record = IterationRecord(
@@ -133,7 +133,7 @@ class Reporter:
         self.restart()
 
     def evaluation(self, iteration: int, loss: float, part: str, buckets: Sequence[Bucket] = ()) -> None:
-        """Write the line of an evaluation, and one of the losses by position where there are any."""
+        """Write the line of an evaluation, and one with the losses by position if `buckets` has any."""
         record = ValidationRecord(iteration=iteration, loss=loss, part=part)
         self._context.log.info(format_validation(record))
         scalars = {f"{part}/loss": loss, f"{part}/perplexity": record.perplexity}
@@ -149,7 +149,7 @@ class Reporter:
         return torch.cuda.max_memory_allocated(self._context.device) / GIB
 
 
-def _flops_run_again(config: Config, stream: Stream, attention_share: float) -> int:
+def _recomputed_flops(config: Config, stream: Stream, attention_share: float) -> int:
     model, parallel = config.model, config.parallel
     if parallel.ds_sequence_parallel_fpdt:
         size = parallel.ds_sequence_parallel_size

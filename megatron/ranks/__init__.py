@@ -1,1 +1,1 @@
-"""The ranks as processes: how they meet, agree on settings, watch one another and end."""
+"""The ranks as processes: rendezvous, agreement on settings, watchdog and exit."""

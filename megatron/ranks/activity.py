@@ -1,4 +1,4 @@
-"""What the main thread of this process is doing, seen from another thread: whether it works, and whether it waits."""
+"""State of the main thread, seen from another thread: whether it works, and whether it waits in a collective."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# Waking up to look whether something has come costs less than these.
+# Polling while waiting costs less than these.
 LEAST_SHARE = 0.01
 LEAST_BYTES = 2**16
-# A thread that runs code of these waits for other ranks.
+# A thread inside these files waits for other ranks.
 COLLECTIVES = ("torch/distributed/distributed_c10d.py", "megatron/core/collectives.py")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What was done since the start of the process."""
+    """Work done since the start of the process."""
 
     at: float
     cpu_seconds: float
@@ -27,13 +27,13 @@ class Work:
     """Read from and written to files and pipes."""
 
     def is_well_past(self, before: Work) -> bool:
-        """Whether more was done since than waiting takes."""
+        """Return whether more was done since `before` than polling costs."""
         cpu, seconds = self.cpu_seconds - before.cpu_seconds, self.at - before.at
         return cpu > LEAST_SHARE * seconds or self.num_bytes - before.num_bytes > LEAST_BYTES
 
 
 def work_done() -> Work:
-    """What this process has done up to now."""
+    """Measure the work of this process up to now."""
     cpu_seconds, num_bytes = 0.0, 0
     thread = threading.main_thread().ident
     with suppress(OSError):
@@ -46,7 +46,7 @@ def work_done() -> Work:
 
 
 def is_in_collective() -> bool:
-    """Whether the main thread is inside a collective, which ends when the other ranks have come to it."""
+    """Return whether the main thread is inside a collective, which ends once the other ranks have joined it."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         if frame.f_code.co_filename.endswith(COLLECTIVES):

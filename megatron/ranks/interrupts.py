@@ -1,4 +1,4 @@
-"""Ctrl-C and the launcher's SIGTERM, also where the main thread is blocked outside of Python."""
+"""Handling of Ctrl-C and the launcher's SIGTERM, even while the main thread is blocked outside of Python."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ SECONDS_TO_END = 5.0
 
 @contextmanager
 def interruptible(watchdog: Watchdog) -> Iterator[None]:
-    """Within, SIGINT ends the process even if the main thread does not hear of it, and SIGTERM hurries the watchdog.
+    """End the process on SIGINT even if the main thread cannot handle it; on SIGTERM hurry the watchdog.
 
-    Python runs signal handlers in the main thread alone, which may wait for a collective for ever. A thread of its own
-    reads the numbers of the signals.
+    Python runs signal handlers only in the main thread, which may wait forever in a collective. A separate thread reads
+    the numbers of the signals.
     """
-    _raise_from_now_on()
+    _restore_keyboard_interrupt()
     ended = threading.Event()
-    heard, told = socket.socketpair()
-    told.setblocking(False)
-    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    listener = threading.Thread(target=_listen, args=(heard, ended, watchdog), name="signals", daemon=True)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    listener = threading.Thread(target=_listen, args=(reader, ended, watchdog), name="signals", daemon=True)
     listener.start()
     try:
         yield
     finally:
         ended.set()
         signal.set_wakeup_fd(before)
-        told.close()
+        writer.close()
 
 
-def _listen(heard: socket.socket, ended: threading.Event, watchdog: Watchdog) -> None:
-    while numbers := heard.recv(64):
+def _listen(reader: socket.socket, ended: threading.Event, watchdog: Watchdog) -> None:
+    while numbers := reader.recv(64):
         if signal.SIGTERM in numbers:
             watchdog.hurry()
         if signal.SIGINT in numbers and not ended.wait(SECONDS_TO_END):
@@ -47,7 +47,7 @@ def _listen(heard: socket.socket, ended: threading.Event, watchdog: Watchdog) ->
 
 
 def end_interrupted(watchdog: Watchdog) -> int:
-    """Say so on the first rank that ends; returns the exit code."""
+    """Report the interrupt on the first rank that ends; return the exit code."""
     if watchdog.fail("was interrupted", INTERRUPTED_EXIT_CODE):
         sys.stderr.write("interrupted\n" if watchdog.rank == 0 else f"interrupted on rank {watchdog.rank}\n")
         sys.stderr.flush()
@@ -55,15 +55,15 @@ def end_interrupted(watchdog: Watchdog) -> int:
 
 
 def end_on_interrupt() -> None:
-    """While a script imports, Ctrl-C ends it at once; where SIGINT is ignored or handled already, that stays so."""
+    """End on Ctrl-C at once while a script imports; leave SIGINT alone where it is ignored or handled already."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
 
 
 def run_tool(main: Callable[[], int]) -> int:
-    """Call a tool's main function and return its exit code; Ctrl-C is one line and a code of its own."""
+    """Call a tool's main function and return its exit code; Ctrl-C prints one line and has its own code."""
     try:
-        _raise_from_now_on()
+        _restore_keyboard_interrupt()
         return main()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -77,7 +77,7 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED_EXIT_CODE)
 
 
-def _raise_from_now_on() -> None:
-    """End what `end_on_interrupt` began: files that are half written are to be cleaned up."""
+def _restore_keyboard_interrupt() -> None:
+    """Undo `end_on_interrupt`: from here on, half-written files must be cleaned up."""
     if signal.getsignal(signal.SIGINT) is _end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,7 +1,7 @@
-"""All ranks run with the same settings, data, tokenizer and code, or not at all: otherwise they diverge silently.
+"""Check that all ranks run with the same settings, data, tokenizer and code: otherwise they diverge silently.
 
-Every rank writes what it runs with to the store, as short texts by name. Rank 0 compares them and writes how they
-differ, if they do. Nothing is allocated and no process group is needed.
+Every rank writes its settings to the store, as short texts by name. Rank 0 compares them and writes the difference, if
+there is one. Nothing is allocated and no process group is needed.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from megatron.config import Config, ConfigError, config_sections
 POLL_SECONDS = 0.1
 SHOWN_CHARACTERS = 200
 
-# What may differ: places on a rank's own machine, and what only the output of one rank shows.
+# Flags that may differ: paths on a rank's own machine, and flags that only affect the output of one rank.
 OWN = frozenset(
     {"local_rank", "data_cache_path", "tensorboard_dir", "profile_dir", "wandb_save_dir", "progress"}
     | {"heartbeat_seconds", "deepspeed_config"}
 )
-# Names of files, which may differ where the content is the same.
+# Flags that name files; the names may differ where the content is the same.
 DATA = frozenset({"data_path", "train_data_path", "valid_data_path", "test_data_path"})
 FILES = frozenset({"vocab_file", "merge_file", "tokenizer_model", "chat_template"})
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 PACKAGES = ("torch", "deepspeed", "numpy", "triton", "tokenizers", "sentencepiece", "flash-attn", "flash-attn-4")
-# Libraries read these by themselves, and compute otherwise.
+# Libraries read these themselves; they change results.
 VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
 
-# A file larger than WHOLE_BYTES is judged by its size and by blocks spread evenly over it: 16 MiB of a terabyte.
+# A file larger than WHOLE_BYTES is compared by its size and by blocks spread evenly over it: 16 MiB of a terabyte.
 WHOLE_BYTES = 2**26
 NUM_BLOCKS, BLOCK_BYTES = 1024, 2**14
 
@@ -47,9 +47,9 @@ NUM_BLOCKS, BLOCK_BYTES = 1024, 2**14
 def require_same_settings(
     settings: Mapping[str, str], rank: int, world_size: int, store: dist.Store, poll_seconds: float = POLL_SECONDS
 ) -> None:
-    """ConfigError on every rank, with a setting that differs and its values, unless all have the same.
+    """Raise ConfigError on every rank, with a setting that differs and its values, unless all are the same.
 
-    Collective over all ranks, once; how long it may take is the watchdog's business.
+    Collective over all ranks, once; the watchdog enforces the time limit.
     """
     own = json.dumps(settings)
     store.set(f"settings/{rank}", own)
@@ -57,7 +57,7 @@ def require_same_settings(
         others = (_wait_for(store, f"settings/{other}", poll_seconds) for other in range(1, world_size))
         store.set("settings/fault", _fault([own, *others]))
     fault = _wait_for(store, "settings/fault", poll_seconds)
-    # The store is rank 0's, which must not end before the others have read it.
+    # Rank 0 owns the store, so it must not end before the others have read it.
     store.add("settings/heard", 1)
     if fault:
         deadline = time.monotonic() + 10
@@ -73,7 +73,7 @@ def _wait_for(store: dist.Store, key: str, poll_seconds: float) -> str:
 
 
 def _fault(texts: Sequence[str]) -> str:
-    """How the settings of some ranks differ from those of rank 0; "" where all are the same."""
+    """Describe how the settings of some ranks differ from those of rank 0; "" where all are the same."""
     first = json.loads(texts[0])
     for text in texts:
         if text == texts[0]:
@@ -101,7 +101,7 @@ def _all(ranks: Sequence[int]) -> str:
 
 
 def settings_of(config: Config, world_size: int, device: str) -> dict[str, str]:
-    """What a rank runs with: name to text. Reads the data and the tokenizer's files."""
+    """Collect the settings of a rank: name to text. Reads the data and the tokenizer's files."""
     settings = {"WORLD_SIZE": str(world_size), "the device": device, **dict(_flags(config))}
     settings.update({f"the environment's {name}": os.environ.get(name, "not set") for name in VARIABLES})
     settings.update({"the version of Python": sys.version.split()[0]})
@@ -137,7 +137,7 @@ def _text(value: Any) -> str:
 
 
 def _dataset_contents(flag: str, words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Weights as they are, and the content of the files of each dataset."""
+    """Yield the blending weights unchanged, and the content of the files of each dataset."""
     names = [word for word in words if not _is_number(word)]
     yield flag, " ".join(word if _is_number(word) else "DATA" for word in words) or "none"
     for number, name in enumerate(names, start=1):
@@ -163,7 +163,7 @@ def _version(package: str) -> str:
 
 
 def content(path: Path) -> str:
-    """Size and hash of a file, whole or in samples, or of the files of a tokenizer in a folder."""
+    """Return size and hash of a file, hashed whole or by samples, or of the tokenizer files in a folder."""
     if path.is_dir():
         return ", ".join(f"{name}: {content(path / name)}" for name in TOKENIZER_FILES if (path / name).is_file())
     try:
@@ -179,7 +179,7 @@ def content(path: Path) -> str:
 
 
 def _blocks(size: int) -> list[tuple[int, int]]:
-    """(start, bytes) of what is read of a file; the first and the last byte are always among them."""
+    """Return (start, bytes) of the blocks to read of a file; they always include the first and the last byte."""
     if size <= WHOLE_BYTES:
         return [(0, size)]
     return [(number * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1), BLOCK_BYTES) for number in range(NUM_BLOCKS)]

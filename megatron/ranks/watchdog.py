@@ -1,10 +1,10 @@
-"""Which rank died, hangs or failed, and where: rank 0 watches all ranks, and every rank watches rank 0.
+"""Watchdog that names the rank that died, hangs or failed, and where: rank 0 watches all, every rank watches rank 0.
 
-Every rank has a thread that writes its position to a key-value store now and then. A rank that no longer writes is
-gone; one that writes and does not move hangs. A rank that waits for another does not move either, so of all ranks those
-that have moved least are judged, and of these those that are not inside a collective. Rank 0 writes its verdict to the
-store, and every other rank ends with the same words. The threads need neither a device nor a collective, so they speak
-where all else is blocked.
+Every rank has a thread that writes its position to a key-value store at intervals. A rank that no longer writes has
+died; a rank that writes and does not move hangs. A rank that waits for another one does not move either. So only the
+ranks that have moved least are judged, and among these the ones that are not inside a collective. Rank 0 writes its
+verdict to the store, and every other rank ends with the same message. The threads need neither a device nor a
+collective, so they can report while everything else is blocked.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from megatron.ranks.activity import is_in_collective, work_done
 EXIT_CODE = 4  # of a run in which a rank died or hangs
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 LONGEST_INTERVAL_SECONDS = 5.0
-PATIENCE = 0.75  # of the time limit: the rest is for looking, speaking and ending
-SECONDS_FOR_OTHERS = 10.0  # in which the rank that failed speaks, and the launcher ends the others
+PATIENCE = 0.75  # share of the time limit: the rest is for polling, reporting and ending
+SECONDS_FOR_OTHERS = 10.0  # for the failed rank to report, and for the launcher to end the others
 VERDICT = "watchdog/verdict"
 
 
 class Store(Protocol):
-    """What of torch.distributed's stores is used."""
+    """The part of torch.distributed's stores that is used."""
 
     def set(self, key: str, value: str) -> object: ...
 
@@ -49,22 +49,22 @@ class Verdict:
     text: str
     exit_code: int = EXIT_CODE
     speaker: int | None = None
-    """The rank that says so by itself, where it is one that failed or was interrupted."""
+    """The rank that reports this itself, because it failed or was interrupted."""
 
 
 class RankLost(Exception):
-    """Another rank died, hangs or did not come."""
+    """Another rank died, hangs or did not join."""
 
 
 @dataclass
 class _State:
-    """What a rank writes of itself."""
+    """The state that a rank writes to the store."""
 
     beats: int = -1
     moves: int = 0
-    """Places come to: the same count on all ranks at the same place."""
+    """Places reached: the same count on all ranks at the same place."""
     work: int = 0
-    """Grows while the rank works in a place that takes long."""
+    """Grows while the rank works in a long operation."""
     place: str = "joining"
     is_waiting: bool = False
     is_hurried: bool = False
@@ -73,7 +73,7 @@ class _State:
 
 @dataclass
 class _Seen:
-    """What was last read of a rank, and since when it has been the same."""
+    """The last state read of a rank, and the times of its last heartbeat and its last move."""
 
     alive_at: float
     moved_at: float
@@ -81,7 +81,7 @@ class _Seen:
 
 
 class Watchdog:
-    """One per rank, from before it joins the others to after its last step."""
+    """The watchdog of a rank, from before it joins the others to after its last step."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Watchdog:
         end: Callable[[Verdict, Watchdog], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`end` is called once, in a thread; it should end the process, which is the default."""
+        """Set up; `end` is called once, in a thread. It should end the process, as the default does."""
         self._rank, self._world_size, self._clock = rank, world_size, clock
         self._end = end or end_process
         self._state = _State()
@@ -108,7 +108,7 @@ class Watchdog:
 
     @property
     def place(self) -> str:
-        """Where this rank is."""
+        """The place that this rank is in."""
         return self._state.place
 
     @property
@@ -116,15 +116,15 @@ class Watchdog:
         return self._rank
 
     def start(self, limit_seconds: float, connect: Callable[[], Store], server: Store | None = None) -> None:
-        """Watch from now on, where there is more than one rank; `connect` is called in a thread.
+        """Start watching, where there is more than one rank; `connect` is called in a thread.
 
-        `server`, which the other ranks connect to, is kept for as long as they may need it.
+        The watchdog holds on to `server`, which the other ranks connect to, for as long as they may need it.
         """
         self._server = server
         if self._world_size == 1:
             return
         self.prepare(limit_seconds)
-        # Two threads, as a store whose machine hangs holds the one that asks it for ever.
+        # Two threads: a store on a machine that hangs blocks its reader forever.
         self._threads = [
             threading.Thread(target=self._keep_looking, args=(connect,), name="watchdog, looking", daemon=True),
             threading.Thread(target=self._keep_judging, name="watchdog, judging", daemon=True),
@@ -133,24 +133,24 @@ class Watchdog:
             thread.start()
 
     def prepare(self, limit_seconds: float, store: Store | None = None) -> None:
-        """Count time from now on."""
+        """Start the clocks of all ranks."""
         self._limit, self._store, now = PATIENCE * limit_seconds, store, self._clock()
         self._looked_at = now
         self._seen = [_Seen(now, now, _State()) for _ in range(self._world_size)]
 
     def move(self, place: str) -> None:
-        """Say that this rank has come to a place, as all ranks do in the same order. Costs nothing worth counting."""
+        """Record that this rank has reached a place; all ranks reach them in one order. The cost is negligible."""
         self._state.place = place
         self._state.moves += 1
 
     def enter(self, place: str) -> None:
-        """Come to a place that takes long, and let the others know at once."""
+        """Record the start of a long operation, and publish it at once."""
         self.move(place)
         self._wake.set()
 
     @contextmanager
     def working(self, place: str) -> Iterator[None]:
-        """Within, this rank is in a place that takes as long as it takes, while it computes, reads or writes."""
+        """Run an operation that may take any time, as long as this rank computes, reads or writes."""
         self.enter(place)
         self._is_working = True
         try:
@@ -160,11 +160,11 @@ class Watchdog:
             self._state.moves += 1
 
     def hurry(self) -> None:
-        """From now on a rank that is silent for a few beats counts as gone: the launcher is ending the run."""
+        """Count a rank as gone after a few silent beats, from now on: the launcher is ending the run."""
         self._state.is_hurried = True
 
     def fail(self, text: str, exit_code: int) -> bool:
-        """Say that this rank has failed, and watch no longer; returns whether it is the first to end the run."""
+        """Report that this rank has failed, and stop watching; return whether it is the first to end the run."""
         self._stop()
         own = Verdict(f"{self._named([self._rank])} {text}", exit_code, self._rank)
         counting = [own]
@@ -173,7 +173,7 @@ class Watchdog:
         return counting[-1] == own
 
     def wait_for_verdict(self) -> None:
-        """After an error in this rank: end as soon as another rank proves to be its reason; return if none does."""
+        """After an error in this rank: end once another rank proves to be the cause; return if none does."""
         if not self._threads:
             return
         self.hurry()
@@ -182,13 +182,13 @@ class Watchdog:
             time.sleep(self._interval / 4)  # the thread that judges ends the process
 
     def close(self) -> None:
-        """This rank is through; whoever is not may take as long as it likes."""
+        """Stop watching: this rank is done, and the others may take any time."""
         self._stop()
         if self._can_speak:
             self.leave()
 
     def _stop(self) -> None:
-        """End the threads, where they run."""
+        """Stop the threads, if they run."""
         self._closed.set()
         self._wake.set()
         if not self._threads:
@@ -200,7 +200,7 @@ class Watchdog:
         self._threads = []
 
     def leave(self) -> None:
-        """Say that this rank is through. The store may be rank 0's, which therefore waits until the others know."""
+        """Report that this rank is done. Rank 0 may own the store, so it waits until the others have read this."""
         if self._store_is_lost:
             return
         self._briefly(lambda: self._write(is_done=True))
@@ -217,7 +217,7 @@ class Watchdog:
             time.sleep(self._interval / 10)
 
     def _briefly(self, work: Callable[[], object]) -> None:
-        """Try something that may fail or hang, as the store may have gone with the rank that has ended the run."""
+        """Try work that may fail or hang: the store may have died with the rank that ended the run."""
 
         def attempt() -> None:
             with suppress(Exception):
@@ -263,11 +263,11 @@ class Watchdog:
 
     @property
     def _grace(self) -> float:
-        """Seconds of silence after which a rank counts as gone once something else has gone wrong."""
+        """Seconds of silence after which a rank counts as gone once another fault has occurred."""
         return min(self._limit, max(4 * self._interval, 3.0))
 
     def look(self) -> Verdict | None:
-        """Write where this rank is, read where others are, and return what is wrong, if anything is."""
+        """Write the place of this rank, read those of the others, and return a verdict if there is a fault."""
         assert self._store is not None, "there is a store once the threads run"
         self._write(is_done=False)
         if self._store.check([VERDICT]):
@@ -317,7 +317,7 @@ class Watchdog:
         return Verdict(f"{self._named([0])} no longer answers") if now - first.alive_at > patience else None
 
     def _publish(self, verdict: Verdict) -> Verdict:
-        """Write a verdict where there is none yet; returns the one that counts."""
+        """Write a verdict unless there is one already; return the one that counts."""
         assert self._store is not None, "there is a store once the threads run"
         return Verdict(**json.loads(self._store.compare_set(VERDICT, "", json.dumps(asdict(verdict)))))
 
@@ -346,7 +346,7 @@ class Watchdog:
         seen.state = state
 
     def _named(self, ranks: Sequence[int]) -> str:
-        """ "rank 3 (last in ...)", and how many others."""
+        """Format "rank 3 (last in ...)", and the number of other ranks."""
         first, *others = ranks
         state = self._state if first == self._rank else self._seen[first].state
         more = f" and {len(others)} more, {', '.join(str(rank) for rank in others[:8])}," if others else ""
@@ -354,7 +354,7 @@ class Watchdog:
 
 
 def end_process(verdict: Verdict, watchdog: Watchdog) -> None:
-    """Say why, and end at once: the main thread may be blocked for ever."""
+    """Report the verdict, and end at once: the main thread may be blocked forever."""
     if verdict.exit_code != INTERRUPTED_EXIT_CODE:
         if verdict.speaker is not None:
             time.sleep(SECONDS_FOR_OTHERS)
@@ -369,7 +369,7 @@ def _first_line(error: Exception) -> str:
 
 
 class WatchedProgress:
-    """A step's progress that the watchdog hears of too."""
+    """Progress of a step that also reports to the watchdog."""
 
     def __init__(self, progress: StepProgress, watchdog: Watchdog) -> None:
         self._progress, self._watchdog = progress, watchdog

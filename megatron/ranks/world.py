@@ -1,4 +1,4 @@
-"""Where the ranks meet: who they are, by the launcher's environment, and the key-value store that all of them reach."""
+"""Rendezvous: the ranks from the launcher's environment, and the key-value store that all of them share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST_PORT = 2**16 - 1
 
 @dataclass(frozen=True)
 class World:
-    """A process among those of a run. One that no launcher started is a world of its own."""
+    """A rank of a run. A process that no launcher started is a world of size 1."""
 
     rank: int
     size: int
@@ -30,7 +30,7 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """Read RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. ConfigError for what cannot be."""
+        """Read RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. ConfigError for impossible values."""
         size = _whole_number("WORLD_SIZE", 1)
         rank = _whole_number("RANK", 0)
         if size < 1:
@@ -47,14 +47,14 @@ class World:
         return cls(rank, size, os.environ.get("MASTER_ADDR") or "127.0.0.1", port or _free_port())
 
     def complete_environment(self) -> None:
-        """Set what torch and DeepSpeed read, for a process that no launcher started."""
+        """Set the variables that torch and DeepSpeed read, for a process that no launcher started."""
         values = {"RANK": self.rank, "WORLD_SIZE": self.size, "LOCAL_RANK": 0}
         for name, value in {**values, "MASTER_ADDR": self.address, "MASTER_PORT": self.port}.items():
             os.environ.setdefault(name, str(value))
 
 
 def local_rank(num_gpus: int) -> int:
-    """Which of this machine's GPUs is this process's. ConfigError where there is no such GPU."""
+    """Return the index of this process's GPU on this machine. ConfigError where there is no such GPU."""
     rank = _whole_number("LOCAL_RANK", 0)
     if not 0 <= rank < num_gpus:
         raise ConfigError(
@@ -65,19 +65,19 @@ def local_rank(num_gpus: int) -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine, as torchrun or the deepspeed launcher set them."""
+    """Return the number of ranks on this machine, as torchrun or the deepspeed launcher set it."""
     return _whole_number("LOCAL_WORLD_SIZE", 0) or _whole_number("LOCAL_SIZE", 1)
 
 
 def join(world: World, limit_seconds: float, watchdog: Watchdog) -> dist.Store:
-    """Open the store that the ranks share, which rank 0 or torchrun has, and claim this rank in it.
+    """Open the store that the ranks share, which rank 0 or torchrun hosts, and claim this rank in it.
 
-    ConfigError for an address that cannot be and for a rank that another process has; RankLost where rank 0 does not
-    come within the time limit.
+    ConfigError for an impossible address and for a rank that another process has claimed; RankLost where rank 0 does
+    not join within the time limit.
     """
     timeout = timedelta(seconds=limit_seconds)
     has_store = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    # torchrun may start the ranks again, with the same store.
+    # torchrun may restart the ranks with the same store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
     def connect(is_master: bool = False) -> dist.Store:
@@ -114,7 +114,7 @@ def _opened(open_store: Callable[[], dist.Store], world: World) -> dist.Store:
 
 
 def _wait_for_port(world: World, seconds: float) -> None:
-    """Return when something listens where the ranks meet."""
+    """Wait until a process listens at MASTER_ADDR and MASTER_PORT."""
     _resolve(world)
     deadline = time.monotonic() + seconds
     while True:

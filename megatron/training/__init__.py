@@ -1,1 +1,1 @@
-"""The training loop: its steps, its length, and going back after a loss spike."""
+"""The training loop: its steps, its length, and the rollback after a loss spike."""

@@ -1,4 +1,4 @@
-"""How long a training is, and how much data it may come to read."""
+"""The length of a training run in steps, and the samples that it may read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from megatron.config import Config, accumulation_steps, global_batch_size
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long the training is, in steps and samples.
+    """The length of a training run, in steps and samples.
 
-    `ends_by` is the flag that ends it at iteration `iterations`, with its value.
+    `ends_by` is the flag that ends the run at iteration `iterations`, with the flag's value.
     """
 
     global_batch_size: int
@@ -22,9 +22,9 @@ class Lengths:
 
     @classmethod
     def of(cls, config: Config, world_size: int, state: TrainState) -> Lengths:
-        """Plan what `state`, the counts of the run so far, leaves of the budgets; the one spent first ends the run.
+        """Plan the steps left in the budgets after `state`, the counts so far; the first budget spent ends the run.
 
-        A budget is never exceeded: samples that do not fill a global batch are left.
+        A budget is never exceeded: samples that do not fill a global batch are left over.
         """
         training, batch = config.training, global_batch_size(config, world_size)
         budgets = (
@@ -40,7 +40,7 @@ class Lengths:
         return cls(batch, accumulation_steps(config, world_size), state.iteration + steps, ends_by)
 
     def left(self, state: TrainState) -> str:
-        """Say what is left from `state` on."""
+        """Describe the steps left after `state`."""
         steps = self.iterations - state.iteration
         iterations = "1 iteration" if steps == 1 else f"{steps} iterations"
         return (
@@ -49,9 +49,9 @@ class Lengths:
         )
 
     def num_samples(self, config: Config, state: TrainState) -> tuple[int, int, int]:
-        """Samples that training, validation and test take at most: training from `state` on, with rollbacks to come.
+        """Return the most samples that training, validation and test can read; training includes future rollbacks.
 
-        Every evaluation reads the same samples.
+        Training samples count from the start of the data. Every evaluation reads the same samples.
         """
         checkpoint = config.checkpoint
         rollbacks = max((checkpoint.rollback_on_loss_spike or 0) - state.rollbacks, 0)

@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, evaluation, log lines, checkpoints, and the reasons to stop."""
+"""The training loop: batches, optimizer steps, evaluation, log lines, checkpoints, and the reasons to stop."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | Non
 DatasetsProvider = Callable[[tuple[int, int, int]], Datasets]
 
 _CONTINUE, _EXIT, _ROLL_BACK = 0, 1, 2
-_GO_ON = "earlier checkpoints stand, go on from one of them with --load and --ckpt-step, and a lower --lr or other data"
+_RESUME = "earlier checkpoints are intact, resume from one with --load and --ckpt-step, and a lower --lr or other data"
 
 
 def pretrain(
@@ -57,9 +57,9 @@ def pretrain(
     provide_datasets: DatasetsProvider,
     ledger: Ledger,
 ) -> None:
-    """Train from the newest checkpoint, or from the start, to the end that the configuration sets.
+    """Train from the newest checkpoint, or from scratch, to the end that the configuration sets.
 
-    `ledger` is shown what holds memory.
+    `ledger` gets the engine and the stream, whose memory it reports.
     """
     world_size = context.parallel_state.world_size
     for note in (*config.notes, *default_batch_notes(config, world_size)):
@@ -131,7 +131,7 @@ def pretrain(
 
 
 class Training:
-    """One run: the loop and what it needs."""
+    """The training loop of one run, with its state."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class Training:
         self._saved_iteration = state.iteration
 
     def run(self) -> None:
-        """Train to the end or to a reason to stop; then evaluate on the test part and save."""
+        """Train to the end or to a reason to stop; at the end, save and evaluate on the test part."""
         with closing(self._profiler):
             while (outcome := self._train_on()) == _ROLL_BACK:
                 with self._watchdog.working(f"going back from iteration {self.state.iteration}"):
@@ -183,22 +183,22 @@ class Training:
             self._evaluate(self._test_data, "test")
 
     def _plan_steps(self) -> None:
-        """Plan, from the counts of the run so far, how many steps there are, and their data and learning rates."""
+        """Plan the steps left, their data and their learning rates from the counts of the run so far."""
         config = self._config
         self._lengths = Lengths.of(config, self._context.parallel_state.world_size, self.state)
         self._schedule = LearningRateSchedule.from_config(config.optimizer, config.training, self.state.course)
         num_samples, *_ = self._lengths.num_samples(config, self.state)
-        if self._train_data is not None and len(self._train_data) < num_samples:  # it went back further than foreseen
+        if self._train_data is not None and len(self._train_data) < num_samples:  # rolled back further than planned
             self._train_data, *_ = self._provide_datasets((num_samples, 0, 0))
 
     def _train_on(self) -> int:
-        """Train on the data behind those read so far."""
+        """Train on the data that follows the samples read so far."""
         steps = self._lengths.iterations - self.state.iteration
         with self._read(self._train_data, self.state.data_samples, steps) as batches:
             return self._train(batches)
 
     def _train(self, batches: Iterator[Batch]) -> int:
-        """Take the steps that are left; returns whether a reason to exit or to roll back came before the last."""
+        """Take the steps left; return whether a reason to exit or to roll back came before the last."""
         config = self._config
         if self.state.iteration >= self._lengths.iterations:
             self._context.log.info("nothing to train: %s", self._lengths.left(self.state))
@@ -219,13 +219,13 @@ class Training:
         return _CONTINUE
 
     def _step(self, stream: Iterator[Batch]) -> int:
-        """One optimizer step; returns whether all ranks are to exit after it, or to take it back."""
+        """Take one optimizer step; return whether all ranks must exit after it, or roll it back."""
         state, engine = self.state, self._engine
         batches = list(islice(stream, self._lengths.num_microbatches))
         num_tokens, attention_share, command = self._agree(batches)
         rate = self._learning_rate()
         if not num_tokens.item():
-            self._pass_over()
+            self._skip_step()
         elif self._take_step(batches, num_tokens, rate, attention_share):
             return _ROLL_BACK
         if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
@@ -233,7 +233,7 @@ class Training:
         return command
 
     def _take_step(self, batches: Sequence[Batch], num_tokens: Tensor, rate: float, attention_share: float) -> bool:
-        """Take a step and count it; returns whether all ranks are to take it back. Collective over all ranks."""
+        """Take a step and count it; return whether all ranks must roll it back. Collective over all ranks."""
         state, engine = self.state, self._engine
         self._progress.start_step(state.iteration + 1, self._num_units())
         with self._profiler.step(state.iteration + 1):
@@ -247,8 +247,8 @@ class Training:
         state.skipped_iterations += engine.step_was_skipped
         return False
 
-    def _pass_over(self) -> None:
-        """Count a step in which no label counts. It has no gradient, so neither weights nor moments may move."""
+    def _skip_step(self) -> None:
+        """Count a step whose labels are all masked. It has no gradient: weights and moments must not change."""
         state, first = self.state, self.state.data_samples
         state.advance(self._lengths.global_batch_size, self._config.model.seq_length)
         state.skipped_iterations += 1
@@ -262,7 +262,7 @@ class Training:
             yield batch.inputs()
 
     def _check(self, loss: Tensor) -> None:
-        """Look at a step before it is taken. Collective over all ranks.
+        """Check loss and gradients for NaN and infinity before the step is taken. Collective over all ranks.
 
         NotFiniteError where `loss`, this rank's, or a gradient of any rank is not finite, unless the loss scaler will
         skip the step and try a smaller scale.
@@ -276,23 +276,23 @@ class Training:
         step = f"iteration {self.state.iteration + 1} (samples {first} to {first + samples - 1})"
         fault = f"{step}: the loss or gradient is not finite; {fault}"
         if not self._rollback.takes_faults:
-            raise NotFiniteError(f"{fault}. The step is not taken and nothing is saved: {_GO_ON}.")
+            raise NotFiniteError(f"{fault}. The step is not taken and nothing is saved: {_RESUME}.")
         self._rollback.take_fault(fault)
 
     def _check_weights(self) -> None:
-        """NotFiniteError where the weights of any rank are not finite. Collective over all ranks."""
+        """Raise NotFiniteError where the weights of any rank are not finite. Collective over all ranks."""
         fault = weights_not_finite(gather(Finding(weights=self._engine.weights_not_finite())))
         if fault is not None:
-            raise NotFiniteError(f"iteration {self.state.iteration} is not saved: {fault}; {_GO_ON}.")
+            raise NotFiniteError(f"iteration {self.state.iteration} is not saved: {fault}; {_RESUME}.")
 
     def _learning_rate(self) -> float:
-        """Of the step at hand, which counts as taken."""
+        """Return the learning rate of the next step, which counts as taken."""
         state, samples = self.state, self._lengths.global_batch_size
         tokens = samples * self._config.model.seq_length
         return self._schedule.at(state.iteration + 1, state.consumed_samples + samples, state.consumed_tokens + tokens)
 
     def _read(self, data: SampleDataset | None, first_sample: int, num_steps: int) -> Prefetcher[Batch]:
-        """This rank's micro-batches of so many steps, in order, made ahead of their use."""
+        """Prefetch this rank's micro-batches of `num_steps` steps, in order."""
         last_sample = first_sample + num_steps * self._lengths.global_batch_size
         samples = self._sampler.microbatches(first_sample, last_sample)
         return Prefetcher(self._make_batches(data, samples), self._config.data.prefetch_microbatches)
@@ -305,8 +305,8 @@ class Training:
             yield self._provide_batch([data[i] for i in indices])
 
     def _agree(self, batches: Sequence[Batch]) -> tuple[Tensor, float, int]:
-        """(unmasked tokens of the step over all ranks, the share of attention that documents leave, whether any rank
-        wants to exit). Collective over all ranks."""
+        """Return (unmasked tokens of the step over all ranks, the share of attention that documents leave, whether any
+        rank wants to exit). Collective over all ranks."""
         limit = self._config.training.exit_duration_in_mins
         out_of_time = limit is not None and time.monotonic() - self._started >= limit * 60
         # Every rank of a sequence counts the whole of it.
@@ -319,15 +319,15 @@ class Training:
         return wishes[0].float(), wishes[1].item() / whole, _EXIT if wishes[2].item() > 0 else _CONTINUE
 
     def _forward_units(self) -> int:
-        """Calls of the progress report in the forward passes over one batch."""
+        """Count the progress reports of the forward passes over one batch."""
         model = self._config.model
         chunks = -(-model.seq_length // self._stream.chunk_length)
         return model.num_layers * chunks * self._lengths.num_microbatches
 
     def _num_units(self) -> int:
-        """Calls of the progress report in one step: blocks that keep their activations report forward alone."""
-        runs_again = self._config.deepspeed.deepspeed_activation_checkpointing
-        return self._forward_units() * (2 if runs_again or self._config.parallel.ds_sequence_parallel_fpdt else 1)
+        """Count the progress reports of one step: blocks that save their activations report forward alone."""
+        recomputes = self._config.deepspeed.deepspeed_activation_checkpointing
+        return self._forward_units() * (2 if recomputes or self._config.parallel.ds_sequence_parallel_fpdt else 1)
 
     def _evaluate(self, data: SampleDataset | None, part: str) -> None:
         if data is None:
@@ -357,7 +357,7 @@ class Training:
         return LossByPosition(bucket_edges(self._config.logging, length), length, self._stream)
 
     def _save(self) -> None:
-        """Save, where a folder is given and this iteration is not saved already."""
+        """Save a checkpoint, where a folder is given and this iteration is not saved already."""
         if self._config.checkpoint.save is None or self._saved_iteration == self.state.iteration:
             return
         started = time.monotonic()

@@ -1,7 +1,7 @@
-"""Going back to the last checkpoint from a loss that spikes, and on behind the data that led to it.
+"""Rollback after a loss spike: return to the last checkpoint, and skip the data that led to the spike.
 
-What PaLM's training did (arXiv 2204.02311, section 5.1): a spike comes of certain data meeting certain weights, so that
-the same weights with other data pass it. All ranks decide alike, as the loss that they look at is that of all of them.
+As in PaLM's training (arXiv 2204.02311, section 5.1): a spike comes from certain data meeting certain weights, so the
+same weights get past it on other data. All ranks decide alike, since they look at the loss over all ranks.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from megatron.logging.loss_watch import LossWatch
 
 
 class RollbackError(Exception):
-    """The run is not to go back again, or has nothing to go back to."""
+    """The run may not roll back again, or has no checkpoint to return to."""
 
 
 class Rollback:
-    """When a run goes back, and how. Without --rollback-on-loss-spike it never does."""
+    """Decides when a run rolls back, and does it. Without --rollback-on-loss-spike it never does."""
 
     def __init__(self, config: Config, engine: Engine, context: Context) -> None:
         self._config, self._engine, self._context = config, engine, context
         self._watch = LossWatch(config.logging.loss_spike_factor)
         self._reason: str | None = None
-        # In fp16 a step that the scaler could no longer mend is not taken, and so cannot be taken back.
+        # In fp16 a step that the loss scaler could no longer fix is not taken, so it cannot be rolled back.
         self.takes_faults = self._limit > 0 and not config.precision.fp16
-        """Whether it mends a step that is not finite."""
+        """Whether a step that is not finite causes a rollback."""
 
     def take_fault(self, reason: str) -> None:
-        """Hear of a step that is not finite, before it is judged."""
+        """Record a step that is not finite, before it is judged."""
         self._reason = reason
 
     def judge(self, iteration: int, loss: Tensor) -> bool:
-        """Whether the step just taken is to be taken back; `loss` is its mean over all ranks. Waits for the device."""
+        """Return whether to roll back the last step; `loss` is its mean over all ranks. Waits for the device."""
         if self._limit and self._reason is None and not self._engine.step_was_skipped:
             self._reason = self._watch.look(iteration, loss.item())
         return self._reason is not None
 
     def go_back(self, state: TrainState) -> TrainState:
-        """Load the newest checkpoint in --save; returns its state, with the data that `state` has read left out.
+        """Load the newest checkpoint in --save; return its state, which skips the data that `state` has read.
 
         Collective over all ranks. RollbackError where the flag allows no more, or there is no checkpoint of this run.
         """
@@ -52,7 +52,7 @@ class Rollback:
         if state.rollbacks >= self._limit:
             raise RollbackError(
                 f"{reason}; the run has gone back {state.rollbacks} times, which is all that --rollback-on-loss-spike "
-                f"({self._limit}) allows: raise it, or go on from a checkpoint with a lower --lr."
+                f"({self._limit}) allows: raise it, or resume from a checkpoint with a lower --lr."
             )
         saved = self._load()
         if saved is None or saved.iteration > state.iteration:
@@ -76,7 +76,7 @@ class Rollback:
         return self._config.checkpoint.rollback_on_loss_spike or 0
 
     def _load(self) -> TrainState | None:
-        """All of the newest checkpoint in --save, whatever the run itself was begun with."""
+        """Load the newest checkpoint in --save in full, whatever flags the run itself was started with."""
         settings = replace(
             self._config.checkpoint,
             load=self._config.checkpoint.save,

@@ -1,4 +1,4 @@
-"""SIGTERM, by which schedulers announce that a job is about to end."""
+"""The handler of SIGTERM, which schedulers send before they end a job."""
 
 from __future__ import annotations
 

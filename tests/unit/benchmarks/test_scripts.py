@@ -311,7 +311,7 @@ def test_steps_run_and_allocate_in_the_first_one_alone(tmp_path):
 def test_the_planner_is_held_to_its_limits():
     step = {"seconds": 10.0, "peak_gib": 20.0, "host_used_gib": 30.0, "process_gib": 40.0}
     planned = {"seconds": 11.4, "peak_gib": 17.0, "host_used_gib": 33.5, "process_gib": 40.0}
-    row = {"case": "a"} | planner.beside(step, planned)
+    row = {"case": "a"} | planner.compared(step, planned)
     assert planner.beyond_the_limits(row) == [
         "a: peak_gib is off by -15.0%, 10% is allowed",
         "a: host_used_gib is off by +11.7%, 10% is allowed",
@@ -321,7 +321,7 @@ def test_the_planner_is_held_to_its_limits():
 
 def test_what_a_cpu_does_not_measure_is_not_compared():
     step = {"seconds": 1.0, "peak_gib": None, "host_used_gib": 1.0, "process_gib": 1.0}
-    row = planner.beside(step, dict.fromkeys(step, 1.0))
+    row = planner.compared(step, dict.fromkeys(step, 1.0))
     assert "peak_gib_off" not in row
     assert planner.beyond_the_limits(row) == []
 

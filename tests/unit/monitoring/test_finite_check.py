@@ -53,7 +53,7 @@ def say(notes: list[tuple[int, torch.Tensor]], loss: float, weight: float = 1.0,
     """Return what a check says of (micro-batch, value) noted in this order, a loss, and a gradient."""
     model = nn.Linear(1, 1, bias=False)
     check = check_of(model)
-    for step in range(2):  # the second begins anew
+    for step in range(2):  # the second clears the records
         check.start_microbatch(0)
         for _ in range(num_notes):
             check.note("forward", "input", 1, 0, FINE)

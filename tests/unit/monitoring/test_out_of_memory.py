@@ -105,18 +105,18 @@ def test_what_should_have_fitted_gets_the_next_smaller_thing():
     fitting = plan("H200", 1000)
     assert fitting.fits
     first, smaller, shorter = suggestions(fitting, "GPU")
-    assert first.startswith("the planner takes this run to fit")
+    assert first.startswith("the planner estimates that this run fits")
     assert smaller.startswith("--ds-sequence-parallel-fpdt-chunk-size 65536 needs ")
     assert shorter.startswith("--seq-length 131072 ")
-    _, thriftier, _ = suggestions(fitting, "host")
-    needed, instead = re.findall(r"([0-9.]+) GiB", thriftier)
-    assert "--ds-sequence-parallel-fpdt-recompute kv --ds-sequence-parallel-fpdt-checkpoint-interval 6 " in thriftier
+    _, lower, _ = suggestions(fitting, "host")
+    needed, instead = re.findall(r"([0-9.]+) GiB", lower)
+    assert "--ds-sequence-parallel-fpdt-recompute kv --ds-sequence-parallel-fpdt-checkpoint-interval 6 " in lower
     assert 0 < float(needed) < float(instead) / 2
 
 
 def test_the_plan_is_in_the_ledger():
     ledger = Ledger(CPU_CONTEXT, lambda: plan("H200", 1000))
     text = "\n".join(ledger.lines("GPU", torch.OutOfMemoryError("CUDA out of memory.")))
-    assert "  the planner reckons, per rank\n    GPU                  " in text
+    assert "  the planner estimates, per rank\n    GPU                  " in text
     assert " of 139.8 GiB, " in text
-    assert "GiB of it for chunks\n  what to change:\n    - the planner takes" in text
+    assert "GiB of it for chunks\n  what to change:\n    - the planner estimates" in text

@@ -108,7 +108,7 @@ def test_kernels_and_copies_of_a_gpu_are_summed_up_for_a_reader():
         "  attention forward         4.000 s",
         "  copies                    2.000 s",
         "  waiting                   0.000 s",
-        "  between GPU and host 2.000 s of copies, 50.0% of them behind arithmetic",
+        "  between GPU and host 2.000 s of copies, 50.0% of them overlapped with compute",
     ]
 
 

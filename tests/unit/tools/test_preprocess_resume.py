@@ -1,4 +1,4 @@
-"""An interrupted run goes on, to the same bytes; what it cannot go on from is refused."""
+"""An interrupted run resumes, to the same bytes; what it cannot resume from is refused."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_a_run_interrupted_anywhere_goes_on_to_the_same_bytes(
     capsys.readouterr()
     assert tool.main(words(corpus)) == 0
     assert outputs(corpus) == uninterrupted
-    assert ("going on after" in capsys.readouterr().err) == (num_batches > 0)
+    assert ("resuming after" in capsys.readouterr().err) == (num_batches > 0)
     assert sorted(path.name for path in (corpus.parent / "out").iterdir()) == list(uninterrupted)
 
 
@@ -160,7 +160,7 @@ def test_a_repaired_file_is_read_anew_and_those_before_it_are_not(
     assert "1.jsonl, line 6: not JSON" in capsys.readouterr().err
     (corpus / "1.jsonl").write_text(whole)
     assert tool.main(words(corpus)) == 0
-    assert "going on after file 1 and 0 records" in capsys.readouterr().err
+    assert "resuming after file 1 and 0 records" in capsys.readouterr().err
     assert outputs(corpus) == uninterrupted
 
 
@@ -209,7 +209,7 @@ def test_a_full_disk_keeps_what_was_written(
     assert "No space left on device" in capsys.readouterr().err
     assert outputs(corpus) == {}
     assert tool.main(words(corpus)) == 0
-    assert "going on after file 0 and 6 records" in capsys.readouterr().err
+    assert "resuming after file 0 and 6 records" in capsys.readouterr().err
     assert outputs(corpus) == uninterrupted
 
 
@@ -239,7 +239,7 @@ def test_skipped_lines_are_counted_over_an_interruption(
     assert tool.main(words(corpus)) == 2
     assert tool.main(words(corpus, "--skip-bad-lines")) == 0
     output = capsys.readouterr()
-    assert "the interrupted run left out 3 bad lines; give --skip-bad-lines to go on" in output.err
+    assert "the interrupted run left out 3 bad lines; give --skip-bad-lines to resume" in output.err
     for where in ("0.jsonl, line 1: no text under the key 'b'", "line 2: not UTF-8", "2.jsonl, line 2: not JSON"):
         assert where in output.err
     assert output.out.splitlines()[-1] == "4 bad lines were left out"
