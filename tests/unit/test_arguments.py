@@ -180,7 +180,7 @@ def test_a_chunk_may_be_left_to_the_planner(word, tokens):
     assert config.parallel.ds_sequence_parallel_fpdt_chunk_size == tokens
 
 
-def test_a_description_of_several_lines_is_wrapped_anew():
+def test_a_description_of_several_lines_is_rewrapped():
     texts = [line.strip() for line in build_parser().format_help().splitlines() if not line.lstrip().startswith("-")]
     assert not [text for text in texts if "   " in text]
 
