@@ -46,7 +46,7 @@ def test_megatron_deepspeed_fpdt_flags_are_understood():
 
 def test_every_flag_without_effect_leaves_a_note():
     notes = parse_args(FPDT_SCRIPT.split()).notes
-    assert "--num-workers has no effect: one thread reads ahead, as far as --prefetch-microbatches says" in notes
+    assert "--num-workers has no effect: one thread prefetches --prefetch-microbatches micro-batches" in notes
     assert len(notes) == 8
     assert parsed().notes == ()
 
@@ -129,7 +129,7 @@ def test_an_unknown_flag_gets_the_closest_name():
 def test_a_flag_of_another_name_elsewhere_gets_its_name_here():
     assert (
         refusal(*GPT, "--num-query-groups", "2")
-        == "--num-query-groups is not a flag here; --num-key-value-heads does its work"
+        == "--num-query-groups is not a flag here; use --num-key-value-heads instead"
     )
 
 
