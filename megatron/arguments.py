@@ -1,11 +1,11 @@
-"""From argv to `Config`: one flag per field of the configuration's dataclasses, in Megatron's spelling.
+"""Command-line parser from argv to `Config`: one flag per field of the configuration dataclasses, as in Megatron.
 
-A field's type decides the flag's form, and the string under the field is its --help:
+A field's type determines the flag's form, and the string below the field is its --help:
 
     bool                switch                    tuple[str, ...]     one or more words, or with int numbers
     int, float, str     one value                 Literal[...]        one of these words, in any case; with `ALONE` in
-                                                                      the field's metadata, none is that one
-Underscores and dashes in a flag's name are the same.
+                                                                      the field's metadata, no word means that one
+Underscores and dashes in a flag's name are equivalent.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ INT64 = 2**63 - 1
 def parse_args(argv: Sequence[str]) -> Config:
     """Return the configuration that the command line (without the program's name) asks for.
 
-    Derived values are filled in, and the file of --deepspeed-config is read; `megatron.config.checks.validate` has yet
-    to be called, once the number of ranks is known. --help prints and raises SystemExit(0).
+    Fills in derived values and reads the file of --deepspeed-config. Call `megatron.config.checks.validate` next, once
+    the number of ranks is known. --help prints and raises SystemExit(0).
 
     Raises:
         ConfigError: a flag is unknown, missing or malformed, flags contradict each other, or the file is unusable.
@@ -52,7 +52,7 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser: a group of flags per concern, and one of the flags accepted for Megatron's scripts."""
+    """Return the parser: a group of flags per concern, and a group accepted for Megatron's scripts."""
     parser = _Parser(
         description=DESCRIPTION,
         allow_abbrev=False,
@@ -77,13 +77,13 @@ def add_flags(parser: argparse.ArgumentParser, section: type) -> None:
 
 
 def section_of(namespace: argparse.Namespace, section: Callable[..., Section]) -> Section:
-    """Return the dataclass of the flags that `add_flags` has added, with its own defaults for those not given."""
+    """Return the dataclass of the flags that `add_flags` added, with field defaults for flags not given."""
     values = {member.name: getattr(namespace, member.name, None) for member in fields(section)}  # type: ignore[arg-type]
     return section(**{name: value for name, value in values.items() if value is not None})
 
 
 def field_descriptions(section: type) -> dict[str, str]:
-    """Return the string literal under each field of a dataclass, field name to text."""
+    """Return the string literal below each field of a dataclass, field name to text."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(section)))
     (class_definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
     body = class_definition.body
@@ -106,7 +106,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, so that the caller decides which rank speaks."""
+    """Raises instead of exiting, so that the caller decides which rank prints the error."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.removeprefix("argument ") + " (--help lists every flag)")
@@ -145,10 +145,10 @@ def _add_upstream_flag(group: argparse._ArgumentGroup, flag: Accepted) -> None:
 
 
 def _help(member: Field[Any], description: str) -> str:
-    """Return a field's help with its default, where there is one to show and the text does not say it already."""
+    """Return a field's help with its default, if there is one to show and the text does not already state it."""
     if member.default is MISSING:
         description += " Required."
-    elif "Default:" not in description and not any(member.default is silent for silent in (None, False, ())):
+    elif "Default:" not in description and not any(member.default is omitted for omitted in (None, False, ())):
         description += f" Default: {_shown(member.default)}."
     return description.replace("%", "%%")
 
@@ -177,7 +177,7 @@ class _AsTuple(argparse.Action):
 
 
 def _whole_number(text: str) -> int:
-    """Read "32", and "3e11" too, as token counts are often written."""
+    """Parse "32", and "3e11" too, which is common for token counts."""
     try:
         number = int(text) if text.lstrip("+-").isdecimal() else _exactly(float(text))
     except (ValueError, OverflowError):
@@ -210,7 +210,7 @@ def _one_of(choices: Sequence[Any], otherwise: str = "") -> Callable[[str], Any]
     def parse(text: str) -> Any:
         if text.casefold() not in spellings:
             reason = otherwise or f"use one of {', '.join(map(str, choices))}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'honoured' if otherwise else 'known'}; {reason}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'honored' if otherwise else 'known'}; {reason}")
         return spellings[text.casefold()]
 
     return parse
@@ -227,12 +227,12 @@ _PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     ChunkSize: (_chunk_size, "N|auto"),
 }
 
-# By the type of the values of a flag that takes several.
+# Parsers of flags with several values, by the type of one value.
 _TUPLES: dict[Any, tuple[Callable[[str], Any], str]] = {str: (str, "WORD"), int: (_whole_number, "N")}
 
 
 def _in_own_spelling(word: str) -> str:
-    """Spell a flag's name with dashes and as it is here; its value and every other word stay as they are."""
+    """Rewrite a flag's name with dashes and without aliases; leave its value and every other word unchanged."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.removeprefix("--").partition("=")

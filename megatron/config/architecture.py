@@ -1,4 +1,4 @@
-"""What two models must share for a checkpoint of one to fit the other."""
+"""Architecture compatibility: the fields that two models must share for one to load a checkpoint of the other."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,26 +32,25 @@ LEARNED_POSITIONS_ONLY = ("max_position_embeddings",)
 
 
 def architecture_fields(model: ModelConfig) -> dict[str, Any]:
-    """Return what must match when a checkpoint is loaded.
+    """Return the fields that must match when a checkpoint is loaded.
 
-    Neither the sequence length nor dropout nor the attention kernel is part of it, so a model can be continued at a
-    longer context. The number of positions is, where they are learned.
+    They exclude the sequence length, dropout and the attention kernel, so training can continue at a longer context.
+    They include the number of positions where positions are learned.
     """
     rotary = model.use_rotary_position_embeddings
-    meaningless = () if rotary else ROTARY_ONLY
+    unused = () if rotary else ROTARY_ONLY
     extra = ROPE_SCALING_PARAMETERS[model.rope_scaling_type] if rotary else LEARNED_POSITIONS_ONLY
-    return {name: getattr(model, name) for name in (*ARCHITECTURE, *extra) if name not in meaningless}
+    return {name: getattr(model, name) for name in (*ARCHITECTURE, *extra) if name not in unused}
 
 
 def with_rope_of(other: ModelConfig, model: ModelConfig) -> ModelConfig:
-    """Return `model` with theta and scaling of RoPE as they are in `other`: what may change with the context."""
+    """Return `model` with the RoPE theta and scaling of `other`, which may change when the context is extended."""
     names = ["rotary_position_embeddings_theta", "rope_scaling_type", *ROPE_SCALING_PARAMETERS[other.rope_scaling_type]]
     return replace(model, **{name: getattr(other, name) for name in names})
 
 
 def describe_difference(checkpoint: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
-    """Return "--hidden-size is 1024 in the checkpoint and 2048 in the flags; ..." for what differs, or "" for "
-    "nothing."""
+    """Return "--hidden-size is 1024 in the checkpoint and 2048 in the flags; ..." for fields that differ, or ""."""
     names = [name for name in dict.fromkeys((*checkpoint, *flags)) if checkpoint.get(name) != flags.get(name)]
     return "; ".join(
         f"--{name.replace('_', '-')} is {_shown(checkpoint, name)} in the checkpoint and {_shown(flags, name)} in "
@@ -61,12 +60,12 @@ def describe_difference(checkpoint: Mapping[str, Any], flags: Mapping[str, Any])
 
 
 def describe_mismatch(saved: ModelConfig, model: ModelConfig, change_rope: bool) -> str:
-    """Return what keeps a run of `model` from taking weights of `saved`, with a remedy if there is one, or ""."""
+    """Return why a run of `model` cannot load weights of `saved`, with a remedy if there is one, or ""."""
     with_own_rope = with_rope_of(model, saved)
     own = architecture_fields(model)
     difference = describe_difference(architecture_fields(with_own_rope if change_rope else saved), own)
     only_rope = difference and architecture_fields(with_own_rope) == own
-    return difference + ("; add --change-rope to train it on with this one" if only_rope else "")
+    return difference + ("; add --change-rope to continue training with the RoPE of the flags" if only_rope else "")
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

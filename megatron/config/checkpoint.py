@@ -1,4 +1,4 @@
-"""What is saved and loaded."""
+"""Settings for saving, loading and resuming from checkpoints."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ class CheckpointConfig:
     """Folder to write checkpoints to."""
 
     load: str | None = None
-    """What to resume from: a folder of checkpoints, one of them (global_stepN), or a folder of safetensors. It must be
-    there, unless it is --save: then the first start is a new run."""
+    """Checkpoint to resume from: a folder of checkpoints, one checkpoint (global_stepN), or a folder of safetensors. It
+    must exist, unless it is the folder of --save: then the first start is a new run."""
 
     save_interval: int | None = None
     """Iterations between checkpoints. Default: at the end only."""
@@ -21,29 +21,30 @@ class CheckpointConfig:
     """How many checkpoints to keep; older ones are deleted once a new one is complete. Default: all."""
 
     rollback_on_loss_spike: int | None = None
-    """Go back to the newest checkpoint in --save, at most so many times in all, from a loss that --loss-spike-factor
-    calls a spike or that is not finite, and go on without the data read since that checkpoint."""
+    """Roll back to the newest checkpoint in --save when the loss is not finite or exceeds --loss-spike-factor, at most
+    this many times in all; training continues without the data read since that checkpoint."""
 
     ckpt_step: int | None = None
-    """Iteration of the checkpoint to load. Default: the newest that is whole."""
+    """Iteration of the checkpoint to load. Default: the newest complete one."""
 
     load_tag: str | None = None
     """Checkpoint to load, global_stepN: Megatron-DeepSpeed's spelling of --ckpt-step N."""
 
     exit_on_missing_checkpoint: bool = False
-    """A --load without a checkpoint is an error in any case; refused where --load is --save, as a run starts there."""
+    """Accepted: a --load without a checkpoint is always an error. Refused where --load is --save, because a new run
+    starts there."""
 
     no_verify_checkpoint: bool = False
-    """Compare only the sizes of a checkpoint's files with its manifest before loading it, not their hashes."""
+    """Verify only the sizes of a checkpoint's files against its manifest before loading, not their hashes."""
 
     allow_unverified_checkpoint: bool = False
-    """Load a checkpoint that has no manifest, so that nobody can tell whether its files are whole."""
+    """Load a checkpoint that has no manifest, so that its files cannot be verified."""
 
     finetune: bool = False
-    """Load the weights alone: no optimizer, no random state, iteration 0."""
+    """Load only the weights: no optimizer states, no random state; training starts at iteration 0."""
 
     change_rope: bool = False
-    """Load a checkpoint whose RoPE has another theta or scaling, to train it on with the one given."""
+    """Load a checkpoint whose RoPE has another theta or scaling, and continue training with the RoPE of the flags."""
 
     no_load_optim: bool = False
     """Do not load the optimizer states."""
@@ -52,5 +53,5 @@ class CheckpointConfig:
     """Do not load the random state."""
 
     universal_checkpoint: bool = False
-    """Load a checkpoint whatever ranks, ZeRO stage and number format wrote it: a universal one, or one as it was
-    saved."""
+    """Load a checkpoint written with any number of ranks, ZeRO stage and number format: a universal checkpoint, or one
+    as it was saved."""

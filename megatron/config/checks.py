@@ -1,6 +1,6 @@
-"""The cross-checks of the configuration, as one table that is walked from the top.
+"""Validation of the configuration: one table of rules, checked from top to bottom.
 
-A rule may take for granted what the rules above it have checked: single values first, then what they mean together.
+A rule may rely on the rules above it: those of single values come first, then those between values.
 """
 
 from collections.abc import Sequence
@@ -32,21 +32,21 @@ RULES: tuple[Rule, ...] = (
 
 
 def validate(config: Config, world_size: int, device_type: str) -> None:
-    """Check that the settings are possible together, for `world_size` ranks of "cuda" or "cpu" devices.
+    """Check that the settings are compatible, for `world_size` ranks of "cuda" or "cpu" devices.
 
-    Needs no process group and reads no files: a plain function of its arguments, the same on every rank.
+    Needs no process group and reads no files: a pure function of its arguments, with the same result on every rank.
 
     Raises:
-        ConfigError: the first rule that is broken, in one line.
+        ConfigError: the first rule that fails, in one line.
     """
     _check(RULES, Run(config, world_size, device_type))
 
 
 def check_architecture(model: ModelConfig) -> None:
-    """Check that a model is one that flags can describe, whatever run it is for.
+    """Check that flags can describe a model, independent of the run that it is for.
 
     Raises:
-        ConfigError: the first rule that is broken, in one line.
+        ConfigError: the first rule that fails, in one line.
     """
     names = [name for name in ("max_position_embeddings", *architecture_fields(model)) if name in RANGES]
     ranges = [partial(in_range, name, RANGES[name]) for name in names]

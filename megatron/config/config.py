@@ -1,4 +1,4 @@
-"""The whole configuration: one frozen value, made once by `megatron.arguments.parse_args`."""
+"""The configuration of a run: one frozen value, built once by `megatron.arguments.parse_args`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megatron.config.training import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run is told, one member per concern.
+    """All settings of a run, one member per concern.
 
-    `given` names the flags that the user set (as attribute names), `notes` what is worth a log line, and
+    `given` names the flags that the user set (as attribute names), `notes` are lines for the log, and
     `deepspeed_json` is the content of the file that --deepspeed-config names.
     """
 
@@ -45,7 +45,7 @@ class Config:
     deepspeed_json: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists, strings and numbers, fit for JSON."""
+        """Return plain dicts, lists, strings and numbers that can be written as JSON."""
         plain: dict[str, Any] = {name: _section_to_dict(getattr(self, name)) for name in config_sections()}
         plain["given"] = sorted(self.given)
         plain["notes"] = list(self.notes)
@@ -56,7 +56,7 @@ class Config:
     def from_dict(cls, plain: Mapping[str, Any]) -> Config:
         """Return the configuration that `to_dict` wrote.
 
-        Fields that this version does not know, or that the writing version did not have, take no part.
+        Fields that this version does not know are ignored; fields missing in the stored version get their defaults.
 
         Raises:
             ConfigError: a field without a default is missing.

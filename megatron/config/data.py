@@ -1,4 +1,4 @@
-"""Where the samples come from."""
+"""Settings for datasets, sample order and document boundaries."""
 
 from dataclasses import dataclass
 
@@ -15,30 +15,30 @@ class DataConfig:
     """Shares of the documents for training, validation and test."""
 
     train_data_path: tuple[str, ...] = ()
-    """Dataset for training alone, in place of --data-path and --split."""
+    """Dataset for training only, in place of --data-path and --split."""
 
     valid_data_path: tuple[str, ...] = ()
-    """Dataset for validation alone."""
+    """Dataset for validation only."""
 
     test_data_path: tuple[str, ...] = ()
-    """Dataset for the test alone."""
+    """Dataset for testing only."""
 
     data_cache_path: str | None = None
-    """Folder for sample indices, and for the tokens of conversations. Default: a folder beside the data."""
+    """Folder for sample indices, and for the tokens of conversations. Default: a folder next to the data."""
 
     prefetch_microbatches: int = 2
-    """Micro-batches that a thread makes ahead of the step; with 0 each is made when it is needed."""
+    """Micro-batches that a thread prefetches; with 0 each is built when it is needed."""
 
     reset_position_ids: bool = False
-    """Positions begin at 0 after each end of document."""
+    """Restart positions at 0 after each end of document."""
 
     reset_attention_mask: bool = False
-    """Tokens attend to their own document alone; what lies between documents is not computed."""
+    """Restrict attention to tokens of the same document; attention across documents is not computed."""
 
     eod_mask_loss: bool = False
-    """The token after an end of document does not count in the loss."""
+    """Exclude the token after an end of document from the loss."""
 
     @property
     def separates_documents(self) -> bool:
-        """Whether an end of document means anything."""
+        """Whether an end of document changes positions, attention or the loss."""
         return self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss

@@ -1,4 +1,4 @@
-"""ZeRO, activation checkpointing and the DeepSpeed JSON."""
+"""Settings for ZeRO, activation checkpointing and the DeepSpeed JSON."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,26 +12,26 @@ class DeepSpeedConfig:
     """DeepSpeed."""
 
     deepspeed: bool = False
-    """Accepted for Megatron-DeepSpeed's scripts; always the case."""
+    """Accepted for Megatron-DeepSpeed's scripts; always on."""
 
     deepspeed_config: str | None = None
-    """DeepSpeed JSON for what no flag says: offload_optimizer, offload_param, bucket sizes and the like."""
+    """DeepSpeed JSON for settings that have no flag: offload_optimizer, offload_param, bucket sizes and the like."""
 
     zero_stage: ZeroStage = 0
     """What ZeRO partitions: 1 optimizer states, 2 and gradients, 3 and parameters. Default: the JSON's, else 0."""
 
     deepspeed_activation_checkpointing: bool = False
-    """Recompute each block in the backward pass. FPDT's stream does so anyway."""
+    """Recompute each block in the backward pass. FPDT always does so."""
 
     checkpoint_activations: bool = False
     """The same as --deepspeed-activation-checkpointing."""
 
     recompute_granularity: RecomputeGranularity | None = None
-    """full is the same as --deepspeed-activation-checkpointing; selective is always so, as no attention kernel saves
-    its probabilities for backward."""
+    """full is the same as --deepspeed-activation-checkpointing; selective is always on, because no attention kernel
+    saves its probabilities for backward."""
 
     checkpoint_in_cpu: bool = False
-    """Keep the checkpointed block inputs in host memory; with FPDT see --ds-sequence-parallel-fpdt-offloading."""
+    """Offload the checkpointed block inputs to host memory; with FPDT see --ds-sequence-parallel-fpdt-offloading."""
 
     cpu_optimizer: bool = False
-    """Keep optimizer states, and the optimizer step, on the host (ZeRO-Offload); needs --zero-stage 1 to 3."""
+    """Offload the optimizer states and the optimizer step to the host (ZeRO-Offload); needs --zero-stage 1 to 3."""

@@ -1,9 +1,9 @@
-"""The DeepSpeed JSON: what the user's file says, and what DeepSpeed is handed.
+"""The DeepSpeed JSON: the user's file, and the dict that is passed to DeepSpeed.
 
-Some settings can be stated both by a flag and in the file (`SHARED_SETTINGS`). The file speaks where the flag is silent
-(`adopt`); where both speak they must agree (checked in `megatron.config.rules.deepspeed`).
+Some settings can be set both by a flag and in the file (`SHARED_SETTINGS`). The file sets them where the flag is not
+given (`adopt`); where both are given they must agree (checked in `megatron.config.rules.deepspeed`).
 
-DeepSpeed is told of one flat data-parallel world that holds all ranks, sequence-parallel ones included, so its
+DeepSpeed is configured with one flat data-parallel world of all ranks, sequence-parallel ones included, so its
 train_batch_size counts each sequence once per rank that shares it. The user's file states the true global batch.
 """
 
@@ -25,10 +25,10 @@ NEVER = 10**9
 
 @dataclass(frozen=True)
 class SharedSetting:
-    """One setting that has both a flag and a place in the file.
+    """One setting that has both a flag and a key in the file.
 
-    `spoken_by` names other flags that say something about it; an `fp16_only` setting means nothing where the file does
-    not turn fp16 on.
+    `other_flags` names other flags that set it too; an `fp16_only` setting is ignored where the file does not enable
+    fp16.
     """
 
     path: tuple[str, ...]
@@ -36,12 +36,12 @@ class SharedSetting:
     attribute: str
     types: tuple[type, ...]
     convert: Callable[[Any], Any] = lambda value: value
-    spoken_by: tuple[str, ...] = ()
+    other_flags: tuple[str, ...] = ()
     fp16_only: bool = False
 
     @property
     def name(self) -> str:
-        """The setting's place in the file, with dots."""
+        """The key's path in the file, joined by dots."""
         return ".".join(self.path)
 
     def in_config(self, config: Config) -> Any:
@@ -49,7 +49,7 @@ class SharedSetting:
         return getattr(getattr(config, self.section), self.attribute)
 
     def in_file(self, stated: Mapping[str, Any]) -> Any:
-        """Return the file's value in the flag's terms, or None where the file says nothing."""
+        """Return the file's value converted to the flag's, or None where the file does not set it."""
         value = lookup(stated, self.path)
         if value is None or value == "auto" or (self.fp16_only and lookup(stated, ("fp16", "enabled")) is not True):
             return None
@@ -62,14 +62,14 @@ class SharedSetting:
         return self.convert(value)
 
     def flag_given(self, config: Config) -> bool:
-        """Whether the user said something about this setting with a flag."""
-        return bool(config.given & {self.attribute, *self.spoken_by})
+        """Whether the user gave a flag that sets it."""
+        return bool(config.given & {self.attribute, *self.other_flags})
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 _NUMBER = (int, float)
 
-# DeepSpeed's own values, in numbers of parameters.
+# DeepSpeed's defaults, in numbers of parameters.
 DEFAULT_PREFETCH = 50_000_000
 DEFAULT_LIVE_PARAMETERS = 1_000_000_000
 
@@ -78,8 +78,8 @@ SHARED_SETTINGS = (
     SharedSetting(("train_micro_batch_size_per_gpu",), "training", "micro_batch_size", (int,)),
     SharedSetting(("gradient_clipping",), "optimizer", "clip_grad", _NUMBER, float),
     SharedSetting(("zero_optimization", "stage"), "deepspeed", "zero_stage", (int,)),
-    SharedSetting(("fp16", "enabled"), "precision", "fp16", (bool,), spoken_by=("bf16",)),
-    SharedSetting(("bf16", "enabled"), "precision", "bf16", (bool,), spoken_by=("fp16",)),
+    SharedSetting(("fp16", "enabled"), "precision", "fp16", (bool,), other_flags=("bf16",)),
+    SharedSetting(("bf16", "enabled"), "precision", "bf16", (bool,), other_flags=("fp16",)),
     SharedSetting(
         ("fp16", "loss_scale"), "precision", "loss_scale", _NUMBER, lambda scale: float(scale) or None, fp16_only=True
     ),
@@ -136,7 +136,7 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
 
 
 def adopt(config: Config) -> Config:
-    """Return the configuration with the file's values where no flag speaks.
+    """Return the configuration with the file's values where no flag is given.
 
     Raises:
         ConfigError: a value in the file is of the wrong type.
@@ -173,10 +173,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def zero_stage_run(config: Config) -> int:
-    """Return the stage to run: in half precision stage 0 runs as stage 1, whose arithmetic is the same.
+    """Return the ZeRO stage to run: in half precision stage 0 runs as stage 1, with the same arithmetic.
 
     DeepSpeed 0.19.8 at stage 0 divides half-precision gradients by a loss scale that it never multiplied the loss by.
-    Gradients summed in fp32 run as stage 2: at stage 1 they bring another optimizer, with checkpoints of its own kind.
+    Gradients summed in fp32 run as stage 2: at stage 1 DeepSpeed uses another optimizer with another checkpoint format.
     """
     if not (config.precision.bf16 or config.precision.fp16):
         return config.deepspeed.zero_stage
@@ -185,7 +185,7 @@ def zero_stage_run(config: Config) -> int:
 
 
 def offloads(config: Config, part: str) -> bool:
-    """Whether ZeRO keeps a part, "offload_optimizer" or "offload_param", away from the GPU."""
+    """Whether ZeRO offloads a part ("offload_optimizer" or "offload_param") from the GPU."""
     block = _zero_block(config, config.deepspeed_json.get("zero_optimization", {}))
     return (block.get(part) or {}).get("device", "none") != "none"
 
@@ -193,7 +193,7 @@ def offloads(config: Config, part: str) -> bool:
 def _zero_block(config: Config, stated: dict[str, Any]) -> dict[str, Any]:
     block = stated | {"stage": zero_stage_run(config)}
     if block["stage"] == 3:
-        # DeepSpeed's defaults prefetch a small part of a large block, and gather the rest when it is needed.
+        # DeepSpeed's defaults prefetch only a small part of a large block and gather the rest on demand.
         weights = config.model.block_weights
         block.setdefault("stage3_prefetch_bucket_size", max(weights, DEFAULT_PREFETCH))
         block.setdefault("stage3_max_live_parameters", max(3 * weights, DEFAULT_LIVE_PARAMETERS))

@@ -1,8 +1,8 @@
-"""The keys of a DeepSpeed JSON: which values of each are honoured here, and why the others are refused.
+"""The keys of a DeepSpeed JSON: the values of each that are honored here, and why the others are refused.
 
-A key passes where its effect is tested here (`tests/distributed/test_deepspeed_keys.py` compares gradients) or where it
-has none on the arithmetic. All other keys that DeepSpeed 0.19.8 knows are refused by name: DeepSpeed itself ignores
-some of them silently, and computes something else with others.
+A key is accepted if its effect is tested here (`tests/distributed/test_deepspeed_keys.py` compares gradients) or if it
+does not change the arithmetic. All other keys that DeepSpeed 0.19.8 knows are refused by name: DeepSpeed itself
+silently ignores some of them, and computes something else with others.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Key:
-    """`values` that are honoured, None for all, and why or what to do in place of the others."""
+    """The `values` that are honored (None: all), and why the others are not or what to use instead."""
 
     values: tuple[object, ...] | None = None
     advice: str = ""
 
     def allows(self, value: object) -> bool:
-        """Whether a value is honoured."""
+        """Whether a value is honored."""
         return self.values is None or value in self.values
 
 
@@ -34,17 +34,17 @@ OFFLOAD = 'write "offload_optimizer" or "offload_param": {"device": "cpu"}'
 
 
 def only(*values: object, advice: str) -> Key:
-    """Return a key of which no other values are honoured."""
+    """Return a key that honors only these values."""
     return Key(values, advice)
 
 
 def refused(advice: str) -> Key:
-    """Return a key of which no value is honoured."""
+    """Return a key that honors no value."""
     return Key((), advice)
 
 
 def anything(*names: str) -> dict[str, Key | Keys]:
-    """Return keys of which all values are honoured."""
+    """Return keys that honor all values."""
     return dict.fromkeys(names, ANY)
 
 
@@ -52,7 +52,7 @@ _OFFLOAD_OPTIMIZER: Keys = {
     **anything("device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init"),
     "ratio": only(1.0, advice=UNTESTED),
     "super_offload": only(False, advice=UNTESTED),
-    "cpuadam_cores_perc": refused("it is of super_offload, which is refused"),
+    "cpuadam_cores_perc": refused("it belongs to super_offload, which is refused"),
 }
 _ZERO: Keys = {
     **anything("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions"),
@@ -132,7 +132,7 @@ DEEPSPEED_KEYS: Keys = {
             "for that",
         ),
     },
-    # Which values depend on the stage and the number format: `megatron.config.rules.deepspeed`.
+    # The stage and the number format restrict these further: `megatron.config.rules.deepspeed`.
     "communication_data_type": only(None, "fp32", "bf16", "fp16", advice=UNTESTED),
     "data_types": {
         "grad_accum_dtype": only(None, "fp32", "bf16", "fp16", advice=UNTESTED),

@@ -1,5 +1,5 @@
-"""The error that a wrong setting raises."""
+"""The error for an invalid setting."""
 
 
 class ConfigError(ValueError):
-    """A setting is missing, impossible or in conflict with another; the message is one line for its author."""
+    """A setting is missing, invalid or in conflict with another; the message is one line for the user."""

@@ -1,4 +1,4 @@
-"""How conversations become samples."""
+"""Settings for turning conversations into samples."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,9 +15,9 @@ class FinetuningConfig:
     one."""
 
     max_document_mb: int = 256
-    """MiB that a line of a file of conversations, or an entry of a file that is one JSON array, may have; memory must
+    """Largest size in MiB of one conversation: a line of a JSON-lines file or an entry of a JSON array. Memory must
     hold the longest several times."""
 
     long_samples: LongSamples = "error"
-    """What becomes of a conversation longer than --seq-length: the run is refused, or it is cut off there, or left
-    out."""
+    """Handling of a conversation longer than --seq-length: refuse the run (error), cut the conversation off there
+    (truncate), or leave it out (skip)."""

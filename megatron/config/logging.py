@@ -1,4 +1,4 @@
-"""What is reported, how often and where to."""
+"""Settings for log lines, metric writers, profiling and progress."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,7 +7,7 @@ ProgressStyle = Literal["auto", "bar", "line", "off"]
 Profile = Literal["pt", "pt-full"]
 PositionBuckets = Literal["powers-of-two", "equal"]
 
-ALONE = "alone"  # key of a field's metadata: the value of its flag where none is given
+ALONE = "alone"  # key of a field's metadata: the value of its flag when it is given without one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +18,21 @@ class LoggingConfig:
     """Iterations between log lines."""
 
     tensorboard_dir: str | None = None
-    """Folder for TensorBoard's events."""
+    """Folder for TensorBoard event files."""
 
     log_loss_by_position: PositionBuckets | None = None
-    """Log the mean token loss by position in the context at every evaluation: in equal buckets, or in ones of which the
-    last has the second half of the sequence and each before it half of the rest."""
+    """Log the mean token loss by position in the context at every evaluation. Buckets are equal, or powers of two: the
+    last has the second half of the sequence, and each before it half of the rest."""
 
     loss_position_buckets: int = 16
-    """How many buckets of position."""
+    """Number of position buckets."""
 
     loss_spike_factor: float | None = None
-    """Warn of an iteration whose loss is more than so many times the mean of the hundred before."""
+    """Warn of a loss spike: a loss of more than this many times the mean of the 100 iterations before."""
 
     profile: Profile | None = field(default=None, metadata={ALONE: "pt"})
-    """Write a timeline of some iterations, for Perfetto, and a summary of where the time went; pt-full has the call
-    stacks of Python too. Without a value: pt."""
+    """Profile some iterations with torch.profiler: write a trace for Perfetto and a summary of where the time went;
+    pt-full records Python call stacks too. Without a value: pt."""
 
     profile_steps: str | None = None
     """First and last iteration to profile, such as 2,3: Megatron-DeepSpeed's spelling of --profile-step-start and
@@ -42,13 +42,13 @@ class LoggingConfig:
     """Profile the iterations after this one."""
 
     profile_step_end: int = 12
-    """The last iteration that is profiled."""
+    """Last iteration to profile."""
 
     profile_ranks: tuple[int, ...] = (0,)
-    """Ranks that are profiled."""
+    """Ranks to profile."""
 
     profile_dir: str | None = None
-    """Folder for what --profile writes. Default: that of --tensorboard-dir."""
+    """Folder for the traces and summaries of --profile. Default: the folder of --tensorboard-dir."""
 
     wandb_project: str | None = None
     """Weights & Biases project; needs the wandb package."""
@@ -57,7 +57,7 @@ class LoggingConfig:
     """Weights & Biases run name."""
 
     wandb_save_dir: str | None = None
-    """Folder for Weights & Biases's own files."""
+    """Folder for the files of Weights & Biases."""
 
     progress: ProgressStyle = "auto"
     """Progress within an iteration; auto is a bar on a terminal and a heartbeat line elsewhere."""

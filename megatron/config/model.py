@@ -1,4 +1,4 @@
-"""What the model is: everything that decides its parameters and its arithmetic."""
+"""Settings for the model: its architecture, initialization, dropout and attention kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AttentionBackend = Literal[
 Normalization = Literal["layernorm", "rmsnorm"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
 
-# What counts with each.
+# The parameters that each RoPE scaling type uses.
 ROPE_SCALING_PARAMETERS: dict[RopeScaling, tuple[str, ...]] = {
     "none": (),
     "linear": ("rope_scaling_factor",),
@@ -48,7 +48,7 @@ SWIGLU_WIDTH_MULTIPLE = 64
 class ModelConfig:
     """Model architecture.
 
-    A width that follows from others is 0 until `resolved` fills it in.
+    A width that is derived from others is 0 until `resolved` fills it in.
     """
 
     num_layers: int
@@ -76,10 +76,10 @@ class ModelConfig:
     """Longest sequence the model has positions for. Default: --seq-length."""
 
     use_rotary_position_embeddings: bool = False
-    """Rotary position embeddings (RoPE) in place of a learned table."""
+    """Use rotary position embeddings (RoPE) instead of learned ones."""
 
     no_position_embedding: bool = False
-    """No learned table of positions; needs --use-rotary-position-embeddings, with which there is none."""
+    """No learned position embeddings; needs --use-rotary-position-embeddings, which has none."""
 
     rotary_percent: float = 1.0
     """Share of each head's width that RoPE rotates."""
@@ -88,86 +88,86 @@ class ModelConfig:
     """Base of the RoPE angles."""
 
     rope_scaling_type: RopeScaling = "none"
-    """How RoPE is stretched for a context longer than the one trained at. linear divides every position by the factor
-    (position interpolation); dynamic enlarges theta by what --seq-length exceeds the original context (NTK); yarn and
-    llama3 divide the slow frequencies alone, and yarn scales attention too."""
+    """RoPE scaling for a context longer than the original one. linear divides every position by the factor (position
+    interpolation); dynamic increases theta by how far --seq-length exceeds the original context (NTK); yarn and llama3
+    divide only the low frequencies, and yarn scales attention too."""
 
     rope_scaling_factor: float | None = None
-    """How many times the original context is to be reached; needed by every --rope-scaling-type but none."""
+    """Ratio of the target context to the original context; needed by every --rope-scaling-type but none."""
 
     rope_scaling_original_max_position_embeddings: int | None = None
-    """Context that the model was trained at before, in tokens; needed by dynamic, yarn and llama3."""
+    """Original context that the model was trained at, in tokens; needed by dynamic, yarn and llama3."""
 
     rope_scaling_low_freq_factor: float = 1.0
-    """llama3: dimensions that turn fewer times than this within the original context are divided by the factor."""
+    """llama3: dimensions that rotate fewer times than this within the original context are divided by the factor."""
 
     rope_scaling_high_freq_factor: float = 4.0
-    """llama3: dimensions that turn more often than this within the original context stay as they are."""
+    """llama3: dimensions that rotate more often than this within the original context are unchanged."""
 
     rope_scaling_beta_fast: float = 32.0
-    """yarn: dimensions that turn more often than this within the original context stay as they are."""
+    """yarn: dimensions that rotate more often than this within the original context are unchanged."""
 
     rope_scaling_beta_slow: float = 1.0
-    """yarn: dimensions that turn fewer times than this within the original context are divided by the factor."""
+    """yarn: dimensions that rotate fewer times than this within the original context are divided by the factor."""
 
     rope_scaling_attention_factor: float | None = None
-    """yarn: what the rotated queries and keys are each multiplied by. Default: 0.1 ln(factor) + 1."""
+    """yarn: factor that multiplies the rotated queries and the rotated keys. Default: 0.1 ln(factor) + 1."""
 
     rope_scaling_mscale: float | None = None
-    """yarn: together with --rope-scaling-mscale-all-dim, makes the attention factor (0.1 m ln(factor) + 1) / (0.1 n
-    ln(factor) + 1), m this and n that."""
+    """yarn: m in the attention factor (0.1 m ln(factor) + 1) / (0.1 n ln(factor) + 1); n is
+    --rope-scaling-mscale-all-dim."""
 
     rope_scaling_mscale_all_dim: float | None = None
-    """yarn: see --rope-scaling-mscale."""
+    """yarn: n in the attention factor; see --rope-scaling-mscale."""
 
     normalization: Normalization = "layernorm"
-    """Normalisation before attention, before the MLP and before the head."""
+    """Normalization before attention, before the MLP and before the head."""
 
     layernorm_epsilon: float = 1e-5
-    """Added to the variance (or the mean square) under the root."""
+    """Epsilon added to the variance (or the mean square) under the square root."""
 
     qk_layernorm: bool = False
-    """Normalisation of each query and key over the width of its head, before RoPE; one weight serves all heads."""
+    """Normalize each query and key over the width of its head, before RoPE; all heads share one weight."""
 
     swiglu: bool = False
-    """SwiGLU in the MLP in place of GELU."""
+    """Use SwiGLU in the MLP instead of GELU."""
 
     parallel_residual: bool = False
-    """Attention and MLP side by side, x + attention(norm x) + mlp(norm x), each with its norm, as in GPT-NeoX."""
+    """Parallel attention and MLP, x + attention(norm x) + mlp(norm x), each with its own norm, as in GPT-NeoX."""
 
     openai_gelu: bool = False
-    """GELU's tanh approximation, which GPT-2 and Megatron's fused GELU use, in place of the error function."""
+    """Use the tanh approximation of GELU, as GPT-2 and Megatron's fused GELU do, instead of the error function."""
 
     disable_bias_linear: bool = False
     """No biases in linear layers."""
 
     add_qkv_bias: bool = False
-    """Biases in the projection to queries, keys and values all the same."""
+    """Add biases to the q, k and v projections despite --disable-bias-linear."""
 
     untie_embeddings_and_output_weights: bool = False
-    """Give the output layer a weight of its own in place of the word embedding's."""
+    """Give the output layer its own weight instead of sharing the word embedding's."""
 
     make_vocab_size_divisible_by: int = 128
     """Pad the vocabulary to a multiple of this."""
 
     attention_dropout: float = 0.0
-    """Dropout on attention probabilities. Megatron's default is 0.1, which is out of place in long-context training."""
+    """Dropout on attention probabilities. Megatron's default is 0.1, which is unusual in long-context training."""
 
     hidden_dropout: float = 0.0
-    """Dropout on the embedding and on what is added to the residual stream. Megatron's default is 0.1."""
+    """Dropout on the embedding and on each addition to the residual stream. Megatron's default is 0.1."""
 
     init_method_std: float = 0.02
-    """Standard deviation of the normal distribution that weights start from."""
+    """Standard deviation of the normal distribution that weights are initialized from."""
 
     attention_backend: AttentionBackend = "auto"
-    """Attention kernel; auto takes the fastest that is correct for the device, type and head width. The flash-attn-
-    ones are packages of their own; flash-2 is flash-attn-2 where it can serve, and torch-flash elsewhere."""
+    """Attention kernel; auto selects the fastest that supports the device, dtype and head width. The flash-attn-
+    backends need their own packages; flash-2 is flash-attn-2 where it is supported, and torch-flash elsewhere."""
 
     use_flash_attn: bool = False
-    """The fastest kernel that is there: the same as --attention-backend auto."""
+    """The fastest available kernel: the same as --attention-backend auto."""
 
     use_flash_attn_v2: bool = False
-    """FlashAttention-2, of the flash-attn package or of torch: the same as --attention-backend flash-2."""
+    """FlashAttention-2, from the flash-attn package or from torch: the same as --attention-backend flash-2."""
 
     use_flash_attn_v3: bool = False
     """FlashAttention-3: the same as --attention-backend flash-attn-3."""
@@ -177,7 +177,7 @@ class ModelConfig:
 
     @property
     def block_weights(self) -> int:
-        """Numbers in the matrices of one block."""
+        """Number of weights in the matrices of one block."""
         query_width, key_value_width = (
             n * self.kv_channels for n in (self.num_attention_heads, self.num_key_value_heads)
         )
@@ -196,7 +196,7 @@ class ModelConfig:
 
 
 def default_ffn_hidden_size(hidden_size: int, swiglu: bool) -> int:
-    """Return the MLP width that makes about 8 h^2 weights, of GELU's two matrices or of SwiGLU's three."""
+    """Return the MLP width that gives about 8 h^2 weights, in GELU's two matrices or SwiGLU's three."""
     if not swiglu:
         return 4 * hidden_size
     two_thirds = int(4 * hidden_size * 2 / 3)

@@ -1,4 +1,4 @@
-"""Adam and the learning-rate schedule."""
+"""Settings for Adam and the learning-rate schedule."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,11 +18,11 @@ class OptimizerConfig:
     """Learning rate at which the decay ends."""
 
     lr_decay_style: DecayStyle = "linear"
-    """Shape of the learning rate after warm-up; WSD stays at the peak and decays at the end; inverse-square-root is
-    --lr x sqrt(warm-up / progress), where no warm-up counts as one of one iteration: --lr / sqrt(iteration)."""
+    """Shape of the learning rate after warm-up. WSD stays at the peak and decays at the end. inverse-square-root is
+    --lr x sqrt(warm-up / progress); without a warm-up it is that of one iteration: --lr / sqrt(iteration)."""
 
     lr_decay_iters: int | None = None
-    """Iterations until the decay ends, the warm-up included. Default: the end of the training."""
+    """Iterations until the decay ends, including the warm-up. Default: the end of training."""
 
     lr_decay_samples: int | None = None
     """Samples until the decay ends."""
@@ -40,7 +40,7 @@ class OptimizerConfig:
     """Tokens of linear warm-up."""
 
     lr_warmup_fraction: float | None = None
-    """Warm-up as a share of the decay length."""
+    """Warm-up as a fraction of the decay length."""
 
     lr_warmup_init: float = 0.0
     """Learning rate at which the warm-up starts."""
@@ -61,13 +61,13 @@ class OptimizerConfig:
     """AdamW weight decay; biases and norms have none."""
 
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0 does not clip."""
+    """Clip gradients to this global norm; 0 does not clip."""
 
     adam_beta1: float = 0.9
-    """Decay of Adam's mean of gradients."""
+    """Adam's beta1: decay rate of the mean of gradients."""
 
     adam_beta2: float = 0.999
-    """Decay of Adam's mean of squared gradients."""
+    """Adam's beta2: decay rate of the mean of squared gradients."""
 
     adam_eps: float = 1e-8
-    """Added to the root in Adam's denominator."""
+    """Adam's epsilon: added to the square root in the denominator."""

@@ -1,4 +1,4 @@
-"""How the work is spread over ranks and cut along the sequence."""
+"""Settings for Ulysses sequence parallelism and for FPDT: chunks, offloading, recomputation and memory budgets."""
 
 from dataclasses import dataclass
 from typing import Literal, NewType
@@ -25,29 +25,29 @@ class ParallelConfig:
     """Stream every block chunk by chunk (Fully Pipelined Distributed Transformer, Ulysses-Offload)."""
 
     ds_sequence_parallel_fpdt_chunk_size: ChunkSize = ChunkSize(65536)
-    """Tokens per FPDT chunk, over all sequence-parallel ranks together; auto (or 0) for what the planner finds quickest
-    on the GPUs there are."""
+    """Tokens per FPDT chunk, over all sequence-parallel ranks together; auto (or 0) for the size that the planner
+    estimates to be fastest on the available GPUs."""
 
     ds_sequence_parallel_fpdt_offloading: bool = False
-    """Keep FPDT's chunks in host memory, so that device memory does not grow with the sequence."""
+    """Offload FPDT's chunks to host memory, so that GPU memory does not grow with the sequence."""
 
     ds_sequence_parallel_fpdt_checkpoint_interval: int | None = None
-    """Keep the input of every Nth block for the backward pass, and rebuild the others from the attention outputs, by
-    token-wise work. Default: 1; with offloading the smallest that fits in the host's memory."""
+    """Save the input of every Nth block for backward, and recompute the others from the saved attention outputs with
+    token-wise work. Default: 1; with offloading the smallest that fits in host memory."""
 
     ds_sequence_parallel_fpdt_recompute: Recompute | None = None
-    """Matrix products of a block that its backward pass runs again: all but the last, those before attention twice, so
-    that keys and values need not be kept (kv); all but the last; the MLP's alone; none, but for the first 8192 tokens
-    per rank of each chunk. The outputs of the others are kept as chunks are. Default: as few as fit in the host's
-    memory and as the link to it has time for; all without offloading."""
+    """Matrix products of a block that its backward pass recomputes. kv: all but the last, those before attention twice,
+    so that keys and values need not be saved; all: all but the last; mlp: only the MLP's; none: no products, except for
+    the first 8192 tokens per rank of each chunk. The outputs of the other products are saved like chunks. Default: as
+    few as fit in host memory and can be copied without stalling compute; all without offloading."""
 
     ds_sequence_parallel_fpdt_device_memory: float = 0.0
-    """GiB per GPU that offloaded chunks may take up before they go to the host. Two gradients of hidden states come on
-    top where the hidden states are on the GPU."""
+    """GiB per GPU that offloaded chunks may use before they go to the host. Two gradients of hidden states come on top
+    where the hidden states are on the GPU."""
 
     ds_sequence_parallel_fpdt_host_memory: float | None = None
-    """GiB per rank that offloaded chunks may take up on the host. Default: 97% of what is free there at the start,
-    shared equally by the ranks of the machine, less what optimizer states on the host and the process will take."""
+    """GiB per rank that offloaded chunks may use on the host. Default: 97% of the memory available there at the start,
+    shared equally by the ranks of the machine, less what offloaded optimizer states and the process will use."""
 
     tensor_model_parallel_size: int = 1
     """Only 1: there is no tensor parallelism here."""
@@ -56,10 +56,10 @@ class ParallelConfig:
     """Only 1: there is no pipeline parallelism here."""
 
     no_pipeline_parallel: bool = False
-    """Accepted for Megatron-DeepSpeed's scripts; always the case."""
+    """Accepted for Megatron-DeepSpeed's scripts; always on."""
 
     distributed_timeout_minutes: float = 30.0
-    """How long a rank may be missing, silent or without progress: within this time all ranks end and it is named."""
+    """Timeout for a rank that is missing, silent or without progress: within it, all ranks exit and name that rank."""
 
     local_rank: int | None = None
     """Set by the launcher."""

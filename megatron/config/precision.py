@@ -1,4 +1,4 @@
-"""Number formats and loss scaling."""
+"""Settings for number formats and loss scaling."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class PrecisionConfig:
     """Precision.
 
-    Neither --bf16 nor --fp16: fp32.
+    Without --bf16 or --fp16 a run is in fp32.
     """
 
     fp16: bool = False

@@ -1,4 +1,4 @@
-"""From what the user said to what it means: the last step before a configuration is fixed for good."""
+"""Resolution of derived settings: the last step before a configuration is frozen."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from megatron.config.rules.effects import notes_of
 from megatron.config.rules.ranges import RANGES, in_range
 from megatron.config.spellings import in_own_spelling
 
-# Megatron's flag: the backend that it means, and narrower ones that agree with it.
+# Megatron's flag: the backend that it selects, then narrower ones that agree with it.
 FLASH_ATTENTION_VERSIONS: dict[str, tuple[AttentionBackend, ...]] = {
     "use_flash_attn_v2": ("flash-2", "flash-attn-2", "torch-flash"),
     "use_flash_attn_v3": ("flash-attn-3",),
@@ -38,7 +38,7 @@ def resolve(config: Config) -> Config:
 
 
 def _require_widths_above_zero(config: Config) -> None:
-    """Raise for a width of 0 that the user gave: below, 0 stands for a width that follows from others."""
+    """Raise for a width of 0 that the user gave: later code reads 0 as a width to derive from others."""
     for name in DERIVED_WIDTHS:
         message = in_range(name, RANGES[name], Run(config, 1, "cpu")) if name in config.given else None
         if message is not None:
@@ -57,6 +57,6 @@ def attention_backend(model: ModelConfig) -> AttentionBackend:
     named = () if model.attention_backend == "auto" else (f"--attention-backend {model.attention_backend}",)
     family = FLASH_ATTENTION_VERSIONS[versions[0]]
     if len(versions) > 1 or (named and model.attention_backend not in family):
-        asked = [*map(flag, versions), *named]
-        raise ConfigError(f"{' and '.join(asked)} ask for different attention kernels; keep one of them")
+        requested = [*map(flag, versions), *named]
+        raise ConfigError(f"{' and '.join(requested)} ask for different attention kernels; keep one of them")
     return model.attention_backend if named else family[0]

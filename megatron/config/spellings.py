@@ -1,4 +1,4 @@
-"""Flags of Megatron-DeepSpeed that say what a flag here says in another form: the one, written as the other."""
+"""Translation of Megatron-DeepSpeed flags that set an existing setting in another form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = re.compile(r"(\d{1,10}),(\d{1,10})")
 
 
 def in_own_spelling(config: Config) -> Config:
-    """Return the configuration with what those flags say.
+    """Return the configuration with those flags translated to the settings that they stand for.
 
     Raises:
         ConfigError: a value has another form, or a flag of the other spelling is given as well.
@@ -64,4 +64,4 @@ def _checkpointing_of_granularity(config: Config) -> Config:
 
 def _require_one_spelling(config: Config, name: str, *others: str) -> None:
     for other in given_flags(config, others):
-        raise ConfigError(f"{shown(config, name)} and {shown(config, other)} say the same; keep one of them")
+        raise ConfigError(f"{shown(config, name)} and {shown(config, other)} set the same thing; keep one of them")

@@ -1,4 +1,4 @@
-"""Which tokenizer the data was made with."""
+"""Settings for the tokenizer that the data was tokenized with."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -32,7 +32,8 @@ class TokenizerConfig:
     """Model file of SentencePieceTokenizer or TikTokenizer; tokenizer.json, or its folder, of HFTokenizer."""
 
     tiktoken_pattern: TiktokenPattern | None = None
-    """Models whose splitting of text and special tokens TikTokenizer takes [those that published such a file]."""
+    """Model family whose pre-tokenization pattern and special tokens TikTokenizer uses. Default: the family that
+    published a file with this number of tokens."""
 
     vocab_size: int | None = None
-    """Number of token ids of NullTokenizer, end-of-document not counted."""
+    """Number of token ids of NullTokenizer, not counting end-of-document."""

@@ -1,4 +1,4 @@
-"""How long to train, on which batches, and when to stop or evaluate."""
+"""Settings for batches, training length, evaluation and exit."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ class TrainingConfig:
     """Sequences per optimizer step. Default: --micro-batch-size x data-parallel size."""
 
     train_iters: int | None = None
-    """Train this many iterations. At least one of --train-iters, --train-samples and --train-tokens is given; the one
-    that is reached first ends the training. What a resumed run has consumed counts, at the batch and length of then."""
+    """Train this many iterations. Give at least one of --train-iters, --train-samples and --train-tokens; training ends
+    when the first of them is reached. What a resumed run has consumed counts, at the batch and length of that time."""
 
     train_samples: int | None = None
     """Train on at most this many sequences, in whole global batches."""
@@ -27,7 +27,7 @@ class TrainingConfig:
     """Seed of the weights, of dropout and of the data order."""
 
     eval_iters: int = 100
-    """Batches per evaluation; 0 does not evaluate."""
+    """Batches per evaluation; 0 turns evaluation off."""
 
     eval_interval: int = 1000
     """Iterations between evaluations."""
@@ -36,11 +36,11 @@ class TrainingConfig:
     """Exit at the next iteration that is a multiple of this, saving first if --save is given."""
 
     exit_duration_in_mins: int | None = None
-    """Exit after so many minutes, saving first if --save is given."""
+    """Exit after this many minutes, saving first if --save is given."""
 
     no_check_for_nan_in_loss_and_grad: bool = False
-    """Go on when the loss or the gradient of a step is not finite. Without this flag the run ends before the step is
-    taken, and says which rank, layer, pass and chunk had the first value that is not finite."""
+    """Continue when the loss or the gradient of a step is not finite. Without this flag the run ends before the
+    optimizer step, and reports which rank, layer, pass and chunk had the first non-finite value."""
 
     exit_signal_handler: bool = False
     """Accepted for Megatron's scripts; SIGTERM always saves (if --save is given) and exits."""

@@ -1,11 +1,11 @@
-"""Every flag of Megatron-DeepSpeed that is no flag here, and what becomes of it.
+"""The flags of Megatron-DeepSpeed that are not flags here, and how each is handled.
 
-    ACCEPTED       asks for what is already so, or is about how another program works: noted in the log
-    OTHER_NAMES    an error that names the flag here that does its work
-    REFUSED        an error: it would change the result, and cannot be honoured
+    ACCEPTED       asks for the behavior here, or concerns only the other program's internals: noted in the log
+    OTHER_NAMES    an error that names the flag to use instead
+    REFUSED        an error: it would change the result, and cannot be honored
     ALIASES        another spelling of a flag here
 
-The flags here that mean the same there are fields of the configuration.
+Flags that mean the same in both programs are fields of the configuration.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Accepted:
-    """One flag that is only noted.
+    """One flag that is accepted, and only noted in the log.
 
     `values` is () for a switch, `ANY` for a flag with any value, else the values that are accepted; `otherwise` says
-    why another value is not, and what to do.
+    why any other value is not, and what to do.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Refused:
-    """One flag that cannot be honoured: why, and what to do in its place, or nothing but removing it."""
+    """One flag that cannot be honored: why, and what to do instead; without `advice`, remove the flag."""
 
     name: str
     why: str
@@ -56,7 +56,7 @@ NO_EXPERTS = "there are no experts"
 NO_FP8 = "there is no FP8"
 NO_SUCH_KERNEL = "there is no such fused kernel"
 LOGGED = "the log and TensorBoard have what the log line has, and this is not in it"
-MEMORY_OF_BLOCKS = "it is about memory alone; --deepspeed-activation-checkpointing recomputes each block"
+MEMORY_OF_BLOCKS = "it changes memory only; --deepspeed-activation-checkpointing recomputes each block"
 DEEPSPEED_JSON_SAYS = "the DeepSpeed JSON says how ZeRO reduces and gathers"
 EXACT_ATTENTION = "attention is exact with every kernel; --attention-backend chooses it"
 
@@ -65,7 +65,7 @@ ACCEPTED = (
     Accepted("override-opt-param-scheduler", "the learning-rate schedule always follows the flags"),
     Accepted("optimizer", "the optimizer is Adam", ("adam",), "there is no other optimizer; remove --optimizer"),
     *_valued("the optimizer is Adam", "sgd-momentum"),
-    *_switches("Adam is the fastest that is there, and all compute the same", "torch-adam", "ds-fused-adam"),
+    *_switches("the fastest available Adam is used, and all compute the same", "torch-adam", "ds-fused-adam"),
     Accepted(
         "weight-decay-incr-style",
         "the weight decay is constant",
@@ -84,7 +84,7 @@ ACCEPTED = (
     *_valued("nothing is exported to ONNX", "onnx-safe"),
     Accepted(
         "transformer-impl",
-        "layers are torch's and this program's",
+        "layers are those of torch and of this program",
         ("local",),
         "there is no Transformer Engine here; use --transformer-impl local",
     ),
@@ -98,9 +98,9 @@ ACCEPTED = (
     ),
     Accepted(
         "sequence-parallel",
-        f"{NO_TENSOR_PARALLELISM}, of which it is a part; --ds-sequence-parallel-size shares a sequence out",
+        f"{NO_TENSOR_PARALLELISM}, of which it is a part; --ds-sequence-parallel-size shards a sequence",
     ),
-    *_switches("a sequence-parallel size of 1 is computed as it is with any other", "force-ds-sequence-parallel"),
+    *_switches("a sequence-parallel size of 1 uses the same code as any other", "force-ds-sequence-parallel"),
     *_switches(
         NO_PIPELINE,
         *("overlap-p2p-communication", "no-scatter-gather-tensors-in-pipeline", "use-ring-exchange-p2p"),
@@ -111,15 +111,17 @@ ACCEPTED = (
     Accepted("DDP-impl", "DeepSpeed reduces the gradients", ("local", "torch")),
     *_switches("DeepSpeed reduces the gradients", "no-contiguous-buffers-in-local-ddp"),
     *_switches("--zero-stage says what is partitioned", "use-distributed-optimizer"),
-    *_switches("weights are drawn where they are trained, the same for any number of ranks", "use-cpu-initialization"),
-    Accepted("no-initialization", "weights are drawn, and replaced by those of a checkpoint"),
+    *_switches(
+        "weights are initialized where they are trained, the same for any number of ranks", "use-cpu-initialization"
+    ),
+    Accepted("no-initialization", "weights are initialized, then replaced by those of a checkpoint"),
     # memory
     Accepted("recompute-activations", "no attention kernel saves its probabilities for backward"),
     *_valued(MEMORY_OF_BLOCKS, "recompute-method", "recompute-num-layers", "checkpoint-num-layers"),
     *_switches(MEMORY_OF_BLOCKS, "split-transformers", "contigious-checkpointing", "synchronize-each-layer"),
     *_switches("FPDT bounds the memory of a block", "memory-centric-tiled-linear"),
     *_valued("FPDT bounds the memory of a block", "tile-factor"),
-    *_valued("the allocator's memory is left as it is", "empty-unused-memory-level"),
+    *_valued("the allocator's cache is left alone", "empty-unused-memory-level"),
     *_switches(DEEPSPEED_JSON_SAYS, "zero-reduce-scatter", "zero-contigious-gradients", "use-pin-memory"),
     *_valued(DEEPSPEED_JSON_SAYS, "zero-reduce-bucket-size", "zero-allgather-bucket-size"),
     Accepted(
@@ -131,18 +133,18 @@ ACCEPTED = (
     # data
     *(Accepted(name, "datasets are memory-mapped", ("mmap", "infer")) for name in ("data-impl", "dataset-impl")),
     *_switches("datasets are memory-mapped", "mmap-warmup"),
-    *_valued("one thread reads ahead, as far as --prefetch-microbatches says", "num-workers"),
+    *_valued("one thread prefetches --prefetch-microbatches micro-batches", "num-workers"),
     Accepted(
         "dataloader-type",
         "samples come in a shuffled order, once per epoch",
         ("single",),
         "there is no second shuffling of the samples; use --dataloader-type single",
     ),
-    *_switches("data begins again after its last sample", "repeated-dataloader"),
+    *_switches("the data is repeated after its last sample", "repeated-dataloader"),
     *_switches("only data efficiency, which is not here, uses it", "return-data-index"),
     Accepted("vocab-extra-ids", "no ids are added", ("0",), "they are T5's; use --vocab-extra-ids 0"),
     Accepted("sample-rate", "all samples are used", ("1", "1.0"), "all samples are used here; use --sample-rate 1"),
-    *_switches("no code of a model's folder is executed", "trust-remote-code"),
+    *_switches("no code from a model's folder is executed", "trust-remote-code"),
     # checkpoints
     Accepted(
         "no-save-optim", "a checkpoint always has optimizer states; tools/consolidate_checkpoint.py leaves them out"
@@ -206,7 +208,7 @@ REFUSED = (
     # model
     *_refused("there are no encoder-decoder models here", "decoder-num-layers", "decoder-seq-length"),
     *_refused("norms are before attention and MLP here", "apply-residual-connection-post-layernorm"),
-    *_refused("a norm's weight is stored as it is here, and has no weight decay", "apply-layernorm-1p"),
+    *_refused("a norm's weight is stored directly here, and has no weight decay", "apply-layernorm-1p"),
     *_refused("there is no squared ReLU here", "squared-relu", advice="remove it for GELU, or use --swiglu"),
     *_refused("there is no mixture of experts here", "num-experts-switch"),
     *_refused("embeddings have the run's number format", "embedding-weights-in-fp32"),
@@ -214,13 +216,15 @@ REFUSED = (
     *_refused("the loss is always computed in fp32", "fp16-lm-cross-entropy"),
     *_refused("there is no FP8 here", "fp8-e4m3", "fp8-hybrid", advice="use --bf16"),
     *_refused(
-        "weights start from a normal distribution here", "init-method-xavier-uniform", advice="use --init-method-std"
+        "weights are initialized from a normal distribution here",
+        "init-method-xavier-uniform",
+        advice="use --init-method-std",
     ),
     *_refused("all ranks start with the same weights", "data-parallel-random-init"),
     *_refused(
-        "the kind of positions is a switch here",
+        "the kind of position embedding is a switch here",
         "position-embedding-type",
-        advice="use --use-rotary-position-embeddings for rope, or nothing for a learned table",
+        advice="use --use-rotary-position-embeddings for rope, or nothing for learned positions",
     ),
     *_refused(
         "RoPE's scaling has a type and a factor here",
@@ -257,11 +261,11 @@ REFUSED = (
     *_refused(
         "the learning-rate schedule always follows the flags",
         *("use-checkpoint-opt-param-scheduler", "no-load-lr-state"),
-        advice="give the schedule by its flags, or start it again with --finetune",
+        advice="give the schedule by its flags, or restart it with --finetune",
     ),
-    *_refused("the model is as the flags say", "use-checkpoint-args", advice="give the flags of the run that saved it"),
+    *_refused("the flags define the model", "use-checkpoint-args", advice="give the flags of the run that saved it"),
     # data
-    *_refused("paths are taken as they are", "aml-data-download-path", advice="give whole paths to --data-path"),
+    *_refused("paths are used as they are", "aml-data-download-path", advice="give whole paths to --data-path"),
     *_refused(
         "the order of the samples follows from --seed and the length of the training",
         *("train-data-exact-num-epochs", "train-idx-path", "train-desc-path", "train-doc-idx-path"),

@@ -1,1 +1,1 @@
-"""Ranks, groups, the layout of a sequence over them, and the collectives between them."""
+"""Core: ranks and groups, sequence layout, collectives, documents, and files and memory of the host."""

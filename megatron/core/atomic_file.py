@@ -1,4 +1,4 @@
-"""Files that appear only when they are whole: written under another name, flushed to the disk, renamed."""
+"""Atomic files: written under a temporary name, flushed to disk, then renamed, so that only complete files appear."""
 
 import os
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-SHARED_CHARACTERS = 50  # of the final name in a temporary one: with four bytes each, and the rest, it is no longer
+SHARED_CHARACTERS = 50  # of the final name in a temporary name; at four bytes each, the latter still fits
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name beside `path`, which no other process uses, on this machine or on another that shares the disk."""
+    """Return a new name next to `path` that no other process uses, on this or another machine that shares the disk."""
     return path.with_name(f"{path.name[:SHARED_CHARACTERS]}.{uuid4().hex}.tmp")
 
 
@@ -24,7 +24,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a whole file its final name, replacing what had that name."""
+    """Rename a complete file to its final name, replacing any file of that name."""
     flush_to_disk(temporary)
     os.replace(temporary, path)
     flush_to_disk(path.parent)
@@ -32,7 +32,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a name to write to; it becomes `path` if the block succeeds and vanishes if it does not."""
+    """Yield a temporary path to write to; rename it to `path` if the block succeeds, else delete it."""
     temporary = temporary_path(path)
     try:
         yield temporary

@@ -1,7 +1,7 @@
 """Ulysses all-to-all: tokens scattered and heads whole  <->  tokens whole and heads scattered.
 
     c tokens of this rank, S = p c tokens of all, B batch, H heads, D head size, p ranks, r this rank
-    tokens_to_heads   [c, B, H, D] -> [S, B, H/p, D]     rank r keeps heads [r H/p, (r+1) H/p)
+    tokens_to_heads   [c, B, H, D] -> [S, B, H/p, D]     rank r receives heads [r H/p, (r+1) H/p)
     heads_to_tokens   [S, B, H/p, D] -> [c, B, H, D]     the inverse
 
 Several tensors travel in one message. Source: DeepSpeed-Ulysses, arXiv 2309.14509.
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megatron.core.ranges import ALL_TO_ALL, named_range
 
-# An all-to-all under way; calling it waits, on the device where there is one, and gives its result.
+# An all-to-all in progress. Calling it waits, on the device where there is one, and returns its result.
 Exchange = Callable[[], list[Tensor]]
 
-# Parts of the tensors of a projection: queries, and keys with values behind them.
+# Parts of a projection's tensors: q (1), and kv with keys first, then values (2).
 QUERIES_KEYS_VALUES = (1, 2)
 
 
@@ -31,9 +31,9 @@ def tokens_to_heads(
 ) -> list[Tensor]:
     """Gather tokens and scatter heads; one all-to-all for all tensors, which may differ in H only.
 
-    A tensor of several `parts` (keys and values in one: 2) has the heads of each part scattered by themselves.
+    In a tensor of several `parts` (kv: 2) the heads of each part are scattered separately.
     Collective: every rank of `group` calls it with the same shapes. The results are views of one buffer, side by side
-    along the head dimension. Without a group the tensors come back as they are.
+    along the head dimension. Without a group the tensors are returned unchanged.
     """
     return start_tokens_to_heads(tensors_cBHD, group, parts)()
 
@@ -41,7 +41,7 @@ def tokens_to_heads(
 def start_tokens_to_heads(
     tensors_cBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
 ) -> Exchange:
-    """`tokens_to_heads` under way: arithmetic queued before the result is called for runs beside it."""
+    """Start `tokens_to_heads` asynchronously: compute queued before the result is called overlaps with it."""
     if group is None:
         return lambda: list(tensors_cBHD)
     p = dist.get_world_size(group)
@@ -122,10 +122,10 @@ class _HeadsToTokens(torch.autograd.Function):
 def differentiable_tokens_to_heads(
     tensors: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
 ) -> tuple[Tensor, ...]:
-    """`tokens_to_heads` with a gradient: one all-to-all forward and one backward, on every rank of the group."""
+    """Differentiable `tokens_to_heads`: one all-to-all forward and one backward, on every rank of the group."""
     return tuple(tensors) if group is None else _TokensToHeads.apply(group, parts, *tensors)
 
 
 def differentiable_heads_to_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
-    """`heads_to_tokens` with a gradient: one all-to-all forward and one backward, on every rank of the group."""
+    """Differentiable `heads_to_tokens`: one all-to-all forward and one backward, on every rank of the group."""
     return tuple(tensors) if group is None else _HeadsToTokens.apply(group, *tensors)

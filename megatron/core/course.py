@@ -1,7 +1,7 @@
-"""The course of a run: which iteration, which sample and which token are reached together.
+"""The course of a run: conversion between its counts of iterations, samples and tokens.
 
-Between two corners, where the global batch or the sequence length changed, an iteration is always as many samples and
-a sample as many tokens, so that each count is a piecewise linear function of any other:
+A corner is where the global batch or the sequence length changed. Between two corners an iteration always has the same
+number of samples and a sample the same number of tokens, so each count is a piecewise linear function of any other:
 
     iterations    0 ------- 100 ------------- 300 ...      batch 4, then 8
     samples       0 ------- 400 ------------ 2000 ...
@@ -12,23 +12,23 @@ from dataclasses import dataclass
 
 UNITS = ("iters", "samples", "tokens")
 Counts = tuple[int, int, int]
-"""So many iterations, samples and tokens."""
+"""Numbers of iterations, samples and tokens."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """The start and the changes of batch or length, in order, and what an iteration adds after the last of them."""
+    """Corners: the start and the changes of batch or length, in order. `step`: counts per iteration after the last."""
 
     corners: tuple[Counts, ...]
     step: Counts
 
     @classmethod
     def straight(cls, global_batch_size: int, seq_length: int) -> "Course":
-        """The course of a run that keeps its batch and length."""
+        """Return the course of a run with constant batch and sequence length."""
         return cls(((0, 0, 0),), (1, global_batch_size, global_batch_size * seq_length))
 
     def convert(self, length: float, unit: str, other: str) -> float:
-        """Return what the count in `other` is when that in `unit` is `length`."""
+        """Return the count in `other` at which the count in `unit` is `length`."""
         if unit == other:
             return length
         known, wanted = UNITS.index(unit), UNITS.index(other)

@@ -1,4 +1,4 @@
-"""Documents that share a sequence and do not attend to each other, and what that leaves of an attention tile.
+"""Document masks: documents share a sequence without attending to each other, which shrinks an attention tile.
 
 A token sees its own document, from its beginning to the token itself. Of a tile below the diagonal (queries of one
 chunk, keys of an earlier one) at most one document per sequence has tokens on both sides, and as a document is
@@ -7,7 +7,7 @@ contiguous it has all from its beginning to the end of the keys, and all from th
     keys of the tile       . . . [s . . . . .|              s where the document begins, e where it ends
     queries of the tile                      |. . . . e] . .
 
-so what is left of the tile is a rectangle without a mask. On the diagonal each document leaves a causal square.
+so the tile shrinks to a rectangle without a mask. On the diagonal each document leaves a causal square.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Region:
 
     @property
     def in_queries(self) -> tuple[slice, slice]:
-        """Where it lies in the tile's queries [S, B, ..]."""
+        """Its slices of the tile's queries [S, B, ..]."""
         return slice(*self.queries), slice(*self.sequences)
 
     @property
     def in_keys(self) -> tuple[slice, slice]:
-        """Where it lies in the tile's keys and values [S, B, ..]."""
+        """Its slices of the tile's keys and values [S, B, ..]."""
         return slice(*self.keys), slice(*self.sequences)
 
     @property
     def in_lse(self) -> tuple[slice, slice, slice]:
-        """Where it lies in the log-sum-exps [B, H, S] of the tile's queries."""
+        """Its slices of the log-sum-exps [B, H, S] of the tile's queries."""
         return slice(*self.sequences), slice(None), slice(*self.queries)
 
 
@@ -52,16 +52,16 @@ WHOLE_TILE = (Region(),)
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Spans of the documents in each sequence of a micro-batch, ascending. What is in none of them is padding.
+    """Spans of the documents in each sequence of a micro-batch, ascending. Tokens in none of them are padding.
 
-    Padding sees nothing and nothing sees it: its attention output is zero.
+    Padding attends to nothing and nothing attends to it: its attention output is zero.
     """
 
     spans: tuple[tuple[Span, ...], ...]
 
     @classmethod
     def from_starts(cls, starts: Sequence[Sequence[int]], sequence_length: int) -> Documents:
-        """Documents that begin at `starts` of each sequence, the first at 0, each ending where the next begins."""
+        """Return documents that begin at `starts` of each sequence, the first at 0; each ends where the next begins."""
         rows = ((*map(int, row), sequence_length) for row in starts)
         return cls(tuple(tuple(pairwise(row)) for row in rows))
 
@@ -71,12 +71,12 @@ class Documents:
         return sum((end - start) ** 2 for row in self.spans for start, end in row)
 
     def first_key(self, query: int) -> int:
-        """The earliest position that a token at `query`, of any of the sequences, sees."""
+        """Return the earliest position that a token at `query`, of any of the sequences, attends to."""
         seen = (span for row in self.spans for span in _overlapping(row, (query, query + 1)))
         return min((start for start, _ in seen), default=query)
 
     def regions(self, queries: Span, keys: Span) -> tuple[Region, ...]:
-        """What is left of a tile: the causal squares of one on the diagonal, the rectangles of one below it."""
+        """Return the regions of a tile to compute: causal squares on the diagonal, rectangles below it."""
         across = queries if queries == keys else (queries[0], queries[0] + 1)
         found = [
             (row, _shared(span, queries), _shared(span, keys))
@@ -90,7 +90,7 @@ class Documents:
 
 
 def _overlapping(spans: Sequence[Span], positions: Span) -> Sequence[Span]:
-    """The spans that have a position in common with another."""
+    """Return the spans that overlap with `positions`."""
     first = bisect_right(spans, positions[0], key=lambda span: span[1])
     last = bisect_right(spans, positions[1] - 1, key=lambda span: span[0])
     return spans[first:last]

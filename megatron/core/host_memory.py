@@ -1,4 +1,4 @@
-"""How much memory of the host is there to be used: the machine's, or what its control group leaves."""
+"""Available host memory: that of the machine, within the limit of the control group (cgroup)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 _KIB = 1024
 
-# folder, the limit in it, what is used, and the field of memory.stat that could be reclaimed: version 2, version 1
+# Versions 2 and 1: folder, file of the limit, file of the usage, and the field of memory.stat that is reclaimable.
 _CGROUP_VERSIONS = (
     ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -14,7 +14,7 @@ _CGROUP_VERSIONS = (
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:
-    """Bytes that could be allocated now without swapping: free and reclaimable memory, within the cgroup's limit.
+    """Return the bytes that can be allocated without swapping: free and reclaimable memory, within the cgroup's limit.
 
     `root` holds proc/ and sys/.
     """
@@ -28,7 +28,7 @@ def available_host_bytes(root: Path = Path("/")) -> int:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where there is no such file, or no limit ("max")."""
+    """Return the number in a file; None where there is no such file, or no limit ("max")."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""JSON whose every fault is a ValueError."""
+"""JSON parsing that raises ValueError for every kind of invalid text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """The value of a JSON text, by json.loads with `options`. ValueError if it has none, or is nested too deeply."""
+    """Parse a JSON text by json.loads with `options`. ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(text, **options)
     except RecursionError as error:
@@ -16,9 +16,9 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """The JSON object that `text` holds.
+    """Parse a JSON text whose value is an object.
 
-    ValueError if it holds another value, or names a key twice: readers take the first or the last as they please.
+    ValueError if it holds another value, or a key twice: some readers take the first, some the last.
     """
     content = parse_json(text, object_pairs_hook=_each_key_once)
     if not isinstance(content, dict):

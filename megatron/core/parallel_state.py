@@ -1,7 +1,7 @@
-"""Which rank does what: the world is data parallel x sequence parallel, and this is a value that is passed on.
+"""Parallel state: ranks and groups of a data parallel x sequence parallel world, as a value that is passed on.
 
 Rank = data_parallel_rank * sequence_parallel_size + sequence_parallel_rank, so that the ranks of one sequence are
-neighbours and their all-to-all stays inside a node wherever it can.
+neighbors and their all-to-all stays inside a node where possible.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class ParallelState:
-    """One rank's place in the world. A group is None where it holds this rank alone."""
+    """One rank's place in the world. A group of this rank alone is None."""
 
     world_size: int = 1
     rank: int = 0
@@ -27,9 +27,9 @@ class ParallelState:
 
     @classmethod
     def create(cls, sequence_parallel_size: int = 1, timeout: timedelta | None = None) -> ParallelState:
-        """Build the groups, whose collectives wait for `timeout`. Collective: every rank calls it once, with the same.
+        """Build the groups, whose collectives wait for `timeout`. Collective: every rank calls it once, same arguments.
 
-        Without an initialised torch.distributed the world is this one process.
+        Without an initialized torch.distributed the world is this one process.
         """
         if not dist.is_initialized():
             world_size, rank = 1, 0
@@ -48,7 +48,7 @@ class ParallelState:
 
 
 def _own_group(rank: int, groups: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup | None:
-    """The group that holds `rank`; every rank takes part in making every group. Groups of one need no communicator."""
+    """Return the group of `rank`; every rank takes part in creating every group. Groups of one need no communicator."""
     own = None
     for ranks in groups:
         if len(ranks) == 1:

@@ -1,4 +1,4 @@
-"""Named ranges of a step's timeline: what the host was at when it queued the work. Nothing unless a profiler runs."""
+"""Named ranges in a profiler trace: the host's phase when it queued the work. No-ops unless a profiler runs."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ _OUTSIDE = nullcontext()
 
 
 def named_range(name: str) -> AbstractContextManager[object]:
-    """A range of the timeline while torch's profiler runs, and a context that does nothing otherwise."""
+    """Return a range in the trace while torch's profiler runs, and a no-op context otherwise."""
     return torch.profiler.record_function(name) if torch.autograd.profiler._is_profiler_enabled else _OUTSIDE

@@ -1,4 +1,4 @@
-"""Which global tokens a sequence-parallel rank owns, and in which order.
+"""Sequence layout: the global tokens that a sequence-parallel rank owns, and their order.
 
 Chunk i covers the global tokens [iC, (i+1)C); rank r of p owns the r-th of the chunk's p equal slices. A rank's local
 sequence is its slices in the order of the chunks. After the all-to-all of chunk i every rank holds the whole chunk,
@@ -52,11 +52,11 @@ class SequenceLayout:
         return self.sequence_length // self.sequence_parallel_size
 
     def tokens_after(self, length: int) -> int:
-        """Tokens of one rank that are not among the first `length` that it owns of a chunk."""
+        """Return the tokens of one rank beyond the first `length` that it owns of each chunk."""
         return sum(max(local_length - length, 0) for local_length in self.local_lengths)
 
     def owned_spans(self, sequence_parallel_rank: int) -> list[Span]:
-        """Spans of global tokens that a rank owns, one of each chunk, in local order."""
+        """Return the spans of global tokens that a rank owns, one per chunk, in local order."""
         rank, starts = sequence_parallel_rank, range(0, self.sequence_length, self.chunk_length)
         return [
             (start + rank * length, start + (rank + 1) * length)
@@ -64,5 +64,5 @@ class SequenceLayout:
         ]
 
     def owned_positions(self, sequence_parallel_rank: int) -> torch.Tensor:
-        """Global token positions that a rank owns, int64 [local_length], in local order."""
+        """Return the global token positions that a rank owns, int64 [local_length], in local order."""
         return torch.cat([torch.arange(*span) for span in self.owned_spans(sequence_parallel_rank)])

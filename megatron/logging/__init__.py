@@ -1,1 +1,1 @@
-"""What a run reports: log lines, progress, throughput, metric writers."""
+"""Logging: log lines, progress, loss spikes, metric writers and the history of a run."""

@@ -2,7 +2,7 @@
 
 import re
 
-# A row matches a device whose name has all of its words. The first match counts, so special models come first.
+# A row matches a device whose name has all of its words. The first match wins, so special models come first.
 _PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("GB300",), 2500.0),
     (("GB200",), 2500.0),

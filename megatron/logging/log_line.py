@@ -4,7 +4,7 @@
      validation loss at iteration 100 | lm loss value: 8.123456E+00 | lm loss PPL: 3.371E+03 |
      validation loss by position at iteration 100 | 0-4096: 8.412345E+00 | 4096-8192: 7.834567E+00 |
 
-Writing and reading share one table of fields, so that they cannot drift apart.
+The formatter and the parser share one table of columns, so that they always agree.
 """
 
 import math
@@ -18,7 +18,7 @@ _LARGEST_EXPONENT = 700.0  # exp() of more overflows a double
 
 @dataclass(frozen=True, kw_only=True)
 class IterationRecord:
-    """What one log line says about an iteration. None stands for a value that is unknown or does not apply."""
+    """The values in one iteration's log line. None is a value that is unknown or does not apply."""
 
     iteration: int
     train_iterations: int
@@ -35,7 +35,7 @@ class IterationRecord:
     tokens_per_second_per_gpu: float | None
     model_tflops_per_gpu: float | None
     mfu: float | None
-    """Share of the device's peak, 0 to 1; printed in per cent."""
+    """Fraction of the device's peak, 0 to 1; printed in percent."""
     hfu: float | None
     peak_gpu_gib: float | None
     host_gib: float | None
@@ -46,7 +46,7 @@ class IterationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRecord:
-    """What one log line says about an evaluation. `part` is "validation" or "test"."""
+    """The values in one evaluation's log line. `part` is "validation" or "test"."""
 
     iteration: int
     loss: float
@@ -59,7 +59,7 @@ class ValidationRecord:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Positions from `first` to below `end`: the mean loss of their tokens, and how many there were."""
+    """Positions from `first` to below `end`: the mean loss of their tokens, and the number of tokens."""
 
     first: int
     end: int
@@ -70,7 +70,7 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionRecord:
-    """What one log line says about the losses by position of an evaluation."""
+    """The values in one evaluation's log line of losses by position."""
 
     iteration: int
     buckets: tuple[Bucket, ...]
@@ -139,10 +139,10 @@ def format_positions(record: PositionRecord) -> str:
 
 
 def parse_line(line: str) -> LogRecord | None:
-    """Return what a line says, or None if it is neither an iteration's nor an evaluation's.
+    """Return the record in a line, or None if it is neither an iteration's nor an evaluation's.
 
-    Whatever a launcher puts in front of the line, and columns that this version does not know, are skipped; known
-    columns that are missing or damaged make the line no record, as in a log that was cut off.
+    A launcher's prefix and columns that this version does not know are skipped. A line with a known column missing or
+    damaged, as in a truncated log, is not a record.
     """
     if match := _VALIDATION.search(line):
         return ValidationRecord(iteration=int(match[2]), loss=float(match[3]), part=match[1])

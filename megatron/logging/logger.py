@@ -1,4 +1,4 @@
-"""The logger named "megatron": rank 0 speaks on stdout, the others only when something is wrong, on stderr."""
+"""The logger named "megatron": rank 0 writes to stdout, other ranks write only warnings and errors, to stderr."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ LOGGER_NAME = "megatron"
 
 
 class _PlainInfoFormatter(logging.Formatter):
-    """Leaves ordinary lines as they are and puts the level, and the rank if there is one, before the others."""
+    """Leaves INFO lines unchanged and prefixes all others with the level, and with the rank if there is one."""
 
     def __init__(self, prefix: str = "") -> None:
         super().__init__("%(message)s")
@@ -19,10 +19,10 @@ class _PlainInfoFormatter(logging.Formatter):
 
 
 def configure_logging(rank: int) -> logging.Logger:
-    """Set the "megatron" logger up for this rank and return it.
+    """Configure the "megatron" logger for this rank and return it.
 
-    Rank 0 writes information and more to stdout, other ranks write warnings and more to stderr. Calling it again
-    replaces the earlier set-up.
+    Rank 0 writes INFO and above to stdout, other ranks write WARNING and above to stderr. A second call replaces the
+    configuration of the first.
     """
     is_first = rank == 0
     handler = logging.StreamHandler(sys.stdout if is_first else sys.stderr)

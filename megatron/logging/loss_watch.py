@@ -1,4 +1,4 @@
-"""Losses that a person should look at: not finite, or far above those before."""
+"""Loss-spike detection: losses that are not finite, or far above the running mean."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 import statistics
 from collections import deque
 
-WINDOW = 100  # iterations that the running mean is of
-ENOUGH = 10  # of them before anything counts as a spike
+WINDOW = 100  # iterations in the running mean
+ENOUGH = 10  # iterations needed before a loss can count as a spike
 
 
 class LossWatch:
-    """Looks at the loss of every iteration, in order."""
+    """Checks the loss of every iteration, in order."""
 
     def __init__(self, spike_factor: float | None) -> None:
-        """Without `spike_factor` only losses that are not finite are told."""
+        """Report losses above `spike_factor` times the running mean; None: only losses that are not finite."""
         self._spike_factor = spike_factor
         self._before: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # iterations and their losses
 
     def look(self, iteration: int, loss: float) -> str | None:
-        """Return what is to be said of this loss, if anything."""
+        """Return the warning about this loss, or None."""
         if not math.isfinite(loss):
             return f"the loss of iteration {iteration} is {loss}"
         count = len(self._before)
@@ -33,6 +33,6 @@ class LossWatch:
         )
 
     def forget_after(self, iteration: int) -> None:
-        """Take back the losses of the iterations after this one, which are to be done again."""
+        """Drop the losses of the iterations after this one, which will be repeated after a rollback."""
         while self._before and self._before[-1][0] > iteration:
             self._before.pop()

@@ -1,6 +1,6 @@
-"""Progress within a step: one step at a million tokens takes minutes, and a silent terminal looks like a hang.
+"""Progress reports within a step: a step of a million tokens takes minutes, and a silent terminal looks like a hang.
 
-A bar on a terminal, redrawn a few times a second; elsewhere a line now and then, so that a log file does not fill up.
+On a terminal, a bar that is redrawn a few times a second; elsewhere an occasional line, so that logs stay short.
 """
 
 import time
@@ -14,20 +14,20 @@ _ERASE_LINE = "\r\x1b[2K"
 
 
 class StepProgress(Protocol):
-    """What a training loop tells about the step it is in."""
+    """Receives the training loop's reports on the current step."""
 
     def start_step(self, iteration: int, total_units: int) -> None:
         """Begin a step of `total_units` equal pieces of work."""
 
     def advance(self, phase: str, layer: int, chunk: int) -> None:
-        """Report that one piece of work is being started: `chunk` of `layer` in "forward", "backward", ..."""
+        """Report that one piece of work starts: `chunk` of `layer` in "forward", "backward", ..."""
 
     def finish_step(self) -> None:
-        """End the step and leave the output ready for ordinary lines."""
+        """End the step and leave the stream ready for ordinary lines."""
 
 
 class NoProgress:
-    """Says nothing: every rank but the first, and --progress off."""
+    """Reports nothing: for --progress off, and for every rank but the first."""
 
     def start_step(self, iteration: int, total_units: int) -> None:
         pass
@@ -40,7 +40,7 @@ class NoProgress:
 
 
 class _TimedProgress(ABC):
-    """Counts the pieces of work and shows them when `interval` seconds have passed since the last time."""
+    """Counts the pieces of work and shows the progress every `interval` seconds."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float], interval: float) -> None:
         self._stream = stream
@@ -79,7 +79,7 @@ class _TimedProgress(ABC):
 
 
 class ProgressBar(_TimedProgress):
-    """A bar that redraws itself on one line of a terminal and is gone when the step ends."""
+    """A bar that is redrawn on one line of a terminal and erased when the step ends."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(stream, clock, _REDRAW_SECONDS)
@@ -96,7 +96,7 @@ class ProgressBar(_TimedProgress):
 
 
 class Heartbeat(_TimedProgress):
-    """A line at most every `heartbeat_seconds` while a step is going on."""
+    """A line at most every `heartbeat_seconds` during a step."""
 
     def __init__(
         self, stream: TextIO, heartbeat_seconds: float = 60.0, clock: Callable[[], float] = time.monotonic
@@ -126,7 +126,7 @@ def build_progress(style: str, rank: int, stream: TextIO, heartbeat_seconds: flo
 
 
 def format_duration(seconds: float) -> str:
-    """Return m:ss, or h:mm:ss from an hour on."""
+    """Return m:ss, or h:mm:ss for an hour or more."""
     minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{whole_seconds:02d}" if hours else f"{minutes}:{whole_seconds:02d}"

@@ -1,7 +1,7 @@
-"""What a run has reported so far, read back from TensorBoard's events or from its log.
+"""The history of a run, read from its TensorBoard events or from its log.
 
-Both are the same series: name to iteration to value. A run that was resumed has reported some iterations twice; what
-comes later counts, and what lies beyond the point where it went on is gone, as the weights are.
+Both give the same series: name to iteration to value. A resumed run has reported some iterations twice: the later
+report wins, and reports from beyond the point where it resumed are dropped, as their weights were.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron.logging.log_line import Bucket, IterationRecord, LogRecord, PositionRecord, parse_log
 
-# Of an `IterationRecord`, what is written as train/NAME; consumed_tokens for plots over tokens.
+# Fields of an `IterationRecord` that are written as train/NAME; consumed_tokens is for plots over tokens.
 SCALARS = (
     "loss", "learning_rate", "grad_norm", "loss_scale", "milliseconds", "tokens_per_second_per_gpu",
     "model_tflops_per_gpu", "mfu", "hfu", "peak_gpu_gib", "host_gib", "host_pool_gib", "consumed_tokens",
@@ -28,7 +28,7 @@ Point = tuple[str, int, float]  # name, iteration, value
 
 
 def position_scalar(bucket: Bucket) -> str:
-    """Return the name of a bucket's scalar, below the part's; padded, so that TensorBoard sorts them by position."""
+    """Return the name of a bucket's scalar, below the part's; zero-padded, so that TensorBoard sorts by position."""
     return f"{_POSITIONS}{bucket.first:08d}-{bucket.end:08d}"
 
 
@@ -42,7 +42,7 @@ class RunHistory:
 
     @classmethod
     def of(cls, name: str, points: Iterable[Point]) -> RunHistory:
-        """Collect points in the order in which they were reported."""
+        """Collect points, given in the order in which they were reported."""
         history = cls(name)
         for point in points:
             history._add(*point)
@@ -57,13 +57,13 @@ class RunHistory:
         self.series.setdefault(name, {})[iteration] = value
 
     def train(self, name: str) -> dict[int, float]:
-        """Return one of `SCALARS` by iteration; empty where it was never known."""
+        """Return one of `SCALARS` by iteration; empty where it was never reported."""
         return self.series.get(f"train/{name}", {})
 
     def hours(self) -> dict[int, float]:
-        """Return the hours of training by iteration, without evaluation, saving and pauses between two starts.
+        """Return the hours of training by iteration, without evaluation, saving and pauses between restarts.
 
-        Iterations before the first that is known count as if they had taken as long.
+        Iterations before the first reported one count as if each had taken as long as that one.
         """
         milliseconds = self.train("milliseconds")
         lengths = (end - start for start, end in zip([0, *milliseconds], milliseconds, strict=False))
@@ -71,7 +71,7 @@ class RunHistory:
         return {i: total / MILLISECONDS_PER_HOUR for i, total in zip(milliseconds, accumulate(times), strict=True)}
 
     def marks(self, counter: str) -> list[int]:
-        """Return the iterations of the lines at which a counter has gone up since the line before."""
+        """Return the iterations of the lines at which a counter is higher than in the line before."""
         values = self.train(counter)
         pairs = zip([0.0, *values.values()], values.items(), strict=False)
         return [iteration for before, (iteration, value) in pairs if value > before]
@@ -87,7 +87,7 @@ class RunHistory:
 
 
 def read_run(path: Path) -> RunHistory:
-    """Read a run's folder, or one log file. Events are preferred; a run may still be going on.
+    """Read a run's folder, or one log file. Events are preferred; the run may still be in progress.
 
     Raises:
         OSError: there is no such file.

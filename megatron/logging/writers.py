@@ -1,7 +1,7 @@
-"""Where metrics go besides the log: TensorBoard, Weights & Biases, both or nowhere, behind one protocol.
+"""Metric writers: TensorBoard, Weights & Biases, both or none, behind one protocol.
 
-A training does not end because its metrics cannot be written, as on a full disk: a warning says so once, and the log
-has them all.
+Training continues when metrics cannot be written, for example to a full disk: one warning reports it, and the log has
+all metrics.
 """
 
 import importlib.util
@@ -28,13 +28,13 @@ class MetricWriter(Protocol):
         """Store `metrics` (name to value) under the iteration `step`."""
 
     def close(self) -> None:
-        """Flush what is buffered. Nothing is written afterwards."""
+        """Flush the buffers. Nothing is written afterwards."""
 
 
 class TensorBoardWriter:
-    """Writes an event file into `directory`, without the thread of TensorBoard's own writer, whose errors nobody gets.
+    """Writes an event file into `directory`, without the thread of TensorBoard's own writer, whose errors are lost.
 
-    Raises OSError if there can be none.
+    Raises OSError if the file cannot be created.
     """
 
     def __init__(self, directory: str) -> None:
@@ -45,7 +45,7 @@ class TensorBoardWriter:
         self._event, self._summary = Event, Summary
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        now = time.time_ns()  # readers take the files of a folder in the order of their names
+        now = time.time_ns()  # readers read the files of a folder in the order of their names
         name = f"events.out.tfevents.{now // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{now}"
         self._file = (folder / name).open("xb")
         self._records = RecordWriter(self._file)
@@ -73,7 +73,7 @@ def require_wandb(project: str) -> None:
 
 
 class WandbWriter:
-    """Logs to a run of Weights & Biases.
+    """Logs to a Weights & Biases run.
 
     Raises:
         ConfigError: the wandb package is not installed.
@@ -95,9 +95,9 @@ class WandbWriter:
 
 
 class WriterGroup:
-    """Passes everything on to each of its writers; with none it drops everything.
+    """Forwards metrics to each of its writers, or drops them if it has none.
 
-    A writer that raises OSError gets nothing more, with one warning.
+    A writer that raises OSError is dropped, with one warning.
     """
 
     def __init__(self, writers: Sequence[MetricWriter] = ()) -> None:
@@ -128,9 +128,9 @@ class WriterGroup:
 
 
 def build_writer(logging_config: LoggingConfig, rank: int, run_config: Mapping[str, Any] | None = None) -> MetricWriter:
-    """Return the writer that the settings ask for; only rank 0's writes anything.
+    """Return the writer that the settings select; only that of rank 0 writes anything.
 
-    `run_config` is shown beside the run where the service has a place for it.
+    `run_config` is shown with the run where the service supports it.
 
     Raises:
         ConfigError: Weights & Biases is asked for and not installed, or TensorBoard's folder cannot be written.

@@ -1,4 +1,4 @@
-"""What the optimizer is told: parameter groups and the learning rate of each step."""
+"""Optimizer inputs: parameter groups and the learning rate of each step."""
 
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.optimizer.schedule import LearningRateSchedule, ScheduleError, learning_rate

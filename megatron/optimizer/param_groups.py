@@ -1,7 +1,7 @@
 """Parameter groups: which parameters weight decay applies to.
 
-Weight decay pulls a matrix towards zero. A bias, or the gain and shift of a normalisation, has nothing to gain from
-that, so these are left alone. Embeddings are matrices and decay.
+Weight decay applies to matrices, embeddings included. It does not apply to biases and to the gain and shift of a
+normalization, which do not benefit from it.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from torch import nn
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters of `model` into a group that decays and one that does not.
 
-    The order within a group is that of the modules, hence the same on every rank. A tied parameter appears once, under
-    the first module that owns it. An empty group is left out: DeepSpeed cannot flatten one.
+    Parameters in a group follow the order of the modules, which is the same on every rank. A tied parameter appears
+    once, under the first module that owns it. An empty group is left out: DeepSpeed cannot flatten one.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
@@ -46,5 +46,5 @@ def _decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
 
 def _num_dimensions(parameter: nn.Parameter) -> int:
-    """Return the dimensions of the whole parameter: ZeRO-3 leaves an empty vector and keeps the shape in `ds_shape`."""
+    """Return the number of dimensions of the full parameter: ZeRO-3 leaves an empty vector, with shape `ds_shape`."""
     return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,10 +1,10 @@
-"""Learning-rate schedules: a pure function of how far the training has come.
+"""Learning-rate schedules: a pure function of the progress of training.
 
-    warm-up   rises in a line from `warmup_initial` to `peak`
-    decay     falls from `peak` to `minimum`, in the shape that the style names
+    warm-up   rises linearly from `warmup_initial` to `peak`
+    decay     falls from `peak` to `minimum`, in the shape of the style
     after     stays at `minimum` (a constant schedule stays at `peak`)
 
-    style                  share of (peak - minimum) left at r = (progress - warmup) / (decay - warmup)
+    style                  fraction of (peak - minimum) left at r = (progress - warmup) / (decay - warmup)
     constant               1
     linear                 1 - r
     cosine                 (1 + cos(pi r)) / 2
@@ -13,9 +13,9 @@
     WSD                    1 until the last `wsd_decay` of the decay length, then `wsd_style` over r of that part:
                            linear, cosine, exponential (2 * 0.5^r - 1) or minus_sqrt (1 - sqrt(r))
 
-Lengths may be given in iterations, samples or tokens; they are all converted to one unit when the schedule is built,
-along the course of the run, so that a length that is already behind stays where it was when the batch changes. The
-unit makes no difference to the rates: while batch and length stay the same, so do the rates of every iteration.
+Lengths may be given in iterations, samples or tokens. They are all converted to one unit when the schedule is built,
+along the course of the run, so that a length that has already passed does not move when the batch changes. The rates
+do not depend on the unit: with constant batch and sequence length, every iteration has the same rate in any unit.
 """
 
 import math
@@ -39,7 +39,7 @@ WSD_STYLES = tuple(_SHAPES)
 
 
 class ScheduleError(ConfigError):
-    """A learning-rate schedule that cannot be honoured."""
+    """A learning-rate schedule that cannot be honored."""
 
 
 def learning_rate(
@@ -55,7 +55,7 @@ def learning_rate(
     wsd_style: str = "exponential",
     first_step: float = 1.0,
 ) -> float:
-    """Return the learning rate at `progress`, which shares its unit with every other length.
+    """Return the learning rate at `progress`, given in the same unit as every other length.
 
     `first_step` is the progress after the first step.
     """
@@ -176,7 +176,7 @@ class LearningRateSchedule:
 
 
 def _end_of_training(training: TrainingConfig, course: Course) -> tuple[float, str]:
-    """Return (length, unit) of the budget that is spent first."""
+    """Return (length, unit) of the training length that is reached first."""
     budgets = _given_lengths(training, "train")
     if not budgets:
         raise ScheduleError(
@@ -204,7 +204,7 @@ def _given_length(settings: OptimizerConfig, name: str) -> tuple[float, str] | N
     if len(given) > 1:
         flag = "--" + name.replace("_", "-")
         flags = " and ".join(f"{flag}-{unit} ({length})" for length, unit in given)
-        raise ScheduleError(f"{flags} are both given, and only one of them can count; remove the others.")
+        raise ScheduleError(f"{flags} are both given, and only one of them can apply; remove the others.")
     return given[0] if given else None
 
 
@@ -217,7 +217,7 @@ def _require_warmup_fraction(fraction: float, warmup: float) -> None:
     if warmup:
         raise ScheduleError(
             f"--lr-warmup-fraction ({fraction:g}) and a warm-up length ({warmup:g}) are both given, and only one of "
-            "them can count; remove one."
+            "them can apply; remove one."
         )
 
 

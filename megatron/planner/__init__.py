@@ -1,1 +1,1 @@
-"""What a training job needs and how long a step takes, reckoned before anything is allocated."""
+"""Planner: estimates of the memory of a training job and the time of a step, before anything is allocated."""

@@ -1,7 +1,7 @@
-"""Accounting: how much useful arithmetic a step does, and how fast the device did it.
+"""FLOP accounting: model FLOPs and hardware FLOPs of a step, and the throughput, MFU and HFU that follow.
 
-Model FLOPs count what the mathematics of one training step needs and nothing that an implementation repeats: every
-matrix product once forward and twice backward, and causal attention once, as the triangle it is.
+Model FLOPs count what the mathematics of one training step needs and nothing that an implementation recomputes: every
+matrix product once forward and twice backward, and causal attention as a triangle.
 
     matrix product of a token with a [n, m] weight     2 n m
     causal attention of one layer, forward             2 S^2 heads head_dim    (Q K^T and P V, 2 S^2 each, halved)
@@ -9,16 +9,16 @@ matrix product once forward and twice backward, and causal attention once, as th
 
 Where documents share a sequence, S^2 is the sum of the squares of their lengths: `attention_share` of the whole.
 
-Hardware FLOPs add the forward work that the backward pass runs again, so that the two are never confused:
+Hardware FLOPs add the forward work that the backward pass recomputes:
 
     activation checkpointing    every layer, attention included
-    the streamed block          every product but the last, without those that were saved; and those after attention
-                                of each block above which an input is rebuilt. With a parallel residual attention's
-                                product is a last one too
+    the streamed block          every product but the last, except those that were saved; and the products after
+                                attention of each block whose output, the next block's input, is recomputed. With a
+                                parallel residual attention's output product is a last one too
 
 The head and the loss run once on every path.
 
-The attention scores that every flash kernel rebuilds inside its backward are counted in neither, as is usual.
+Neither counts the attention scores that every flash kernel recomputes inside its backward, as is usual.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class ForwardFlops:
 
 @dataclass(frozen=True)
 class ThroughputReport:
-    """Speed of one step. The utilisations are shares of the device's peak, None where the peak is unknown."""
+    """Speed of one step. The utilizations are fractions of the device's peak, None where the peak is unknown."""
 
     tokens_per_second_per_gpu: float
     model_tflops_per_gpu: float
@@ -64,12 +64,12 @@ def forward_flops(
 
 
 def model_flops(model: ModelConfig, padded_vocab_size: int, seq_length: int, attention_share: float = 1.0) -> int:
-    """Return the FLOPs that training on one sequence needs: forward and backward, nothing twice."""
+    """Return the model FLOPs of training on one sequence: forward and backward, without recomputation."""
     return 3 * forward_flops(model, padded_vocab_size, seq_length, attention_share).total
 
 
 def flops_of_checkpointing(model: ModelConfig, seq_length: int, attention_share: float = 1.0) -> int:
-    """Return what activation checkpointing runs again for one sequence."""
+    """Return the FLOPs that activation checkpointing recomputes for one sequence."""
     forward = forward_flops(model, 0, seq_length, attention_share)
     return forward.token_wise + forward.attention
 
@@ -77,10 +77,10 @@ def flops_of_checkpointing(model: ModelConfig, seq_length: int, attention_share:
 def flops_of_streaming(
     model: ModelConfig, layout: SequenceLayout, slice_length: int, checkpoint_interval: int, recompute: Recompute
 ) -> int:
-    """Return what the streamed blocks run again for one sequence.
+    """Return the FLOPs that the streamed blocks recompute for one sequence.
 
-    Of products that are not to be recomputed, those after attention are saved of all but the first `slice_length`
-    tokens of a rank in each chunk. Keys and values are recomputed of all chunks but the last.
+    Where products after attention are saved, the first `slice_length` tokens of a rank in each chunk are recomputed
+    all the same. With "kv", keys and values are recomputed once more for all chunks but the last.
     """
     seq_length = layout.sequence_length
     first_slices = seq_length - layout.sequence_parallel_size * layout.tokens_after(slice_length)
@@ -90,14 +90,14 @@ def flops_of_streaming(
     dense = 2 * model.hidden_size * query_width
     before = forward_flops(model, 0, seq_length).token_wise // model.num_layers - seq_length * (dense + first + last)
     inner = 0 if model.parallel_residual else dense
-    again = {
+    recomputed = {
         "kv": before + before * (seq_length - layout.chunk_lengths[-1]) // seq_length + seq_length * (inner + first),
         "all": before + seq_length * (inner + first),
         "mlp": first_slices * inner + seq_length * first,
         "none": first_slices * (inner + first),
     }[recompute]
     rebuilt_blocks = model.num_layers - -(-model.num_layers // checkpoint_interval)
-    return model.num_layers * again + rebuilt_blocks * seq_length * (dense + first + last)
+    return model.num_layers * recomputed + rebuilt_blocks * seq_length * (dense + first + last)
 
 
 def throughput(
@@ -110,9 +110,9 @@ def throughput(
     hardware_flops_per_sequence: int,
     peak_tflops: float | None,
 ) -> ThroughputReport:
-    """Return the speed of `num_gpus` devices that trained on `tokens` tokens in `seconds`.
+    """Return the throughput of `num_gpus` devices that trained on `tokens` tokens in `seconds`.
 
-    `peak_tflops` is one device's dense peak in TFLOP/s; without it the utilisations are None.
+    `peak_tflops` is one device's dense peak in TFLOP/s; without it the utilizations are None.
     """
     sequences_per_second_per_gpu = tokens / seq_length / seconds / num_gpus
     model_tflops = sequences_per_second_per_gpu * model_flops_per_sequence / 1e12

@@ -1,4 +1,4 @@
-"""GPUs and machines, by the numbers that bound a step."""
+"""Hardware model: the memory sizes and rates of GPUs and machines that bound a step."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ TERA = 1e12
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates that long kernels sustain inside a block, not peaks of a data sheet, but for `peak_tflops`.
+    """Rates that long kernels sustain inside a block, not data-sheet peaks, except for `peak_tflops`.
 
     `attention`: TFLOP/s forward and backward of tiles of 32,768 tokens with heads of 128, by backend, fastest first.
     """
 
     name: str
-    memory_gib: float  # that CUDA reports
+    memory_gib: float  # as CUDA reports it
     peak_tflops: float
     attention: Mapping[str, tuple[float, float]]
     matmul_tflops: float
@@ -32,18 +32,19 @@ class Gpu:
         return next(iter(self.attention))
 
     def rated(self, backend: str) -> str | None:
-        """The name under which the backend's rates are here: "auto" has the fastest. None where there are none."""
+        """Return the key of a backend in `attention`: the fastest for "auto", None where it has no rates."""
         name = self.fastest if backend == "auto" else SAME_RATES.get(backend, backend)
         return name if name in self.attention else None
 
 
-# Kernels by other names, and with the same speed.
+# Kernels with the same speed as another.
 SAME_RATES = {"flash-2": "torch-flash", "flash-attn-2": "torch-flash"}
 
-# What was measured: of the H200 flash-attn-4, cuDNN and the products (docs/performance.md); of the H100 the kernels
-# alone, which stand here less the 4% that those of the H200 lose inside a block, its FlashAttention-2 for the H200 too;
-# links and peers on two H200 together, for the H100 too. Memory bandwidths are the data sheets', and all of the A100 is
-# assumed: its kernels within the 50 to 73% of the peak that FlashAttention-2's paper reports (arXiv 2307.08691).
+# Sources of the rates. H200: flash-attn-4, cuDNN and the products are measured (docs/performance.md). H100: the kernels
+# are measured alone, and reduced here by the 4% that those of the H200 lose inside a block; its FlashAttention-2 rate
+# serves the H200 too. Links and peers are measured on two H200 together, and serve the H100 too. Memory bandwidths are
+# from the data sheets. A100: all rates are assumed, with kernels within the 50 to 73% of the peak that the
+# FlashAttention-2 paper reports (arXiv 2307.08691).
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -67,7 +68,7 @@ SLOWEST = "A100-80GB"
 
 
 def gpu_like(device_name: str, memory_bytes: int) -> Gpu:
-    """The GPU that CUDA calls `device_name`, with the memory given; one that is not known counts as the slowest."""
+    """Return the GPU that CUDA calls `device_name`, with the given memory; an unknown one counts as the slowest."""
     known = (gpu for name, gpu in GPUS.items() if name.partition("-")[0] in device_name)
     return replace(next(known, GPUS[SLOWEST]), memory_gib=memory_bytes / GIB)
 
@@ -92,5 +93,5 @@ class Machines:
         return self.host_memory_gib * GIB / min(self.gpus_per_node, self.num_gpus)
 
     def exchange_gbps(self, num_ranks: int) -> float:
-        """What a GPU sends and receives in a collective over so many neighbouring ranks."""
+        """Rate in GB/s at which a GPU sends and receives in a collective over `num_ranks` neighboring ranks."""
         return self.gpu.peer_gbps if num_ranks <= self.gpus_per_node else self.network_gbps

@@ -1,4 +1,4 @@
-"""What is to be trained, and how it is spread and executed."""
+"""The planner's job: the model to train, its parallelism, and its offloading and recomputation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron.config import (
 from megatron.fpdt.memory_model import StreamShape
 from megatron.planner.hardware import GIB
 
-# Without FPDT: what is there of a block's forward pass when its backward pass begins.
+# Without FPDT: the activations of a block's forward pass that are saved for backward.
 Activations = Literal["kept", "recomputed", "recomputed from the host"]
 
 HALF = 2  # bytes of a bf16 or fp16 number
@@ -28,8 +28,8 @@ SUM = 4  # bytes of an fp32 number
 class Job:
     """A run in half precision, with FPDT and offloading or without FPDT; the model's seq_length is the job's length.
 
-    `recompute` and `checkpoint_interval` None: what the host memory allows, as a training run chooses. `activations`
-    counts where it is not streamed; its one chunk is the sequence.
+    `recompute` and `checkpoint_interval` None: chosen to fit host memory, as a training run does. `activations` applies
+    without FPDT, where the one chunk is the whole sequence.
     """
 
     model: ModelConfig
@@ -49,7 +49,7 @@ class Job:
 
     @classmethod
     def of(cls, config: Config, num_gpus: int, padded_vocab_size: int) -> Job:
-        """The job that a training run's flags describe, with the default chunk where it is to be chosen."""
+        """Return the job that the flags of a training run describe, with the default chunk size for auto."""
         parallel, deepspeed = config.parallel, config.deepspeed
         streamed = parallel.ds_sequence_parallel_fpdt
         chunk = parallel.ds_sequence_parallel_fpdt_chunk_size or ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
@@ -73,28 +73,28 @@ class Job:
 
     @property
     def shape(self) -> StreamShape:
-        """The shape of its chunks."""
+        """Shape of the job's chunks."""
         return StreamShape.of(self.model, self.chunk_length, self.sequence_parallel_size, self.micro_batch_size, HALF)
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of one block; norms and biases count for nothing."""
+        """Parameters of one block, not counting norms and biases."""
         return self.model.block_weights
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the word embedding, and of an output layer of its own."""
+        """Parameters of the word embedding, and of an untied output layer."""
         return self.padded_vocab_size * self.model.hidden_size
 
     @property
     def position_parameters(self) -> int:
-        """Parameters of the position embedding; none where it is rotary."""
+        """Parameters of the position embedding; 0 with RoPE."""
         model = self.model
         return 0 if model.use_rotary_position_embeddings else model.max_position_embeddings * model.hidden_size
 
     @property
     def output_parameters(self) -> int:
-        """Parameters of the output layer; none where they are the word embedding's."""
+        """Parameters of the output layer; 0 where it is tied to the word embedding."""
         return self.embedding_parameters if self.model.untie_embeddings_and_output_weights else 0
 
     @property
@@ -110,7 +110,7 @@ class Job:
         return sequences * self.model.seq_length
 
     def at(self, seq_length: int, chunk_length: int | None = None) -> Job:
-        """The same job at another length, and with another chunk."""
+        """Return the same job at another sequence length and, if given, another chunk size."""
         model = replace(self.model, seq_length=seq_length, max_position_embeddings=seq_length)
         chunk_length = chunk_length or (self.chunk_length if self.streamed else seq_length)
         return replace(self, model=model, chunk_length=chunk_length)

@@ -1,19 +1,20 @@
-"""GPU and host memory of a job, per rank.
+"""Memory estimates of a job: GPU and host memory per rank.
 
-GPU: what DeepSpeed keeps of the model, and on top the largest moment of a streamed block. In bytes of a rank's chunk,
+GPU: the model states that DeepSpeed keeps there, plus the peak of a streamed block. In bytes of a rank's chunk,
 
     X hidden states    Q queries (as many: o, do, dq in half precision)    K keys and values together
     W workspace of the attention kernel
 
     tiles, backward             3 X + 6 Q + 10 K + W   x, dx, norm; q, o, do, dq in half precision and fp32; the row's
                                                        dkv; kv, its tile's gradient and dkv in fp32; the next tile's
-                                                       kv and dkv; the dkv that leaves
+                                                       kv and dkv; the dkv being copied out
     a row's last tile           5 X + 7 Q + 7 K + W    the next row's x, o, dy instead of the next tile
-    after, backward             4 X + 2 Q + 4 K + slice + products on their way
+    after, backward             4 X + 2 Q + 4 K + slice + prefetched products
     forward                     3 X + 5 Q + 4 K + products of a chunk
 
-With several ranks per sequence a row is started before the one before it is finished. Without FPDT the sequence is one
-chunk, and what autograd keeps of a block counts. docs/planner.md holds these sums against measurements.
+With several ranks per sequence a row starts before the previous one is finished. Without FPDT the sequence is one
+chunk, and the estimate counts what autograd saves for backward. docs/planner.md compares the estimates with
+measurements.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from megatron.planner.job import HALF, SUM, Job
 
 OPTIMIZER = 12  # fp32 weight and Adam's two moments
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's default, in numbers
-STEP_GROUP = 1_000_000_000  # parameters after which ZeRO-3 steps the next by themselves, DeepSpeed's default
+STEP_GROUP = 1_000_000_000  # parameters after which ZeRO-3's optimizer step starts a new group, DeepSpeed's default
 MATRICES = 4  # of a block
 OUTSIDE_TORCH = 1.5 * GIB  # CUDA's context, NCCL's buffers, kernels
 FRAGMENTATION = 1.05
-ACCURACY = 0.1  # how far `gpu` may be off what is measured (docs/planner.md)
+ACCURACY = 0.1  # relative error of `gpu` against measurements (docs/planner.md)
 HOST_PROCESS, PLAIN_PROCESS = 2.5 * GIB, 4.0 * GIB  # Python, torch and DeepSpeed of one rank, and without FPDT
 LOGITS = 2 * HALF * TILE_LOGITS  # a tile of the output layer and its gradient
 
@@ -41,9 +42,9 @@ LOGITS = 2 * HALF * TILE_LOGITS  # a tile of the output layer and its gradient
 class Memory:
     """Bytes per rank."""
 
-    states: int  # weights, optimizer states and what else rests on the GPU between two steps
-    step: int  # what the optimizer's step takes above them
-    block: int  # what the largest moment of the streamed model takes above them, gradients included
+    states: int  # weights, optimizer states and all else that is on the GPU between two steps
+    step: int  # peak of the optimizer step above `states`
+    block: int  # peak of the forward and backward pass above `states`, gradients included
     host_states: int
     host_chunks: int
     host_process: int
@@ -57,7 +58,7 @@ class Memory:
 
     @property
     def gpu_with_overhead(self) -> int:
-        """What the GPU must have: the peak, what the allocator loses, and what is not torch's."""
+        """Memory that the GPU needs: the peak, the allocator's fragmentation, and memory outside torch."""
         return int(self.gpu * FRAGMENTATION + OUTSIDE_TORCH)
 
     @property
@@ -67,7 +68,7 @@ class Memory:
 
 
 def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
-    """Reckon a job's memory; what is left open is chosen as a training run chooses."""
+    """Estimate the memory of a job, choosing what is left open as a training run does."""
     states = _states(job)
     process = int(HOST_PROCESS if job.streamed else PLAIN_PROCESS)
     host = max(int(machines.host_bytes_per_gpu - states.host - process), 0)
@@ -81,8 +82,8 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
         on_gpu, on_host = activation_bytes(job, backend)
     hidden, _, _ = _chunk_bytes(job.shape)
     return Memory(
-        states=states.resting,
-        step=states.step + hidden,  # the last chunk of a gradient is let go of by the next step
+        states=states.persistent,
+        step=states.step + hidden,  # the last chunk of a gradient is released by the next step
         block=states.gradients + max(on_gpu + _block_parameters(job), _head_bytes(job), _embedding_bytes(job)),
         host_states=states.host,
         host_chunks=on_host,
@@ -94,16 +95,16 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
 
 @dataclass(frozen=True)
 class _States:
-    """Bytes of the model's states per rank: between two steps, and on top in the backward pass and in the step."""
+    """Bytes of the model states per rank: between two steps, and on top in the backward and in the optimizer step."""
 
-    resting: int
+    persistent: int
     gradients: int
     step: int
     host: int
 
 
 def _states(job: Job) -> _States:
-    """What DeepSpeed 0.19.8 keeps of the model under each ZeRO stage."""
+    """Estimate the model states of DeepSpeed 0.19.8 under each ZeRO stage."""
     parameters, ranks = job.num_parameters, job.num_gpus
     whole, shard = HALF * parameters, HALF * parameters // ranks
     optimizer = OPTIMIZER * parameters // ranks
@@ -121,17 +122,17 @@ def _states(job: Job) -> _States:
     if job.zero_stage == 3:
         return _States(weights + optimizer + shard + bucket, 0, (HALF + SUM) * _step_group(job), 0)
     gradients = shard if job.zero_stage == 2 else whole
-    # The gradients, once more as one flat tensor, and that in fp32.
+    # The gradients, a copy of them as one flat tensor, and that in fp32.
     return _States(weights + optimizer, gradients + bucket, gradients + shard + 2 * shard, 0)
 
 
 def _pinned_bytes(num_bytes: int) -> int:
-    """What torch allocates for a pinned tensor: the next power of two."""
+    """Return the bytes that torch allocates for a pinned tensor: the next power of two."""
     return 1 << (num_bytes - 1).bit_length()
 
 
 def _step_group(job: Job) -> int:
-    """Parameters of a rank that ZeRO-3 steps at once: one after the other until there are enough."""
+    """Return the largest group of a rank's parameters that ZeRO-3 steps at once: it is filled up to STEP_GROUP."""
     matrix = job.block_parameters // MATRICES
     tables = [job.embedding_parameters, job.position_parameters]
     largest = group = 0
@@ -144,70 +145,70 @@ def _step_group(job: Job) -> int:
 
 
 def _block_parameters(job: Job) -> int:
-    """A block's weights while they are whole, its gradients and their sums, and the next block's weights."""
+    """Bytes of a block's gathered weights, its gradients and their sums, and the next block's prefetched weights."""
     return _whole_bytes(job, job.block_parameters) + _gathered_bytes(job, job.block_parameters)
 
 
 def _head_bytes(job: Job) -> int:
-    """Output layer whole, its gradient summed, a tile of logits, and the chunks that travel."""
+    """Bytes of the gathered output layer, its summed gradient, a tile of logits, and the chunks in flight."""
     hidden, _, _ = _chunk_bytes(job.shape)
     return _whole_bytes(job, job.embedding_parameters) + LOGITS + 6 * hidden
 
 
 def _embedding_bytes(job: Job) -> int:
-    """Words and learned positions whole, their gradients summed, and the chunks that travel."""
+    """Bytes of the gathered word and position embeddings, their summed gradients, and the chunks in flight."""
     hidden, _, _ = _chunk_bytes(job.shape)
     return _whole_bytes(job, job.embedding_parameters + job.position_parameters) + 6 * hidden
 
 
 def _whole_bytes(job: Job, parameters: int) -> int:
-    """Weights while they are whole, with their gradients and the sums of these."""
+    """Bytes of gathered weights, with their gradients and the fp32 sums of these."""
     return _gathered_bytes(job, parameters) + (SUM + HALF) * parameters
 
 
 def _gathered_bytes(job: Job, parameters: int) -> int:
-    """What ZeRO-3 gathers of weights that are partitioned."""
+    """Bytes of partitioned weights that ZeRO-3 gathers."""
     return HALF * parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
 
 
 def saved_on_gpu_bytes(job: Job, tier: int) -> int:
-    """What stays of the chunks' `tier` bytes on the GPU; two gradients are where the hidden states are."""
+    """Bytes of the chunks' `tier` bytes that stay on the GPU; two gradients are stored with the hidden states."""
     return min(job.device_memory_bytes + 2 * job.shape.residual_bytes, tier) if job.device_memory_bytes else 0
 
 
 def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> int:
-    """Largest moment of a streamed block above weights and weight gradients."""
+    """Estimate the peak of a streamed block above weights and weight gradients."""
     hidden, queries, keys = _chunk_bytes(shape)
     workspace = _workspace_bytes(shape, backend)
     products, after_slice = _slice_bytes(shape, recompute)
     started = (4 * hidden + 3 * queries + 2 * keys) if shape.layout.sequence_parallel_size > 1 else 0
-    moments = (
+    phases = (
         5 * hidden + 7 * queries + 7 * keys + workspace,
         3 * hidden + 6 * queries + 10 * keys + workspace,
         4 * hidden + 2 * queries + 4 * keys + after_slice + products,
         3 * hidden + 5 * queries + 4 * keys + shape.chunk_product_bytes(recompute),
     )
-    # The norm of queries and keys holds the projection of each row that is under way; else nothing needs it for long.
+    # With a norm of q and k, the projection of each row in progress is saved; otherwise it is released early.
     projections = _projection_bytes(shape) * shape.qk_layernorm * (2 if started else 1)
-    return max(moments) + started + projections
+    return max(phases) + started + projections
 
 
 def activation_bytes(job: Job, backend: str) -> tuple[int, int]:
-    """(on the GPU, on the host) at the largest moment of a run without FPDT.
+    """Estimate the peak bytes (on the GPU, on the host) of activations in a run without FPDT.
 
-    Autograd keeps of a block its two norms, q, k, v, o, the residual stream, and the inputs of the MLP's layers. The
-    largest moment is in the MLP's backward pass, or in the attention's when the MLP's are gone.
+    Of a block, autograd saves its two norms, q, k, v, o, the residual stream, and the inputs of the MLP's layers. The
+    peak is in the backward of the MLP, or in that of attention, after the MLP's activations are released.
     """
     shape, num_layers = job.shape, job.model.num_layers
     hidden, queries, keys = _chunk_bytes(shape)
     first, width = _mlp_bytes(shape)
     exchanged = queries if shape.layout.sequence_parallel_size > 1 else 0  # o with heads scattered, and with tokens
-    kept = 4 * hidden + 2 * queries + keys + exchanged + first + width
+    saved = 4 * hidden + 2 * queries + keys + exchanged + first + width
     attention = 2 * queries + keys + _workspace_bytes(shape, backend) - first - width
-    block = kept + hidden + max(first, attention)
+    block = saved + hidden + max(first, attention)
     match job.activations:
         case "kept":
-            return block + (num_layers - 1) * kept, 0
+            return block + (num_layers - 1) * saved, 0
         case "recomputed":
             return block + num_layers * hidden, 0
         case "recomputed from the host":
@@ -221,7 +222,7 @@ def _mlp_bytes(shape: StreamShape) -> tuple[int, int]:
 
 
 def _workspace_bytes(shape: StreamShape, backend: str) -> int:
-    """What the backward pass of the attention kernel allocates for itself."""
+    """Bytes of the workspace that the backward of the attention kernel allocates."""
     _, queries, keys = _chunk_bytes(shape)
     if shape.num_heads == shape.num_key_value_heads:
         return 2 * queries
@@ -244,11 +245,11 @@ def _projection_bytes(shape: StreamShape) -> int:
 
 
 def _slice_bytes(shape: StreamShape, recompute: Recompute) -> tuple[int, int]:
-    """(products of the next slice on their way, the backward pass of `after` of one slice)."""
+    """Bytes of (the next slice's prefetched products, the backward of `after` for one slice)."""
     tokens = min(shape.slice_length, shape.layout.local_lengths[0]) * shape.batch_size
     size = shape.element_size
     hidden, first, width = (n * tokens * size for n in (shape.hidden_size, shape.mlp_outputs, shape.mlp_width))
     projection = _projection_bytes(shape)
-    on_their_way = {"mlp": max(projection, hidden), "none": max(projection, hidden + first)}.get(recompute, 0)
+    prefetched = {"mlp": max(projection, hidden), "none": max(projection, hidden + first)}.get(recompute, 0)
     # The first layer's outputs and their gradient, the gradient of the second layer's input, and some hidden states.
-    return on_their_way, 2 * first + width + 6 * hidden
+    return prefetched, 2 * first + width + 6 * hidden

@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Model presets by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODEL_NAMES = tuple(_SHAPES)
 
 
 def named_model(name: str, seq_length: int) -> tuple[ModelConfig, int]:
-    """(the model, its vocabulary) of a name in MODEL_NAMES."""
+    """Return (model, vocabulary size) of a name in MODEL_NAMES."""
     vocabulary, layers, hidden, heads, further = _SHAPES[name]
     model = ModelConfig(
         num_layers=layers, hidden_size=hidden, num_attention_heads=heads, seq_length=seq_length, **further

@@ -1,4 +1,4 @@
-"""A job on machines: does it fit, how long does a step take, and what would be better."""
+"""The plan of a job on machines: whether it fits, the time of a step, the best chunk size and advice."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron.planner.job import Job
 from megatron.planner.memory import FRAGMENTATION, Memory, memory_of
 from megatron.planner.speed import Speed, speed_of
 
-GRANULE = 1024  # tokens per rank to which a longest context is rounded down
-CHUNKS = [2**exponent for exponent in range(12, 20)]  # tokens per rank that are tried
+GRANULE = 1024  # tokens per rank; the longest context is rounded down to a multiple
+CHUNKS = [2**exponent for exponent in range(12, 20)]  # chunk sizes to try, in tokens per rank
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A job and what is reckoned of it."""
+    """A job on machines, with the estimates of its memory and speed."""
 
     job: Job
     machines: Machines
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs, causal attention once and no recompute, over the GPUs' dense peak."""
+        """Model FLOPs (causal attention once, no recomputation) over the GPUs' dense peak."""
         peak = self.job.num_gpus * self.machines.gpu.peak_tflops * TERA
         return self.speed.model_flops / self.speed.step / peak
 
@@ -57,20 +57,20 @@ class Plan:
 
     @property
     def overlaps_with_link(self) -> bool:
-        """Whether copies and collectives take less time than the arithmetic beside them."""
+        """Whether copies and collectives are hidden behind compute."""
         return self.speed.waiting == 0
 
     def with_job(self, job: Job) -> Plan:
-        """The same machines and kernel with another job."""
+        """Return the plan of another job with the same machines and kernel."""
         return replace(self, job=job)
 
     def lowest_memory(self) -> Plan:
-        """The same, keeping as little on the host as it can."""
+        """Return the plan that saves the least on the host."""
         recompute, interval = lowest_memory(self.job.shape)
         return self.with_job(replace(self.job, recompute=recompute, checkpoint_interval=interval))
 
     def longest_context(self) -> int:
-        """Tokens of the longest sequence that fits, 0 where none does."""
+        """Return the tokens of the longest sequence that fits, 0 where none does."""
         step = GRANULE * self.job.sequence_parallel_size
         low, high = 0, 1
         while self.with_job(self.job.at(high * step)).fits:
@@ -81,11 +81,11 @@ class Plan:
         return low * step
 
     def smallest_hiding_chunk(self) -> int | None:
-        """The smallest chunk of a power of two per rank whose copies are hidden; None where none is."""
+        """Return the smallest power-of-two chunk per rank whose copies are hidden behind compute, or None."""
         return next((plan.job.chunk_length for plan in self._with_chunks() if plan.overlaps_with_link), None)
 
     def fastest_chunk(self) -> int | None:
-        """The chunk of a power of two per rank that fits and makes the shortest step, the smallest within 1% of it."""
+        """Return the smallest power-of-two chunk per rank that fits and is within 1% of the fastest step, or None."""
         fitting = [plan for plan in self._with_chunks() if plan.fits]
         if not fitting:
             return None
@@ -93,7 +93,7 @@ class Plan:
         return next(plan.job.chunk_length for plan in fitting if plan.speed.step <= 1.01 * best)
 
     def with_fastest_chunk(self) -> Plan:
-        """The same with the quickest chunk; as it is where none fits."""
+        """Return the plan with the fastest chunk, or this plan where none fits."""
         return self.with_job(replace(self.job, chunk_length=self.fastest_chunk() or self.job.chunk_length))
 
     def _with_chunks(self) -> Iterator[Plan]:
@@ -108,7 +108,7 @@ class Plan:
                 return
 
     def advice(self) -> list[str]:
-        """What to change where it does not fit; lines that begin with what would help most."""
+        """Return what to change where the job does not fit, the most helpful line first."""
         if self.fits:
             return []
         job, lines = self.job, []
@@ -131,13 +131,13 @@ class Plan:
         if longest:
             lines.append(f"--seq-length {longest} is the longest that fits")
         if not self.fits_host:
-            lines.append(f"{self._host_memory_per_machine()}, or more GPUs on more machines, would do")
+            lines.append(f"{self._host_memory_per_machine()}, or more GPUs on more machines, would suffice")
         if not self.fits_gpu:
             lines.append("more GPUs, or GPUs with more memory")
         return lines
 
     def _with_chunks_on_the_gpu(self) -> list[str]:
-        """A line where the host is too small and the GPU has room for what is missing."""
+        """Return a line of advice where the host is too small and the GPU has room for the rest."""
         job = self.job
         spare = self.machines.gpu.memory_gib * GIB - self.memory.gpu_with_overhead
         spare_gib = int((spare / FRAGMENTATION - 2 * job.shape.residual_bytes) / GIB)

@@ -1,4 +1,4 @@
-"""Published long-context configurations, and what is reckoned for this system on the same hardware."""
+"""Published long-context results, next to the planner's estimates for this system on the same hardware."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.planner.job import Job
 from megatron.planner.models import named_model
 from megatron.planner.plan import Plan
 
-UNBOUNDED_HOST = 1e6  # GiB: papers do not always say what their hosts had
+UNBOUNDED_HOST = 1e6  # GiB: papers do not always report host memory
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ PUBLISHED = (
 
 
 def plan_published(row: Published) -> Plan:
-    """The plan of a published configuration at its own length, with whatever host memory that takes."""
+    """Plan a published configuration at its own length, with as much host memory as it needs."""
     model, vocabulary = named_model(row.model, row.length)
     shared = row.sequence_parallel or row.num_gpus
     job = Job(
@@ -62,9 +62,9 @@ def plan_published(row: Published) -> Plan:
 
 
 def published_table() -> Iterator[str]:
-    """A line of Markdown per published result.
+    """Yield a table in Markdown, with a row per published result.
 
-    Host memory is the least with which it runs, and that in which nothing of a block has to be rebuilt.
+    Host memory is given as the least with which it runs, to that with which no block input has to be recomputed.
     """
     columns = ("published", "model", "GPUs", "tokens", "its result", "GPU GiB", "host GiB per GPU", "s per step")
     yield f"| {' | '.join(columns)} | tokens/s/GPU | MFU |"

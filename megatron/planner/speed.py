@@ -1,10 +1,10 @@
-"""Time of a step: arithmetic, what the link and the network cannot hide behind it, and the optimizer.
+"""Step-time estimates: compute, copies and collectives that are not hidden behind it, and the optimizer.
 
 block, forward     attention 2 S^2 B H D / p at the kernel's rate, products, token-wise kernels by their bytes
-block, backward    attention 5/2 of that, products twice and those run again, kernels, sums over tiles
-link               bytes to the host and back; they run beside the arithmetic, so that the longer of the two counts
-exchange           all-to-all of the chunks, and ZeRO-3's gathering of weights; likewise
-                   (without FPDT nothing runs beside either, and checkpointing runs the whole forward pass again)
+block, backward    attention 5/2 of that, products twice and those recomputed, kernels, sums over tiles
+link               bytes to the host and back, overlapped with compute, so that the longer of the two counts
+exchange           all-to-all of the chunks and ZeRO-3's gathers of weights, overlapped too
+                   (without FPDT neither is overlapped, and checkpointing recomputes the whole forward pass)
 head               3 products with the vocabulary
 optimizer          on the GPU bound by its memory, on the host by the host's
 """
@@ -19,27 +19,27 @@ from megatron.planner.flops import flops_of_streaming, forward_flops, model_flop
 from megatron.planner.hardware import GB, TERA, Machines
 from megatron.planner.job import HALF, SUM, Job
 
-BOTH_WAYS = 1.3  # what a link carries in both directions at once, over one direction; measured on two H200 together
-STREAMING = 0.7  # share of a GPU's memory bandwidth that token-wise kernels reach
+BOTH_WAYS = 1.3  # link rate of both directions at once over one direction; measured on two H200 together
+STREAMING = 0.7  # fraction of a GPU's memory bandwidth that token-wise kernels reach
 # Passes over a token's hidden states and over its MLP's activations, fitted to a profile of a LLaMA block.
 HIDDEN_PASSES, MLP_PASSES = 45, 6
-# Of every parameter: weight, two moments and gradient in fp32, read and written, and the weight in half precision.
+# Per parameter: weight, two moments and gradient in fp32, read and written, and the weight in half precision.
 OPTIMIZER_BYTES = 34
-LOGIT_BYTES = 8  # of a logit in half precision: written, read twice, its gradient written
-# Parameters that Adam on the host steps per second and rank, measured with 16 cores, and seconds of a step that are
-# nobody's, which are assumed.
+LOGIT_BYTES = 8  # per logit in half precision: written, read twice, its gradient written
+# Parameters that Adam on the host updates per second and rank, measured with 16 cores; and the fixed overhead of a step
+# in seconds, which is assumed.
 HOST_ADAM, STEP_OVERHEAD = 1.2e9, 0.05
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one optimizer step, per part, and what follows from them."""
+    """Seconds of one optimizer step, by part, and its model FLOPs."""
 
     forward: float  # all blocks, all accumulation steps
     backward: float
     head: float
     optimizer: float
-    waiting: float  # of `forward` and `backward`: for the link or the exchange
+    waiting: float  # part of `forward` and `backward` that waits for the link or the exchange
     model_flops: int
 
     @property
@@ -48,17 +48,17 @@ class Speed:
 
 
 def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, interval: int) -> Speed:
-    """Reckon the time of one step."""
+    """Estimate the time of one step."""
     gpu, steps, layers = machines.gpu, job.accumulation_steps, job.model.num_layers
     forward, backward = _block_compute(job, machines, backend, recompute, interval)
     exchange = _exchange_seconds(job, machines, recompute)
     if job.streamed:
         link = _link_seconds(job, machines, recompute)
         phases = zip((forward, backward), link, exchange, strict=True)
-        waits = [max(0.0, copying - arithmetic, exchanging - arithmetic) for arithmetic, copying, exchanging in phases]
+        waits = [max(0.0, copying - compute, exchanging - compute) for compute, copying, exchanging in phases]
     else:
         inputs = job.shape.residual_bytes if job.activations == "recomputed from the host" else 0
-        waits = [exchanging + _link(inputs, 0, machines) for exchanging in exchange]  # nothing runs beside them
+        waits = [exchanging + _link(inputs, 0, machines) for exchanging in exchange]  # not overlapped
     parameters = job.num_parameters / job.num_gpus
     on_gpu = parameters * OPTIMIZER_BYTES / (gpu.memory_gbps * GB * STREAMING)
     sequences = job.global_tokens // job.model.seq_length
@@ -75,13 +75,13 @@ def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, i
 def _block_compute(
     job: Job, machines: Machines, backend: str, recompute: Recompute, interval: int
 ) -> tuple[float, float]:
-    """Seconds of one block's arithmetic, forward and backward, on one rank."""
+    """Estimate the seconds of one block's compute, forward and backward, on one rank."""
     model, gpu, shape = job.model, machines.gpu, job.shape
     share = job.micro_batch_size / job.sequence_parallel_size
     flops = forward_flops(model, 0, model.seq_length)
     attention, products = (share * part / model.num_layers for part in (flops.attention, flops.token_wise))
-    again = share * _products_run_again(job, interval, recompute) / model.num_layers
-    attention_again = attention if job.activations != "kept" and not job.streamed else 0.0
+    recomputed = share * _recomputed_products(job, interval, recompute) / model.num_layers
+    recomputed_attention = attention if job.activations != "kept" and not job.streamed else 0.0
     rate_forward, rate_backward = (rate * TERA for rate in gpu.attention[backend])
     matmul, streaming = gpu.matmul_tflops * TERA, gpu.memory_gbps * GB * STREAMING
     tokens = shape.layout.local_length * job.micro_batch_size
@@ -93,15 +93,15 @@ def _block_compute(
     return (
         attention / rate_forward + products / matmul + token_wise / 3 + tiles * 5 * queries / streaming,
         2.5 * attention / rate_backward
-        + attention_again / rate_forward
-        + (2 * products + again) / matmul
+        + recomputed_attention / rate_forward
+        + (2 * products + recomputed) / matmul
         + token_wise * 2 / 3
         + tiles * 5 * (queries + keys) / streaming,
     )
 
 
-def _products_run_again(job: Job, interval: int, recompute: Recompute) -> int:
-    """FLOPs of the matrix products of all blocks that the backward pass of one sequence runs again."""
+def _recomputed_products(job: Job, interval: int, recompute: Recompute) -> int:
+    """Return the FLOPs of matrix products that the backward pass of one sequence recomputes, over all blocks."""
     model, shape = job.model, job.shape
     if job.streamed:
         return flops_of_streaming(model, shape.layout, shape.slice_length, interval, recompute)
@@ -109,7 +109,7 @@ def _products_run_again(job: Job, interval: int, recompute: Recompute) -> int:
 
 
 def _head_seconds(job: Job, machines: Machines) -> float:
-    """Seconds of output layer and loss, whose gradients are made in the forward pass."""
+    """Estimate the seconds of output layer and loss, whose gradients are computed in the forward pass."""
     gpu, share = machines.gpu, job.micro_batch_size / job.sequence_parallel_size
     product = share * forward_flops(job.model, job.padded_vocab_size, job.model.seq_length).head
     product /= gpu.matmul_tflops * TERA
@@ -121,18 +121,18 @@ def _head_seconds(job: Job, machines: Machines) -> float:
 
 
 def _link_seconds(job: Job, machines: Machines, recompute: Recompute) -> tuple[float, float]:
-    """Seconds that one block's chunks take on their way, forward and backward."""
+    """Estimate the seconds of copying one block's chunks to and from the host, forward and backward."""
     shape = job.shape
     hidden, keys = shape.residual_bytes, shape.key_value_bytes
     attention_and_products = shape.attention_bytes + shape.product_bytes(recompute)
-    made_anew = recompute == "kv"  # from inputs, which come in once more
+    recomputes_kv = recompute == "kv"  # from block inputs, which are copied in a second time
     chunks = shape.layout.num_chunks
     others = (chunks - 1) / 2  # tiles off the diagonal per chunk
     return (
         _link(hidden + others * keys, hidden + keys + attention_and_products, machines),
         _link(
-            (2 + made_anew) * hidden + attention_and_products + others * 3 * keys + 2 * keys,
-            hidden + others * 2 * keys + made_anew * keys,
+            (2 + recomputes_kv) * hidden + attention_and_products + others * 3 * keys + 2 * keys,
+            hidden + others * 2 * keys + recomputes_kv * keys,
             machines,
         ),
     )
@@ -144,7 +144,7 @@ def _link(bytes_in: float, bytes_out: float, machines: Machines) -> float:
 
 
 def _exchange_seconds(job: Job, machines: Machines, recompute: Recompute) -> tuple[float, float]:
-    """Seconds of one block's collectives, forward and backward."""
+    """Estimate the seconds of one block's collectives, forward and backward."""
     shape, p = job.shape, job.sequence_parallel_size
     queries = shape.layout.local_length * job.micro_batch_size * shape.num_heads * shape.head_size * HALF
     keys = shape.key_value_elements * HALF

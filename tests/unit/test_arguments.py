@@ -46,7 +46,7 @@ def test_megatron_deepspeed_fpdt_flags_are_understood():
 
 def test_every_flag_without_effect_leaves_a_note():
     notes = parse_args(FPDT_SCRIPT.split()).notes
-    assert "--num-workers has no effect: one thread reads ahead, as far as --prefetch-microbatches says" in notes
+    assert "--num-workers has no effect: one thread prefetches --prefetch-microbatches micro-batches" in notes
     assert len(notes) == 8
     assert parsed().notes == ()
 
@@ -129,7 +129,7 @@ def test_an_unknown_flag_gets_the_closest_name():
 def test_a_flag_of_another_name_elsewhere_gets_its_name_here():
     assert (
         refusal(*GPT, "--num-query-groups", "2")
-        == "--num-query-groups is not a flag here; --num-key-value-heads does its work"
+        == "--num-query-groups is not a flag here; use --num-key-value-heads instead"
     )
 
 
@@ -180,7 +180,7 @@ def test_a_chunk_may_be_left_to_the_planner(word, tokens):
     assert config.parallel.ds_sequence_parallel_fpdt_chunk_size == tokens
 
 
-def test_a_description_of_several_lines_is_wrapped_anew():
+def test_a_description_of_several_lines_is_rewrapped():
     texts = [line.strip() for line in build_parser().format_help().splitlines() if not line.lstrip().startswith("-")]
     assert not [text for text in texts if "   " in text]
 

@@ -1,1 +1,1 @@
-"""Rules between settings, by concern: small functions that return what is wrong, or None."""
+"""Rules between settings, by concern: small functions that return an error message, or None."""

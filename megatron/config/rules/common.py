@@ -1,6 +1,6 @@
-"""What every rule is given, and the words that every message is made of.
+"""The argument of every rule, and the helpers that format its message.
 
-A message says what is wrong, what was given, what is allowed and what to do about it.
+A message states what is wrong, what was given, what is allowed and what to do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron.config.config import Config, config_sections
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration, and the machine it is about to run on."""
+    """A configuration, with the number of ranks and the device type that it is to run on."""
 
     config: Config
     world_size: int
@@ -35,7 +35,7 @@ def flag(name: str) -> str:
 
 
 def value_of(config: Config, name: str) -> Any:
-    """Return a setting's value, whichever section it is in."""
+    """Return a setting's value, from the section that has it."""
     for section_name, section in config_sections().items():
         if name in (member.name for member in fields(section)):
             return getattr(getattr(config, section_name), name)
@@ -53,7 +53,7 @@ def shown(config: Config, name: str) -> str:
 
 
 def given_flags(config: Config, names: Sequence[str]) -> list[str]:
-    """Return, in the order of `names`, those that the user gave."""
+    """Return those of `names` that the user gave, in that order."""
     return [name for name in names if name in config.given]
 
 

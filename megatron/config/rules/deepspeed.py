@@ -1,6 +1,6 @@
-"""Rules for the DeepSpeed JSON: it must agree with the flags, and every key in it must count.
+"""Rules for the DeepSpeed JSON: it must agree with the flags, and every key in it must have an effect.
 
-DeepSpeed itself ignores a key that it does not know, so a misspelt one is caught here, at any depth.
+DeepSpeed itself ignores a key that it does not know, so a misspelled one is caught here, at any depth.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def _key_faults(block: Mapping[str, Any], known: Keys, above: str, file: str) ->
             elif value is not None:
                 yield f'"{path}" ({json.dumps(value)}) in {file} must be an object of {listed(tuple(key), "or")}'
         elif key is None:
-            honoured = [name for name, key in known.items() if isinstance(key, Mapping) or key.values != ()]
-            close = difflib.get_close_matches(name, honoured, n=1)
+            honored = [name for name, key in known.items() if isinstance(key, Mapping) or key.values != ()]
+            close = difflib.get_close_matches(name, honored, n=1)
             advice = f'did you mean "{close[0]}"?' if close else "remove it"
-            yield f'"{path}" in {file} is not a key that DeepSpeed honours here; {advice}'
+            yield f'"{path}" in {file} is not a key that is honored here; {advice}'
         elif key.values == ():
-            yield f'"{path}" in {file} is not taken from there; remove it: {key.advice}'
+            yield f'"{path}" in {file} is not read from there; remove it: {key.advice}'
         elif value != "auto" and not key.allows(value):
             allowed = " or ".join(json.dumps(allowed) for allowed in key.values or ())
             yield f'"{path}" ({json.dumps(value)}) in {file} must be {allowed}: {key.advice}; correct it or remove it'
 
 
 def json_keeps_the_gradient_exact(run: Run) -> str | None:
-    """Each condition is one of DeepSpeed's, or what `tests/distributed/test_deepspeed_keys.py` covers."""
+    """Check the conditions that DeepSpeed imposes or that `tests/distributed/test_deepspeed_keys.py` covers."""
     stated, stage = run.config.deepspeed_json, zero_stage_run(run.config)
     precision = run.config.precision
     own = "bf16" if precision.bf16 else "fp16" if precision.fp16 else "fp32"
@@ -58,7 +58,7 @@ def json_keeps_the_gradient_exact(run: Run) -> str | None:
     if reduced not in (None, "auto", own, "fp32"):
         return (
             f'"communication_data_type" ("{reduced}") in {_file(run)} must be {allowed}, so that the sum of '
-            "the gradients loses nothing; correct it or remove it"
+            "the gradients loses no precision; correct it or remove it"
         )
     if lookup(stated, ("prescale_gradients",)) and stage > 1:
         return (
@@ -118,7 +118,7 @@ def json_leaves_nothing_automatic(run: Run) -> str | None:
     for path in _automatic(run.config.deepspeed_json):
         if path not in shared:
             return (
-                f'"{".".join(path)}" ("auto") in {_file(run)} must have a value, as nothing here fills it in; '
+                f'"{".".join(path)}" ("auto") in {_file(run)} must have a value, because it is not filled in here; '
                 "write one, or remove it for DeepSpeed's default"
             )
     return None

@@ -1,4 +1,4 @@
-"""Flags that do nothing beside the others: what a user sets must count, or be refused."""
+"""Rules for flags that have no effect with the other flags: such a flag is refused, or noted in the log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENIZER_SETTINGS = ("vocab_file", "merge_file", "tokenizer_model", "tiktoken_p
 
 @dataclass(frozen=True)
 class Effect:
-    """These flags count only where `holds`; else "FLAG has no effect `reason`; `remedy`, or remove FLAG"."""
+    """Flags that have an effect only where `holds`; else "FLAG has no effect `reason`; `remedy`, or remove FLAG"."""
 
     names: tuple[str, ...]
     holds: Callable[[Config], bool]
@@ -37,7 +37,7 @@ def _has_warmup(config: Config) -> bool:
     return bool(o.lr_warmup_iters or o.lr_warmup_samples or o.lr_warmup_tokens or o.lr_warmup_fraction)
 
 
-def _keeps_block_inputs_on_the_host(config: Config) -> bool:
+def _offloads_block_inputs(config: Config) -> bool:
     if config.parallel.ds_sequence_parallel_fpdt:
         return config.parallel.ds_sequence_parallel_fpdt_offloading
     return config.deepspeed.deepspeed_activation_checkpointing
@@ -71,25 +71,25 @@ EFFECTS = (
     Effect(
         ("add_qkv_bias",),
         lambda config: config.model.disable_bias_linear,
-        "without --disable-bias-linear, which takes the biases of the other layers away",
+        "without --disable-bias-linear, which removes the biases of the other layers",
         "add --disable-bias-linear",
     ),
     Effect(
         ("openai_gelu",),
         lambda config: not config.model.swiglu,
-        "with --swiglu, which takes the place of GELU",
+        "with --swiglu, which replaces GELU",
         "remove --swiglu",
     ),
     Effect(
         ("checkpoint_in_cpu",),
-        lambda config: config.parallel.ds_sequence_parallel_fpdt or _keeps_block_inputs_on_the_host(config),
+        lambda config: config.parallel.ds_sequence_parallel_fpdt or _offloads_block_inputs(config),
         "without --deepspeed-activation-checkpointing",
         "add --deepspeed-activation-checkpointing",
     ),
     Effect(
         ("checkpoint_in_cpu",),
-        _keeps_block_inputs_on_the_host,
-        "with FPDT unless --ds-sequence-parallel-fpdt-offloading keeps the block inputs on the host",
+        _offloads_block_inputs,
+        "with FPDT unless --ds-sequence-parallel-fpdt-offloading offloads the block inputs",
         "add --ds-sequence-parallel-fpdt-offloading",
     ),
     Effect(
@@ -101,7 +101,7 @@ EFFECTS = (
     Effect(
         DYNAMIC_LOSS_SCALE,
         lambda config: config.precision.loss_scale is None or config.precision.bf16,
-        "beside --loss-scale, which fixes the loss scale",
+        "with --loss-scale, which fixes the loss scale",
         "remove --loss-scale (from the DeepSpeed JSON, if it is there)",
     ),
     Effect(
@@ -150,12 +150,12 @@ EFFECTS = (
         ("split",),
         lambda config: not config.data.train_data_path,
         "with --train-data-path, which is used whole",
-        "give --data-path in place of --train-data-path",
+        "give --data-path instead of --train-data-path",
     ),
     Effect(
         ("chat_template",),
         lambda config: config.tokenizer.tokenizer_type == "HFTokenizer",
-        "with a --tokenizer-type other than HFTokenizer, which reads no special tokens in a text",
+        "with a --tokenizer-type other than HFTokenizer, which reads no special tokens in text",
         "use --tokenizer-type HFTokenizer",
     ),
     Effect(
@@ -190,7 +190,7 @@ EFFECTS = (
     ),
 )
 
-# Flags that Megatron-DeepSpeed's scripts pass where they count for nothing: noted, with this reason.
+# Flags that Megatron-DeepSpeed's scripts pass where they have no effect: noted in the log, with this reason.
 NOTED = (
     Effect(
         ("loss_scale", *DYNAMIC_LOSS_SCALE),
@@ -208,13 +208,13 @@ NOTED = (
 
 
 def notes_of(config: Config) -> tuple[str, ...]:
-    """Return a log line for each flag that counts for nothing and yet is accepted."""
+    """Return a log line for each accepted flag that has no effect."""
     idle = ((effect, given_flags(config, effect.names)) for effect in NOTED if not effect.holds(config))
     return tuple(f"{shown(config, name)} has no effect {effect.reason}" for effect, names in idle for name in names)
 
 
 def has_effect(effect: Effect, run: Run) -> str | None:
-    """Check one row of the table against the flags that the user gave."""
+    """Check one row of `EFFECTS` against the flags that the user gave."""
     idle = given_flags(run.config, effect.names)
     if not idle or effect.holds(run.config):
         return None

@@ -1,4 +1,4 @@
-"""Rules between the sizes of the model, its attention kernel, its number format and the device."""
+"""Rules between the model's sizes, attention kernel, number format and device."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def rotary_width_is_even(run: Run) -> str | None:
         return None
     if model.rotary_percent == 1.0:
         return (
-            f"RoPE turns pairs of dimensions, so the width of a head ({model.kv_channels}) must be even; "
+            f"RoPE rotates pairs of dimensions, so the width of a head ({model.kv_channels}) must be even; "
             f"use --kv-channels {listed(nearest_multiples(model.kv_channels, 2))}"
         )
     if model.kv_channels < 2:
         return (
-            f"RoPE turns pairs of dimensions, so the width of a head ({model.kv_channels}) must be at least 2; use "
+            f"RoPE rotates pairs of dimensions, so the width of a head ({model.kv_channels}) must be at least 2; use "
             "--kv-channels 2"
         )
     near = [even for even in nearest_multiples(width, 2) if even <= model.kv_channels]
@@ -53,7 +53,7 @@ def rotary_width_is_even(run: Run) -> str | None:
 
 
 def _percent_for(width: int, kv_channels: int) -> str:
-    """Return the shortest decimal share of `kv_channels` that comes to `width` once rounded down."""
+    """Return the shortest decimal fraction of `kv_channels` that rounds down to `width`."""
     for digits in range(1, 17):
         text = f"{width / kv_channels:.{digits}f}"
         if int(kv_channels * float(text)) == width and float(text) <= 1:
@@ -86,7 +86,7 @@ def rope_scaling_borders_are_in_order(run: Run) -> str | None:
     if not fast or getattr(model, fast) > getattr(model, slow):
         return None
     if model.rope_scaling_type == "yarn" and getattr(model, fast) == getattr(model, slow):
-        return None  # the border is sharp; llama3 would divide by the distance
+        return None  # a sharp border is fine for yarn; llama3 would divide by zero
     return (
         f"{shown(run.config, fast)} must be above {shown(run.config, slow)}; raise {flag(fast)} or lower {flag(slow)}"
     )
@@ -103,8 +103,8 @@ def yarn_has_one_attention_factor(run: Run) -> str | None:
         return f"{shown(run.config, given[0])} has no effect alone; add {flag(other)}, or remove {flag(given[0])}"
     if model.rope_scaling_attention_factor is not None:
         return (
-            f"{shown(run.config, 'rope_scaling_attention_factor')} and {flag(given[0])} both say how attention is "
-            "scaled; keep one of them"
+            f"{shown(run.config, 'rope_scaling_attention_factor')} and {flag(given[0])} both set the scale of "
+            "attention; keep one of them"
         )
     return None
 
@@ -166,7 +166,7 @@ def attention_dropout_can_be_replayed(run: Run) -> str | None:
         return None
     return (
         f"{shown(run.config, 'attention_dropout')} must be 0 with --ds-sequence-parallel-fpdt, whose attention tiles "
-        "are never run a second time and so cannot replay a dropout mask; use --attention-dropout 0 (--hidden-dropout "
+        "are never recomputed, so that a dropout mask cannot be replayed; use --attention-dropout 0 (--hidden-dropout "
         "is replayed exactly)"
     )
 
@@ -181,7 +181,7 @@ def attention_dropout_has_a_kernel(run: Run) -> str | None:
     )
 
 
-# What they say depends on the architecture alone.
+# Rules that depend on the architecture alone.
 ARCHITECTURE_RULES: tuple[Rule, ...] = (
     key_value_heads_divide_heads,
     rotary_width_is_even,

@@ -1,4 +1,4 @@
-"""Rules for names: of files and folders as a file system takes them, and none that is empty."""
+"""Rules for names of files and folders: a file system accepts them, and no value is empty."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import fields
 from megatron.config.config import config_sections
 from megatron.config.rules.common import Rule, Run, flag, value_of
 
-# Bytes that Linux takes, for one name and for a whole path. A dataset's prefix leaves room for .bin and .idx.
+# Linux limits, in bytes, of one name and of a whole path. A dataset's prefix leaves room for .bin and .idx.
 NAME_BYTES, PATH_BYTES, SUFFIX_BYTES = 255, 4095, 4
 PREFIXES = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 FILES_AND_FOLDERS = (
@@ -19,7 +19,7 @@ FILES_AND_FOLDERS = (
 
 
 def no_word_is_empty(run: Run) -> str | None:
-    """Check that no word is empty: an empty one would pass for a flag that is not given."""
+    """Check that no word is empty: an empty one would look like a flag that is not given."""
     for section in config_sections().values():
         for member in fields(section):
             if "" in _words(run, member.name):

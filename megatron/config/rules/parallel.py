@@ -1,4 +1,4 @@
-"""Rules between the ranks, the sequence-parallel size, the chunk and the batch."""
+"""Rules between the number of ranks, the sequence-parallel size, the chunk size and the batch size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def only_one(name: str, kind: str, run: Run) -> str | None:
         return None
     return (
         f"{shown(run.config, name)} must be 1, as there is no {kind} parallelism here; use {flag(name)} 1, and "
-        f"{flag(SIZE)} and --zero-stage 3 to spread a model that is too large"
+        f"{flag(SIZE)} and --zero-stage 3 to shard a model that is too large"
     )
 
 

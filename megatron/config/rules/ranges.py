@@ -1,4 +1,4 @@
-"""Which values a single setting may have."""
+"""Rules for single values: the range of each setting."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megatron.config.rules.common import Rule, Run, flag, shown, value_of
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`; an open end is not itself allowed. `example` is a value within.
+    """A range from `low` to `high`, without an end that is open. `example` is a value within.
 
-    `ceiling` is not of the setting's own: above it a number does not fit what the program computes with.
+    `ceiling` is a limit of the program, not of the setting: larger numbers overflow the types that it computes with.
     """
 
     low: float
@@ -30,7 +30,7 @@ class Range:
         return above and below and value <= self.ceiling and math.isfinite(value)
 
     def wanted(self, value: float) -> str:
-        """Return what a value must be that this one is not."""
+        """Return the condition that `value` violates."""
         if self.ceiling < value < math.inf:
             return f"at most {self.ceiling}"
         return str(self)
@@ -40,7 +40,7 @@ class Range:
         return low if self.high == math.inf else f"{low} and {'below' if self.high_open else 'at most'} {self.high:g}"
 
 
-# The int32 of a dataset's token ids and offsets. No product of a few of these counts passes an int64.
+# Token ids and offsets of a dataset are int32. No product of a few of these counts overflows an int64.
 INT32 = 2**31 - 1
 COUNT = Range(1, ceiling=INT32)
 COUNT_OR_NONE = Range(0, example="0", ceiling=INT32)
@@ -138,7 +138,7 @@ RANGES = {
 
 
 def in_range(name: str, allowed: Range, run: Run) -> str | None:
-    """Check one setting; one that is not set has nothing to check."""
+    """Check one setting; None is always allowed."""
     value = value_of(run.config, name)
     if value is None or allowed.holds(value):
         return None

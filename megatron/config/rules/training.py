@@ -15,14 +15,11 @@ WSD_DECAY = tuple(f"lr_wsd_decay_{unit}" for unit in UNITS)
 
 
 def at_most_one(names: tuple[str, ...], what: str, run: Run) -> str | None:
-    """Check that a length is not told twice; a length of 0 says nothing."""
-    told = [name for name in names if value_of(run.config, name)]
-    if len(told) < 2:
+    """Check that a length is set at most once; a length of 0 counts as not set."""
+    given = [name for name in names if value_of(run.config, name)]
+    if len(given) < 2:
         return None
-    return (
-        f"{listed([shown(run.config, name) for name in told], 'and')} both say {what}, which is told once; keep "
-        "one of them"
-    )
+    return f"{listed([shown(run.config, name) for name in given], 'and')} both set {what}; keep one of them"
 
 
 def training_has_a_length(run: Run) -> str | None:
@@ -71,7 +68,7 @@ def there_is_data(run: Run) -> str | None:
     data = run.config.data
     if data.data_path and data.train_data_path:
         return (
-            f"{shown(run.config, 'data_path')} and {shown(run.config, 'train_data_path')} both say what to train on; "
+            f"{shown(run.config, 'data_path')} and {shown(run.config, 'train_data_path')} both set the training data; "
             "keep --data-path to split one dataset, or --train-data-path, --valid-data-path and --test-data-path to "
             "give one each"
         )
@@ -107,7 +104,7 @@ def a_missing_checkpoint_can_be_an_error(run: Run) -> str | None:
     if not checkpoint.exit_on_missing_checkpoint or checkpoint.load != checkpoint.save:
         return None
     return (
-        f"--exit-on-missing-checkpoint cannot be honoured where {shown(run.config, 'load')} is --save, as a run starts "
+        f"--exit-on-missing-checkpoint cannot be honored where {shown(run.config, 'load')} is --save, as a run starts "
         "there; remove it, or save to another folder"
     )
 
@@ -129,9 +126,9 @@ def rollback_has_checkpoints_and_spikes(run: Run) -> str | None:
 TRAINING_RULES: tuple[Rule, ...] = (
     training_has_a_length,
     training_is_at_least_one_batch,
-    partial(at_most_one, DECAY, "when the learning-rate decay ends"),
-    partial(at_most_one, WARMUP, "how long the warm-up is"),
-    partial(at_most_one, WSD_DECAY, "how long the final decay is"),
+    partial(at_most_one, DECAY, "the end of the learning-rate decay"),
+    partial(at_most_one, WARMUP, "the length of the warm-up"),
+    partial(at_most_one, WSD_DECAY, "the length of the final decay"),
     wsd_has_a_decay_length,
     learning_rates_stay_below_peak,
     loss_scale_starts_at_a_power_of_two,

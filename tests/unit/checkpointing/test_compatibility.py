@@ -39,7 +39,7 @@ SCALED += ["--rope-scaling-factor", "4"]
 
 def test_another_rope_is_refused_unless_it_is_to_be_changed(tmp_path: Path) -> None:
     path = save(tmp_path, STATE, *ROPE)
-    with pytest.raises(CheckpointError, match=r"theta is 10000.0 .* 5000000.0 .*; add --change-rope to train it on"):
+    with pytest.raises(CheckpointError, match=r"theta is 10000.0 .* 5000000.0 .*; add --change-rope to continue"):
         check_checkpoint(path, config(*SCALED, "--finetune"), 1, PADDED_VOCAB_SIZE)
     check_checkpoint(path, config(*SCALED, "--change-rope"), 1, PADDED_VOCAB_SIZE)
     check_checkpoint(path, config(*ROPE, "--change-rope"), 1, PADDED_VOCAB_SIZE)

@@ -92,7 +92,7 @@ CASES = [
     (
         f"{ROPE} {YARN} {FACTOR} 8 {FROM_8K} {MSCALES} --rope-scaling-attention-factor 1",
         1,
-        "--rope-scaling-attention-factor (1) and --rope-scaling-mscale both say how attention is scaled",
+        "--rope-scaling-attention-factor (1) and --rope-scaling-mscale both set the scale of attention",
     ),
     # ranks, chunks, batch
     (
@@ -163,7 +163,7 @@ CASES = [
     (f"--checkpoint-in-cpu {FPDT}", 1, "with FPDT unless --ds-sequence-parallel-fpdt-offloading"),
     ("--loss-scale 128", 1, "--loss-scale (128) has no effect without --fp16; add --fp16, or remove --loss-scale"),
     ("--hysteresis 2", 1, "--hysteresis (2) has no effect without --fp16"),
-    ("--fp16 --loss-scale 128 --hysteresis 2", 1, "beside --loss-scale, which fixes the loss scale"),
+    ("--fp16 --loss-scale 128 --hysteresis 2", 1, "with --loss-scale, which fixes the loss scale"),
     ("--lr-wsd-decay-iters 5", 1, "has no effect without --lr-decay-style WSD"),
     ("--lr-decay-style constant --min-lr 1e-6", 1, "--min-lr (1e-06) has no effect with --lr-decay-style constant"),
     ("--lr-warmup-init 1e-6", 1, "has no effect without a warm-up"),
@@ -186,18 +186,18 @@ CASES = [
     (
         "--lr-warmup-iters 5 --lr-warmup-samples 5",
         1,
-        "both say how long the warm-up is, which is told once; keep one of them",
+        "both set the length of the warm-up; keep one of them",
     ),
     (
         "--lr-warmup-iters 5 --lr-warmup-fraction 0.1",
         1,
-        "--lr-warmup-iters (5) and --lr-warmup-fraction (0.1) both say",
+        "--lr-warmup-iters (5) and --lr-warmup-fraction (0.1) both set",
     ),
-    ("--lr-decay-iters 5 --lr-decay-tokens 5", 1, "both say when the learning-rate decay ends"),
+    ("--lr-decay-iters 5 --lr-decay-tokens 5", 1, "both set the end of the learning-rate decay"),
     ("--lr-decay-style WSD", 1, "needs the length of its final decay; add one of --lr-wsd-decay-iters"),
     ("--min-lr 1", 1, "--min-lr (1) must be at most --lr (0.0001); lower --min-lr or raise --lr"),
     ("--fp16 --initial-loss-scale 1000", 1, "--initial-loss-scale (1000) must be a power of two; use 512 or 1024"),
-    ("--train-data-path x", 1, "both say what to train on"),
+    ("--train-data-path x", 1, "both set the training data"),
 ]
 
 

@@ -205,7 +205,7 @@ def test_a_missing_file_is_refused(tmp_path):
             "= 2; remove it from the file or give --global-batch-size 4",
         ),
         ({"optimizer": {"type": "Adam"}}, "", '"optimizer" in '),
-        ({"scheduler": {}}, "", "is not taken from there; remove it: give --lr-decay-style"),
+        ({"scheduler": {}}, "", "is not read from there; remove it: give --lr-decay-style"),
         ({"zero_optimisation": {}}, "", 'did you mean "zero_optimization"?'),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "", '"zero_optimization.reduce_bucket_size" ("auto")'),
         (
@@ -227,7 +227,7 @@ def test_a_missing_file_is_refused(tmp_path):
         ({"checkpoint": {"use_node_local_storage": True}}, "", "in a folder that all machines share; correct it or"),
         ({"gradient_allreduce_op": "sum"}, "", '("sum") in FILE must be "mean": a sum multiplies the gradient by the'),
         ({"gradient_predivide_factor": 2.0}, "", '"gradient_predivide_factor" (2.0) in FILE must be 1.0: '),
-        ({"sparse_gradients": False}, "", "is not taken from there; remove it: DeepSpeed 0.19.8 does not have it"),
+        ({"sparse_gradients": False}, "", "is not read from there; remove it: DeepSpeed 0.19.8 does not have it"),
         ({"prescale_gradients": "false"}, "", '"prescale_gradients" ("false") in FILE must be false or true'),
         ({"prescale_gradients": True}, "--zero-stage 2", "needs --zero-stage 0 or 1, and it is 2; remove it"),
         (
@@ -292,7 +292,7 @@ def _names(keys: Keys) -> Iterator[str]:
         yield from _names(key) if isinstance(key, Mapping) else ()
 
 
-def test_every_key_of_deepspeed_is_honoured_or_refused_by_name():
+def test_every_key_of_deepspeed_is_honored_or_refused_by_name():
     """As far as its own dataclasses tell; so a new version of DeepSpeed shows what it has added."""
     models = {
         ("zero_optimization",): DeepSpeedZeroConfig,

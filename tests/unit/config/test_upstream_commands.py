@@ -16,7 +16,7 @@ from megatron.config import Config, ConfigError, deepspeed_config, validate
 COMMANDS: dict[str, Any] = json.loads((Path(__file__).with_name("upstream_commands.json")).read_text())
 TRAINING = {name: command for name, command in COMMANDS.items() if not command["program"].startswith("tools/")}
 PAGE = (Path(__file__).parents[3] / "docs" / "migrating.md").read_text()
-SPREAD = "and --ds-sequence-parallel-size and --zero-stage 3 to spread a model that is too large"
+SPREAD = "and --ds-sequence-parallel-size and --zero-stage 3 to shard a model that is too large"
 
 # What refuses a command, in the order in which the advice of one leads to the next; nothing: it runs as it is.
 REASONS = {
@@ -69,7 +69,7 @@ def test_the_page_on_migrating_has_the_outcome(name: str) -> None:
     assert f"| `{name}` | {outcome} |" in PAGE
 
 
-def test_settings_that_count_are_honoured() -> None:
+def test_settings_with_an_effect_are_honored() -> None:
     config = accepted(
         TRAINING["ds_pretrain_gpt_6.7B_fpdt_32k.sh"], TRAINING["ds_pretrain_gpt_6.7B_fpdt_32k.sh"]["flags"].split()
     )

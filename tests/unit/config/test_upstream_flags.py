@@ -1,4 +1,4 @@
-"""Every flag of Megatron-DeepSpeed: honoured, accepted with a note, or refused with a reason and advice."""
+"""Every flag of Megatron-DeepSpeed: honored, accepted with a note, or refused with a reason and advice."""
 
 from collections import Counter
 from dataclasses import fields
@@ -31,7 +31,7 @@ def test_every_flag_of_megatron_deepspeed_has_an_outcome(entry: str) -> None:
     own_name = name.replace("_", "-")
     if own_name in OTHER_NAMES or own_name in {flag.name for flag in REFUSED}:
         told = refusal(*words)
-        assert told.startswith((f"--{own_name} cannot be honoured: ", f"--{own_name} is not a flag here; "))
+        assert told.startswith((f"--{own_name} cannot be honored: ", f"--{own_name} is not a flag here; "))
     elif name.replace("_", "-") in ("deepspeed-config", "deepscale-config"):
         assert refusal(*words).startswith("--deepspeed-config (1) cannot be read")
     else:
@@ -55,10 +55,10 @@ def test_a_flag_that_a_refusal_names_is_known() -> None:
 @pytest.mark.parametrize(
     "words, told",
     [
-        ("--optimizer sgd", "--optimizer: 'sgd' is not honoured; there is no other optimizer; remove --optimizer"),
+        ("--optimizer sgd", "--optimizer: 'sgd' is not honored; there is no other optimizer; remove --optimizer"),
         (
             "--num-experts 8",
-            "'8' is not honoured; there is no mixture of experts here; use --num-experts 1 for the dense",
+            "'8' is not honored; there is no mixture of experts here; use --num-experts 1 for the dense",
         ),
         ("--remote-device nvme", '"zero_optimization": {"offload_param": {"device": "cpu"}}'),
         ("--sample-rate 0.5", "all samples are used here; use --sample-rate 1"),
@@ -83,7 +83,7 @@ class TestSpellings:
             "--load-tag", "best"
         )
         told = refusal("--load-tag", "global_step40", "--ckpt-step", "40")
-        assert told == "--load-tag (global_step40) and --ckpt-step (40) say the same; keep one of them"
+        assert told == "--load-tag (global_step40) and --ckpt-step (40) set the same thing; keep one of them"
         assert complaint("--load-tag global_step4").startswith("--load-tag (global_step4) has no effect without --load")
 
     def test_profile_takes_the_kind_or_none(self) -> None:
@@ -123,7 +123,7 @@ class TestFlagsThatCountForNothing:
 
     def test_a_missing_checkpoint_is_no_error_where_a_run_starts(self) -> None:
         assert complaint("--load x --exit-on-missing-checkpoint --save y") == ""
-        assert "cannot be honoured where --load (x) is --save" in complaint(
+        assert "cannot be honored where --load (x) is --save" in complaint(
             "--load x --exit-on-missing-checkpoint --save x"
         )
 

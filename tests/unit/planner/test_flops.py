@@ -62,7 +62,7 @@ def test_attention_is_counted_once_and_causally_at_a_million_tokens():
     assert flops.attention * 2 == full_square
 
 
-def test_checkpointing_runs_every_layer_again():
+def test_checkpointing_recomputes_every_layer():
     assert flops_of_checkpointing(GPT_TINY, 10) == 10 * (384 + 128 + 1024) + 1600
     assert flops_of_checkpointing(GPT_TINY, 10, attention_share=0.5) == 10 * (384 + 128 + 1024) + 800
 
@@ -75,7 +75,7 @@ def test_documents_leave_their_share_of_attention_and_all_of_the_rest():
 @pytest.mark.parametrize(
     "num_layers, interval, rebuilt", [(1, 1, 0), (4, 1, 0), (4, 2, 2), (5, 2, 2), (5, 4, 3), (3, 8, 2)]
 )
-def test_the_stream_runs_token_wise_work_again_but_for_the_last_product(num_layers, interval, rebuilt):
+def test_the_stream_recomputes_token_wise_work_except_the_last_product(num_layers, interval, rebuilt):
     model = replace(GPT_TINY, num_layers=num_layers)
     again = 384 + 128 + 512
     expected = 10 * (num_layers * again + rebuilt * (128 + 1024))
@@ -91,7 +91,7 @@ def test_the_stream_runs_token_wise_work_again_but_for_the_last_product(num_laye
         ("none", 4 * (128 + 512)),
     ],
 )
-def test_only_what_is_not_kept_of_six_tokens_in_ten_is_run_again(recompute, again):
+def test_only_products_that_are_not_saved_of_six_tokens_in_ten_are_recomputed(recompute, again):
     assert flops_of_streaming(replace(GPT_TINY, num_layers=3), SIX_KEPT, 2, 1, recompute) == 3 * again
 
 
@@ -99,7 +99,7 @@ def test_only_what_is_not_kept_of_six_tokens_in_ten_is_run_again(recompute, agai
     "recompute, again",
     [("kv", 5 * 384 + 10 * (384 + 512)), ("all", 10 * (384 + 512)), ("mlp", 10 * 512), ("none", 4 * 512)],
 )
-def test_attention_s_product_beside_the_mlp_is_not_run_again(recompute, again):
+def test_the_attention_product_of_a_parallel_residual_is_not_recomputed(recompute, again):
     model = replace(GPT_TINY, parallel_residual=True)
     assert flops_of_streaming(model, SIX_KEPT, 2, 1, recompute) == again
 

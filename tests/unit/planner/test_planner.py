@@ -1,4 +1,4 @@
-"""The planner's sums, against what was measured on a GPU (docs/performance.md) and against each other."""
+"""The planner's estimates, against what was measured on a GPU (docs/performance.md) and against each other."""
 
 from dataclasses import replace
 
@@ -213,12 +213,12 @@ def test_a_slow_link_needs_a_larger_chunk():
     assert small.speed.step > fast.speed.step
 
 
-def test_the_quickest_chunk_fits_and_no_other_is_a_percent_quicker():
+def test_the_fastest_chunk_fits_and_no_other_is_a_percent_faster():
     plan = plan_of(machines=Machines(replace(GPUS["H100"], memory_gib=48), 4, 8, 1000))
-    quickest = plan.with_job(replace(plan.job, chunk_length=plan.fastest_chunk()))
-    assert quickest.fits
+    fastest = plan.with_job(replace(plan.job, chunk_length=plan.fastest_chunk()))
+    assert fastest.fits
     others = [plan.with_job(replace(plan.job, chunk_length=4 * 2**n)) for n in range(12, 17)]
-    assert quickest.speed.step <= 1.01 * min(other.speed.step for other in others if other.fits)
+    assert fastest.speed.step <= 1.01 * min(other.speed.step for other in others if other.fits)
 
 
 @pytest.mark.parametrize(
