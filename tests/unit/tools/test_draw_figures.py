@@ -43,7 +43,7 @@ def test_a_committed_figure_is_up_to_date(name: str) -> None:
     assert path.stat().st_size < LARGEST
 
 
-def test_every_figure_is_in_the_page_and_nothing_else_lies_beside_them() -> None:
+def test_every_figure_is_in_the_page_and_the_folder_has_no_others() -> None:
     assert {path.name for path in TOOL.FOLDER.iterdir()} == {f"{name}.svg" for name in NAMES}
     assert [name for name in NAMES if f"](figures/{name}.svg)" not in PAGE.read_text(encoding="utf-8")] == []
 
@@ -101,7 +101,7 @@ def test_a_lane_does_one_thing_at_a_time_and_a_tile_waits_for_its_keys() -> None
             assert next(arrivals).end <= tile.start
 
 
-def test_the_timeline_computes_as_long_as_the_planner_reckons() -> None:
+def test_the_timeline_computes_as_long_as_the_planner_estimates() -> None:
     lanes, plan = clock(), TOOL.timeline.plan()
     assert plan.overlaps_with_link
     pieces = lanes.timeline_of(plan, num_blocks=3)
