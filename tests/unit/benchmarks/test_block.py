@@ -23,7 +23,7 @@ TINY = Geometry(**TINY_GEOMETRY)
 LENGTH = 80
 
 
-def test_ways_of_running_are_told_to_the_model():
+def test_ways_of_running_configure_the_model():
     assert OFFLOADED.execution(32) == Execution(fpdt=True, chunk_size=32, offloading=True)
     assert ON_DEVICE.execution(32) == Execution(fpdt=True, chunk_size=32)
     assert RECOMPUTED.execution(32) == Execution(recompute=True, checkpoint_in_cpu=True)
@@ -45,7 +45,7 @@ def test_ceiling_multiplies_by_every_weight_of_the_block():
 
 
 @pytest.mark.parametrize("way", [OFFLOADED, ON_DEVICE, RECOMPUTED], ids=lambda way: way.name)
-def test_every_pass_computes_every_gradient_anew(way):
+def test_every_pass_recomputes_every_gradient(way):
     block = ModelBlock(TINY, LENGTH, way.execution(32), "auto", CPU)
     for _ in range(2):
         block.prepare()

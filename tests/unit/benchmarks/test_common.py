@@ -113,7 +113,7 @@ def test_without_a_gpu_a_script_exits_in_one_line(monkeypatch, capsys):
     assert "no GPU is visible to torch" in error
 
 
-def test_what_the_user_can_mend_is_one_line(capsys):
+def test_an_error_that_the_user_can_fix_is_one_line(capsys):
     def main():
         raise ConfigError("--chunk (7) must be a multiple of 2; use 8")
 

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import data_index, preprocessing
 
 
-def test_preprocessing_is_set_beside_the_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preprocessing_is_compared_with_the_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--mib", "0.2", "--vocab-size", "300", "--workers", "2", "--repeats", "1"]
     assert preprocessing.main([*words, "--output", str(tmp_path / "out")]) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]

@@ -87,7 +87,7 @@ def test_tiles_run(tmp_path, capsys):
 # streamed_block
 
 
-def test_blocks_run_beside_their_ceiling(tmp_path):
+def test_blocks_are_compared_with_their_ceiling(tmp_path):
     code, rows = run(streamed_block, tmp_path)
     assert code == 0
     assert [row["way"] for row in rows] == ["ceiling", "offloaded", "on-device", "recomputed"]
@@ -234,7 +234,7 @@ def test_training_flags_are_those_of_the_program(words):
 
 
 @pytest.mark.parametrize("activations", training_step.PLAIN)
-def test_steps_without_fpdt_keep_what_is_asked_for(activations):
+def test_steps_without_fpdt_save_the_activations_asked_for(activations):
     arguments = training_step.parse_arguments(["--plain", activations, "--device", "cpu"])
     config = parse_args(training_step.training_flags(arguments))
     validate(config, 1, "cpu")

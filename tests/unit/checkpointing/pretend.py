@@ -22,7 +22,7 @@ CONTEXT = Context(ParallelState(), torch.device("cpu"), torch.float32, logging.g
 
 
 class PretendEngine:
-    """Writes two files and remembers what it was told to load."""
+    """Writes two files and records what it is asked to load."""
 
     def __init__(self, error: Exception | None = None, on_nvme: bool = False) -> None:
         self.loads: list[tuple[Path, bool]] = []

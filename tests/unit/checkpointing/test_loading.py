@@ -54,7 +54,7 @@ def test_deepspeed_itself_reads_optimizer_states_on_nvme_and_nothing_else(tmp_pa
         assert (engine.loads, engine.loads_by_deepspeed) == ([(path, flag == "--universal-checkpoint")], [])
 
 
-def test_a_rank_that_the_saving_run_did_not_have_is_told_so(
+def test_a_rank_that_the_saving_run_did_not_have_gets_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CONTEXT.log, "propagate", True)

@@ -1,4 +1,4 @@
-"""One run at a time writes to a folder; the next is told who does, and a killed one locks nobody out."""
+"""One run at a time writes to a folder; an error names it to the next one, and a killed one locks nobody out."""
 
 import errno
 import fcntl
@@ -42,7 +42,7 @@ def another_run(folder: Path) -> Iterator[int]:
         os.close(is_ready)
 
 
-def test_the_second_run_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:
+def test_the_second_run_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "saved"
     with another_run(folder) as process:
         before = (folder / "run.lock").read_text()

@@ -38,7 +38,7 @@ class TestWhole:
         assert read_manifest(path).keys() == FILES - {"manifest.json"}
         assert names(path.parent) == {"latest", "global_step7"}
 
-    def test_the_configuration_that_wrote_a_checkpoint_is_kept(self, tmp_path: Path) -> None:
+    def test_the_configuration_that_wrote_a_checkpoint_is_saved(self, tmp_path: Path) -> None:
         path = save(tmp_path, STATE, "--swiglu")
         assert Config.from_dict(json.loads((path / "config.json").read_text())).model.swiglu
 

@@ -33,27 +33,27 @@ def choose(*flags, host_gib):
     return choose_execution(config_of(*flags), context, VOCABULARY)
 
 
-def test_products_are_kept_where_the_host_has_room():
+def test_matmul_results_are_saved_where_the_host_has_room():
     assert choose(host_gib=1000).fpdt_recompute == "none"
     assert choose(host_gib=120).fpdt_recompute == "mlp"
     assert choose(host_gib=60).fpdt_recompute == "all"
     assert choose(host_gib=1000).checkpoint_interval == 1
 
 
-def test_where_it_has_little_keys_and_values_are_made_anew_before_inputs_are_rebuilt():
+def test_with_little_host_memory_kv_is_recomputed_before_block_inputs():
     for host_gib, rebuilds_inputs in ((36, False), (30, True)):
         execution = choose(host_gib=host_gib)
         assert execution.fpdt_recompute == "kv"
         assert (execution.checkpoint_interval > 1) is rebuilds_inputs
 
 
-def test_what_is_asked_for_is_done():
+def test_explicit_flags_are_honored():
     execution = choose("--ds-sequence-parallel-fpdt-recompute", "mlp", host_gib=1000)
     assert (execution.fpdt_recompute, execution.checkpoint_interval) == ("mlp", 1)
     assert choose("--ds-sequence-parallel-fpdt-checkpoint-interval", "4", host_gib=1000).checkpoint_interval == 4
 
 
-def test_without_offloading_everything_is_recomputed_and_every_input_kept():
+def test_without_offloading_everything_is_recomputed_and_every_input_saved():
     flags = [flag for flag in LLAMA_8B if flag != "--ds-sequence-parallel-fpdt-offloading"]
     context = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=0)
     execution = choose_execution(parse_args(flags), context, VOCABULARY)

@@ -51,7 +51,7 @@ def test_the_longest_kernels_come_first():
     assert seconds_by_name(kernels, most=2) == [(3, 1, "b"), (2, 2, "a")]
 
 
-def test_a_copy_is_hidden_while_arithmetic_runs_beside_it():
+def test_a_copy_is_hidden_while_it_overlaps_with_compute():
     kernels = [
         Kernel("gemm_a", 2 * SECOND, 2 * SECOND),
         Kernel("gemm_b", 3 * SECOND, 2 * SECOND),  # overlaps the one before: the time counts once

@@ -57,7 +57,7 @@ def test_whatever_says_that_memory_ran_out_becomes_a_ledger(error, memory):
     assert lines[6:] == ["  what to change:", *(f"    - {line}" for line in WITHOUT_A_PLAN)]
 
 
-def test_memory_of_a_gpu_is_told_by_who_holds_it(monkeypatch):
+def test_gpu_memory_is_reported_by_owner(monkeypatch):
     counters = {"mem_get_info": (GIB // 2, 80 * GIB), "memory_reserved": 9 * GIB, "memory_allocated": 8 * GIB,
                 "max_memory_allocated": 8.5 * GIB}  # fmt: skip
     for name, value in counters.items():

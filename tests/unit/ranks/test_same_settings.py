@@ -131,24 +131,24 @@ def test_a_large_file_is_read_in_samples_that_hold_both_its_ends(
 
 
 def compare(*each: dict[str, str]) -> list[str]:
-    """What every rank is told; one thread per rank."""
-    store, told = dist.HashStore(), ["the same"] * len(each)
+    """Run one thread per rank; return the errors of all ranks."""
+    store, errors = dist.HashStore(), ["the same"] * len(each)
 
     def rank(number: int) -> None:
         try:
             require_same_settings(each[number], number, len(each), store, poll_seconds=0.001)
         except ConfigError as error:
-            told[number] = str(error)
+            errors[number] = str(error)
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(len(each))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    return told
+    return errors
 
 
-def test_all_ranks_are_told_of_a_difference() -> None:
+def test_all_ranks_report_a_difference() -> None:
     same = {"--lr": "0.1", "--seed": "1"}
     assert compare(same, same, same) == ["the same"] * 3
     other = {**same, "--lr": "0.2"}

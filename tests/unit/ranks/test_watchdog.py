@@ -40,7 +40,7 @@ class Memory:
 
 
 class World:
-    """Ranks that look when they are told to, at a time that is set, and work and wait as they are told to."""
+    """Watchdogs of several ranks under a manual clock, which poll, work and wait on command."""
 
     def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch, joined: int | None = None) -> None:
         self.now, self.store = 0.0, Memory()
@@ -213,7 +213,7 @@ def test_the_thread_speaks_by_itself_and_says_where_it_was() -> None:
     watchdog.close()
 
 
-def test_a_store_that_is_gone_is_told_of() -> None:
+def test_a_lost_store_is_reported() -> None:
     store = Memory()
     store.is_broken = True
     watchdog, said, heard = start(store)
@@ -223,7 +223,7 @@ def test_a_store_that_is_gone_is_told_of() -> None:
 
 
 @pytest.mark.parametrize("hanging", ["connect", "check"])
-def test_a_store_that_does_not_answer_is_told_of(hanging: str) -> None:
+def test_a_store_that_does_not_answer_is_reported(hanging: str) -> None:
     class Hanging(Memory):
         def check(self, keys: list[str]) -> bool:
             threading.Event().wait()

@@ -137,7 +137,7 @@ def test_without_flags_the_tokenizer_is_that_of_the_training(tmp_path: Path) -> 
     assert (tmp_path / "trained").read_text() == (tmp_path / "named").read_text()
 
 
-def test_without_flags_the_tokenizer_is_the_one_beside_the_weights(tmp_path: Path) -> None:
+def test_without_flags_the_tokenizer_is_the_one_next_to_the_weights(tmp_path: Path) -> None:
     save("llama", tmp_path)
     ids = {str(number): number for number in range(VOCAB - 1)} | {"<|endoftext|>": VOCAB - 1}
     tokenizer = tokenizers.Tokenizer(WordLevel(ids, unk_token="0"))

@@ -52,7 +52,7 @@ def test_tokenizer_files_go_along_both_ways(tmp_path):
         assert {name: (tmp_path / folder / name).read_text() for name in TOKENIZER} == TOKENIZER
 
 
-def test_a_training_config_beside_the_weights_and_the_model_it_began_with(tmp_path):
+def test_a_training_config_next_to_the_weights_and_the_model_it_started_from(tmp_path):
     save("llama", tmp_path / "theirs")
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
     assert run_tool(TOOL, "to-megatron", tmp_path / "theirs", tmp_path / "ours",

@@ -103,7 +103,7 @@ def test_weights_do_not_differ_from_the_checkpoint_that_they_are_of(tmp_path, ca
     assert capsys.readouterr().out.splitlines()[0] == "body.weight: [2, 3] float16 and [2, 3] float32"
 
 
-def test_differences_in_values_and_settings_are_told(tmp_path, capsys):
+def test_differences_in_values_and_settings_are_reported(tmp_path, capsys):
     first = universal(tmp_path / "first")
     second = universal(tmp_path / "second", 0.5, {"model": {"num_layers": 3}, "training": {"seed": 1}})
     assert run_tool("inspect_checkpoint", first, "--diff", second) == 1

@@ -76,7 +76,7 @@ def uninterrupted(corpus: Path, tool: ModuleType) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("num_batches", range(NUM_FILES * 4))
-def test_a_run_interrupted_anywhere_goes_on_to_the_same_bytes(
+def test_a_run_interrupted_anywhere_resumes_to_the_same_bytes(
     corpus: Path,
     tool: ModuleType,
     uninterrupted: dict[str, bytes],
@@ -94,7 +94,7 @@ def test_a_run_interrupted_anywhere_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in (corpus.parent / "out").iterdir()) == list(uninterrupted)
 
 
-def test_a_run_ended_while_its_files_are_moved_goes_on_to_the_same_bytes(
+def test_a_run_ended_while_its_files_are_moved_resumes_to_the_same_bytes(
     corpus: Path, tool: ModuleType, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish = workspace.publish
@@ -151,7 +151,7 @@ def test_a_changed_input_that_was_read_is_refused_by_name(
     assert "0.jsonl, is now " in capsys.readouterr().err
 
 
-def test_a_repaired_file_is_read_anew_and_those_before_it_are_not(
+def test_a_repaired_file_is_read_again_and_those_before_it_are_not(
     corpus: Path, tool: ModuleType, uninterrupted: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = (corpus / "1.jsonl").read_text()
@@ -245,7 +245,7 @@ def test_skipped_lines_are_counted_over_an_interruption(
     assert output.out.splitlines()[-1] == "4 bad lines were left out"
 
 
-def test_a_killed_run_takes_its_workers_along_and_goes_on_to_the_same_bytes(corpus: Path) -> None:
+def test_a_killed_run_takes_its_workers_along_and_resumes_to_the_same_bytes(corpus: Path) -> None:
     with (corpus / "2.jsonl").open("w") as file:
         file.writelines(f'{{"a": "{k % 5000} 1", "b": "{k % 7}"}}\n' for k in range(300_000))
     note = corpus.parent / "out" / "data.preprocessing" / "note.json"
