@@ -40,7 +40,7 @@ Giving one is an error that names the flag to use.
 REFUSALS = """
 ## Flags of Megatron that are refused
 
-They would change the result, and cannot be honoured.
+They would change the result, and cannot be honored.
 
 | flag | why | in its place |
 |---|---|---|

@@ -61,42 +61,19 @@ def pretrain(
 
     `ledger` gets the engine and the stream, whose memory it reports.
     """
-    world_size = context.parallel_state.world_size
+    watchdog, world_size = context.watchdog, context.parallel_state.world_size
     for note in (*config.notes, *default_batch_notes(config, world_size)):
         context.log.info("note: %s", note)
-    watchdog = context.watchdog
-    with watchdog.working("choosing a checkpoint"):
-        checkpoint = choose_checkpoint(config.checkpoint, context)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
-    elif config.checkpoint.load is not None:
-        context.log.info("%s holds no checkpoint yet: a new run starts", config.checkpoint.load)
+    checkpoint = _checkpoint_to_load(config, context, padded_vocab_size)
     state = starting_state(checkpoint, config, context)
-    lengths = Lengths.of(config, world_size, state)
-    context.log.info("training to iteration %d: %s", lengths.iterations, lengths.left(state))
-    with watchdog.working("building the data index"):
-        datasets = provide_datasets(lengths.num_samples(config, state))
-    wanted = parse_split(config.data.split)[1:]
-    for part, share, data in zip(("validation", "test"), wanted, datasets[1:], strict=True):
-        if data is None and share and config.training.eval_iters:
-            context.log.warning("there are no %s data: --split or --data-path leaves none, so none are evaluated", part)
+    datasets = _build_datasets(config, context, state, provide_datasets)
     progress = WatchedProgress(
         build_progress(
             config.logging.progress, context.parallel_state.rank, sys.stdout, config.logging.heartbeat_seconds
         ),
         watchdog,
     )
-    with watchdog.working("building the model"):
-        engine = Engine(
-            lambda: provide_model(lambda phase, layer, chunk, _: progress.advance(phase, layer, chunk)),
-            leaf_modules,
-            lambda model: parameter_groups(model, config.optimizer.weight_decay),
-            config.optimizer,
-            deepspeed_config(config, context.parallel_state.world_size),
-            context.dtype,
-            context.device,
-            context.parallel_state.world_size,
-        )
+    engine = _build_engine(config, context, leaf_modules, provide_model, progress)
     execution: Any = engine.module.execution
     stream: Stream = execution.stream
     stream.whole_parameters = engine.whole_parameters
@@ -128,6 +105,54 @@ def pretrain(
         run.run()
     finally:
         writer.close()
+
+
+def _checkpoint_to_load(config: Config, context: Context, padded_vocab_size: int) -> Path | None:
+    """Choose the checkpoint, and check that it fits; None for a new run. Collective over all ranks."""
+    with context.watchdog.working("choosing a checkpoint"):
+        checkpoint = choose_checkpoint(config.checkpoint, context)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, config, context.parallel_state.world_size, padded_vocab_size)
+    elif config.checkpoint.load is not None:
+        context.log.info("%s holds no checkpoint yet: a new run starts", config.checkpoint.load)
+    return checkpoint
+
+
+def _build_datasets(
+    config: Config, context: Context, state: TrainState, provide_datasets: DatasetsProvider
+) -> Datasets:
+    """Build what the rest of the training reads, and warn of parts without data. Collective over all ranks."""
+    lengths = Lengths.of(config, context.parallel_state.world_size, state)
+    context.log.info("training to iteration %d: %s", lengths.iterations, lengths.left(state))
+    with context.watchdog.working("building the data index"):
+        datasets = provide_datasets(lengths.num_samples(config, state))
+    wanted = parse_split(config.data.split)[1:]
+    for part, share, data in zip(("validation", "test"), wanted, datasets[1:], strict=True):
+        if data is None and share and config.training.eval_iters:
+            context.log.warning("there are no %s data: --split or --data-path leaves none, so none are evaluated", part)
+    return datasets
+
+
+def _build_engine(
+    config: Config,
+    context: Context,
+    leaf_modules: Sequence[type[nn.Module]],
+    provide_model: ModelProvider,
+    progress: StepProgress,
+) -> Engine:
+    """Build the model and its optimizer. Collective over all ranks."""
+    world_size = context.parallel_state.world_size
+    with context.watchdog.working("building the model"):
+        return Engine(
+            lambda: provide_model(lambda phase, layer, chunk, _: progress.advance(phase, layer, chunk)),
+            leaf_modules,
+            lambda model: parameter_groups(model, config.optimizer.weight_decay),
+            config.optimizer,
+            deepspeed_config(config, world_size),
+            context.dtype,
+            context.device,
+            world_size,
+        )
 
 
 class Training:

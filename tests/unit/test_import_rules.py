@@ -145,6 +145,12 @@ def test_files_stay_within_400_lines(file):
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
 
 
+@pytest.mark.parametrize("file", FILES, ids=file_name)
+def test_functions_stay_within_60_lines(file):
+    functions = [node for node in ast.walk(parsed(file)) if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if node.end_lineno - node.lineno >= 60] == []
+
+
 def test_the_rules_have_no_cycles():
     order: list[str] = []
     while len(order) < len(RULES):

@@ -1,4 +1,4 @@
-"""The launch scripts take the variables of Megatron-DeepSpeed's scripts, and refuse what cannot be honoured."""
+"""The launch scripts take the variables of Megatron-DeepSpeed's scripts, and refuse what cannot be honored."""
 
 import subprocess
 from pathlib import Path

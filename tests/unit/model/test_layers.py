@@ -14,7 +14,7 @@ def initializer(dtype=torch.float64):
 
 @pytest.mark.parametrize("normalization", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("epsilon", [1e-5, 0.1, 3.0])
-def test_a_norm_honours_its_epsilon(normalization, epsilon):
+def test_a_norm_honors_its_epsilon(normalization, epsilon):
     config = small_config(normalization=normalization, layernorm_epsilon=epsilon)
     x = torch.randn(5, 2, config.hidden_size, dtype=torch.float64)
     centred = x - x.mean(-1, keepdim=True) if normalization == "layernorm" else x
