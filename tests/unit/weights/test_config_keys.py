@@ -16,7 +16,7 @@ from tests.unit.weights.small_families import VOCAB, load_here, our_logits, read
 LENGTH = 37
 REQUIRED = ("--seq-length", "37", "--lr", "1e-4", "--train-iters", "1", "--data-path", "x", "--vocab-size", "61",
             "--tokenizer-type", "NullTokenizer")  # fmt: skip
-TOLERANCE = 2e-6  # both in fp64; transformers reckons the angles in fp32
+TOLERANCE = 2e-6  # both in fp64; transformers computes the angles in fp32
 
 
 def old_rope(theta=500.0, **scaling):
