@@ -9,17 +9,19 @@
     x, o, lse, dy[i-1] dq, dkv from tile (i, i-1): dq[i] now final    heads -> tokens
                        dx, dW += vjp of q, kv at x[i]                                       dx[i]
 
-The layer runs slice by slice, twice. The first run takes the saved attention output and gives the gradients of y. The
-second run stops at the attention call and gives q and kv; its graph is held until the tiles are done. One run could
-serve both, but then the graphs of the first slices would use device memory during the MLP of the last slice. Only
-element-wise work runs twice: products whose values nobody reads are skipped. Products whose outputs were saved are
-replayed.
+The layer runs slice by slice. A run that takes the saved attention output gives the gradients of y; a run up to the
+attention call gives q and kv, and its graph is held until the tiles are done. One run serves both for the last slice of
+a chunk, which is often the only one. For the other slices it would hold their graphs in device memory during the MLP of
+the last, so they run twice. Only their element-wise work is repeated: products whose values nobody reads are skipped.
+Products whose outputs were saved are replayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -37,13 +39,30 @@ from megatron.fpdt.streamed_layer import SliceKey, StreamedLayer, joined, random
 from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
 from megatron.ops.linear import LinearTape
 
+# Takes a slice's x, with which its graph begins, and its attention call.
+Project = Callable[[Tensor, AttentionCall], None]
 
-@dataclass
-class _Projection:
-    """The autograd graph of a slice's q and kv, without the two tensors."""
 
-    x: Tensor  # the graph's leaf
-    edges: tuple[GradientEdge, GradientEdge]
+class _Projections:
+    """q and kv of a chunk, filled slice by slice, and the autograd graph of each slice from x to q and kv."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.graphs: list[tuple[slice, Tensor, tuple[GradientEdge, GradientEdge]]] = []
+        self.scale = 0.0
+        self._num_tokens = num_tokens
+        self._chunks: list[Tensor | None] = [None, None]
+
+    def add(self, s: slice, x: Tensor, call: AttentionCall) -> None:
+        """Add the attention call of a slice, whose graph begins at x."""
+        q, kv, self.scale = call
+        self.graphs.append((s, x, (get_gradient_edge(q), get_gradient_edge(kv))))
+        parts = zip(self._chunks, (q.detach(), kv.detach()), strict=True)
+        self._chunks = [_filled(chunk, part, s, self._num_tokens) for chunk, part in parts]
+
+    def take(self) -> list[Tensor]:
+        """Return q and kv of the whole chunk, and hold them no longer."""
+        chunks, self._chunks = self._chunks, []
+        return [chunk for chunk in chunks if chunk is not None]
 
 
 @dataclass
@@ -51,9 +70,8 @@ class _StartedRow:
     """A query chunk whose all-to-all from tokens to heads has started."""
 
     dx: Tensor  # without the contribution through attention
-    projections: list[_Projection]
+    projections: _Projections
     lse: Tensor
-    scale: float
     exchange: Exchange
 
 
@@ -81,9 +99,7 @@ class BackwardPass:
         tiles = (tile for row in rows for tile in row if not tile.is_diagonal)
         tile_inputs = (backward_tile_inputs(tile, kv, dkv) for tile in tiles)
         self._tile_ahead = store.prefetch(tile_inputs, ahead=False)
-        before = {i: [product for products in saved.products_before[i] for product in products] for i in chunks}
-        groups = (group for i in chunks for group in (*saved.products_after[i][1:], before[i]))
-        self._products_ahead = store.prefetch(groups, ahead=False)
+        self._products_ahead = store.prefetch(_product_groups(saved, chunks), ahead=False)
 
     def run(self) -> tuple[Tensor, list[Tensor | None]]:
         """Return the gradients of the block's input, on the tier, and of the parameters."""
@@ -107,38 +123,46 @@ class BackwardPass:
         if self._stream.starts_rows_early and chunk == len(self._saved.o_cBHD) - 1:
             self._row_ahead.start()  # the second row starts next, with no attention in between to overlap with
         self._products_ahead.start()
-        dx, do = self._output_gradients(chunk, x, positions, o, dy)
-        del dy
-        self._stream.note("backward", ATTENTION_OUTPUT, self._layer.layer_number, chunk, do)
-        (q, kv, scale), projections = self._projections(chunk, x, positions)
-        exchange = self._stream.start_tokens_to_heads([q, kv, o, do], (*QUERIES_KEYS_VALUES, 1, 1))
-        return _StartedRow(dx, projections, lse, scale, exchange)
-
-    def _output_gradients(
-        self, chunk: int, x: Tensor, positions: Tensor, o: Tensor, dy: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return (dx, do) of the chunk, without the gradient that reaches x through attention."""
-        dx, do = torch.empty_like(x), torch.empty_like(o)
-        for number, s in self._stream.numbered_slices(x):
+        dx, do, projections = torch.empty_like(x), torch.empty_like(o), _Projections(len(x))
+        *slices, (last, at) = self._stream.numbered_slices(x)
+        for number, s in slices:
             products: list[Tensor] = []
             if number:
                 products = [*next(self._products_ahead)]
                 self._products_ahead.start()
-            dx[s], do[s] = self._slice_gradients((chunk, number), x[s], positions[:, s], o[s], dy[s], products)
-        return dx, do
+            inputs = x[s], positions[:, s], o[s], dy[s]
+            dx[s], do[s] = self._output_gradients((chunk, number), inputs, products)
+        products = [*next(self._products_ahead)]
+        inputs = x[at], positions[:, at], o[at], dy[at]
+        dx[at], do[at] = self._output_gradients((chunk, last), inputs, products, partial(projections.add, at))
+        del dy, inputs
+        for number, s in slices:
+            self._project((chunk, number), x[s], positions[:, s], products, partial(projections.add, s))
+        self._stream.note("backward", ATTENTION_OUTPUT, self._layer.layer_number, chunk, do)
+        sent = [*projections.take(), o, do]
+        return _StartedRow(dx, projections, lse, self._stream.start_tokens_to_heads(sent, (*QUERIES_KEYS_VALUES, 1, 1)))
 
-    def _slice_gradients(
-        self, key: SliceKey, x: Tensor, positions: Tensor, o: Tensor, dy: Tensor, products: list[Tensor]
+    def _output_gradients(
+        self, key: SliceKey, inputs: tuple[Tensor, ...], products: list[Tensor], project: Project | None = None
     ) -> tuple[Tensor, Tensor]:
-        trace, states = self._saved.trace, self._saved.random_states
-        x, o = (t.detach().requires_grad_() for t in (x, o))
-        numbers = trace.saved_after(self._stream.recompute, is_first_slice=key[1] == 0)
-        replayed = dict(zip(numbers, products, strict=True))
-        products.clear()
-        tape = LinearTape(replayed=replayed, skipped=trace.skipped, sums=self._gradients)
+        """Return (dx, do) of a slice, without the gradient that reaches x through attention.
+
+        The saved outputs in `products` that the run replays are taken. With `project`, the run also gives q and kv.
+        """
+        trace, states, recompute = self._saved.trace, self._saved.random_states, self._stream.recompute
+        numbers = trace.saved_after(recompute, is_first_slice=key[1] == 0)
+        if project is not None:
+            numbers += trace.saved_before(recompute)
+        replayed = {number: products.pop(0) for number in numbers}
+        skipped = trace.skipped if project is None else trace.skipped_after
+        tape = LinearTape(replayed=replayed, skipped=skipped, sums=self._gradients)
         del replayed
+        x, positions, o, dy = inputs
+        x, o = (t.detach().requires_grad_() for t in (x, o))
 
         def attend(call: AttentionCall) -> Tensor:
+            if project is not None:
+                project(x, call._replace(kv_cBKD=self._layer.repeated_heads(call.kv_cBKD)))
             states.continue_with(random_key(key, "after"))
             return o
 
@@ -146,28 +170,21 @@ class BackwardPass:
             y = self._layer.run(x, positions, tape, attend)
         y_edge = get_gradient_edge(y)
         del y
-        dx, do, *dparameters = torch.autograd.grad(y_edge, [x, o, *self._gradients.parameters], dy, allow_unused=True)
+        shares = project is not None and trace.shares_nodes
+        dx, do, *dparameters = torch.autograd.grad(
+            y_edge, [x, o, *self._gradients.parameters], dy, retain_graph=shares, allow_unused=True
+        )
         self._gradients.add(dparameters)
         return torch.zeros_like(x) if dx is None else dx, torch.zeros_like(o) if do is None else do
 
-    def _projections(self, chunk: int, x: Tensor, positions: Tensor) -> tuple[AttentionCall, list[_Projection]]:
-        """Recompute the attention call of the chunk: its q and kv, and for each slice their graph."""
-        numbers, products = self._saved.trace.saved_before(self._stream.recompute), [*next(self._products_ahead)]
-        projected: list[Tensor | None] = [None, None]
-        projections = []
-        for number, s in self._stream.numbered_slices(x):
-            leaf = x[s].detach().requires_grad_()
-            replayed = {each: products.pop(0) for each in numbers}
-            tape = LinearTape(replayed=replayed, sums=self._gradients)
-            del replayed
-            with torch.enable_grad(), self._saved.random_states.replay(random_key((chunk, number), "before")):
-                q, kv, scale = self._layer.attention_call(leaf, positions[:, s], tape)
-            projections.append(_Projection(leaf, (get_gradient_edge(q), get_gradient_edge(kv))))
-            parts = zip(projected, (q.detach(), kv.detach()), strict=True)
-            projected = [_filled(chunk_of, part, s, len(x)) for chunk_of, part in parts]
-            del q, kv, parts
-        q, kv = (t for t in projected if t is not None)
-        return AttentionCall(q, kv, scale), projections
+    def _project(self, key: SliceKey, x: Tensor, positions: Tensor, products: list[Tensor], project: Project) -> None:
+        """Run a slice up to its attention call, again, for q and kv and their graph."""
+        replayed = {number: products.pop(0) for number in self._saved.trace.saved_before(self._stream.recompute)}
+        tape = LinearTape(replayed=replayed, sums=self._gradients)
+        del replayed
+        x = x.detach().requires_grad_()
+        with torch.enable_grad(), self._saved.random_states.replay(random_key(key, "before")):
+            project(x, self._layer.attention_call(x, positions, tape))
 
     def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
         """Return the gradient of the block's input for one query chunk; add the parameters' gradients to their sums."""
@@ -179,8 +196,8 @@ class BackwardPass:
         del kv, started.exchange  # only `own` references kv now, until the first tile takes it
         with named_range(ATTENTION):
             dq, dkv_row, dkv_before = attend_backward(
-                stream.attention, started.scale, row, queries, own, self._store, self._row_ahead, self._tile_ahead,
-                self._dkv,
+                stream.attention, started.projections.scale, row, queries, own, self._store, self._row_ahead,
+                self._tile_ahead, self._dkv,
             )  # fmt: skip
         for what, value in zip(PROJECTED, (dq, dkv_row), strict=True):
             stream.note("backward", what, layer_number, chunk, value)
@@ -193,14 +210,13 @@ class BackwardPass:
 
     def _add_input_gradients(self, started: _StartedRow, dq: Tensor, dkv: Tensor) -> None:
         """Backpropagate through the projections of each slice."""
-        parts = (t.split(self._stream.slice_length) for t in (started.dx, dq, dkv))
-        for projection, dx, *dprojected in zip(started.projections, *parts, strict=True):
+        for s, x, edges in started.projections.graphs:
             dx_before, *dparameters = torch.autograd.grad(
-                projection.edges, [projection.x, *self._gradients.parameters], dprojected, allow_unused=True
+                edges, [x, *self._gradients.parameters], [dq[s], dkv[s]], allow_unused=True
             )
             self._gradients.add(dparameters)
             if dx_before is not None:
-                dx.add_(dx_before)
+                started.dx[s].add_(dx_before)
 
     def _recomputed_keys_and_values(self, dtype: torch.dtype) -> Sequence[Tensor]:
         """Recompute kv of all chunks that tiles load, from the block's inputs. Collective as the block is.
@@ -222,6 +238,15 @@ class BackwardPass:
             slices = [(x[s], positions[:, s]) for _, s in self._stream.numbered_slices(x)]
             kv = joined([self._layer.attention_call(*each, LinearTape()).kv_cBKD for each in slices])
             yield self._stream.start_tokens_to_heads([kv], QUERIES_KEYS_VALUES[1:])
+
+
+def _product_groups(saved: Saved, chunks: Sequence[int]) -> Iterator[Sequence[Tensor]]:
+    """Yield the saved outputs of products in the groups that `_start_row` takes."""
+    for i in chunks:
+        *after, last_after = saved.products_after[i]
+        *before, last_before = saved.products_before[i]
+        yield from after[1:]
+        yield [*last_after, *last_before, *chain.from_iterable(before)]
 
 
 def _filled(chunk: Tensor | None, part: Tensor, s: slice, num_tokens: int) -> Tensor:

@@ -43,8 +43,16 @@ class LayerTrace:
     needed_after: tuple[int, ...]
     """Products after the attention call whose outputs the gradients of y read."""
 
-    skipped: frozenset[int]
-    """Products whose outputs the gradients of y do not read, if the attention output is known."""
+    skipped_after: frozenset[int]
+    """Products after the attention call whose outputs the gradients of y do not read."""
+
+    shares_nodes: bool
+    """Whether the graph of y has nodes in common with that of the attention call's arguments."""
+
+    @property
+    def skipped(self) -> frozenset[int]:
+        """Products whose outputs the gradients of y do not read, if the attention output is known."""
+        return self.before_attention_alone | self.skipped_after
 
     def saved_before(self, recompute: Recompute) -> tuple[int, ...]:
         """Return the products before the attention call whose outputs the forward pass saves on the tier."""
@@ -82,7 +90,9 @@ def trace_layer(forward: Callable[..., Tensor], x_cBh: Tensor, *args: Any) -> La
     # A product without a node is read by something that autograd does not see.
     alone = frozenset(number for number in before if (node := tape.nodes[number]) is not None and node not in graph)
     needed_after = tuple(number for number in after if (node := tape.nodes[number]) is None or node in needed)
-    return LayerTrace(tuple(before), alone, needed_after, alone | (frozenset(after) - frozenset(needed_after)))
+    arguments = {node for t in calls[0][:2] if t.grad_fn is not None for node in _in_order(t.grad_fn)}
+    shares_nodes = any(node in graph and node.next_functions for node in arguments)
+    return LayerTrace(tuple(before), alone, needed_after, frozenset(after) - frozenset(needed_after), shares_nodes)
 
 
 class _TracingTape(LinearTape):
