@@ -9,11 +9,11 @@
     x, o, lse, dy[i-1] dq, dkv from tile (i, i-1): dq[i] now final    heads -> tokens
                        dx, dW += vjp of q, kv at x[i]                                       dx[i]
 
-The layer runs slice by slice. A run that takes the saved attention output gives the gradients of y; a run up to the
-attention call gives q and kv, and its graph is held until the tiles are done. One run serves both for the last slice of
-a chunk, which is often the only one. For the other slices it would hold their graphs in device memory during the MLP of
-the last, so they run twice. Only their element-wise work is repeated: products whose values nobody reads are skipped.
-Products whose outputs were saved are replayed.
+The layer runs slice by slice, twice. The first run takes the saved attention output and gives the gradients of y. The
+second run stops at the attention call and gives q and kv; its graph is held until the tiles are done. One run serves
+both if the chunk is one slice; else the graphs of the first slices would use device memory during the MLP of the last.
+Only element-wise work runs twice: products whose values nobody reads are skipped. Products whose outputs were saved are
+replayed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -99,7 +98,9 @@ class BackwardPass:
         tiles = (tile for row in rows for tile in row if not tile.is_diagonal)
         tile_inputs = (backward_tile_inputs(tile, kv, dkv) for tile in tiles)
         self._tile_ahead = store.prefetch(tile_inputs, ahead=False)
-        self._products_ahead = store.prefetch(_product_groups(saved, chunks), ahead=False)
+        before = {i: [product for products in saved.products_before[i] for product in products] for i in chunks}
+        groups = (group for i in chunks for group in (*saved.products_after[i][1:], before[i]))
+        self._products_ahead = store.prefetch(groups, ahead=False)
 
     def run(self) -> tuple[Tensor, list[Tensor | None]]:
         """Return the gradients of the block's input, on the tier, and of the parameters."""
@@ -124,20 +125,22 @@ class BackwardPass:
             self._row_ahead.start()  # the second row starts next, with no attention in between to overlap with
         self._products_ahead.start()
         dx, do, projections = torch.empty_like(x), torch.empty_like(o), _Projections(len(x))
-        *slices, (last, at) = self._stream.numbered_slices(x)
+        slices = [*self._stream.numbered_slices(x)]
         for number, s in slices:
             products: list[Tensor] = []
             if number:
                 products = [*next(self._products_ahead)]
                 self._products_ahead.start()
+            elif len(slices) == 1:
+                products = [*next(self._products_ahead)]
+            project = partial(projections.add, s) if len(slices) == 1 else None
             inputs = x[s], positions[:, s], o[s], dy[s]
-            dx[s], do[s] = self._output_gradients((chunk, number), inputs, products)
-        products = [*next(self._products_ahead)]
-        inputs = x[at], positions[:, at], o[at], dy[at]
-        dx[at], do[at] = self._output_gradients((chunk, last), inputs, products, partial(projections.add, at))
+            dx[s], do[s] = self._output_gradients((chunk, number), inputs, products, project)
         del dy, inputs
-        for number, s in slices:
-            self._project((chunk, number), x[s], positions[:, s], products, partial(projections.add, s))
+        if len(slices) > 1:
+            products = [*next(self._products_ahead)]
+            for number, s in slices:
+                self._project((chunk, number), x[s], positions[:, s], products, partial(projections.add, s))
         self._stream.note("backward", ATTENTION_OUTPUT, self._layer.layer_number, chunk, do)
         sent = [*projections.take(), o, do]
         return _StartedRow(dx, projections, lse, self._stream.start_tokens_to_heads(sent, (*QUERIES_KEYS_VALUES, 1, 1)))
@@ -147,7 +150,7 @@ class BackwardPass:
     ) -> tuple[Tensor, Tensor]:
         """Return (dx, do) of a slice, without the gradient that reaches x through attention.
 
-        The saved outputs in `products` that the run replays are taken. With `project`, the run also gives q and kv.
+        The run replays and releases `products`. With `project`, it also gives q and kv.
         """
         trace, states, recompute = self._saved.trace, self._saved.random_states, self._stream.recompute
         numbers = trace.saved_after(recompute, is_first_slice=key[1] == 0)
@@ -238,15 +241,6 @@ class BackwardPass:
             slices = [(x[s], positions[:, s]) for _, s in self._stream.numbered_slices(x)]
             kv = joined([self._layer.attention_call(*each, LinearTape()).kv_cBKD for each in slices])
             yield self._stream.start_tokens_to_heads([kv], QUERIES_KEYS_VALUES[1:])
-
-
-def _product_groups(saved: Saved, chunks: Sequence[int]) -> Iterator[Sequence[Tensor]]:
-    """Yield the saved outputs of products in the groups that `_start_row` takes."""
-    for i in chunks:
-        *after, last_after = saved.products_after[i]
-        *before, last_before = saved.products_before[i]
-        yield from after[1:]
-        yield [*last_after, *last_before, *chain.from_iterable(before)]
 
 
 def _filled(chunk: Tensor | None, part: Tensor, s: slice, num_tokens: int) -> Tensor:
