@@ -5,6 +5,8 @@ S tokens, B batch, h hidden size, H query heads, K key/value heads, D head size,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
+from megatron.config.model import Activation
 from megatron.core.documents import Documents
 from megatron.model.initialization import Initializer
 from megatron.model.rotary import build_rotary
@@ -116,19 +119,22 @@ class SelfAttention(nn.Module):
         return split_and_rotate(qkv, cos, sin)
 
 
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "swiglu": swiglu,
+}
+
+
 class MLP(nn.Module):
-    """MLP with GELU, exact or tanh, or SwiGLU: down(silu(gate) * up), gate and up stacked in `dense_h_to_4h`."""
+    """Two linear layers with an activation between them; a gated one has gate and up stacked in `dense_h_to_4h`."""
 
     def __init__(self, config: ModelConfig, initializer: Initializer) -> None:
         super().__init__()
-        self.swiglu = config.swiglu
-        self.gelu_approximation = "tanh" if config.openai_gelu else "none"
+        self.activation = ACTIVATIONS[config.activation]
         width, bias = config.ffn_hidden_size, not config.disable_bias_linear
-        self.dense_h_to_4h = Linear(config.hidden_size, width * (2 if self.swiglu else 1), initializer, bias)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.mlp_outputs, initializer, bias)
         self.dense_4h_to_h = Linear(width, config.hidden_size, initializer, bias, into_residual=True)
 
     def forward(self, x_SBh: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self._activate(self.dense_h_to_4h(x_SBh)))
-
-    def _activate(self, hidden_SBf: Tensor) -> Tensor:
-        return swiglu(hidden_SBf) if self.swiglu else F.gelu(hidden_SBf, approximate=self.gelu_approximation)
+        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x_SBh)))

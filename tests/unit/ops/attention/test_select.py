@@ -3,7 +3,7 @@ from typing import get_args
 import pytest
 import torch
 
-from megatron.config.model import AttentionBackend
+from megatron.config.model import AttentionBackendName
 from megatron.ops.attention import BACKENDS, AttentionUnavailable, choose_backend, choose_backend_for_few_queries
 from megatron.ops.attention.select import FAMILIES
 
@@ -83,7 +83,7 @@ def test_the_order_of_auto():
 
 
 def test_every_backend_and_family_has_its_choice_on_the_command_line():
-    assert set(get_args(AttentionBackend)) == {*FAMILIES, *(backend.name for backend in BACKENDS)}
+    assert set(get_args(AttentionBackendName)) == {*FAMILIES, *(backend.name for backend in BACKENDS)}
 
 
 @pytest.mark.parametrize("installed, expected", [(["2.6.3"], "flash-attn-2"), ([], "torch-flash")])
