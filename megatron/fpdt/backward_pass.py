@@ -27,13 +27,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
-from megatron.fpdt.attention_tiles import attend_backward, backward_tile_inputs
+from megatron.fpdt.attention_tiles import BackwardTiles, QueryChunk, TileRow
 from megatron.fpdt.plan import Tile
 from megatron.fpdt.saved import Saved
 from megatron.fpdt.seam import AttentionCall
 from megatron.fpdt.store import Prefetch
 from megatron.fpdt.stream import ATTENTION_OUTPUT, INPUT, PROJECTED
 from megatron.fpdt.streamed_layer import SliceKey, StreamedLayer, joined, random_key
+from megatron.ops.attention import AttentionOutput, AttentionVariant
 from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
 from megatron.ops.linear import LinearTape
 
@@ -53,7 +54,7 @@ class _StartedRow:
     dx: Tensor  # without the contribution through attention
     projections: list[_Projection]
     lse: Tensor
-    scale: float
+    variant: AttentionVariant
     exchange: Exchange
 
 
@@ -74,13 +75,10 @@ class BackwardPass:
         rows = saved.plan.backward_rows()
         chunks = [row[0].query for row in rows]
         # The generators reference no `self`: a cycle would hold chunks until garbage is collected.
-        kv, dkv = self._kv, self._dkv
         per_row = (self._xs, self._positions, saved.o_cBHD, saved.lse_BHC, dys)
         row_inputs = ([t[i] for t in per_row] for i in chunks)
         self._row_ahead = store.prefetch(row_inputs, ahead=False)
-        tiles = (tile for row in rows for tile in row if not tile.is_diagonal)
-        tile_inputs = (backward_tile_inputs(tile, kv, dkv) for tile in tiles)
-        self._tile_ahead = store.prefetch(tile_inputs, ahead=False)
+        self._tiles = BackwardTiles(store, saved.plan, self._kv, self._dkv)
         before = {i: [product for products in saved.products_before[i] for product in products] for i in chunks}
         groups = (group for i in chunks for group in (*saved.products_after[i][1:], before[i]))
         self._products_ahead = store.prefetch(groups, ahead=False)
@@ -110,9 +108,9 @@ class BackwardPass:
         dx, do = self._output_gradients(chunk, x, positions, o, dy)
         del dy
         self._stream.note("backward", ATTENTION_OUTPUT, self._layer.layer_number, chunk, do)
-        (q, kv, scale), projections = self._projections(chunk, x, positions)
+        (q, kv, variant), projections = self._projections(chunk, x, positions)
         exchange = self._stream.start_tokens_to_heads([q, kv, o, do], (*QUERIES_KEYS_VALUES, 1, 1))
-        return _StartedRow(dx, projections, lse, scale, exchange)
+        return _StartedRow(dx, projections, lse, variant, exchange)
 
     def _output_gradients(
         self, chunk: int, x: Tensor, positions: Tensor, o: Tensor, dy: Tensor
@@ -161,27 +159,25 @@ class BackwardPass:
             tape = LinearTape(replayed=replayed, sums=self._gradients)
             del replayed
             with torch.enable_grad(), self._saved.random_states.replay(random_key((chunk, number), "before")):
-                q, kv, scale = self._layer.attention_call(leaf, positions[:, s], tape)
+                q, kv, variant = self._layer.attention_call(leaf, positions[:, s], tape)
             projections.append(_Projection(leaf, (get_gradient_edge(q), get_gradient_edge(kv))))
             parts = zip(projected, (q.detach(), kv.detach()), strict=True)
             projected = [_filled(chunk_of, part, s, len(x)) for chunk_of, part in parts]
             del q, kv, parts
         q, kv = (t for t in projected if t is not None)
-        return AttentionCall(q, kv, scale), projections
+        return AttentionCall(q, kv, variant), projections
 
     def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
         """Return the gradient of the block's input for one query chunk; add the parameters' gradients to their sums."""
         stream, layer_number, chunk = self._stream, self._layer.layer_number, row[0].query
         self._store.release_sent()  # the previous row's dx, copied out by now
         q, kv, o, do = started.exchange()
-        queries, own = (q, o, do, started.lse), [kv, *self._own_dkv]
+        queries, own = QueryChunk(q, AttentionOutput(o, started.lse), do), [kv, *self._own_dkv]
         self._own_dkv.clear()
         del kv, started.exchange  # only `own` references kv now, until the first tile takes it
         with named_range(ATTENTION):
-            dq, dkv_row, dkv_before = attend_backward(
-                stream.attention, started.scale, row, queries, own, self._store, self._row_ahead, self._tile_ahead,
-                self._dkv,
-            )  # fmt: skip
+            tiles = TileRow(stream.attention, started.variant, row)
+            dq, dkv_row, dkv_before = self._tiles.attend(tiles, queries, own, self._row_ahead)
         for what, value in zip(PROJECTED, (dq, dkv_row), strict=True):
             stream.note("backward", what, layer_number, chunk, value)
         self._own_dkv.extend([] if dkv_before is None else [dkv_before])
