@@ -39,7 +39,7 @@ from benchmarks.common import (
     thousands,
     token_axis,
 )
-from megatron.ops.attention import BACKENDS, AttentionBackend
+from megatron.ops.attention import BACKENDS, QKV, AttentionBackend, AttentionRequest, AttentionVariant
 
 NAME = "attention_tiles"
 BACKWARD_PRODUCTS = 2.5
@@ -88,12 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serving_backends(arguments: argparse.Namespace, device: torch.device) -> list[AttentionBackend]:
     """Return the available backends that the flags ask for; print why the others are not available."""
     serving = []
+    size = arguments.head_size
+    request = AttentionRequest(device, compute_dtype(device), size, AttentionVariant(size**-0.5))
     for backend in BACKENDS:
         if backend.name not in (arguments.backends or [backend.name]):
             continue
         if arguments.backends is None and backend.name == "reference":
             continue
-        refusal = backend.refusal(device, compute_dtype(device), arguments.head_size)
+        refusal = backend.refusal(request)
         if refusal:
             print(f"{backend.name:<12}  not measured: {refusal}")
         else:
@@ -120,11 +122,11 @@ def measure(backend: AttentionBackend, tile: int, causal: bool, arguments: argpa
         return torch.randn(tile, 1, heads, head_size, device=device, dtype=compute_dtype(device))
 
     q, do = random(arguments.heads), random(arguments.heads)
-    k, v = random(arguments.key_value_heads), random(arguments.key_value_heads)
-    scale = head_size**-0.5
-    o, lse = backend.forward(q, k, v, causal, scale)
-    forward = kernel_seconds(lambda: backend.forward(q, k, v, causal, scale), device, arguments.repeats)
-    backward = kernel_seconds(lambda: backend.backward(do, q, k, v, o, lse, causal, scale), device, arguments.repeats)
+    qkv = QKV(q, random(arguments.key_value_heads), random(arguments.key_value_heads))
+    variant = AttentionVariant(head_size**-0.5, causal)
+    output = backend.forward(qkv, variant)
+    forward = kernel_seconds(lambda: backend.forward(qkv, variant), device, arguments.repeats)
+    backward = kernel_seconds(lambda: backend.backward(do, qkv, output, variant), device, arguments.repeats)
     flops = forward_flops(tile, arguments.heads, head_size, causal)
     return rates(flops, forward, backward, report.matmul)
 

@@ -51,8 +51,9 @@ from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.memory_model import StreamShape, choose_saved_activations
 from megatron.fpdt.store import ChunkStore
 from megatron.model.builder import Execution, build_model
+from megatron.model.layers import attention_request
 from megatron.monitoring.kernel_times import kernels_of, seconds_by_kind, seconds_by_name
-from megatron.ops.attention import choose_backend
+from megatron.ops.attention import QKV, AttentionOutput, choose_backend
 from megatron.planner.flops import model_flops
 
 NO_VOCABULARY = 0
@@ -177,17 +178,17 @@ class Ceiling:
     """The attention kernel and the matmuls alone, on tensors that exist already."""
 
     def __init__(self, geometry: Geometry, length: int, backend: str, device: torch.device) -> None:
-        g, dtype = geometry, compute_dtype(device)
+        g, config, dtype = geometry, geometry.model_config(length), compute_dtype(device)
         random = partial(torch.randn, device=device, dtype=dtype)
-        self._attention = choose_backend(backend, device, dtype, g.kv_channels)
-        self._scale = g.kv_channels**-0.5
+        request = attention_request(config, device, dtype)
+        self._attention, self._variant = choose_backend(backend, request), request.variant
         q_width, kv_width = g.num_attention_heads * g.kv_channels, g.num_key_value_heads * g.kv_channels
-        self._q, self._do = (random(length, 1, g.num_attention_heads, g.kv_channels) for _ in range(2))
-        self._k, self._v = (random(length, 1, g.num_key_value_heads, g.kv_channels) for _ in range(2))
+        q, self._do = (random(length, 1, g.num_attention_heads, g.kv_channels) for _ in range(2))
+        self._qkv = QKV(q, *(random(length, 1, g.num_key_value_heads, g.kv_channels) for _ in range(2)))
         shapes = [  # of the weights, [outputs, inputs]
             (q_width + 2 * kv_width, g.hidden_size),
             (g.hidden_size, q_width),
-            (2 * g.ffn_hidden_size, g.hidden_size),
+            (config.mlp_outputs, g.hidden_size),
             (g.hidden_size, g.ffn_hidden_size),
         ]
         tokens = min(length, GEMM_TOKENS)
@@ -197,20 +198,20 @@ class Ceiling:
         self.num_blocks = 1
         self.weight_bytes = sum(w.nbytes for w in self._weights)
         self.gradient_bytes = 0  # allocated and released matmul by matmul
-        self.model_flops = model_flops(g.model_config(length), NO_VOCABULARY, length)
+        self.model_flops = model_flops(config, NO_VOCABULARY, length)
 
     def prepare(self) -> None:
-        self._saved: tuple[Tensor, Tensor] | None = None
+        self._saved: AttentionOutput | None = None
 
     def forward(self) -> None:
-        self._saved = self._attention.forward(self._q, self._k, self._v, True, self._scale)
+        self._saved = self._attention.forward(self._qkv, self._variant)
         for n in self._slices:
             for w, x, _ in self._products:
                 torch.mm(x[:n], w.T)
 
     def backward(self) -> None:
         assert self._saved is not None, "forward() comes first"
-        self._attention.backward(self._do, self._q, self._k, self._v, *self._saved, True, self._scale)
+        self._attention.backward(self._do, self._qkv, self._saved, self._variant)
         for n in self._slices:
             for w, x, dy in self._products:
                 torch.mm(dy[:n], w)

@@ -22,7 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.block import NO_VOCABULARY, GraphContestant, random_
 from benchmarks.common import Geometry, compute_dtype
-from megatron.ops.attention import AttentionBackend, choose_backend
+from megatron.ops.attention import (
+    QKV,
+    AttentionBackend,
+    AttentionOutput,
+    AttentionRequest,
+    AttentionVariant,
+    choose_backend,
+)
 from megatron.planner.flops import model_flops
 
 FLASH_ATTENTION_2_7 = "2.7.0"  # from this version on DeepSpeed calls the signatures below
@@ -73,7 +80,8 @@ def load_fpdt_layer(device: torch.device) -> Any:
     deepspeed.init_distributed(auto_mpi_discovery=False)
     if fpdt_layer._flash_attn_forward is None:
         name = "torch-flash" if device.type == "cuda" else "torch-cpu"
-        kernel = choose_backend(name, device, compute_dtype(device), 128)
+        request = AttentionRequest(device, compute_dtype(device), 128, AttentionVariant(128**-0.5))
+        kernel = choose_backend(name, request)
         fpdt_layer._flash_attn_forward, fpdt_layer._flash_attn_backward = flash_attention_2(kernel)
         fpdt_layer.flash_attn_version = version.parse(FLASH_ATTENTION_2_7)
     return fpdt_layer
@@ -95,18 +103,17 @@ def flash_attention_2(backend: AttentionBackend) -> tuple[Callable[..., Any], Ca
     def forward(
         q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, **others: Any
     ) -> tuple[Tensor, Tensor, None, None]:
-        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        out, lse = backend.forward(q, k, v, causal, softmax_scale)
+        qkv = QKV(*(t.transpose(0, 1) for t in (q, k, v)))
+        out, lse = backend.forward(qkv, AttentionVariant(softmax_scale, causal))
         return out.transpose(0, 1), lse, None, None
 
-    def backward(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor,
-        dv: Tensor, dropout_p: float, softmax_scale: float, causal: bool, *others: Any, rng_state: Any = None,
-    ) -> None:  # fmt: skip
+    def backward(*args: Any, rng_state: Any = None) -> None:
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, _dropout_p, softmax_scale, causal, *_others = args
         for unused in (dq, dk, dv):
             unused.data = unused.new_empty(0)
         dout, q, k, v, out = (t.transpose(0, 1) for t in (dout, q, k, v, out))
-        gradients = backend.backward(dout, q, k, v, out, softmax_lse, causal, softmax_scale)
+        output, variant = AttentionOutput(out, softmax_lse), AttentionVariant(softmax_scale, causal)
+        gradients = backend.backward(dout, QKV(q, k, v), output, variant)
         for target, gradient in zip((dq, dk, dv), gradients, strict=True):
             target.data = gradient.transpose(0, 1)
 

@@ -55,6 +55,7 @@ from benchmarks.common import (
 from benchmarks.deepspeed_layer import DeepSpeedAttention, kernel_name
 from megatron.config import Recompute
 from megatron.model.builder import Execution
+from megatron.model.layers import attention_request
 from megatron.ops.attention import choose_backend
 
 NAME = "streamed_block"
@@ -140,7 +141,8 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
     for length in arguments.lengths:
         names = {"tokens": length, "length": thousands(length)}
         for backend in arguments.backends:
-            kernel = choose_backend(backend, device, compute_dtype(device), geometry.kv_channels).name
+            request = attention_request(geometry.model_config(length), device, compute_dtype(device))
+            kernel = choose_backend(backend, request).name
             for way in sorted(set(arguments.ways) - {"deepspeed"}, key=BLOCKS.index):
                 row = {"way": way, **names, "backend": kernel}
                 if way == "ceiling":

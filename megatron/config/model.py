@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-AttentionBackend = Literal[
+AttentionBackendName = Literal[
     "auto",
     "reference",
     "torch-cpu",
@@ -16,6 +16,7 @@ AttentionBackend = Literal[
     "flash-attn-3",
     "flash-attn-4",
 ]
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 Normalization = Literal["layernorm", "rmsnorm"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
 
@@ -41,7 +42,9 @@ ROPE_SCALING_PARAMETERS: dict[RopeScaling, tuple[str, ...]] = {
     ),
 }
 
-SWIGLU_WIDTH_MULTIPLE = 64
+# Activations act(gate) * up: the MLP's first layer has two outputs for each input of its last layer.
+GATED_ACTIVATIONS: tuple[Activation, ...] = ("swiglu",)
+GATED_WIDTH_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +162,7 @@ class ModelConfig:
     init_method_std: float = 0.02
     """Standard deviation of the normal distribution that weights are initialized from."""
 
-    attention_backend: AttentionBackend = "auto"
+    attention_backend: AttentionBackendName = "auto"
     """Attention kernel; auto selects the fastest that supports the device, dtype and head width. The flash-attn-
     backends need their own packages; flash-2 is flash-attn-2 where it is supported, and torch-flash elsewhere."""
 
@@ -176,28 +179,39 @@ class ModelConfig:
     """flash-attn-4: the same as --attention-backend flash-attn-4."""
 
     @property
+    def activation(self) -> Activation:
+        """The activation of the MLP."""
+        if self.swiglu:
+            return "swiglu"
+        return "gelu_tanh" if self.openai_gelu else "gelu"
+
+    @property
+    def mlp_outputs(self) -> int:
+        """Outputs of the MLP's first layer: gate and up for a gated activation."""
+        return self.ffn_hidden_size * (2 if self.activation in GATED_ACTIVATIONS else 1)
+
+    @property
     def block_weights(self) -> int:
         """Number of weights in the matrices of one block."""
         query_width, key_value_width = (
             n * self.kv_channels for n in (self.num_attention_heads, self.num_key_value_heads)
         )
-        mlp = self.hidden_size * self.ffn_hidden_size * (3 if self.swiglu else 2)
-        return self.hidden_size * (2 * query_width + 2 * key_value_width) + mlp
+        return self.hidden_size * (2 * query_width + 2 * key_value_width + self.mlp_outputs + self.ffn_hidden_size)
 
     def resolved(self) -> ModelConfig:
         """Return the same architecture with every width filled in."""
         return replace(
             self,
-            ffn_hidden_size=self.ffn_hidden_size or default_ffn_hidden_size(self.hidden_size, self.swiglu),
+            ffn_hidden_size=self.ffn_hidden_size or default_ffn_hidden_size(self.hidden_size, self.activation),
             num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
             kv_channels=self.kv_channels or self.hidden_size // max(self.num_attention_heads, 1),
             max_position_embeddings=self.max_position_embeddings or self.seq_length,
         )
 
 
-def default_ffn_hidden_size(hidden_size: int, swiglu: bool) -> int:
-    """Return the MLP width that gives about 8 h^2 weights, in GELU's two matrices or SwiGLU's three."""
-    if not swiglu:
+def default_ffn_hidden_size(hidden_size: int, activation: Activation) -> int:
+    """Return the MLP width that gives about 8 h^2 weights, in two matrices or in the three of a gated activation."""
+    if activation not in GATED_ACTIVATIONS:
         return 4 * hidden_size
     two_thirds = int(4 * hidden_size * 2 / 3)
-    return max(two_thirds // SWIGLU_WIDTH_MULTIPLE, 1) * SWIGLU_WIDTH_MULTIPLE
+    return max(two_thirds // GATED_WIDTH_MULTIPLE, 1) * GATED_WIDTH_MULTIPLE

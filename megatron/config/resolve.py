@@ -5,14 +5,14 @@ from dataclasses import replace
 from megatron.config.config import Config
 from megatron.config.deepspeed_json import adopt, read_deepspeed_json
 from megatron.config.errors import ConfigError
-from megatron.config.model import AttentionBackend, ModelConfig
+from megatron.config.model import AttentionBackendName, ModelConfig
 from megatron.config.rules.common import Run, flag
 from megatron.config.rules.effects import notes_of
 from megatron.config.rules.ranges import RANGES, in_range
 from megatron.config.spellings import in_own_spelling
 
 # Megatron's flag: the backend that it selects, then narrower ones that agree with it.
-FLASH_ATTENTION_VERSIONS: dict[str, tuple[AttentionBackend, ...]] = {
+FLASH_ATTENTION_VERSIONS: dict[str, tuple[AttentionBackendName, ...]] = {
     "use_flash_attn_v2": ("flash-2", "flash-attn-2", "torch-flash"),
     "use_flash_attn_v3": ("flash-attn-3",),
     "use_flash_attn_v4": ("flash-attn-4",),
@@ -45,7 +45,7 @@ def _require_widths_above_zero(config: Config) -> None:
             raise ConfigError(message)
 
 
-def attention_backend(model: ModelConfig) -> AttentionBackend:
+def attention_backend(model: ModelConfig) -> AttentionBackendName:
     """Return the backend that --attention-backend and the --use-flash-attn flags agree on.
 
     Raises:

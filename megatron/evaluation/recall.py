@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from megatron.evaluation.errors import EvaluationError
 
-Tokens = npt.NDArray[np.int64]
+TokenIds = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class RecallVocabulary:
         """The id that ends a document."""
         return self.vocab_size
 
-    def keys(self, random: np.random.Generator, count: int) -> Tokens:
+    def keys(self, random: np.random.Generator, count: int) -> TokenIds:
         return random.integers(0, self.num_keys, count)
 
-    def values(self, random: np.random.Generator, count: int) -> Tokens:
+    def values(self, random: np.random.Generator, count: int) -> TokenIds:
         return self.num_keys + random.integers(0, self.num_values, count)
 
-    def noise(self, random: np.random.Generator, count: int) -> Tokens:
+    def noise(self, random: np.random.Generator, count: int) -> TokenIds:
         return random.integers(self.num_keys + self.num_values, self.vocab_size, count)
 
 
@@ -58,7 +58,7 @@ def recall_documents(
     max_mentions: int,
     seed: int,
     ends_every: int | None = None,
-) -> Iterator[Tokens]:
+) -> Iterator[TokenIds]:
     """Yield documents of `length` tokens, the end included, with 2 to `max_mentions` mentions each.
 
     With `ends_every`, an end also replaces every `ends_every`-th token. It cuts a document into pieces that do not
@@ -79,7 +79,7 @@ def recall_documents(
         yield document
 
 
-def _document(vocabulary: RecallVocabulary, random: np.random.Generator, length: int, mentions: int) -> Tokens:
+def _document(vocabulary: RecallVocabulary, random: np.random.Generator, length: int, mentions: int) -> TokenIds:
     values = vocabulary.values(random, vocabulary.num_keys)
     keys = vocabulary.keys(random, mentions)
     noise = vocabulary.noise(random, length - 1 - 2 * mentions)

@@ -10,58 +10,79 @@ Sums are in fp32, or fp64 for fp64. C tokens of a chunk, B batch, H and K query 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron.fpdt.plan import Tile
+from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.store import ChunkStore, Prefetch
-from megatron.ops.attention import AttentionBackend, backward_regions, forward_regions
+from megatron.ops.attention import (
+    QKV,
+    AttentionBackend,
+    AttentionOutput,
+    AttentionVariant,
+    backward_regions,
+    forward_regions,
+)
 from megatron.ops.gradient_sum import accumulation_dtype
 from megatron.ops.merge import add_, add_key_value_gradients_, merge, merge_
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """The tiles of a query chunk in order of execution, the diagonal first, and how they are computed."""
+
+    attention: AttentionBackend
+    variant: AttentionVariant
+    tiles: list[Tile]
+
+
+class QueryChunk(NamedTuple):
+    """What the backward tiles of a row read of its queries: q, o and do [C, B, H, D], and lse [B, H, C]."""
+
+    q: Tensor
+    output: AttentionOutput
+    do: Tensor
+
 
 # One function per tile: its locals die on return, so a tile's buffers are free before the next prefetch.
 
 
-def attend(
-    attention: AttentionBackend, scale: float, row: list[Tile], q_CBHD: Tensor, kv_CBKD: Tensor, kv_ahead: Prefetch
-) -> tuple[Tensor, Tensor]:
+def attend(row: TileRow, q_CBHD: Tensor, kv_CBKD: Tensor, kv_ahead: Prefetch) -> AttentionOutput:
     """Compute one row of tiles: o [C, B, H, D] in the dtype of q, and lse [B, H, C].
 
     `kv_CBKD` is that of the row's own chunk; `kv_ahead` prefetches kv of the other tiles.
     """
-    results = _forward_tiles(attention, scale, row, q_CBHD, kv_CBKD, kv_ahead)
+    results = _forward_tiles(row, q_CBHD, kv_CBKD, kv_ahead)
     o, lse = next(results)
-    if len(row) > 1:
+    if len(row.tiles) > 1:
         o = o.to(accumulation_dtype(q_CBHD.dtype))
     for result in results:
         merge_(o, lse, *result)
         del result
-    return o.to(q_CBHD.dtype), lse
+    return AttentionOutput(o.to(q_CBHD.dtype), lse)
 
 
-def attend_one_token(
-    attention: AttentionBackend, scale: float, row: list[Tile], q_1BHD: Tensor, kv_1BKD: Tensor, kv_ahead: Prefetch
-) -> Tensor:
+def attend_one_token(row: TileRow, q_1BHD: Tensor, kv_1BKD: Tensor, kv_ahead: Prefetch) -> Tensor:
     """Compute one row of tiles for a single query: o [1, B, H, D] in the dtype of q.
 
     The partial results are small. Merging them one by one would take the host longer than the GPU, so they are merged
     all at once.
     """
-    return merge(list(_forward_tiles(attention, scale, row, q_1BHD, kv_1BKD, kv_ahead))).to(q_1BHD.dtype)
+    return merge(list(_forward_tiles(row, q_1BHD, kv_1BKD, kv_ahead))).to(q_1BHD.dtype)
 
 
-def _forward_tiles(
-    attention: AttentionBackend, scale: float, row: list[Tile], q: Tensor, kv: Tensor, kv_ahead: Prefetch
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _forward_tiles(row: TileRow, q: Tensor, kv: Tensor, kv_ahead: Prefetch) -> Iterator[AttentionOutput]:
     """Yield (o, lse) of each tile of a row, and hold no reference to it. A tile runs when its result is asked for."""
-    diagonal, *others = row
+    diagonal, *others = row.tiles
     _start(kv_ahead, diagonal)
-    yield _forward_tile(attention, scale, diagonal, q, kv)
+    yield _forward_tile(row, diagonal, q, kv)
     for tile in others:
         (kv,) = next(kv_ahead)
         _start(kv_ahead, tile)
-        yield _forward_tile(attention, scale, tile, q, kv)
+        yield _forward_tile(row, tile, q, kv)
         del kv
 
 
@@ -71,11 +92,8 @@ def _start(kv_ahead: Prefetch, tile: Tile) -> None:
         kv_ahead.start()
 
 
-def _forward_tile(
-    attention: AttentionBackend, scale: float, tile: Tile, q: Tensor, kv: Tensor
-) -> tuple[Tensor, Tensor]:
-    k, v = kv.chunk(2, 2)
-    return forward_regions(attention, q, k, v, tile.is_diagonal, scale, tile.regions)
+def _forward_tile(row: TileRow, tile: Tile, q: Tensor, kv: Tensor) -> AttentionOutput:
+    return forward_regions(row.attention, QKV(q, *kv.chunk(2, 2)), tile.variant(row.variant), tile.regions)
 
 
 def backward_tile_inputs(tile: Tile, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequence[Tensor]) -> list[Tensor]:
@@ -83,39 +101,42 @@ def backward_tile_inputs(tile: Tile, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequen
     return [kv_CBKD[tile.key], *[dkv_CBKD[tile.key]] * (not tile.first_of_column)]
 
 
-def attend_backward(
-    attention: AttentionBackend,
-    scale: float,
-    row: list[Tile],
-    queries: tuple[Tensor, ...],
-    own: list[Tensor],
-    store: ChunkStore,
-    row_ahead: Prefetch,
-    tile_ahead: Prefetch,
-    dkv_CBKD: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute one row of tiles: final (dq, dkv) of the row's chunk in the dtype of q, and dkv of the previous chunk.
+class BackwardTiles:
+    """The tiles of a backward pass: their inputs are prefetched, and dkv is summed on the tier."""
 
-    The dkv of all other chunks is stored. `queries` are q, o, do [C, B, H, D] and lse [B, H, C]. `own` is emptied: it
-    holds kv of the row's chunk, and its dkv if there is one. `tile_ahead` prefetches `backward_tile_inputs`.
-    """
-    diagonal, *others = row
-    dtype = queries[0].dtype
-    (tile_ahead if others else row_ahead).start()
-    dq, dkv_row = _backward_tile(attention, scale, diagonal, queries, None, *_popped(own))
-    dkv_row = dkv_row.to(dtype)
-    dkv_before = None
-    for tile in others:
-        inputs = next(tile_ahead)
-        # During the last tile there is no next tile to prefetch; the next row's inputs are prefetched instead.
-        (row_ahead if tile is others[-1] else tile_ahead).start()
-        dq, dkv_tile = _backward_tile(attention, scale, tile, queries, dq, *inputs)
-        if tile is others[-1]:
-            dkv_before = dkv_tile
-        else:
-            store.put(dkv_CBKD[tile.key], dkv_tile)
-        del inputs, dkv_tile
-    return dq.to(dtype), dkv_row, dkv_before
+    def __init__(
+        self, store: ChunkStore, plan: ChunkPlan, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequence[Tensor]
+    ) -> None:
+        self._store, self._dkv_CBKD = store, dkv_CBKD
+        tiles = (tile for row in plan.backward_rows() for tile in row if not tile.is_diagonal)
+        inputs = (backward_tile_inputs(tile, kv_CBKD, dkv_CBKD) for tile in tiles)
+        self._ahead = store.prefetch(inputs, ahead=False)
+
+    def attend(
+        self, row: TileRow, queries: QueryChunk, own: list[Tensor], row_ahead: Prefetch
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute a row of tiles: final (dq, dkv) of the row's chunk in the dtype of q, and dkv of the previous chunk.
+
+        The dkv of all other chunks is stored. `own` is emptied: it holds kv of the row's chunk, and its dkv if there is
+        one. `row_ahead` prefetches the inputs of the next row.
+        """
+        diagonal, *others = row.tiles
+        dtype = queries.q.dtype
+        (self._ahead if others else row_ahead).start()
+        dq, dkv_row = _backward_tile(row, diagonal, queries, None, *_popped(own))
+        dkv_row = dkv_row.to(dtype)
+        dkv_before = None
+        for tile in others:
+            inputs = next(self._ahead)
+            # During the last tile there is no next tile to prefetch; the next row's inputs are prefetched instead.
+            (row_ahead if tile is others[-1] else self._ahead).start()
+            dq, dkv_tile = _backward_tile(row, tile, queries, dq, *inputs)
+            if tile is others[-1]:
+                dkv_before = dkv_tile
+            else:
+                self._store.put(self._dkv_CBKD[tile.key], dkv_tile)
+            del inputs, dkv_tile
+        return dq.to(dtype), dkv_row, dkv_before
 
 
 def _popped(tensors: list[Tensor]) -> Iterator[Tensor]:
@@ -125,18 +146,17 @@ def _popped(tensors: list[Tensor]) -> Iterator[Tensor]:
 
 
 def _backward_tile(
-    attention: AttentionBackend,
-    scale: float,
+    row: TileRow,
     tile: Tile,
-    queries: tuple[Tensor, ...],
+    queries: QueryChunk,
     dq_sum: Tensor | None,
     kv: Tensor,
     dkv_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute (dq, dkv) of one tile, added to the sums so far if there are any."""
-    q, o, do, lse = queries
-    k, v = kv.chunk(2, 2)
-    dq, dk, dv = backward_regions(attention, do, q, k, v, o, lse, tile.is_diagonal, scale, tile.regions)
+    q, output, do = queries
+    qkv, variant = QKV(q, *kv.chunk(2, 2)), tile.variant(row.variant)
+    dq, dk, dv = backward_regions(row.attention, do, qkv, output, variant, tile.regions)
     sum_dtype = accumulation_dtype(q.dtype)
     if dq_sum is None:
         dq_sum = dq.to(sum_dtype)

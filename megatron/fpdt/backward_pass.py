@@ -28,13 +28,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
-from megatron.fpdt.attention_tiles import attend_backward, backward_tile_inputs
+from megatron.fpdt.attention_tiles import BackwardTiles, QueryChunk, TileRow
 from megatron.fpdt.plan import Tile
 from megatron.fpdt.saved import Saved
 from megatron.fpdt.seam import AttentionCall
 from megatron.fpdt.store import Prefetch
 from megatron.fpdt.stream import ATTENTION_OUTPUT, INPUT, PROJECTED
 from megatron.fpdt.streamed_layer import SliceKey, StreamedLayer, joined, random_key
+from megatron.ops.attention import AttentionOutput, AttentionVariant
 from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
 from megatron.ops.linear import LinearTape
 
@@ -45,15 +46,16 @@ Project = Callable[[Tensor, AttentionCall], None]
 class _Projections:
     """q and kv of a chunk, filled slice by slice, and the autograd graph of each slice from x to q and kv."""
 
+    variant: AttentionVariant  # of every slice
+
     def __init__(self, num_tokens: int) -> None:
         self.graphs: list[tuple[slice, Tensor, tuple[GradientEdge, GradientEdge]]] = []
-        self.scale = 0.0
         self._num_tokens = num_tokens
         self._chunks: list[Tensor | None] = [None, None]
 
     def add(self, s: slice, x: Tensor, call: AttentionCall) -> None:
         """Add the attention call of a slice, whose graph begins at x."""
-        q, kv, self.scale = call
+        q, kv, self.variant = call
         self.graphs.append((s, x, (get_gradient_edge(q), get_gradient_edge(kv))))
         parts = zip(self._chunks, (q.detach(), kv.detach()), strict=True)
         self._chunks = [_filled(chunk, part, s, self._num_tokens) for chunk, part in parts]
@@ -91,13 +93,10 @@ class BackwardPass:
         rows = saved.plan.backward_rows()
         chunks = [row[0].query for row in rows]
         # The generators reference no `self`: a cycle would hold chunks until garbage is collected.
-        kv, dkv = self._kv, self._dkv
         per_row = (self._xs, self._positions, saved.o_cBHD, saved.lse_BHC, dys)
         row_inputs = ([t[i] for t in per_row] for i in chunks)
         self._row_ahead = store.prefetch(row_inputs, ahead=False)
-        tiles = (tile for row in rows for tile in row if not tile.is_diagonal)
-        tile_inputs = (backward_tile_inputs(tile, kv, dkv) for tile in tiles)
-        self._tile_ahead = store.prefetch(tile_inputs, ahead=False)
+        self._tiles = BackwardTiles(store, saved.plan, self._kv, self._dkv)
         before = {i: [product for products in saved.products_before[i] for product in products] for i in chunks}
         groups = (group for i in chunks for group in (*saved.products_after[i][1:], before[i]))
         self._products_ahead = store.prefetch(groups, ahead=False)
@@ -194,14 +193,12 @@ class BackwardPass:
         stream, layer_number, chunk = self._stream, self._layer.layer_number, row[0].query
         self._store.release_sent()  # the previous row's dx, copied out by now
         q, kv, o, do = started.exchange()
-        queries, own = (q, o, do, started.lse), [kv, *self._own_dkv]
+        queries, own = QueryChunk(q, AttentionOutput(o, started.lse), do), [kv, *self._own_dkv]
         self._own_dkv.clear()
         del kv, started.exchange  # only `own` references kv now, until the first tile takes it
         with named_range(ATTENTION):
-            dq, dkv_row, dkv_before = attend_backward(
-                stream.attention, started.projections.scale, row, queries, own, self._store, self._row_ahead,
-                self._tile_ahead, self._dkv,
-            )  # fmt: skip
+            tiles = TileRow(stream.attention, started.projections.variant, row)
+            dq, dkv_row, dkv_before = self._tiles.attend(tiles, queries, own, self._row_ahead)
         for what, value in zip(PROJECTED, (dq, dkv_row), strict=True):
             stream.note("backward", what, layer_number, chunk, value)
         self._own_dkv.extend([] if dkv_before is None else [dkv_before])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
 from megatron.core.ranges import ATTENTION, named_range
-from megatron.fpdt.attention_tiles import attend
+from megatron.fpdt.attention_tiles import TileRow, attend
 from megatron.fpdt.block_inputs import BlockInputs, Step
 from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.random_state import RandomStates
@@ -109,7 +109,8 @@ class ForwardPass:
             self._allocate(q, kv)
         store.put(self._kv[i], kv)
         with named_range(ATTENTION):
-            o_heads, lse = attend(stream.attention, started.slices[0].call.scale, row, q, kv, self._kv_ahead)
+            tiles = TileRow(stream.attention, started.slices[0].call.variant, row)
+            o_heads, lse = attend(tiles, q, kv, self._kv_ahead)
         del q, kv, started.exchange
         stream.note("forward", ATTENTION_OUTPUT, layer_number, i, o_heads)
         store.release_sent()  # the previous row's chunks, copied out by now

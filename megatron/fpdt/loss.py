@@ -24,7 +24,7 @@ from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
 TILE_LOGITS = 2**27
 
 
-class LanguageModelHead(Protocol):
+class StreamableHead(Protocol):
     """The interface of a module whose loss can be streamed."""
 
     final_layernorm: nn.Module
@@ -35,7 +35,7 @@ class LanguageModelHead(Protocol):
         ...
 
 
-def stream_loss(stream: Stream, head: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+def stream_loss(stream: Stream, head: StreamableHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """Compute the sum of this rank's masked token losses, a scalar in fp32 (fp64 for fp64) on the compute device.
 
     x [S/p, B, h] is stored on the stream's tier; labels int64 and mask [B, S/p]. Without gradients the masked token
@@ -51,7 +51,7 @@ class _StreamedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         stream: Stream,
-        head: LanguageModelHead,
+        head: StreamableHead,
         x: Tensor,
         labels: Tensor,
         mask: Tensor,
@@ -105,7 +105,7 @@ def _tiles(x: Tensor, labels: Tensor, mask: Tensor, num_classes: int) -> Iterato
 
 
 def _tile_loss(
-    head: LanguageModelHead,
+    head: StreamableHead,
     x: Tensor,
     labels: Tensor,
     mask: Tensor,

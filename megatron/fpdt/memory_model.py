@@ -38,7 +38,7 @@ class StreamShape:
 
     num_layers: int
     hidden_size: int
-    mlp_outputs: int  # of the MLP's first layer: twice the MLP's width if it is gated
+    mlp_outputs: int  # of the MLP's first layer
     mlp_width: int
     num_heads: int
     num_key_value_heads: int
@@ -58,7 +58,7 @@ class StreamShape:
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
-            mlp_outputs=model.ffn_hidden_size * (2 if model.swiglu else 1),
+            mlp_outputs=model.mlp_outputs,
             mlp_width=model.ffn_hidden_size,
             num_heads=model.num_attention_heads,
             num_key_value_heads=model.num_key_value_heads,

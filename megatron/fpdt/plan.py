@@ -25,6 +25,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from megatron.core.documents import WHOLE_TILE, Documents, Region
+from megatron.ops.attention import AttentionVariant
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Tile:
     @property
     def is_diagonal(self) -> bool:
         return self.query == self.key
+
+    def variant(self, whole: AttentionVariant) -> AttentionVariant:
+        """Return how the tile's queries attend to its keys, in a sequence that attends as `whole` says."""
+        return whole if self.is_diagonal else whole.below_diagonal
 
 
 class ChunkPlan:

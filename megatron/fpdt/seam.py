@@ -23,6 +23,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from megatron.core.documents import Documents
+from megatron.ops.attention import AttentionVariant
 from megatron.ops.linear import LinearTape
 
 
@@ -33,8 +34,8 @@ class AttentionCall(NamedTuple):
     kv_cBKD: Tensor
     """K keys, then K values."""
 
-    scale: float
-    """Factor of the scores before the softmax."""
+    variant: AttentionVariant
+    """How the tokens of the whole sequence attend to each other."""
 
 
 Attend = Callable[[AttentionCall], Tensor]
@@ -47,12 +48,17 @@ class StreamedAttention:
 
     @torch.compiler.disable
     def __call__(
-        self, q_SBHD: Tensor, kv_SBKD: Tensor, scale: float, dropout: float, documents: Documents | None
+        self,
+        q_SBHD: Tensor,
+        kv_SBKD: Tensor,
+        variant: AttentionVariant,
+        dropout: float,
+        documents: Documents | None,
     ) -> Tensor:
         """Return o [S, B, H, D] for q [S, B, H, D] and kv [S, B, 2K, D]. The stream handles `documents`."""
         if dropout:
             raise ValueError(f"attention dropout ({dropout}) cannot be replayed by FPDT; use 0")
-        return _attend.get()(AttentionCall(q_SBHD, kv_SBKD, scale))
+        return _attend.get()(AttentionCall(q_SBHD, kv_SBKD, variant))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megatron.fpdt.stream import Stream
 from megatron.ops.gradient_sum import GradientSums
 
 
-class TokenEmbedding(Protocol):
+class StreamableEmbedding(Protocol):
     """The interface of an embedding that can be streamed."""
 
     hidden_size: int
@@ -35,7 +35,7 @@ class TokenEmbedding(Protocol):
 
 
 def stream_embedding(
-    stream: Stream, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor
+    stream: Stream, module: StreamableEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor
 ) -> Tensor:
     """Embed this rank's tokens [B, S/p]; the result [S/p, B, h] is stored on the stream's tier.
 
@@ -51,7 +51,7 @@ class _StreamedEmbedding(torch.autograd.Function):
     def forward(
         ctx: Any,
         stream: Stream,
-        module: TokenEmbedding,
+        module: StreamableEmbedding,
         tokens: Tensor,
         positions: Tensor,
         save: bool,

@@ -23,7 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from megatron.fpdt.attention_tiles import attend, attend_one_token
+from megatron.fpdt.attention_tiles import TileRow, attend, attend_one_token
 from megatron.fpdt.block import StreamedBlock
 from megatron.fpdt.plan import Tile
 from megatron.fpdt.store import Prefetch
@@ -32,7 +32,7 @@ from megatron.generation.cache import BUFFER_TOKENS, KeyValueCache
 from megatron.generation.errors import GenerationError
 from megatron.model.streamed import StreamedExecution
 from megatron.model.transformer import GPTModel, TransformerLayer
-from megatron.ops.attention import choose_backend_for_few_queries
+from megatron.ops.attention import AttentionBackend, AttentionRequest, AttentionVariant, choose_backend_for_few_queries
 
 # Chunks of fewer queries use an attention backend for few queries and tiles of any length.
 SHORT_CHUNK = 128
@@ -51,8 +51,9 @@ class CachedModel:
         self.num_ids = num_ids
         self.isolated_chunks = isolated_chunks
         weight, layer = model.embedding.word_embeddings.weight, cast(TransformerLayer, model.layers[0])
+        attention = layer.self_attention
         self.short_attention = choose_backend_for_few_queries(
-            weight.device, weight.dtype, layer.self_attention.head_size
+            AttentionRequest(weight.device, weight.dtype, attention.head_size, attention.variant)
         )
 
     @property
@@ -121,7 +122,7 @@ class CachedModel:
                 joined([each.call.q_cBHD for each in slices]),
                 joined([each.call.kv_cBKD for each in slices]),
             )
-            o_CBHD = self._attend(number, slices[0].call.scale, caches, q_CBHD, kv_CBKD, parts_ahead)
+            o_CBHD = self._attend(number, slices[0].call.variant, caches, q_CBHD, kv_CBKD, parts_ahead)
             parts = zip(slices, o_CBHD.split(self.stream.slice_length), strict=True)
             return joined([each.finish(o_cBHD) for each, o_cBHD in parts])
         finally:
@@ -131,7 +132,7 @@ class CachedModel:
     def _attend(
         self,
         number: int,
-        scale: float,
+        variant: AttentionVariant,
         caches: Sequence[KeyValueCache],
         q_CBHD: Tensor,
         kv_CBKD: Tensor,
@@ -139,19 +140,19 @@ class CachedModel:
     ) -> Tensor:
         outputs = []
         for cache, q_C1HD, kv_C1KD in zip(caches, q_CBHD.split(1, 1), kv_CBKD.split(1, 1), strict=True):
-            row = _row(len(cache.parts(number)))
-            outputs.append(self._attend_row(scale, row, q_C1HD, kv_C1KD, parts_ahead))
+            row = TileRow(self._attention(len(q_C1HD)), variant, _tiles(len(cache.parts(number))))
+            if len(q_C1HD) == 1:
+                outputs.append(attend_one_token(row, q_C1HD, kv_C1KD, parts_ahead))
+            else:
+                outputs.append(attend(row, q_C1HD, kv_C1KD, parts_ahead).o)
             cache.add(number, kv_C1KD)
         return torch.cat(outputs, 1)
 
-    def _attend_row(self, scale: float, row: list[Tile], q_C1HD: Tensor, kv_C1KD: Tensor, ahead: Prefetch) -> Tensor:
-        if len(q_C1HD) == 1:
-            return attend_one_token(self.short_attention, scale, row, q_C1HD, kv_C1KD, ahead)
-        attention = self.short_attention if len(q_C1HD) < SHORT_CHUNK else self.stream.attention
-        return attend(attention, scale, row, q_C1HD, kv_C1KD, ahead)[0]
+    def _attention(self, num_tokens: int) -> AttentionBackend:
+        return self.short_attention if num_tokens < SHORT_CHUNK else self.stream.attention
 
 
-def _row(num_parts: int) -> list[Tile]:
+def _tiles(num_parts: int) -> list[Tile]:
     """Return the tiles of the new tokens against themselves and against each cached part."""
     return [Tile(num_parts, key) for key in (num_parts, *range(num_parts))]
 

@@ -13,6 +13,7 @@ from megatron.config.parallel import ParallelConfig
 from megatron.fpdt.memory_model import StreamShape, choose_saved_activations, least_bytes, longest_sequence
 from megatron.initialize import Context
 from megatron.model.builder import Execution
+from megatron.model.layers import attention_request
 from megatron.ops.attention import choose_backend
 from megatron.planner.hardware import GIB, Gpu, Machines, gpu_like
 from megatron.planner.job import HALF, Job
@@ -87,9 +88,8 @@ def plan_of_run(config: Config, context: Context, padded_vocab_size: int, host_m
     if context.device.type != "cuda" or on_gpu_alone or not in_half or offloads(config, "offload_param"):
         return None
     gpu = gpu_like(torch.cuda.get_device_name(context.device), context.device_memory_bytes)
-    kernel = choose_backend(
-        model.attention_backend, context.device, context.dtype, model.kv_channels, config.data.reset_attention_mask
-    )
+    request = attention_request(model, context.device, context.dtype)
+    kernel = choose_backend(model.attention_backend, request, config.data.reset_attention_mask)
     return plan_of(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size, kernel.name)
 
 

@@ -18,6 +18,7 @@ from megatron.data.splits import parse_data_paths
 from megatron.data.vocabulary import check_document_ends, check_vocabulary
 from megatron.initialize import device_type, number_format
 from megatron.logging.writers import require_wandb
+from megatron.model.layers import attention_request
 from megatron.ops.attention import choose_backend
 from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.tokenizer import Tokenizer, pad_vocab_size, tokenizer_of
@@ -47,7 +48,8 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
     state.start(global_batch_size(config, world_size), model.seq_length)
     LearningRateSchedule.from_config(config.optimizer, config.training, state.course)
     device, dtype = torch.device(device_type()), number_format(config)
-    choose_backend(model.attention_backend, device, dtype, model.kv_channels, config.data.reset_attention_mask)
+    request = attention_request(model, device, dtype)
+    choose_backend(model.attention_backend, request, config.data.reset_attention_mask)
     tokenizer = tokenizer_of(config.tokenizer)
     check_data(config, tokenizer)
     padded_vocab_size = pad_vocab_size(tokenizer.vocab_size, model.make_vocab_size_divisible_by)

@@ -11,6 +11,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import ProgressReport, Stream, no_report
 from megatron.model.initialization import Initializer
+from megatron.model.layers import attention_request
 from megatron.model.plain import PlainExecution
 from megatron.model.streamed import StreamedExecution
 from megatron.model.transformer import GPTModel
@@ -49,7 +50,8 @@ def build_execution(
     """Choose the attention backend and the execution. AttentionUnavailable if the backend cannot serve."""
     if execution.fpdt and config.attention_dropout:
         raise ValueError(f"--attention-dropout ({config.attention_dropout}) cannot be replayed by FPDT; use 0")
-    attention = choose_backend(config.attention_backend, device, dtype, config.kv_channels, execution.documents)
+    request = attention_request(config, device, dtype)
+    attention = choose_backend(config.attention_backend, request, execution.documents)
     offloading = execution.fpdt and execution.offloading
     store = ChunkStore(device, offloading, execution.device_memory_bytes, execution.host_memory_bytes)
     chunk_length = execution.chunk_size if execution.fpdt else config.seq_length

@@ -5,6 +5,8 @@ S tokens, B batch, h hidden size, H query heads, K key/value heads, D head size,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
+from megatron.config.model import Activation
 from megatron.core.documents import Documents
 from megatron.model.initialization import Initializer
 from megatron.model.rotary import build_rotary
+from megatron.ops.attention import AttentionRequest, AttentionVariant
 from megatron.ops.linear import linear
 from megatron.ops.rope import split_and_rotate
 from megatron.ops.swiglu import swiglu
@@ -58,15 +62,30 @@ def build_norm(config: ModelConfig, initializer: Initializer, size: int | None =
     return norm(size, eps=config.layernorm_epsilon, dtype=initializer.dtype, device=initializer.device)
 
 
+def attention_variant(config: ModelConfig) -> AttentionVariant:
+    """Return how the tokens of a sequence attend to each other."""
+    return AttentionVariant(scale=config.kv_channels**-0.5)
+
+
+def attention_request(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> AttentionRequest:
+    """Return what the model asks of an attention backend."""
+    return AttentionRequest(device, dtype, config.kv_channels, attention_variant(config))
+
+
 class CoreAttention(Protocol):
-    """Causal attention between the projections: Ulysses (megatron.model.plain) or FPDT (megatron.fpdt.seam)."""
+    """Attention between the projections: Ulysses (megatron.model.plain) or FPDT (megatron.fpdt.seam)."""
 
     def __call__(
-        self, q_SBHD: Tensor, kv_SBKD: Tensor, scale: float, dropout: float, documents: Documents | None
+        self,
+        q_SBHD: Tensor,
+        kv_SBKD: Tensor,
+        variant: AttentionVariant,
+        dropout: float,
+        documents: Documents | None,
     ) -> Tensor:
         """Return o [S, B, H, D] of this rank's tokens for q [S, B, H, D] and kv [S, B, 2K, D], keys first.
 
-        A token attends to itself and the tokens before it, within its own document if `documents` are given.
+        A token attends as `variant` says, within its own document if `documents` are given.
         """
         ...
 
@@ -83,7 +102,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, initializer: Initializer) -> None:
         super().__init__()
-        self.dropout, self.softmax_scale = config.attention_dropout, config.kv_channels**-0.5
+        self.dropout, self.variant = config.attention_dropout, attention_variant(config)
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_size = config.kv_channels
         bias = not config.disable_bias_linear
@@ -99,7 +118,7 @@ class SelfAttention(nn.Module):
         """Project, attend and project back: [S, B, h] -> [S, B, h]."""
         q, kv = self.project(x_SBh, positions_BS)
         dropout = self.dropout if self.training else 0.0
-        o_SBHD = self.core_attention(q, kv, self.softmax_scale, dropout, documents)
+        o_SBHD = self.core_attention(q, kv, self.variant, dropout, documents)
         return self.dense(o_SBHD.flatten(2))
 
     def project(self, x_SBh: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,19 +135,22 @@ class SelfAttention(nn.Module):
         return split_and_rotate(qkv, cos, sin)
 
 
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "swiglu": swiglu,
+}
+
+
 class MLP(nn.Module):
-    """MLP with GELU, exact or tanh, or SwiGLU: down(silu(gate) * up), gate and up stacked in `dense_h_to_4h`."""
+    """Two linear layers with an activation between them; a gated one has gate and up stacked in `dense_h_to_4h`."""
 
     def __init__(self, config: ModelConfig, initializer: Initializer) -> None:
         super().__init__()
-        self.swiglu = config.swiglu
-        self.gelu_approximation = "tanh" if config.openai_gelu else "none"
+        self.activation = ACTIVATIONS[config.activation]
         width, bias = config.ffn_hidden_size, not config.disable_bias_linear
-        self.dense_h_to_4h = Linear(config.hidden_size, width * (2 if self.swiglu else 1), initializer, bias)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.mlp_outputs, initializer, bias)
         self.dense_4h_to_h = Linear(width, config.hidden_size, initializer, bias, into_residual=True)
 
     def forward(self, x_SBh: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self._activate(self.dense_h_to_4h(x_SBh)))
-
-    def _activate(self, hidden_SBf: Tensor) -> Tensor:
-        return swiglu(hidden_SBf) if self.swiglu else F.gelu(hidden_SBf, approximate=self.gelu_approximation)
+        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x_SBh)))

@@ -25,7 +25,15 @@ from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.loss import stream_loss
 from megatron.fpdt.stream import ATTENTION_OUTPUT, INPUT, OUTPUT, PROJECTED, Stream
 from megatron.fpdt.tokenwise import stream_embedding
-from megatron.ops.attention import AttentionBackend, backward_regions, forward_regions
+from megatron.ops.attention import (
+    QKV,
+    AttentionBackend,
+    AttentionOutput,
+    AttentionVariant,
+    backward_regions,
+    forward_regions,
+    region_of,
+)
 
 if TYPE_CHECKING:
     from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
@@ -83,7 +91,12 @@ class UlyssesAttention:
         self._stream, self._layer_number = stream, layer_number
 
     def __call__(
-        self, q_SBHD: Tensor, kv_SBKD: Tensor, scale: float, dropout: float, documents: Documents | None
+        self,
+        q_SBHD: Tensor,
+        kv_SBKD: Tensor,
+        variant: AttentionVariant,
+        dropout: float,
+        documents: Documents | None,
     ) -> Tensor:
         """Attend as megatron.model.layers.CoreAttention says."""
         parallel_state = self._stream.parallel_state
@@ -93,11 +106,11 @@ class UlyssesAttention:
         self._note(PROJECTED, q_SBHD, kv_SBKD)
         projected = [q_SBHD, repeat_key_value_heads(kv_SBKD, size)]
         q, kv = differentiable_tokens_to_heads(projected, group, QUERIES_KEYS_VALUES)
-        k, v = kv.chunk(2, 2)
+        qkv = QKV(q, *kv.chunk(2, 2))
         o = (
-            _attention_with_dropout(q, k, v, dropout, scale, regions)
+            _attention_with_dropout(qkv, dropout, variant, regions)
             if dropout
-            else _CausalAttention.apply(q, k, v, self._stream.attention, scale, regions)
+            else _Attention.apply(*qkv, self._stream.attention, variant, regions)
         )
         self._note((ATTENTION_OUTPUT,), o)
         return differentiable_heads_to_tokens([o], group)[0]
@@ -116,19 +129,19 @@ def note_gradients(stream: Stream, layer_number: int, names: Sequence[str], *val
             value.register_hook(partial(stream.note, "backward", what, layer_number, 0))
 
 
-def _attention_with_dropout(
-    q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, dropout: float, scale: float, regions: tuple[Region, ...]
-) -> Tensor:
-    o_SBHD = torch.zeros_like(q_SBHD)
+def _attention_with_dropout(qkv: QKV, dropout: float, variant: AttentionVariant, regions: tuple[Region, ...]) -> Tensor:
+    o_SBHD = torch.zeros_like(qkv.q)
     for region in regions:
-        inputs = q_SBHD[region.in_queries], k_SBKD[region.in_keys], v_SBKD[region.in_keys]
+        inputs = region_of(qkv, region)
         q, k, v = (t.permute(1, 2, 0, 3) for t in inputs)  # [S, B, H, D] -> [B, H, S, D]
-        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)
+        o = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=variant.causal, scale=variant.scale, enable_gqa=True
+        )
         o_SBHD[region.in_queries] = o.permute(2, 0, 1, 3)
     return o_SBHD
 
 
-class _CausalAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -136,18 +149,20 @@ class _CausalAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         backend: AttentionBackend,
-        scale: float,
+        variant: AttentionVariant,
         regions: tuple[Region, ...],
     ) -> Tensor:
         with named_range(ATTENTION):
-            o, lse = forward_regions(backend, q, k, v, True, scale, regions)
+            o, lse = forward_regions(backend, QKV(q, k, v), variant, regions)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.backend, ctx.scale, ctx.regions = backend, scale, regions
+        ctx.backend, ctx.variant, ctx.regions = backend, variant, regions
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         with named_range(ATTENTION):
-            grads = backward_regions(ctx.backend, grads[0], q, k, v, o, lse, True, ctx.scale, ctx.regions)
+            grads = backward_regions(
+                ctx.backend, grads[0], QKV(q, k, v), AttentionOutput(o, lse), ctx.variant, ctx.regions
+            )
         return *grads, None, None, None

@@ -85,8 +85,7 @@ def flops_of_streaming(
     seq_length = layout.sequence_length
     first_slices = seq_length - layout.sequence_parallel_size * layout.tokens_after(slice_length)
     query_width = model.num_attention_heads * model.kv_channels
-    matrix = 2 * model.hidden_size * model.ffn_hidden_size
-    first, last = matrix * (2 if model.swiglu else 1), matrix
+    first, last = (2 * model.hidden_size * width for width in (model.mlp_outputs, model.ffn_hidden_size))
     dense = 2 * model.hidden_size * query_width
     before = forward_flops(model, 0, seq_length).token_wise // model.num_layers - seq_length * (dense + first + last)
     inner = 0 if model.parallel_residual else dense

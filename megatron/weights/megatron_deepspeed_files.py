@@ -36,8 +36,8 @@ _RENAMES = (
 _COPIES = ("word_embeddings_for_head.", "inv_freq")  # a copy of the embedding; a computed buffer
 
 
-class Place(Protocol):
-    """Where a tensor is stored."""
+class StoredTensor(Protocol):
+    """A tensor in files, described and not yet read."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -94,7 +94,7 @@ def has_layer_files(path: Path) -> bool:
     return any(path.glob("layer_*-model_*-model_states.pt"))
 
 
-def find_places(path: Path, num_ranks: int) -> list[dict[str, Place]]:
+def find_places(path: Path, num_ranks: int) -> list[dict[str, StoredTensor]]:
     """Locate every tensor, by our name, for each tensor-parallel rank; WeightsError if a file is missing or damaged."""
     if has_layer_files(path):
         return [_of_layers(files) for files in _layer_files(path, num_ranks)]
@@ -150,18 +150,18 @@ def _layer_files(path: Path, num_ranks: int) -> list[list[Path]]:
     return [[found[number][rank] for number in sorted(found)] for rank in range(num_ranks)]
 
 
-def _of_model(file: Path) -> dict[str, Place]:
+def _of_model(file: Path) -> dict[str, StoredTensor]:
     """Locate the tensors of a model in one file, nested or flat."""
-    places: dict[str, Place] = {}
+    places: dict[str, StoredTensor] = {}
     for key, tensor in _tensors({"module": load(file).get("module") or {}}):
         if not _is_copy(key):
             places[_our_name(key)] = _Whole(file, key, tuple(tensor.shape), tensor.dtype)
     return places
 
 
-def _of_layers(files: Sequence[Path]) -> dict[str, Place]:
+def _of_layers(files: Sequence[Path]) -> dict[str, StoredTensor]:
     """Locate the tensors of a pipeline's layers; the kind of a layer is recognized by its tensors."""
-    places: dict[str, Place] = {}
+    places: dict[str, StoredTensor] = {}
     num_blocks = 0
     for file in files:
         tensors = dict(_tensors(load(file)))
@@ -173,13 +173,13 @@ def _of_layers(files: Sequence[Path]) -> dict[str, Place]:
     return places
 
 
-def _of_partitions(path: Path, rank: int) -> dict[str, Place]:
+def _of_partitions(path: Path, rank: int) -> dict[str, StoredTensor]:
     """Locate the tensors of ZeRO-3. The flat tensors are in the order of the shapes; no parameter spans two of them."""
     files = _optimizer_files(path, rank)
     model = load(_existing(path / f"zero_pp_rank_0_{_model_file(rank)}"))
     shapes = {name: tuple(shape) for group in model.get("param_shapes") or () for name, shape in group.items()}
     sizes = [flat.numel() for flat in _flat_groups(load(files[0]), files[0])]
-    places: dict[str, Place] = {}
+    places: dict[str, StoredTensor] = {}
     group = start = 0
     for name, shape in shapes.items():
         length = -(-Size(shape).numel() // len(files))

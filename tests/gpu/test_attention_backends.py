@@ -4,10 +4,17 @@ import pytest
 import torch
 
 from megatron.core.documents import Documents
-from megatron.ops.attention import BACKENDS, AttentionUnavailable, backward_regions, forward_regions
+from megatron.ops.attention import (
+    BACKENDS,
+    QKV,
+    AttentionUnavailable,
+    AttentionVariant,
+    backward_regions,
+    forward_regions,
+)
 from megatron.ops.attention.reference import ReferenceAttention
 from megatron.ops.attention.select import NOT_FOR_DOCUMENTS
-from tests.unit.ops.attention.test_cpu_backends import draw, errors, tiled, truth
+from tests.unit.ops.attention.test_cpu_backends import draw, errors, request_for, tiled, truth
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -39,7 +46,7 @@ CASES = [
 
 
 def skip_unless_served(backend, dtype, head_size):
-    refusal = backend.refusal(torch.device("cuda", torch.cuda.current_device()), dtype, head_size)
+    refusal = backend.refusal(request_for(torch.device("cuda", torch.cuda.current_device()), dtype, head_size))
     if refusal:
         pytest.skip(refusal)
 
@@ -104,8 +111,9 @@ def test_documents_of_a_tile_err_no_more_than_the_same_precision_reference(backe
     def results(by, dtype):
         q, k, v, do = (t.to(dtype) for t in tensors)
         k, v = side_by_side(k, v)
-        o, lse = forward_regions(by, q, k, v, True, 0.1, regions)
-        return o, lse, *backward_regions(by, do, q, k, v, o, lse, True, 0.1, regions)
+        qkv, variant = QKV(q, k, v), AttentionVariant(0.1)
+        output = forward_regions(by, qkv, variant, regions)
+        return *output, *backward_regions(by, do, qkv, output, variant, regions)
 
     exact, same_precision = (results(ReferenceAttention(), dtype) for dtype in (torch.float64, torch.bfloat16))
     assert_errs_like(results(backend, torch.bfloat16), same_precision, exact)
@@ -116,12 +124,13 @@ def test_documents_of_a_tile_err_no_more_than_the_same_precision_reference(backe
 def test_results_have_the_shapes_and_dtypes_of_the_protocol_and_inputs_are_not_written_to(backend, causal):
     skip_unless_served(backend, torch.bfloat16, 128)
     q, k, v, do = (t.bfloat16().cuda() for t in draw((3, [256], 8, 2, 128)))
-    o, lse = backend.forward(q, k, v, causal, 0.1)
+    qkv, variant = QKV(q, k, v), AttentionVariant(0.1, causal)
+    o, lse = output = backend.forward(qkv, variant)
     assert (o.shape, o.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype) == ((3, 8, 256), torch.float32)
-    tensors = [do, q, k, v, o, lse]
+    tensors = [do, *qkv, *output]
     originals = [t.clone() for t in tensors]
-    gradients = backend.backward(*tensors, causal, 0.1)
+    gradients = backend.backward(do, qkv, output, variant)
     assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in (q, k, v)]
     assert all(torch.equal(t, original) for t, original in zip(tensors, originals, strict=True))
 
@@ -154,11 +163,12 @@ def test_more_than_two_to_the_31_elements(backend, size):
     q, do = draw_on_device(4 * K), draw_on_device(4 * K)
     k, v = side_by_side(draw_on_device(K), draw_on_device(K))
     assert q.numel() > 2**31
+    qkv, variant = QKV(q, k, v), AttentionVariant(scale)
     try:
-        o, lse = backend.forward(q, k, v, True, scale)
+        o, lse = output = backend.forward(qkv, variant)
     except AttentionUnavailable as refusal:
         pytest.skip(str(refusal))
-    gradients = backend.backward(do, q, k, v, o, lse, True, scale)
+    gradients = backend.backward(do, qkv, output, variant)
 
     for sequence, group in ((0, 0), (B // 2, K // 2), (B - 1, K - 1)):
 

@@ -11,6 +11,7 @@ from megatron.generation.loading import Inference, OpenedModel
 from megatron.generation.sampling import Sampling
 from megatron.ops.attention import choose_backend_for_few_queries
 from tests.unit.fpdt.test_attention_tiles import attended, draw, softmax_of_all
+from tests.unit.ops.attention.test_cpu_backends import request_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -64,7 +65,7 @@ def test_a_cache_on_the_host_changes_no_bit(folder):
 def test_a_query_over_a_cache_in_bf16_is_right_wherever_it_rests(num_heads, num_kv_heads, head_size, magnitude):
     q, parts = draw([20000, 4097, 1000, 129, 1, 1], num_heads, num_kv_heads, magnitude, head_size)
     q, *parts = (t.cuda().bfloat16() for t in (q, *parts))
-    backend = choose_backend_for_few_queries(q.device, q.dtype, head_size)
+    backend = choose_backend_for_few_queries(request_for(q.device, q.dtype, head_size))
     assert backend.name == "torch-flash"
     on_device, offloaded = (attended(backend, q, parts, offloading) for offloading in (False, True))
     assert torch.equal(on_device, offloaded)

@@ -25,6 +25,7 @@ from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import SLICE_LENGTH, Stream
 from megatron.fpdt.streamed_layer import StreamedLayer
+from megatron.ops.attention import QKV, AttentionOutput, AttentionRequest, AttentionVariant
 from megatron.planner.flops import forward_flops
 from megatron.planner.hardware import GB, TERA
 from megatron.planner.plan import Plan
@@ -199,22 +200,25 @@ class TimedAttention:
     seconds: Seconds
     name: str = "timed"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    def refusal(self, request: AttentionRequest) -> str | None:
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        self._run(q, k, causal, self.seconds.tile[0])
-        return torch.zeros_like(q), q.new_zeros(q.shape[1], q.shape[2], q.shape[0], dtype=torch.float32)
+    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+        self._run(qkv, variant, self.seconds.tile[0])
+        q = qkv.q
+        lse = q.new_zeros(q.shape[1], q.shape[2], q.shape[0], dtype=torch.float32)
+        return AttentionOutput(torch.zeros_like(q), lse)
 
     def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
-        self._run(q, k, causal, self.seconds.tile[1])
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        self._run(qkv, variant, self.seconds.tile[1])
+        dq, dk, dv = (torch.zeros_like(t) for t in qkv)
+        return dq, dk, dv
 
-    def _run(self, q: Tensor, k: Tensor, causal: bool, seconds: float) -> None:
-        label = f"{chunk_of(q)},{chunk_of(k)}"
-        self.clock.run(COMPUTE, TILE, label, seconds / 2 if causal else seconds)
+    def _run(self, qkv: QKV, variant: AttentionVariant, seconds: float) -> None:
+        label = f"{chunk_of(qkv.q)},{chunk_of(qkv.k)}"
+        self.clock.run(COMPUTE, TILE, label, seconds / 2 if variant.causal else seconds)
 
 
 class _Timed(torch.autograd.Function):
@@ -257,7 +261,7 @@ class TimedBlock:
             x = _Timed.apply(x, lambda: self._work(BEFORE, x_SBh, seconds.before[1]))
         q = x.unflatten(2, (self.num_heads, -1))
         kv = torch.cat([q, q], 2)[:, :, : 2 * self.num_key_value_heads]
-        o_SBHD = self.core_attention(q, kv, 1.0, 0.0, None)
+        o_SBHD = self.core_attention(q, kv, AttentionVariant(1.0), 0.0, None)
         x = self._work(AFTER, x_SBh, seconds.after_recomputed if recomputed else seconds.after[0])
         return _Timed.apply(x, lambda: self._work(AFTER, x_SBh, seconds.after[1])) + o_SBHD.flatten(2)
 

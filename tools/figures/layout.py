@@ -40,7 +40,7 @@ def _draw_sequence(axes: Any, content: dict[str, Any]) -> None:
     bare(axes, sum(lengths), 2.3, title)
     for rank, tokens in enumerate(content["tokens_of_rank"]):
         for token in tokens:
-            box(axes, token, 0.3, 1, 1, RANK_COLORS[rank], str(token))
+            box(axes, (token, 0.3), (1, 1), RANK_COLORS[rank], str(token))
     for number, (end, length) in enumerate(zip(accumulate(lengths), lengths, strict=True)):
         axes.plot([end - length + 0.1, end - 0.1], [1.5, 1.5], color=INK, linewidth=2, clip_on=False)
         axes.text(end - length / 2, 1.95, f"chunk {number}", ha="center", va="center")
@@ -53,7 +53,7 @@ def _draw_shards(axes: Any, content: dict[str, Any]) -> None:
     for rank, tokens in enumerate(tokens_of_rank):
         axes.text(0, rank + 0.5, f"rank {rank}", va="center")
         for place, token in enumerate(tokens):
-            box(axes, 3 + place, rank, 1, 1, RANK_COLORS[rank], str(token))
+            box(axes, (3 + place, rank), (1, 1), RANK_COLORS[rank], str(token))
     for end in list(accumulate(local))[:-1]:
         axes.plot([3 + end] * 2, [-0.1, len(tokens_of_rank) + 0.1], color=INK, linewidth=2)
     note = "Token-wise work: every rank on its own tokens,\nwith all heads. Lines separate the chunks."
@@ -75,8 +75,8 @@ def _draw_exchange(axes: Any, content: dict[str, Any]) -> None:
     for rank, (tokens, heads) in enumerate(zip(content["tokens_of_rank"], content["heads_of_rank"], strict=True)):
         own = [token for token in tokens if first <= token < first + length]
         color = RANK_COLORS[rank]
-        box(axes, before + own[0] - first, top, len(own), height * num_heads, color, f"rank\n{rank}")
-        box(axes, after, top + height * heads[0], length, height * len(heads), color, f"rank {rank}")
+        box(axes, (before + own[0] - first, top), (len(own), height * num_heads), color, f"rank\n{rank}")
+        box(axes, (after, top + height * heads[0]), (length, height * len(heads)), color, f"rank {rank}")
     left, right = before + length, after - 2
     for y, text, start, end in (
         (4.4, "tokens to heads: q, k, v", left + 0.5, right - 0.5),

@@ -42,11 +42,14 @@ def bare(axes: Any, width: float, height: float, title: str) -> None:
     axes.axis("off")
 
 
-def box(axes: Any, x: float, y: float, width: float, height: float, color: str, text: str = "", **options: Any) -> None:
+def box(
+    axes: Any, corner: tuple[float, float], size: tuple[float, float], color: str, text: str = "", **options: Any
+) -> None:
     """Draw a rectangle with centered text; `options` are the text's."""
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="white", linewidth=1))
+    (x, y), (width, height) = corner, size
+    axes.add_patch(Rectangle(corner, width, height, facecolor=color, edgecolor="white", linewidth=1))
     if text:
         axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", **options)
 

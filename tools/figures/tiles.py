@@ -110,10 +110,10 @@ def _draw_pass(axes: Any, content: dict[str, Any], phase: str, title: str) -> No
     axes.set(xlim=(-5.5, total + 0.1), ylim=(total + 0.1, -6))
     axes.set_title(title, loc="center")
     for i, j in combinations_with_replacement(range(len(lengths)), 2) if documents else ():
-        box(axes, starts[i], starts[j], lengths[i], lengths[j], COLORS["left out"])
+        box(axes, (starts[i], starts[j]), (lengths[i], lengths[j]), COLORS["left out"])
     for number, entry in enumerate(content[phase], 1):
         i, j = entry["tile"]
-        _draw_tile(axes, starts[j], starts[i], lengths[i], number, entry, notes=not documents)
+        _draw_tile(axes, (starts[j], starts[i]), number, entry, notes=not documents)
     for number, (first, end) in enumerate(pairwise(starts)):
         middle = (first + end) / 2
         axes.text(middle, -1.3, str(number), ha="center", va="center")
@@ -125,13 +125,13 @@ def _draw_pass(axes: Any, content: dict[str, Any], phase: str, title: str) -> No
         axes.text(end - 0.5, first + 0.5, f"document {number}", ha="right", va="top", color=BLUE, fontsize=11)
 
 
-def _draw_tile(axes: Any, x: float, y: float, size: float, number: int, entry: dict[str, Any], notes: bool) -> None:
+def _draw_tile(axes: Any, corner: tuple[int, int], number: int, entry: dict[str, Any], notes: bool) -> None:
     """Draw a tile: its regions, its number in order of execution, and its copies."""
     from matplotlib.patches import Polygon, Rectangle
 
-    i, j = entry["tile"]
+    (x, y), (i, j), size = corner, entry["tile"], CHUNK_LENGTHS[0]
     color = COLORS[" ".join(entry["in"]) or "own"]
-    axes.add_patch(Rectangle((x, y), size, size, facecolor="white", edgecolor=GREY, linewidth=0.8))
+    axes.add_patch(Rectangle(corner, size, size, facecolor="white", edgecolor=GREY, linewidth=0.8))
     for q0, q1, k0, k1 in entry["regions"]:
         corners = [(k0, q0), (k1, q1), (k0, q1)] if i == j else [(k0, q0), (k1, q0), (k1, q1), (k0, q1)]
         shape = [(x + key, y + query) for key, query in corners]

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from megatron.ops.attention.protocol import AttentionUnavailable
+from megatron.ops.attention.protocol import AttentionRequest, AttentionUnavailable
 
 
-def cuda_refusal(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_size: int,
-    minimum_capability: tuple[int, int],
-    largest_head: int,
-    newest_major: int | None = None,
-    head_multiple: int = 8,
-) -> str | None:
-    """Return why a bf16 and fp16 kernel for multiples of `head_multiple` cannot serve, or None if it can."""
-    if device.type != "cuda":
-        return f"it runs on CUDA devices, and the tensors are on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < minimum_capability:
-        return f"it needs compute capability {minimum_capability[0]}.{minimum_capability[1]} or later"
-    if newest_major is not None and capability[0] > newest_major:
-        return f"it needs compute capability {newest_major}.x or earlier, and this device has {capability[0]}.x"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in bf16 and fp16, and the tensors are {dtype}"
-    if head_size % head_multiple or not 0 < head_size <= largest_head:
-        return f"head size {head_size} is not a multiple of {head_multiple} up to {largest_head}"
-    return None
+@dataclass(frozen=True)
+class CudaLimits:
+    """The devices and head sizes that a bf16 and fp16 kernel serves."""
+
+    minimum_capability: tuple[int, int]
+    largest_head: int
+    newest_major: int | None = None
+    head_multiple: int = 8
+
+    def refusal(self, request: AttentionRequest) -> str | None:
+        """Return why the kernel cannot serve the request, or None if it can."""
+        minimum, newest, head_size = self.minimum_capability, self.newest_major, request.head_size
+        if request.device.type != "cuda":
+            return f"it runs on CUDA devices, and the tensors are on {request.device.type}"
+        major, minor = capability(request.device)
+        if (major, minor) < minimum:
+            return f"it needs compute capability {minimum[0]}.{minimum[1]} or later"
+        if newest is not None and major > newest:
+            return f"it needs compute capability {newest}.x or earlier, and this device has {major}.x"
+        if request.dtype not in (torch.bfloat16, torch.float16):
+            return f"it computes in bf16 and fp16, and the tensors are {request.dtype}"
+        if head_size % self.head_multiple or not 0 < head_size <= self.largest_head:
+            return f"head size {head_size} is not a multiple of {self.head_multiple} up to {self.largest_head}"
+        return None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a device, (0, 0) for one without CUDA."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def refuse_more_than_31_bits_count(name: str, q_SBHD: Tensor) -> None:

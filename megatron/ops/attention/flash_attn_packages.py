@@ -26,8 +26,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron.ops.attention.cuda_limits import cuda_refusal, refuse_more_than_31_bits_count
-from megatron.ops.attention.protocol import AttentionUnavailable
+from megatron.ops.attention.cuda_limits import CudaLimits, capability, refuse_more_than_31_bits_count
+from megatron.ops.attention.protocol import (
+    QKV,
+    AttentionOutput,
+    AttentionRequest,
+    AttentionUnavailable,
+    AttentionVariant,
+    PackedSequences,
+)
 
 # Other names of our arguments.
 _SPELLINGS = {"causal": ("causal", "is_causal"), "lse": ("softmax_lse", "lse")}
@@ -160,35 +167,35 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class PackagedAttention(ABC):
-    """The protocol on top of a package; a subclass says on which devices its kernels run."""
+    """The protocol on top of a package; a subclass has the limits of its kernels."""
 
     name: str
     package: ClassVar[Package]
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        reason = self.limits(device, dtype, head_size)
+    def refusal(self, request: AttentionRequest) -> str | None:
+        reason = self.limits(request).refusal(request)
         if reason is not None:
             return reason
         kernels = load(self.package)
         return kernels if isinstance(kernels, str) else None
 
     @abstractmethod
-    def limits(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        """Return why the kernels, if installed, could not serve such tensors, or None if they could."""
+    def limits(self, request: AttentionRequest) -> CudaLimits:
+        """Return the limits of the kernels on the device of the request."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # [S, B, H, D] -> [B, S, H, D]
-        kernels, options = self._kernels(), self.package.forward_options
-        results = kernels.forward(q=q, k=k, v=v, softmax_scale=scale, causal=causal, **options)
-        return results[0].transpose(0, 1), results[kernels.lse_position]
+    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+        q, k, v = (t.transpose(0, 1) for t in qkv)  # [S, B, H, D] -> [B, S, H, D]
+        kernels, options = self._kernels(), {**self.package.forward_options, **_variant_options(variant)}
+        results = kernels.forward(q=q, k=k, v=v, **options)
+        return AttentionOutput(results[0].transpose(0, 1), results[kernels.lse_position])
 
     def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
-        do, q, k, v, o = (t.transpose(0, 1) for t in (do, q, k, v, o))  # [S, B, H, D] -> [B, S, H, D]
+        do, q, k, v, o = (t.transpose(0, 1) for t in (do, *qkv, output.o))  # [S, B, H, D] -> [B, S, H, D]
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         self._kernels().backward(
-            dout=do, q=q, k=k, v=v, out=o, lse=lse.contiguous(), dq=dq, dk=dk, dv=dv, softmax_scale=scale, causal=causal
+            dout=do, q=q, k=k, v=v, out=o, lse=output.lse.contiguous(), dq=dq, dk=dk, dv=dv, **_variant_options(variant)
         )
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
@@ -205,20 +212,20 @@ class FlashAttention2(PackagedAttention):
     name = "flash-attn-2"
     package = FLASH_ATTN_2
 
-    def limits(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    def limits(self, request: AttentionRequest) -> CudaLimits:
         # 2.5 has no backward for larger heads on the smaller Ampere chips and on Ada.
-        small = device.type == "cuda" and (8, 0) < torch.cuda.get_device_capability(device) < (9, 0)
-        return cuda_refusal(device, dtype, head_size, minimum_capability=(8, 0), largest_head=192 if small else 256)
+        small = (8, 0) < capability(request.device) < (9, 0)
+        return CudaLimits(minimum_capability=(8, 0), largest_head=192 if small else 256)
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        reason = super().refusal(device, dtype, head_size)
-        if reason is None and torch.cuda.get_device_capability(device) >= (10, 0) and _flash_attn_version() < (2, 7, 4):
+    def refusal(self, request: AttentionRequest) -> str | None:
+        reason = super().refusal(request)
+        if reason is None and capability(request.device) >= (10, 0) and _flash_attn_version() < (2, 7, 4):
             return 'flash-attn before 2.7.4 has no kernels for Blackwell (pip install "flash-attn>=2.7.4")'
         return reason
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        refuse_more_than_31_bits_count(self.name, q)
-        return super().forward(q, k, v, causal, scale)
+    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+        refuse_more_than_31_bits_count(self.name, qkv.q)
+        return super().forward(qkv, variant)
 
 
 class FlashAttention3(PackagedAttention):
@@ -227,8 +234,8 @@ class FlashAttention3(PackagedAttention):
     name = "flash-attn-3"
     package = FLASH_ATTN_3
 
-    def limits(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        return cuda_refusal(device, dtype, head_size, minimum_capability=(9, 0), largest_head=256, newest_major=9)
+    def limits(self, request: AttentionRequest) -> CudaLimits:
+        return CudaLimits(minimum_capability=(9, 0), largest_head=256, newest_major=9)
 
 
 class FlashAttention4(PackagedAttention):
@@ -237,50 +244,42 @@ class FlashAttention4(PackagedAttention):
     name = "flash-attn-4"
     package = FLASH_ATTN_4
 
-    def limits(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    def limits(self, request: AttentionRequest) -> CudaLimits:
+        major, _ = capability(request.device)
         # Data-center Blackwell has kernels for head size 256, but none between 128 and 256.
-        reaches_256 = major == 9 or (major in (10, 11) and head_size == 256)
-        return cuda_refusal(
-            device,
-            dtype,
-            head_size,
+        reaches_256 = major == 9 or (major in (10, 11) and request.head_size == 256)
+        return CudaLimits(
             minimum_capability=(9, 0),
             largest_head=256 if reaches_256 else 128,
             newest_major=12,
             head_multiple=32,  # 80 failed against fp64 on an H200 (4.0.0b36); 64, 96 and 128 did not
         )
 
-    def forward_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        kernels, options = self._kernels(), {**self.package.forward_options, **_packing(boundaries, longest)}
-        results = kernels.forward(q=q, k=k, v=v, softmax_scale=scale, causal=True, **options)
-        return results[0], results[kernels.lse_position]
+    def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: AttentionVariant) -> AttentionOutput:
+        kernels, options = self._kernels(), {**self.package.forward_options, **_variant_options(variant)}
+        results = kernels.forward(q=qkv.q, k=qkv.k, v=qkv.v, **options, **_packing_options(packed))
+        return AttentionOutput(results[0], results[kernels.lse_position])
 
     def backward_packed(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        boundaries: Tensor,
-        longest: int,
-        scale: float,
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, packed: PackedSequences, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
-        do, q, k, v, o = (t.contiguous() for t in (do, q, k, v, o))  # large strides are reported to give silent errors
+        # Large strides are reported to give silent errors.
+        do, q, k, v, o = (t.contiguous() for t in (do, *qkv, output.o))
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         self._kernels().backward(
-            dout=do, q=q, k=k, v=v, out=o, lse=lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale, causal=True,
-            **_packing(boundaries, longest),
+            dout=do, q=q, k=k, v=v, out=o, lse=output.lse, dq=dq, dk=dk, dv=dv, **_variant_options(variant),
+            **_packing_options(packed),
         )  # fmt: skip
         return dq, dk, dv
 
 
-def _packing(boundaries: Tensor, longest: int) -> dict[str, Any]:
-    return {"cu_seqlens_q": boundaries, "cu_seqlens_k": boundaries, "max_seqlen_q": longest, "max_seqlen_k": longest}
+def _variant_options(variant: AttentionVariant) -> dict[str, Any]:
+    return {"softmax_scale": variant.scale, "causal": variant.causal}
+
+
+def _packing_options(packed: PackedSequences) -> dict[str, Any]:
+    starts, longest = packed
+    return {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
 
 def _flash_attn_version() -> tuple[int, ...]:

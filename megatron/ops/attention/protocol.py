@@ -14,7 +14,9 @@ section 3). Causal tiles are square and diagonal; tiles below the diagonal are n
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,23 +26,76 @@ class AttentionUnavailable(ValueError):
     """A backend cannot serve a request; the message says why, and which can."""
 
 
+@dataclass(frozen=True)
+class AttentionVariant:
+    """How queries attend to keys: the scores before the softmax, and the mask.
+
+    A layer's variant is that of the whole sequence. A tile below the diagonal has the variant `below_diagonal`.
+    """
+
+    scale: float
+    """Factor of the scores."""
+
+    causal: bool = True
+    """Whether a query attends only to keys up to its own position in the tile."""
+
+    @cached_property
+    def below_diagonal(self) -> AttentionVariant:
+        """The same without a mask: all keys of the tile precede its queries."""
+        return replace(self, causal=False)
+
+
+class AttentionRequest(NamedTuple):
+    """The attention that a backend is asked to serve."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_size: int
+    variant: AttentionVariant
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of a tile."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class AttentionOutput(NamedTuple):
+    """Output and log-sum-exp of queries over a set of keys."""
+
+    o: Tensor
+    lse: Tensor
+
+
+class PackedSequences(NamedTuple):
+    """Where the documents are that one sequence packs."""
+
+    cu_seqlens: Tensor
+    """The start of each document and the end of the last, int32 [documents + 1] on the device."""
+
+    max_seqlen: int
+    """Length of the longest document."""
+
+
 class AttentionBackend(Protocol):
     """A pair of pure functions, and the reason why they cannot serve, if there is one."""
 
     name: str
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        """Return why this backend cannot serve such tensors, or None if it can."""
+    def refusal(self, request: AttentionRequest) -> str | None:
+        """Return why this backend cannot serve the request, or None if it can."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        """Compute (o, lse) of one tile."""
+    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+        """Compute o and lse of one tile."""
         ...
 
     def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute (dq, dk, dv) of one tile, given the o and lse of the tile's whole row."""
+        """Compute (dq, dk, dv) of one tile, given the output of the tile's whole row."""
         ...
 
 
@@ -48,28 +103,15 @@ class AttentionBackend(Protocol):
 class PacksDocuments(Protocol):
     """A backend whose kernels also serve many adjacent documents in one call (varlen, cu_seqlens).
 
-    q, o, do [T, H, D], k, v [T, K, D] and lse [H, T] hold all documents. `boundaries`, int32 [documents + 1] on the
-    device, holds the start of each document and the end of the last. `longest` is the length of the longest document.
-    All are causal.
+    q, o, do [T, H, D], k, v [T, K, D] and lse [H, T] hold all documents. The variant applies within each of them.
     """
 
-    def forward_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Compute (o, lse) of all documents."""
+    def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: AttentionVariant) -> AttentionOutput:
+        """Compute o and lse of all documents."""
         ...
 
     def backward_packed(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        boundaries: Tensor,
-        longest: int,
-        scale: float,
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, packed: PackedSequences, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute (dq, dk, dv) of all documents, given the o and lse over all their keys."""
+        """Compute (dq, dk, dv) of all documents, given the output over all their keys."""
         ...

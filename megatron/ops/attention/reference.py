@@ -8,37 +8,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.ops.attention.protocol import QKV, AttentionOutput, AttentionRequest, AttentionVariant
+
 _BLOCK_ROWS = 512
 
 
 class ReferenceAttention:
     name = "reference"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    def refusal(self, request: AttentionRequest) -> str | None:
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+        q, k, v = qkv
         k_BHSD, v_BHSD = (_heads_first(t, q.shape[2]) for t in (k, v))
         o, lse = [], []
         for start in range(0, len(q), _BLOCK_ROWS):
             q_BHSD = _heads_first(q[start : start + _BLOCK_ROWS], q.shape[2])
-            scores = _scores(q_BHSD, k_BHSD, start, causal, scale)
+            scores = _scores(q_BHSD, k_BHSD, start, variant)
             lse.append(scores.logsumexp(-1))
             o.append((scores - lse[-1].unsqueeze(-1)).exp() @ v_BHSD)
-        return torch.cat(o, 2).permute(2, 0, 1, 3).to(q.dtype), torch.cat(lse, 2)
+        return AttentionOutput(torch.cat(o, 2).permute(2, 0, 1, 3).to(q.dtype), torch.cat(lse, 2))
 
     def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
+        (q, k, v), (o, lse) = qkv, output
         H, K = q.shape[2], k.shape[2]
         k_BHSD, v_BHSD = _heads_first(k, H), _heads_first(v, H)
         dq, dk, dv = [], torch.zeros_like(k_BHSD), torch.zeros_like(v_BHSD)
         for start in range(0, len(q), _BLOCK_ROWS):
             rows = slice(start, start + _BLOCK_ROWS)
             q_BHSD, do_BHSD, o_BHSD = (_heads_first(t[rows], H) for t in (q, do, o))
-            probabilities = (_scores(q_BHSD, k_BHSD, start, causal, scale) - lse[:, :, rows].unsqueeze(-1)).exp()
+            probabilities = (_scores(q_BHSD, k_BHSD, start, variant) - lse[:, :, rows].unsqueeze(-1)).exp()
             delta = (do_BHSD * o_BHSD).sum(-1, keepdim=True)
-            dscores = probabilities * (do_BHSD @ v_BHSD.mT - delta) * scale
+            dscores = probabilities * (do_BHSD @ v_BHSD.mT - delta) * variant.scale
             dq.append(dscores @ k_BHSD)
             dk += dscores.mT @ q_BHSD
             dv += probabilities.mT @ do_BHSD
@@ -52,9 +56,9 @@ def _heads_first(t_SBKD: Tensor, num_heads: int) -> Tensor:
     return t.repeat_interleave(num_heads // t.shape[1], 1)
 
 
-def _scores(q_BHSD: Tensor, k_BHSD: Tensor, first_row: int, causal: bool, scale: float) -> Tensor:
-    scores = q_BHSD @ k_BHSD.mT * scale
-    if causal:
+def _scores(q_BHSD: Tensor, k_BHSD: Tensor, first_row: int, variant: AttentionVariant) -> Tensor:
+    scores = q_BHSD @ k_BHSD.mT * variant.scale
+    if variant.causal:
         rows = torch.arange(first_row, first_row + q_BHSD.shape[2], device=scores.device)
         columns = torch.arange(k_BHSD.shape[2], device=scores.device)
         scores = scores.masked_fill(columns > rows[:, None], float("-inf"))

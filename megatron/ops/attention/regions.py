@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron.core.documents import WHOLE_TILE, Region
-from megatron.ops.attention.protocol import AttentionBackend, PacksDocuments
+from megatron.ops.attention.protocol import (
+    QKV,
+    AttentionBackend,
+    AttentionOutput,
+    AttentionVariant,
+    PackedSequences,
+    PacksDocuments,
+)
 
 # Fewer documents are as fast one by one.
 PACKED_FROM = 4
@@ -23,84 +30,77 @@ Run = list[Region]
 
 
 def forward_regions(
-    backend: AttentionBackend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    scale: float,
-    regions: Sequence[Region] = WHOLE_TILE,
-) -> tuple[Tensor, Tensor]:
-    """Compute (o, lse) of a tile; `causal` means that the tile and its regions are on the diagonal."""
+    backend: AttentionBackend, qkv: QKV, variant: AttentionVariant, regions: Sequence[Region] = WHOLE_TILE
+) -> AttentionOutput:
+    """Compute o and lse of a tile; `variant` is that of the tile and of each of its regions."""
     if regions == WHOLE_TILE:
-        return backend.forward(q, k, v, causal, scale)
+        return backend.forward(qkv, variant)
+    q = qkv.q
     o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     S, B, H, _ = q.shape
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
-    lse = torch.full((B, H, S), 0.0 if causal else -torch.inf, dtype=sum_dtype, device=q.device)
-    for run in _runs(backend, causal, regions):
+    lse = torch.full((B, H, S), 0.0 if variant.causal else -torch.inf, dtype=sum_dtype, device=q.device)
+    for run in _runs(backend, variant, regions):
         whole = _whole(run)
-        own_q, own_k, own_v = q[whole.in_queries], k[whole.in_keys], v[whole.in_keys]
+        own = region_of(qkv, whole)
         if isinstance(backend, PacksDocuments) and len(run) > 1:
-            packed = own_q.squeeze(1), own_k.squeeze(1), own_v.squeeze(1)
-            part, part_lse = backend.forward_packed(*packed, *_boundaries(run, q.device), scale)
+            own = QKV(*(t.squeeze(1) for t in own))
+            part, part_lse = backend.forward_packed(own, _packed(run, q.device), variant)
             o[whole.in_queries], lse[whole.in_lse] = part.unsqueeze(1), part_lse.unsqueeze(0)
         else:
-            o[whole.in_queries], lse[whole.in_lse] = backend.forward(own_q, own_k, own_v, causal, scale)
-    return o, lse
+            o[whole.in_queries], lse[whole.in_lse] = backend.forward(own, variant)
+    return AttentionOutput(o, lse)
 
 
 def backward_regions(
     backend: AttentionBackend,
     do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
+    qkv: QKV,
+    output: AttentionOutput,
+    variant: AttentionVariant,
     regions: Sequence[Region] = WHOLE_TILE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute (dq, dk, dv) of a tile, given the o and lse of the tile's whole row."""
+    """Compute (dq, dk, dv) of a tile, given the output of the tile's whole row."""
     if regions == WHOLE_TILE:
-        return backend.backward(do, q, k, v, o, lse, causal, scale)
-    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    for run in _runs(backend, causal, regions):
+        return backend.backward(do, qkv, output, variant)
+    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in qkv)
+    for run in _runs(backend, variant, regions):
         whole = _whole(run)
         queries, keys = whole.in_queries, whole.in_keys
-        inputs = do[queries], q[queries], k[keys], v[keys], o[queries], lse[whole.in_lse].contiguous()
+        own_output = AttentionOutput(output.o[queries], output.lse[whole.in_lse].contiguous())
+        inputs = do[queries], region_of(qkv, whole), own_output
         if isinstance(backend, PacksDocuments) and len(run) > 1:
-            grads = _backward_packed(backend, *inputs, *_boundaries(run, q.device), scale)
+            grads = _backward_packed(backend, *inputs, _packed(run, do.device), variant)
         else:
-            grads = backend.backward(*inputs, causal, scale)
+            grads = backend.backward(*inputs, variant)
         dq[queries], dk[keys], dv[keys] = grads
     return dq, dk, dv
+
+
+def region_of(qkv: QKV, region: Region) -> QKV:
+    """Return views of the queries, keys and values of a region."""
+    return QKV(qkv.q[region.in_queries], qkv.k[region.in_keys], qkv.v[region.in_keys])
 
 
 def _backward_packed(
     backend: PacksDocuments,
     do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    boundaries: Tensor,
-    longest: int,
-    scale: float,
+    qkv: QKV,
+    output: AttentionOutput,
+    packed: PackedSequences,
+    variant: AttentionVariant,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (dq, dk, dv) of documents in one sequence, in the shapes of the protocol."""
-    do, q, k, v, o = (t.squeeze(1) for t in (do, q, k, v, o))
-    grads = backend.backward_packed(do, q, k, v, o, lse.squeeze(0), boundaries, longest, scale)
-    dq, dk, dv = (t.unsqueeze(1) for t in grads)
+    do, qkv = do.squeeze(1), QKV(*(t.squeeze(1) for t in qkv))
+    output = AttentionOutput(output.o.squeeze(1), output.lse.squeeze(0))
+    dq, dk, dv = (t.unsqueeze(1) for t in backend.backward_packed(do, qkv, output, packed, variant))
     return dq, dk, dv
 
 
-def _runs(backend: AttentionBackend, causal: bool, regions: Sequence[Region]) -> Iterator[Run]:
+def _runs(backend: AttentionBackend, variant: AttentionVariant, regions: Sequence[Region]) -> Iterator[Run]:
     """Yield the regions, grouped by the kernel call that serves them."""
     for run in _adjacent(regions):
-        if causal and len(run) >= PACKED_FROM and isinstance(backend, PacksDocuments):
+        if variant.causal and len(run) >= PACKED_FROM and isinstance(backend, PacksDocuments):
             yield run
         else:
             yield from ([region] for region in run)
@@ -124,11 +124,11 @@ def _whole(run: Run) -> Region:
     return Region(first.sequences, (first.queries[0], last.queries[1]), (first.keys[0], last.keys[1]))
 
 
-def _boundaries(run: Run, device: torch.device) -> tuple[Tensor, int]:
-    """Return the boundaries of the documents, int32 on the device, from 0, and the length of the longest."""
+def _packed(run: Run, device: torch.device) -> PackedSequences:
+    """Return where the documents of a run are, counted from its beginning."""
     origin = run[0].queries[0]
-    boundaries = torch.tensor([0, *(region.queries[1] - origin for region in run)], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *(region.queries[1] - origin for region in run)], dtype=torch.int32)
     if device.type == "cuda":
-        boundaries = boundaries.pin_memory()
+        cu_seqlens = cu_seqlens.pin_memory()
     longest = max(region.queries[1] - region.queries[0] for region in run)
-    return boundaries.to(device, non_blocking=True), longest
+    return PackedSequences(cu_seqlens.to(device, non_blocking=True), longest)

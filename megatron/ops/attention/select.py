@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from megatron.ops.attention.flash_attn_packages import FlashAttention2, FlashAttention3, FlashAttention4
-from megatron.ops.attention.protocol import AttentionBackend, AttentionUnavailable
+from megatron.ops.attention.protocol import AttentionBackend, AttentionRequest, AttentionUnavailable
 from megatron.ops.attention.reference import ReferenceAttention
 from megatron.ops.attention.torch_backends import CudnnAttention, TorchCpuAttention, TorchFlashAttention
 
@@ -34,18 +32,16 @@ FOR_FEW_QUERIES: tuple[AttentionBackend, ...] = (TorchFlashAttention(), TorchCpu
 NOT_FOR_DOCUMENTS = {"cudnn": "its backward crashes on short documents, which --reset-attention-mask separates"}
 
 
-def choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype, head_size: int, documents: bool = False
-) -> AttentionBackend:
+def choose_backend(name: str, request: AttentionRequest, documents: bool = False) -> AttentionBackend:
     """Return the backend called `name`, or the fastest of a family ("auto", "flash-2") that can serve.
 
     With `documents` it must serve tiles of any length. Raises AttentionUnavailable for an unknown name and for a
-    backend that cannot serve such tensors.
+    backend that cannot serve the request.
     """
 
     def refusal_of(backend: AttentionBackend) -> str | None:
         reason = NOT_FOR_DOCUMENTS.get(backend.name) if documents else None
-        return reason or backend.refusal(device, dtype, head_size)
+        return reason or backend.refusal(request)
 
     names = FAMILIES.get(name, (name,))
     refusals: dict[str, str] = {}
@@ -61,6 +57,6 @@ def choose_backend(
     raise AttentionUnavailable(f"--attention-backend {name}: {reason}; use one of {alternatives}.")
 
 
-def choose_backend_for_few_queries(device: torch.device, dtype: torch.dtype, head_size: int) -> AttentionBackend:
+def choose_backend_for_few_queries(request: AttentionRequest) -> AttentionBackend:
     """Return the fastest backend for tiles of any length that have few queries."""
-    return next(backend for backend in FOR_FEW_QUERIES if backend.refusal(device, dtype, head_size) is None)
+    return next(backend for backend in FOR_FEW_QUERIES if backend.refusal(request) is None)

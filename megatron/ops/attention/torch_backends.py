@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.ops.attention.cuda_limits import cuda_refusal, refuse_more_than_31_bits_count
+from megatron.ops.attention.cuda_limits import CudaLimits, refuse_more_than_31_bits_count
+from megatron.ops.attention.protocol import QKV, AttentionOutput, AttentionRequest, AttentionVariant, PackedSequences
 
 aten = torch.ops.aten
 
@@ -18,19 +19,22 @@ class TorchCpuAttention:
 
     name = "torch-cpu"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        return None if device.type == "cpu" else f"it runs on CPUs, and the tensors are on {device.type}"
+    def refusal(self, request: AttentionRequest) -> str | None:
+        kind = request.device.type
+        return None if kind == "cpu" else f"it runs on CPUs, and the tensors are on {kind}"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = (_heads_first(t) for t in (q, k, v))
-        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-        return _sequence_first(o), lse
+    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+        q, k, v = (_heads_first(t) for t in qkv)
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, variant.causal, scale=variant.scale)
+        return AttentionOutput(_sequence_first(o), lse)
 
     def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
-        do, q, k, v, o = (_heads_first(t) for t in (do, q, k, v, o))
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
+        do, q, k, v, o = (_heads_first(t) for t in (do, *qkv, output.o))
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, o, output.lse, 0.0, variant.causal, scale=variant.scale
+        )
         dq, dk, dv = (_sequence_first(t) for t in grads)
         return dq, dk, dv
 
@@ -40,52 +44,45 @@ class TorchFlashAttention:
 
     name = "torch-flash"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        return cuda_refusal(device, dtype, head_size, minimum_capability=(8, 0), largest_head=256)
+    def refusal(self, request: AttentionRequest) -> str | None:
+        return CudaLimits(minimum_capability=(8, 0), largest_head=256).refusal(request)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        refuse_more_than_31_bits_count(self.name, q)
-        q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # [S, B, H, D] -> [B, S, H, D]
+    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+        refuse_more_than_31_bits_count(self.name, qkv.q)
+        q, k, v = (t.transpose(0, 1) for t in qkv)  # [S, B, H, D] -> [B, S, H, D]
         out = aten._flash_attention_forward(
-            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, variant.causal, False, scale=variant.scale
         )
-        return out[0].transpose(0, 1), out[1]
+        return AttentionOutput(out[0].transpose(0, 1), out[1])
 
     def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
-        do, q, k, v, o = (t.transpose(0, 1) for t in (do, q, k, v, o))
+        do, q, k, v, o = (t.transpose(0, 1) for t in (do, *qkv, output.o))
         # Without dropout the kernel does not read the random state.
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = aten._flash_attention_backward(
-            do, q, k, v, o, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, unused, unused, scale=scale
-        )
+            do, q, k, v, o, output.lse, None, None, q.shape[1], k.shape[1], 0.0, variant.causal, unused, unused,
+            scale=variant.scale,
+        )  # fmt: skip
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
-    def forward_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: AttentionVariant) -> AttentionOutput:
+        starts, longest = packed
         out = aten._flash_attention_forward(
-            q, k, v, boundaries, boundaries, longest, longest, 0.0, True, False, scale=scale
+            *qkv, starts, starts, longest, longest, 0.0, variant.causal, False, scale=variant.scale
         )
-        return out[0], out[1]
+        return AttentionOutput(out[0], out[1])
 
     def backward_packed(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        boundaries: Tensor,
-        longest: int,
-        scale: float,
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, packed: PackedSequences, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
-        unused = torch.empty(2, dtype=torch.uint64, device=q.device)
+        starts, longest = packed
+        unused = torch.empty(2, dtype=torch.uint64, device=do.device)
         grads = aten._flash_attention_backward(
-            do, q, k, v, o, lse, boundaries, boundaries, longest, longest, 0.0, True, unused, unused, scale=scale
-        )
+            do, *qkv, *output, starts, starts, longest, longest, 0.0, variant.causal, unused, unused,
+            scale=variant.scale,
+        )  # fmt: skip
         return grads[0], grads[1], grads[2]
 
 
@@ -99,35 +96,37 @@ class CudnnAttention:
     name = "cudnn"
     one_token = TorchFlashAttention()
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-        return cuda_refusal(device, dtype, head_size, minimum_capability=(9, 0), largest_head=128)
+    def refusal(self, request: AttentionRequest) -> str | None:
+        return CudaLimits(minimum_capability=(9, 0), largest_head=128).refusal(request)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        if _has_one_token(q, k):
-            return self.one_token.forward(q, k, v, causal, scale)
-        refuse_more_than_31_bits_count(self.name, q)
-        q, k, v = (_heads_first(t) for t in (q, k, v))
-        out = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-        return _sequence_first(out[0]), out[1].view(q.shape[:3])
+    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+        if _has_one_token(qkv):
+            return self.one_token.forward(qkv, variant)
+        refuse_more_than_31_bits_count(self.name, qkv.q)
+        q, k, v = (_heads_first(t) for t in qkv)
+        out = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, variant.causal, False, scale=variant.scale
+        )
+        return AttentionOutput(_sequence_first(out[0]), out[1].view(q.shape[:3]))
 
     def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if _has_one_token(q, k):
-            return self.one_token.backward(do, q, k, v, o, lse, causal, scale)
-        do, q, k, v, o = (_heads_first(t) for t in (do, q, k, v, o))
+        if _has_one_token(qkv):
+            return self.one_token.backward(do, qkv, output, variant)
+        do, q, k, v, o = (_heads_first(t) for t in (do, *qkv, output.o))
         # Without dropout the kernel does not read the random state.
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            do, q, k, v, o, lse.unsqueeze(-1), unused, unused, None, None, None,
-            q.shape[2], k.shape[2], 0.0, causal, scale=scale,
+            do, q, k, v, o, output.lse.unsqueeze(-1), unused, unused, None, None, None,
+            q.shape[2], k.shape[2], 0.0, variant.causal, scale=variant.scale,
         )  # fmt: skip
         dq, dk, dv = (_sequence_first(t) for t in grads)
         return dq, dk, dv
 
 
-def _has_one_token(q_SBHD: Tensor, k_SBKD: Tensor) -> bool:
-    return len(q_SBHD) == 1 or len(k_SBKD) == 1
+def _has_one_token(qkv: QKV) -> bool:
+    return len(qkv.q) == 1 or len(qkv.k) == 1
 
 
 def _heads_first(t_SBHD: Tensor) -> Tensor:

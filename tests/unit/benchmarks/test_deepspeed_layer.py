@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import TINY_GEOMETRY, Geometry
+from megatron.ops.attention import QKV, AttentionOutput, AttentionVariant
 from megatron.ops.attention.reference import ReferenceAttention
 
 deepspeed_layer = pytest.importorskip("benchmarks.deepspeed_layer")
@@ -41,14 +42,16 @@ def layer(monkeypatch):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):
-        o, lse = ReferenceAttention().forward(q, k, v, True, scale)
+        o, lse = ReferenceAttention().forward(QKV(q, k, v), AttentionVariant(scale))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale = scale
         return o
 
     @staticmethod
     def backward(ctx, do):
-        return *ReferenceAttention().backward(do, *ctx.saved_tensors, True, ctx.scale), None
+        q, k, v, o, lse = ctx.saved_tensors
+        variant = AttentionVariant(ctx.scale)
+        return *ReferenceAttention().backward(do, QKV(q, k, v), AttentionOutput(o, lse), variant), None
 
 
 def _expected(weights, x, dy):
@@ -86,9 +89,10 @@ def test_the_kernel_is_named_after_what_serves(layer, monkeypatch):
 def test_gradients_take_the_place_of_the_zeros_they_were_given():
     _, backward = deepspeed_layer.flash_attention_2(ReferenceAttention())
     q, k, v, do = (torch.randn(1, 8, 2, 4) for _ in range(4))
-    o, lse = ReferenceAttention().forward(*(t.transpose(0, 1) for t in (q, k, v)), True, 0.5)
+    qkv, variant = QKV(*(t.transpose(0, 1) for t in (q, k, v))), AttentionVariant(0.5)
+    o, lse = output = ReferenceAttention().forward(qkv, variant)
     dq, dk, dv = (torch.zeros_like(q) for _ in range(3))
     backward(do, q, k, v, o.transpose(0, 1), lse, dq, dk, dv, 0.0, 0.5, True, -1, -1, 0.0, None, False, rng_state=None)
-    expected = ReferenceAttention().backward(*(t.transpose(0, 1) for t in (do, q, k, v)), o, lse, True, 0.5)
+    expected = ReferenceAttention().backward(do.transpose(0, 1), qkv, output, variant)
     for gradient, wanted in zip((dq, dk, dv), expected, strict=True):
         assert torch.equal(gradient, wanted.transpose(0, 1))

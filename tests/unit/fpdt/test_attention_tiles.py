@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.fpdt.attention_tiles import attend_one_token
+from megatron.fpdt.attention_tiles import TileRow, attend_one_token
 from megatron.fpdt.plan import Tile
 from megatron.fpdt.store import ChunkStore
-from megatron.ops.attention import AttentionBackend
+from megatron.ops.attention import AttentionBackend, AttentionVariant
 from megatron.ops.attention.reference import ReferenceAttention
 from megatron.ops.attention.torch_backends import TorchCpuAttention
 
@@ -37,8 +37,9 @@ def attended(backend: AttentionBackend, q: Tensor, parts: list[Tensor], offloadi
     chunks = [store.empty(part.shape, part.dtype) for part in cached]
     for chunk, part in zip(chunks, cached, strict=True):
         store.put(chunk, part)
-    row = [Tile(len(cached), key) for key in (len(cached), *range(len(cached)))]
-    return attend_one_token(backend, scale_of(q), row, q, own, store.prefetch([[c] for c in chunks], ahead=False))
+    tiles = [Tile(len(cached), key) for key in (len(cached), *range(len(cached)))]
+    row = TileRow(backend, AttentionVariant(scale_of(q)), tiles)
+    return attend_one_token(row, q, own, store.prefetch([[c] for c in chunks], ahead=False))
 
 
 def softmax_of_all(q: Tensor, parts: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from megatron.fpdt.block import StreamedBlock
 from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.store import ChunkStore
 from megatron.ops import linear as linear_module
+from megatron.ops.attention import AttentionVariant
 from megatron.ops.linear import linear
 from tests.unit.model.small_model import (
     OFFLOADED,
@@ -302,7 +303,7 @@ class OneFactor(torch.nn.Module):
 
     def forward(self, x_SBh, positions_BS):
         q = (x_SBh * self.weight).unflatten(2, (3, 8))
-        return x_SBh + self.core_attention(q, q[:, :, :2], 0.5, 0.0, None).flatten(2)
+        return x_SBh + self.core_attention(q, q[:, :, :2], AttentionVariant(0.5), 0.0, None).flatten(2)
 
 
 class SharedNorm(OneFactor):
@@ -311,7 +312,7 @@ class SharedNorm(OneFactor):
     def forward(self, x_SBh, positions_BS):
         normed = x_SBh * self.weight
         q = torch.nn.functional.layer_norm(normed, (HIDDEN,)).unflatten(2, (3, 8))
-        return self.core_attention(q, q[:, :, :2], 0.5, 0.0, None).flatten(2) + q.flatten(2).tanh()
+        return self.core_attention(q, q[:, :, :2], AttentionVariant(0.5), 0.0, None).flatten(2) + q.flatten(2).tanh()
 
 
 class GatedAttention(OneFactor):
@@ -324,7 +325,8 @@ class GatedAttention(OneFactor):
     def forward(self, x_SBh, positions_BS):
         product = linear(x_SBh * self.weight, self.matrix, None)
         q = product.unflatten(2, (3, 8))
-        return x_SBh + self.core_attention(q, q[:, :, :2], 0.5, 0.0, None).flatten(2) * product.sigmoid()
+        o = self.core_attention(q, q[:, :, :2], AttentionVariant(0.5), 0.0, None)
+        return x_SBh + o.flatten(2) * product.sigmoid()
 
 
 @TIERS
@@ -345,9 +347,9 @@ def test_any_module_that_calls_attention_once_can_be_streamed(execution, kind, s
     assert_same_gradients({name: p.grad for name, p in layer.named_parameters()}, wanted, 1e-13)
 
 
-def plain_attention(q, kv, scale, dropout, documents):
+def plain_attention(q, kv, variant, dropout, documents):
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, *(t.expand(-1, -1, q.shape[2], -1) for t in kv.chunk(2, 2))))
-    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=variant.scale)
     return o.permute(2, 0, 1, 3)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.config import SAVING_PRODUCTS
 from megatron.fpdt.layer_trace import trace_layer
 from megatron.fpdt.seam import StreamedAttention, run_with_output
+from megatron.ops.attention import AttentionVariant
 from megatron.ops.linear import LinearTape, linear
 from tests.unit.fpdt.test_block import HIDDEN, LENGTH, one_layer, positions, residual
 from tests.unit.model.small_model import ON_DEVICE, small_config, small_gpt_config
@@ -71,7 +72,7 @@ class Odd(torch.nn.Module):
 
     def forward(self, x, positions):
         q = F.layer_norm(linear(x, self.weights[0], None), (HIDDEN,)).unflatten(2, (3, 8))
-        o = self.core_attention(q, q[:, :, :2], 1.0, 0.0, None).flatten(2)
+        o = self.core_attention(q, q[:, :, :2], AttentionVariant(1.0), 0.0, None).flatten(2)
         halved = 0.5 * linear(o, self.weights[1], None)
         gated = self.gamma * linear(o, self.weights[2], None)
         return q.flatten(2) + halved + gated + linear(o, self.weights[3], None).unsqueeze(0).squeeze(0)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megatron.core.documents import Documents
-from megatron.fpdt.plan import ChunkPlan
+from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.store import ChunkStore
+from megatron.ops.attention import AttentionVariant
 
 COUNTS = range(1, 13)
 
@@ -190,3 +191,11 @@ def test_documents_of_a_chunk_each_leave_the_diagonal_alone():
     documents = Documents.from_starts([[0, 8, 16, 24, 32]], sum(LENGTHS))
     assert [len(row) for row in ChunkPlan(LENGTHS, documents).forward_rows()] == [1] * len(LENGTHS)
     assert documents.squared_lengths == 4 * 64 + 25
+
+
+def test_a_tile_below_the_diagonal_attends_without_a_mask():
+    whole = AttentionVariant(0.25)
+    below = Tile(2, 1).variant(whole)
+    assert below == AttentionVariant(0.25, causal=False)
+    assert Tile(1, 0).variant(whole) is below
+    assert Tile(1, 1).variant(whole) is whole

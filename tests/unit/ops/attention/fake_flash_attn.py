@@ -9,13 +9,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megatron.ops.attention import QKV, AttentionOutput, AttentionVariant
 from megatron.ops.attention.reference import ReferenceAttention
 
 
 def attend(q, k, v, causal, scale):
     """(o, lse)"""
     check_layout(q, k, v)
-    o, lse = ReferenceAttention().forward(*(t.transpose(0, 1) for t in (q, k, v)), causal, scale)
+    o, lse = ReferenceAttention().forward(QKV(*(t.transpose(0, 1) for t in (q, k, v))), AttentionVariant(scale, causal))
     return o.transpose(0, 1).contiguous(), lse.contiguous()
 
 
@@ -23,8 +24,9 @@ def differentiate(do, q, k, v, o, lse, dq, dk, dv, causal, scale):
     """Write dq, dk and dv."""
     check_layout(do, q, k, v, o, dq, dk, dv)
     assert lse.is_contiguous()
-    tensors = [t.transpose(0, 1) for t in (do, q, k, v, o)]
-    gradients = ReferenceAttention().backward(*tensors, lse, causal, scale)
+    do, q, k, v, o = (t.transpose(0, 1) for t in (do, q, k, v, o))
+    variant = AttentionVariant(scale, causal)
+    gradients = ReferenceAttention().backward(do, QKV(q, k, v), AttentionOutput(o, lse), variant)
     for target, gradient in zip((dq, dk, dv), gradients, strict=True):
         target.copy_(gradient.transpose(0, 1))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.ops.attention import BACKENDS, reference
+from megatron.ops.attention import BACKENDS, QKV, AttentionOutput, AttentionRequest, AttentionVariant, reference
 from megatron.ops.merge import merge_
 
 CPU = torch.device("cpu")
@@ -20,6 +20,11 @@ SHAPES = {
     "one tile": (1, [40], 2, 1, 64),
 }
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def request_for(device, dtype, head_size):
+    """A request for attention of the usual scale."""
+    return AttentionRequest(device, dtype, head_size, AttentionVariant(head_size**-0.5))
 
 
 def draw(shape, dtype=torch.float64, spread=1.0, seed=0):
@@ -48,16 +53,17 @@ def tiled(backend, q, k, v, do, scale, lengths):
     """The same by tiles, as the stream runs them: sums of tile gradients in at least fp32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     qs, ks, vs, dos = (t.split(lengths) for t in (q, k, v, do))
-    os, lses = [], []
+    os, lses, variant = [], [], AttentionVariant(scale)
     dq, dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (q, k, v))
     for i in range(len(lengths)):
-        o, lse = backend.forward(qs[i], ks[i], vs[i], causal=True, scale=scale)
+        o, lse = backend.forward(QKV(qs[i], ks[i], vs[i]), variant)
         o = o.to(wide)
         for j in range(i):
-            merge_(o, lse, *backend.forward(qs[i], ks[j], vs[j], causal=False, scale=scale))
+            merge_(o, lse, *backend.forward(QKV(qs[i], ks[j], vs[j]), variant.below_diagonal))
         o = o.to(q.dtype)
         for j in range(i + 1):
-            grads = backend.backward(dos[i], qs[i], ks[j], vs[j], o, lse, causal=i == j, scale=scale)
+            qkv, output = QKV(qs[i], ks[j], vs[j]), AttentionOutput(o, lse)
+            grads = backend.backward(dos[i], qkv, output, variant if i == j else variant.below_diagonal)
             for total, chunk, gradient in zip((dq, dk, dv), (i, j, j), grads, strict=True):
                 total.split(lengths)[chunk].add_(gradient)
         os.append(o)
@@ -97,10 +103,11 @@ def test_the_torch_kernel_errs_no_more_than_the_reference_in_the_same_precision(
 def test_results_have_the_shapes_and_dtypes_of_the_protocol(backend, dtype):
     q, do = torch.randn(2, 5, 3, 4, 8).to(dtype)
     k, v = torch.randn(2, 7, 3, 2, 8).to(dtype)
-    o, lse = backend.forward(q, k, v, causal=False, scale=0.5)
+    qkv, variant = QKV(q, k, v), AttentionVariant(0.5, causal=False)
+    o, lse = output = backend.forward(qkv, variant)
     assert (o.shape, o.dtype) == (q.shape, dtype)
     assert (lse.shape, lse.dtype) == ((3, 4, 5), torch.promote_types(dtype, torch.float32))
-    grads = backend.backward(do, q, k, v, o, lse, causal=False, scale=0.5)
+    grads = backend.backward(do, qkv, output, variant)
     assert [(g.shape, g.dtype) for g in grads] == [(t.shape, dtype) for t in (q, k, v)]
 
 
@@ -122,13 +129,14 @@ def batch_first(q, k, v):
 @pytest.mark.parametrize("causal", [True, False])
 def test_strides_do_not_matter(backend, layout, causal):
     q, k, v, do = draw((3, [37], 4, 2, 16))
-    o, lse = backend.forward(q, k, v, causal, 0.25)
-    want = [o, lse, *backend.backward(do, q, k, v, o, lse, causal, 0.25)]
-    strided = layout(q, k, v)
+    qkv, variant = QKV(q, k, v), AttentionVariant(0.25, causal)
+    o, lse = output = backend.forward(qkv, variant)
+    want = [o, lse, *backend.backward(do, qkv, output, variant)]
+    strided = QKV(*layout(q, k, v))
     assert not all(t.is_contiguous() for t in strided)
-    got = list(backend.forward(*strided, causal, 0.25))
+    got = list(backend.forward(strided, variant))
     strided_do, strided_o, _ = layout(do, o, o)
-    got += backend.backward(strided_do, *strided, strided_o, lse, causal, 0.25)
+    got += backend.backward(strided_do, strided, AttentionOutput(strided_o, lse), variant)
     assert max(errors(got, want)) < 1e-14
 
 
@@ -136,10 +144,11 @@ def test_strides_do_not_matter(backend, layout, causal):
 @pytest.mark.parametrize("causal", [True, False])
 def test_inputs_are_not_written_to(backend, causal):
     q, k, v, do = draw((2, [20], 4, 2, 8))
-    o, lse = backend.forward(q, k, v, causal, 0.3)
+    qkv, variant = QKV(q, k, v), AttentionVariant(0.3, causal)
+    o, lse = output = backend.forward(qkv, variant)
     tensors = [q, k, v, do, o, lse]
     originals = [t.clone() for t in tensors]
-    backend.backward(do, q, k, v, o, lse, causal, 0.3)
+    backend.backward(do, qkv, output, variant)
     assert all(torch.equal(t, original) for t, original in zip(tensors, originals, strict=True))
 
 

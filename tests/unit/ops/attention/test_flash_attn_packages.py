@@ -7,10 +7,18 @@ import sys
 import pytest
 import torch
 
-from megatron.ops.attention import BACKENDS, AttentionUnavailable, choose_backend, cuda_limits
+from megatron.ops.attention import (
+    BACKENDS,
+    QKV,
+    AttentionOutput,
+    AttentionUnavailable,
+    AttentionVariant,
+    choose_backend,
+    cuda_limits,
+)
 from megatron.ops.attention.flash_attn_packages import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4, load
 from tests.unit.ops.attention.fake_flash_attn import INSTALLED, backward_2_5, module, pair
-from tests.unit.ops.attention.test_cpu_backends import draw, errors, packed, tiled, truth
+from tests.unit.ops.attention.test_cpu_backends import draw, errors, packed, request_for, tiled, truth
 
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 CUDA = torch.device("cuda", 0)
@@ -37,19 +45,20 @@ def test_tiles_add_up_to_attention_over_the_whole(install, version, shape, dtype
 def test_strides_do_not_matter(install, version, causal):
     backend = BY_NAME[install(version)]
     q, k, v, do = draw((3, [21], 4, 2, 8))
-    o, lse = BY_NAME["reference"].forward(q, k, v, causal, 0.3)
-    want = [o, lse, *BY_NAME["reference"].backward(do, q, k, v, o, lse, causal, 0.3)]
-    views = packed(q, k, v)
+    qkv, variant, reference = QKV(q, k, v), AttentionVariant(0.3, causal), BY_NAME["reference"]
+    o, lse = output = reference.forward(qkv, variant)
+    want = [o, lse, *reference.backward(do, qkv, output, variant)]
+    views = QKV(*packed(q, k, v))
     transposed_lse = lse.transpose(0, 2).contiguous().transpose(0, 2)
-    got = list(backend.forward(*views, causal, 0.3))
-    got += backend.backward(packed(do, o, o)[0], *views, packed(do, o, o)[1], transposed_lse, causal, 0.3)
+    got = list(backend.forward(views, variant))
+    got += backend.backward(packed(do, o, o)[0], views, AttentionOutput(packed(do, o, o)[1], transposed_lse), variant)
     assert max(errors(got, want)) < 1e-14
 
 
 @EVERY_VERSION
 def test_an_installed_package_serves_and_can_be_forced(install, capability, version):
     name = install(version)
-    assert choose_backend(name, CUDA, torch.bfloat16, 128).name == name
+    assert choose_backend(name, request_for(CUDA, torch.bfloat16, 128)).name == name
 
 
 def test_importing_the_backends_imports_no_package():
@@ -60,9 +69,9 @@ def test_importing_the_backends_imports_no_package():
 def test_a_package_is_imported_and_inspected_once(install, monkeypatch):
     backend = BY_NAME[install("2.8.3")]
     q, k, v, _ = draw((1, [4], 2, 2, 8))
-    backend.forward(q, k, v, True, 0.3)
+    backend.forward(QKV(q, k, v), AttentionVariant(0.3))
     monkeypatch.setattr(inspect, "signature", None)
-    backend.forward(q, k, v, True, 0.3)
+    backend.forward(QKV(q, k, v), AttentionVariant(0.3))
 
 
 @pytest.mark.parametrize(
@@ -78,14 +87,14 @@ def test_a_package_that_is_not_installed_is_refused_with_the_way_to_install_it(
 ):
     capability[0] = capability_needed
     with pytest.raises(AttentionUnavailable) as error:
-        choose_backend(name, CUDA, torch.bfloat16, 64)
+        choose_backend(name, request_for(CUDA, torch.bfloat16, 64))
     assert str(error.value).startswith(f"--attention-backend {name}: its package is not installed ({how}); use one of ")
 
 
 def test_a_tile_of_a_package_that_is_not_installed_says_so():
     q, k, v, _ = draw((1, [4], 2, 2, 8))
     with pytest.raises(AttentionUnavailable, match="--attention-backend flash-attn-4: its package is not installed"):
-        BY_NAME["flash-attn-4"].forward(q, k, v, True, 0.3)
+        BY_NAME["flash-attn-4"].forward(QKV(q, k, v), AttentionVariant(0.3))
 
 
 @pytest.mark.parametrize(
@@ -102,9 +111,9 @@ def test_a_package_that_cannot_be_imported_is_skipped_by_auto_and_told_when_forc
     (folder_of_packages / "flash_attn").mkdir()
     (folder_of_packages / "flash_attn" / "__init__.py").write_text(code)
     capability[0] = (8, 0)
-    assert choose_backend("auto", CUDA, torch.bfloat16, 128).name == "torch-flash"
+    assert choose_backend("auto", request_for(CUDA, torch.bfloat16, 128)).name == "torch-flash"
     with pytest.raises(AttentionUnavailable) as error:
-        choose_backend("flash-attn-2", CUDA, torch.bfloat16, 128)
+        choose_backend("flash-attn-2", request_for(CUDA, torch.bfloat16, 128))
     reason = f"its package is installed and cannot be imported: {told}; use one of auto, torch-flash, reference."
     assert str(error.value) == f"--attention-backend flash-attn-2: {reason}"
 
@@ -115,7 +124,7 @@ def test_flash_attn_4_alone_is_not_taken_for_flash_attn(capability, folder_of_pa
         "from tests.unit.ops.attention.fake_flash_attn import forward_4 as _flash_attn_fwd\n"
         "from tests.unit.ops.attention.fake_flash_attn import backward_4 as _flash_attn_bwd\n"
     )
-    assert choose_backend("auto", CUDA, torch.bfloat16, 128).name == "flash-attn-4"
+    assert choose_backend("auto", request_for(CUDA, torch.bfloat16, 128)).name == "flash-attn-4"
     assert load(FLASH_ATTN_2).startswith("its package is not installed")
     assert load(FLASH_ATTN_3).startswith("its package is not installed")
 
@@ -176,7 +185,7 @@ def test_a_refusal_says_why(install, capability, version, device_capability, dty
     name = install(version)
     capability[0] = device_capability
     with pytest.raises(AttentionUnavailable) as error:
-        choose_backend(name, CUDA, dtype, head_size)
+        choose_backend(name, request_for(CUDA, dtype, head_size))
     assert str(error.value).startswith(f"--attention-backend {name}: {reason}")
 
 
@@ -194,7 +203,7 @@ def test_a_refusal_says_why(install, capability, version, device_capability, dty
 def test_the_largest_heads_that_are_served(install, capability, version, device_capability, head_size):
     name = install(version)
     capability[0] = device_capability
-    assert choose_backend(name, CUDA, torch.bfloat16, head_size).name == name
+    assert choose_backend(name, request_for(CUDA, torch.bfloat16, head_size)).name == name
 
 
 @pytest.mark.parametrize("name", ["flash-attn-2", "torch-flash", "cudnn"])
@@ -203,7 +212,7 @@ def test_more_elements_than_a_kernel_counts_are_refused(install, name):
     q = torch.empty(1, dtype=torch.bfloat16).expand(2**18, 1, 64, 128)
     message = f"{name}: 262144 tokens x 1 sequences x 64 heads of 128 are 2147483648 elements"
     with pytest.raises(AttentionUnavailable, match=message):
-        BY_NAME[name].forward(q, q, q, True, 0.3)
+        BY_NAME[name].forward(QKV(q, q, q), AttentionVariant(0.3))
 
 
 @pytest.mark.parametrize(

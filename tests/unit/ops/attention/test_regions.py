@@ -1,13 +1,16 @@
 """Attention of what documents leave of a tile, with and without a kernel that takes many documents at once."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from megatron.core.documents import Documents
-from megatron.ops.attention import backward_regions, forward_regions
+from megatron.ops.attention import QKV, AttentionOutput, AttentionVariant, backward_regions, forward_regions
 from megatron.ops.attention.reference import ReferenceAttention
 
 SCALE = 0.3
+DIAGONAL = AttentionVariant(SCALE)
 TOKENS, HEADS, GROUPS, SIZE = 24, 4, 2, 8
 SPANS = {
     "many": ((0, 5), (5, 6), (6, 13), (13, 15), (15, 24)),
@@ -23,27 +26,25 @@ class Packing(ReferenceAttention):
     def __init__(self):
         self.calls = []
 
-    def forward_packed(self, q, k, v, boundaries, longest, scale):
-        self._check(boundaries, longest, len(q))
-        parts = [
-            self.forward(*(t[a:b].unsqueeze(1) for t in (q, k, v)), True, scale)
-            for a, b in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True)
-        ]
+    def forward_packed(self, qkv, packed, variant):
+        spans = self._spans(packed, len(qkv.q))
+        parts = [self.forward(QKV(*(t[a:b].unsqueeze(1) for t in qkv)), variant) for a, b in spans]
         return torch.cat([o for o, _ in parts]).squeeze(1), torch.cat([lse for _, lse in parts], 2).squeeze(0)
 
-    def backward_packed(self, do, q, k, v, o, lse, boundaries, longest, scale):
-        self._check(boundaries, longest, len(q))
-        parts = [
-            self.backward(*(t[a:b].unsqueeze(1) for t in (do, q, k, v, o)), lse[None, :, a:b], True, scale)
-            for a, b in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True)
-        ]
+    def backward_packed(self, do, qkv, output, packed, variant):
+        parts = []
+        for a, b in self._spans(packed, len(qkv.q)):
+            own_do, own_o, *own = (t[a:b].unsqueeze(1) for t in (do, output.o, *qkv))
+            own_output = AttentionOutput(own_o, output.lse[None, :, a:b])
+            parts.append(self.backward(own_do, QKV(*own), own_output, variant))
         return tuple(torch.cat(grads).squeeze(1) for grads in zip(*parts, strict=True))
 
-    def _check(self, boundaries, longest, num_tokens):
-        lengths = boundaries.diff()
-        assert boundaries.dtype == torch.int32
-        assert (boundaries[0], boundaries[-1], lengths.max()) == (0, num_tokens, longest)
+    def _spans(self, packed, num_tokens):
+        starts, lengths = packed.cu_seqlens, packed.cu_seqlens.diff()
+        assert starts.dtype == torch.int32
+        assert (starts[0], starts[-1], lengths.max()) == (0, num_tokens, packed.max_seqlen)
         self.calls.append(len(lengths))
+        return list(pairwise(starts.tolist()))
 
 
 def inputs(batch):
@@ -74,8 +75,8 @@ def test_documents_of_a_tile_on_the_diagonal_are_masked_attention(backend, names
     expected = by_mask(documents, *leaves)
     gradients = torch.autograd.grad(expected, leaves, do)
     with torch.no_grad():
-        o, lse = forward_regions(backend, q, k, v, True, SCALE, regions)
-        found = backward_regions(backend, do, q, k, v, o, lse, True, SCALE, regions)
+        o, lse = output = forward_regions(backend, QKV(q, k, v), DIAGONAL, regions)
+        found = backward_regions(backend, do, QKV(q, k, v), output, DIAGONAL, regions)
     assert lse.isfinite().all()
     torch.testing.assert_close(o, expected.detach())
     for gradient, want in zip(found, gradients, strict=True):
@@ -86,7 +87,7 @@ def test_only_runs_of_many_documents_are_packed():
     for name, calls in {"many": [5], "gaps": [4, 4], "two": []}.items():
         backend, (q, k, v, _) = Packing(), inputs(1)
         regions = Documents((SPANS[name],)).regions((0, TOKENS), (0, TOKENS))
-        forward_regions(backend, q, k, v, True, SCALE, regions)
+        forward_regions(backend, QKV(q, k, v), DIAGONAL, regions)
         assert backend.calls == calls
 
 
@@ -95,8 +96,8 @@ def test_a_tile_below_the_diagonal_is_a_rectangle_and_nothing_elsewhere():
     (region,) = regions = documents.regions((24, 48), (0, 24))
     assert (region.queries, region.keys) == ((0, 6), (4, 24))
     q, k, v, _ = inputs(1)
-    o, lse = forward_regions(ReferenceAttention(), q, k, v, False, SCALE, regions)
-    want, want_lse = ReferenceAttention().forward(q[:6], k[4:], v[4:], False, SCALE)
+    o, lse = forward_regions(ReferenceAttention(), QKV(q, k, v), DIAGONAL.below_diagonal, regions)
+    want, want_lse = ReferenceAttention().forward(QKV(q[:6], k[4:], v[4:]), DIAGONAL.below_diagonal)
     assert torch.equal(o[:6], want)
     assert torch.equal(lse[:, :, :6], want_lse)
     assert not o[6:].any()

@@ -3,9 +3,10 @@ from typing import get_args
 import pytest
 import torch
 
-from megatron.config.model import AttentionBackend
+from megatron.config.model import AttentionBackendName
 from megatron.ops.attention import BACKENDS, AttentionUnavailable, choose_backend, choose_backend_for_few_queries
 from megatron.ops.attention.select import FAMILIES
+from tests.unit.ops.attention.test_cpu_backends import request_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -19,7 +20,7 @@ def test_names_are_unique_and_the_reference_is_last():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("head_size", [8, 80, 256, 13])
 def test_auto_on_a_cpu_is_torch_s_kernel(dtype, head_size):
-    assert choose_backend("auto", CPU, dtype, head_size).name == "torch-cpu"
+    assert choose_backend("auto", request_for(CPU, dtype, head_size)).name == "torch-cpu"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_auto_on_a_cpu_is_torch_s_kernel(dtype, head_size):
 )
 def test_auto_on_a_gpu_is_the_fastest_that_is_correct(capability, device_capability, dtype, head_size, expected):
     capability[0] = device_capability
-    assert choose_backend("auto", CUDA, dtype, head_size).name == expected
+    assert choose_backend("auto", request_for(CUDA, dtype, head_size)).name == expected
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_auto_prefers_the_fastest_package_that_is_installed(
     for version in installed:
         install(version)
     capability[0] = device_capability
-    assert choose_backend("auto", CUDA, torch.bfloat16, head_size).name == expected
+    assert choose_backend("auto", request_for(CUDA, torch.bfloat16, head_size)).name == expected
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_auto_prefers_the_fastest_package_that_is_installed(
 )
 def test_few_queries_go_to_a_kernel_that_splits_the_keys(capability, install, device, dtype, head_size, expected):
     install("4.0.0")
-    assert choose_backend_for_few_queries(device, dtype, head_size).name == expected
+    assert choose_backend_for_few_queries(request_for(device, dtype, head_size)).name == expected
 
 
 def test_the_order_of_auto():
@@ -83,20 +84,20 @@ def test_the_order_of_auto():
 
 
 def test_every_backend_and_family_has_its_choice_on_the_command_line():
-    assert set(get_args(AttentionBackend)) == {*FAMILIES, *(backend.name for backend in BACKENDS)}
+    assert set(get_args(AttentionBackendName)) == {*FAMILIES, *(backend.name for backend in BACKENDS)}
 
 
 @pytest.mark.parametrize("installed, expected", [(["2.6.3"], "flash-attn-2"), ([], "torch-flash")])
 def test_flash_2_is_the_package_where_it_is_installed_and_torch_s_elsewhere(capability, install, installed, expected):
     for version in installed:
         install(version)
-    assert choose_backend("flash-2", CUDA, torch.bfloat16, 128).name == expected
+    assert choose_backend("flash-2", request_for(CUDA, torch.bfloat16, 128)).name == expected
 
 
 def test_flash_2_is_refused_with_the_reasons_of_both(capability):
     capability[0] = (7, 5)
     with pytest.raises(AttentionUnavailable) as error:
-        choose_backend("flash-2", CUDA, torch.bfloat16, 128)
+        choose_backend("flash-2", request_for(CUDA, torch.bfloat16, 128))
     reason = "it needs compute capability 8.0 or later"
     assert str(error.value) == (
         f"--attention-backend flash-2: flash-attn-2: {reason}; torch-flash: {reason}; use one of auto, reference."
@@ -105,12 +106,12 @@ def test_flash_2_is_refused_with_the_reasons_of_both(capability):
 
 @pytest.mark.parametrize("name", ["torch-cpu", "reference"])
 def test_a_name_forces_a_backend(name):
-    assert choose_backend(name, CPU, torch.float32, 64).name == name
+    assert choose_backend(name, request_for(CPU, torch.float32, 64)).name == name
 
 
 def test_an_unknown_name_is_refused_with_the_names_that_serve():
     with pytest.raises(AttentionUnavailable) as error:
-        choose_backend("fastest", CPU, torch.float32, 64)
+        choose_backend("fastest", request_for(CPU, torch.float32, 64))
     message = "--attention-backend fastest: there is no such backend; use one of auto, torch-cpu, reference."
     assert str(error.value) == message
 
@@ -118,7 +119,7 @@ def test_an_unknown_name_is_refused_with_the_names_that_serve():
 @pytest.mark.parametrize("name", ["cudnn", "torch-flash", "flash-attn-2", "flash-attn-3", "flash-attn-4"])
 def test_a_gpu_kernel_on_a_cpu_is_refused_with_the_reason(name):
     with pytest.raises(AttentionUnavailable, match=f"{name}: it runs on CUDA devices, and the tensors are on cpu; use"):
-        choose_backend(name, CPU, torch.bfloat16, 64)
+        choose_backend(name, request_for(CPU, torch.bfloat16, 64))
 
 
 @pytest.mark.parametrize(
@@ -135,17 +136,17 @@ def test_a_gpu_kernel_on_a_cpu_is_refused_with_the_reason(name):
 def test_a_refusal_on_a_gpu_says_why(capability, name, device_capability, dtype, head_size, reason):
     capability[0] = device_capability
     with pytest.raises(AttentionUnavailable) as error:
-        choose_backend(name, CUDA, dtype, head_size)
+        choose_backend(name, request_for(CUDA, dtype, head_size))
     assert str(error.value).startswith(f"--attention-backend {name}: {reason}; use one of auto, ")
     assert str(error.value).endswith("reference.")
 
 
 def test_documents_are_not_left_to_a_kernel_that_crashes_on_short_ones(monkeypatch):
     monkeypatch.setattr("megatron.ops.attention.select.BACKENDS", (Always("cudnn"), Always("torch-flash")))
-    assert choose_backend("auto", CPU, torch.bfloat16, 64).name == "cudnn"
-    assert choose_backend("auto", CPU, torch.bfloat16, 64, documents=True).name == "torch-flash"
+    assert choose_backend("auto", request_for(CPU, torch.bfloat16, 64)).name == "cudnn"
+    assert choose_backend("auto", request_for(CPU, torch.bfloat16, 64), documents=True).name == "torch-flash"
     with pytest.raises(AttentionUnavailable, match=r"cudnn: its backward crashes .* use one of auto, torch-flash\."):
-        choose_backend("cudnn", CPU, torch.bfloat16, 64, documents=True)
+        choose_backend("cudnn", request_for(CPU, torch.bfloat16, 64), documents=True)
 
 
 class Always:
@@ -154,5 +155,5 @@ class Always:
     def __init__(self, name):
         self.name = name
 
-    def refusal(self, device, dtype, head_size):
+    def refusal(self, request):
         return None
