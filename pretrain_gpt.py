@@ -22,7 +22,7 @@ from megatron.data.gpt_dataset import build_dataset, build_datasets
 from megatron.launch.preflight import Vocabulary, check_indexed_data
 from megatron.launch.program import SampleSource, leave, run
 from megatron.tokenizer import Tokenizer
-from megatron.training.loop import Datasets
+from megatron.training.providers import Datasets
 
 FINETUNING_FLAGS = ("chat_template", "max_document_mb", "long_samples")
 

@@ -246,9 +246,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
         lambda module: parameter_groups(module, config.optimizer.weight_decay),
         config.optimizer,
         deepspeed_config(config, num_gpus),
-        context.dtype,
         device,
-        num_gpus,
     )
     stream: Stream = engine.module.execution.stream  # type: ignore[assignment, union-attr]
     stream.whole_parameters = engine.whole_parameters

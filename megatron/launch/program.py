@@ -35,7 +35,8 @@ from megatron.ranks.interrupts import end_interrupted, interruptible
 from megatron.ranks.watchdog import EXIT_CODE, SECONDS_FOR_OTHERS, RankLost, Watchdog
 from megatron.ranks.world import World
 from megatron.tokenizer import TokenizerError
-from megatron.training.loop import DatasetsProvider, pretrain
+from megatron.training.pretrain import pretrain
+from megatron.training.providers import DatasetsProvider, Providers
 from megatron.training.rollback import RollbackError
 from megatron.weights.errors import WeightsError
 
@@ -178,12 +179,10 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
         )
 
     leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
+    providers = Providers(provide_model, leaf_modules, source.provide_datasets, provide_batch)
     ledger = Ledger(context, partial(plan_of_run, config, context, padded_vocab_size, context.host_memory_bytes))
     with only_writer(config.checkpoint, context), ledger.reporting_out_of_memory():
-        pretrain(
-            config, context, padded_vocab_size, leaf_modules,
-            provide_model, provide_batch, source.provide_datasets, ledger,
-        )  # fmt: skip
+        pretrain(config, context, padded_vocab_size, providers, ledger)
 
 
 def leave(code: int) -> NoReturn:
