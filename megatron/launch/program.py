@@ -27,6 +27,7 @@ from megatron.initialize import Context, device_type, initialize
 from megatron.launch.execution import choose_execution, plan_of_run
 from megatron.launch.preflight import DataCheck, Vocabulary, check_inputs
 from megatron.model.builder import build_model
+from megatron.model.initialization import Initialization
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.monitoring.finite_check import NotFiniteError
 from megatron.monitoring.out_of_memory import Ledger, OutOfMemory
@@ -156,15 +157,15 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
     chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
     layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
 
+    initialization = Initialization(context.dtype, context.device, config.training.seed)
+
     def provide_model(report: ProgressReport) -> nn.Module:
         return build_model(
             config.model,
             padded_vocab_size,
             parallel_state,
             execution,
-            context.dtype,
-            context.device,
-            config.training.seed,
+            initialization,
             report,
         )
 
