@@ -18,11 +18,11 @@ if __name__ == "__main__":  # the imports below take seconds
 from megatron.config import Config, ConfigError
 from megatron.data.batch import EndOfDocument
 from megatron.data.blended_dataset import SampleDataset
-from megatron.data.gpt_dataset import build_dataset, build_datasets
+from megatron.data.gpt_dataset import SampleSettings, build_dataset, build_datasets
 from megatron.launch.preflight import Vocabulary, check_indexed_data
 from megatron.launch.program import SampleSource, leave, run
 from megatron.tokenizer import Tokenizer
-from megatron.training.loop import Datasets
+from megatron.training.providers import Datasets
 
 FINETUNING_FLAGS = ("chat_template", "max_document_mb", "long_samples")
 
@@ -54,13 +54,14 @@ def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
 
 def datasets(config: Config, num_samples: tuple[int, int, int], vocab_size: int) -> Datasets:
     """Build the training, validation and test data: parts of one dataset, or one dataset each."""
-    data, seed, seq_length = config.data, config.training.seed, config.model.seq_length
+    data = config.data
     cache = Path(data.data_cache_path) if data.data_cache_path else None
+    settings = SampleSettings(config.model.seq_length, config.training.seed, cache, vocab_size)
     if data.data_path:
-        return build_datasets(data.data_path, data.split, num_samples, seq_length, seed, cache, vocab_size)
+        return build_datasets(data.data_path, data.split, num_samples, settings)
 
     def part(paths: Sequence[str], name: str, count: int) -> SampleDataset | None:
-        return build_dataset(paths, name, count, seq_length, seed, cache, vocab_size) if paths and count else None
+        return build_dataset(paths, name, count, settings) if paths and count else None
 
     names = ("train", "valid", "test")
     paths = (data.train_data_path, data.valid_data_path, data.test_data_path)

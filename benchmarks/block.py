@@ -51,6 +51,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.memory_model import StreamShape, choose_saved_activations
 from megatron.fpdt.store import ChunkStore
 from megatron.model.builder import Execution, build_model
+from megatron.model.initialization import Initialization
 from megatron.model.layers import attention_request
 from megatron.monitoring.kernel_times import kernels_of, seconds_by_kind, seconds_by_name
 from megatron.ops.attention import QKV, AttentionOutput, choose_backend
@@ -142,7 +143,7 @@ class ModelBlock(GraphContestant):
     def __init__(self, geometry: Geometry, length: int, execution: Execution, backend: str,
                  device: torch.device, num_blocks: int = 1, documents: Documents | None = None) -> None:  # fmt: skip
         config, dtype = geometry.model_config(length, backend, num_blocks), compute_dtype(device)
-        model = build_model(config, SMALL_VOCABULARY, ParallelState(), execution, dtype, device)
+        model = build_model(config, SMALL_VOCABULARY, ParallelState(), execution, Initialization(dtype, device))
         self._store: ChunkStore = model.execution.store  # type: ignore[attr-defined]
         blocks, shape = model.layers, (length, 1, config.hidden_size)
         positions = torch.arange(length).expand(1, length).contiguous()

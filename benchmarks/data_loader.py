@@ -37,7 +37,7 @@ import torch
 from benchmarks.common import Column, Report, Row, build_parser, parse, run_script, spread, thousands, token_axis
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.batch import Batch, EndOfDocument, slice_batch
-from megatron.data.gpt_dataset import build_datasets
+from megatron.data.gpt_dataset import SampleSettings, build_datasets
 from megatron.data.indexed_dataset import IndexedDatasetWriter, smallest_dtype
 from megatron.data.prefetch import Prefetcher
 
@@ -113,7 +113,8 @@ def write_datasets(folder: Path, sources: int, num_tokens: int, vocab_size: int)
 def measure(paths: Sequence[str], length: int, arguments: argparse.Namespace) -> Row:
     """Measure one row: the rate of the whole loader, and the memory of one micro-batch."""
     per_repeat = arguments.tokens // length
-    data, _, _ = build_datasets(paths, "1", (per_repeat, 0, 0), length, 1, vocab_size=arguments.vocab_size)
+    settings = SampleSettings(length, seed=1, vocab_size=arguments.vocab_size)
+    data, _, _ = build_datasets(paths, "1", (per_repeat, 0, 0), settings)
     assert data is not None
     layout = SequenceLayout(length, min(arguments.chunk_size or length, length), arguments.sequence_parallel_size)
     end_of_document = EndOfDocument(END_OF_DOCUMENT, *[arguments.documents] * 3)

@@ -50,6 +50,7 @@ from megatron.config import ModelConfig
 from megatron.core.parallel_state import ParallelState
 from megatron.generation.cached_model import CachedModel
 from megatron.model.builder import Execution, build_model
+from megatron.model.initialization import Initialization
 from megatron.planner.flops import forward_flops
 
 NAME = "generation"
@@ -143,9 +144,9 @@ def measure(arguments: argparse.Namespace, way: str, length: int, is_first: bool
 
 def build(config: ModelConfig, chunk: int, offloading: bool, device: torch.device) -> CachedModel:
     """Build a model with random weights."""
-    dtype = compute_dtype(device)
+    initialization = Initialization(compute_dtype(device), device)
     execution = Execution(fpdt=True, chunk_size=chunk, offloading=offloading)
-    model = build_model(config, VOCABULARY, ParallelState(), execution, dtype, device).eval()
+    model = build_model(config, VOCABULARY, ParallelState(), execution, initialization).eval()
     return CachedModel(model, VOCABULARY)
 
 

@@ -68,6 +68,7 @@ from megatron.initialize import initialize
 from megatron.launch.execution import choose_execution, plan_of
 from megatron.logging.device_peak import peak_tflops
 from megatron.model.builder import build_model
+from megatron.model.initialization import Initialization
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.planner.flops import model_flops
@@ -241,14 +242,12 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
     vocabulary = pad_vocab_size(arguments.vocab_size, model.make_vocab_size_divisible_by)
     execution = choose_execution(config, context, vocabulary)
     engine = Engine(
-        partial(build_model, model, vocabulary, parallel_state, execution, context.dtype, device),
+        partial(build_model, model, vocabulary, parallel_state, execution, Initialization(context.dtype, device)),
         [TokenEmbedding, TransformerLayer, LanguageModelHead],
         lambda module: parameter_groups(module, config.optimizer.weight_decay),
         config.optimizer,
         deepspeed_config(config, num_gpus),
-        context.dtype,
         device,
-        num_gpus,
     )
     stream: Stream = engine.module.execution.stream  # type: ignore[assignment, union-attr]
     stream.whole_parameters = engine.whole_parameters

@@ -101,7 +101,7 @@ def slice_batch(
         for dtype in (torch.int64, torch.int64, torch.float32, torch.int64)
     )
     for sample, *row in zip(samples, tokens_BS, labels_BS, mask_BS, positions_BS, strict=True):
-        _fill(sample, spans, restart_positions, *(part.numpy() for part in row))
+        _fill(sample, spans, restart_positions, _Row(*(part.numpy() for part in row)))
     documents = _documents(samples, layout.sequence_length) if separate_documents else None
     return Batch(
         tokens_BS,
@@ -114,24 +114,26 @@ def slice_batch(
     )
 
 
-def _fill(
-    sample: Sample,
-    spans: Sequence[Span],
-    restart_positions: bool,
-    tokens: npt.NDArray[np.int64],
-    labels: npt.NDArray[np.int64],
-    loss_mask: npt.NDArray[np.float32],
-    positions: npt.NDArray[np.int64],
-) -> None:
-    """Write a sample's content at `spans`, one span after another, into the arrays [S/p]."""
+@dataclass(frozen=True)
+class _Row:
+    """One sample's row of a batch, [S/p] each."""
+
+    tokens: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    loss_mask: npt.NDArray[np.float32]
+    positions: npt.NDArray[np.int64]
+
+
+def _fill(sample: Sample, spans: Sequence[Span], restart_positions: bool, row: _Row) -> None:
+    """Write a sample's content at `spans`, one span after another, into its row."""
     starts = document_starts(sample.documents if restart_positions else None)
     end = 0
     for start, stop in blocks(spans):
         here = slice(end, end := end + stop - start)
         read, owned = sample.tokens[start : stop + 1], np.arange(start, stop)
-        tokens[here], labels[here] = read[:-1], read[1:]
-        loss_mask[here] = 1 if sample.loss_spans is None else _within(owned, sample.loss_spans)
-        positions[here] = document_positions(owned, starts)
+        row.tokens[here], row.labels[here] = read[:-1], read[1:]
+        row.loss_mask[here] = 1 if sample.loss_spans is None else _within(owned, sample.loss_spans)
+        row.positions[here] = document_positions(owned, starts)
 
 
 def _within(positions: Positions, spans: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

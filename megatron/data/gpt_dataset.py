@@ -5,7 +5,7 @@ token, so every token is a label once per epoch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,25 @@ class StoredSample:
         return self.indexed.get_tokens(first + start, first + stop)
 
 
+@dataclass(frozen=True)
+class SampleSettings:
+    """How documents become samples, in an order determined by `seed`.
+
+    With `cache_dir` the order is cached there. With `vocab_size` every token read is checked against it.
+    """
+
+    seq_length: int
+    seed: int
+    cache_dir: Path | None = None
+    vocab_size: int | None = None
+
+
 class GPTDataset:
-    """`num_samples` samples of some documents of an indexed dataset, in an order determined by `seed`.
+    """`num_samples` samples of some documents of an indexed dataset.
 
     Sample i depends only on (documents, seq_length, seed, i), not on num_samples. Documents are read for as many epochs
-    as needed. With `cache_dir` the order is cached there; without, it is computed each time. With `vocab_size` every
-    token read is checked against it. Raises DataError if the documents hold too few tokens or are not token ids.
+    as needed. Without a `cache_dir` the order is computed each time. Raises DataError if the documents hold too few
+    tokens or are not token ids.
     """
 
     def __init__(
@@ -63,20 +76,18 @@ class GPTDataset:
         indexed: IndexedDataset,
         documents: range,
         num_samples: int,
-        seq_length: int,
-        seed: int,
         name: str,
-        cache_dir: Path | None = None,
-        vocab_size: int | None = None,
+        settings: SampleSettings,
     ) -> None:
         self.name = name
-        self.seq_length = seq_length
+        self.seq_length = seq_length = settings.seq_length
         self._indexed = indexed
         self._num_samples = num_samples
-        self._vocab_size = vocab_size
+        self._vocab_size = settings.vocab_size
         num_tokens = _check_usable(indexed, documents, seq_length, name)
         num_epochs = num_epochs_for(num_samples, num_tokens, seq_length)
-        plan = OrderPlan(indexed.document_sizes, documents, seq_length, seed, num_epochs)
+        plan = OrderPlan(indexed.document_sizes, documents, seq_length, settings.seed, num_epochs)
+        cache_dir = settings.cache_dir
         self._order: SampleOrder = cached_order(plan, cache_dir) if cache_dir else build_order(plan)
 
     def __len__(self) -> int:
@@ -102,23 +113,19 @@ def build_datasets(
     data_paths: Sequence[str],
     split: str,
     num_samples: tuple[int, int, int],
-    seq_length: int,
-    seed: int,
-    cache_dir: Path | None = None,
-    vocab_size: int | None = None,
+    settings: SampleSettings,
 ) -> tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]:
     """Build the training, validation and test parts of one dataset, or of several blended by weight.
 
     data_paths: one prefix, or pairs of weight and prefix. split: such as "969,30,1". A part with num_samples 0 is None.
     A validation or test part whose share holds no document is None too.
-    cache_dir: where sample orders are cached; by default a folder PREFIX_cache next to each dataset, if writable.
+    Sample orders are cached; by default in a folder PREFIX_cache next to each dataset, if writable.
     Raises DataError.
     """
     prefixes, weights = parse_data_paths(data_paths)
     sources = [IndexedDataset(prefix) for prefix in prefixes]
     shares = parse_split(split)
     ranges = [split_documents(source.num_documents, shares) for source in sources]
-    settings = _PartSettings(seq_length, seed, cache_dir, vocab_size)
     wanted = {
         name: [part_ranges[k] for part_ranges in ranges]
         for k, name in enumerate(PART_NAMES)
@@ -129,7 +136,7 @@ def build_datasets(
         counts = _samples_per_source(weights, num_samples[PART_NAMES.index(name)])
         for source, part, count in zip(sources, documents, counts, strict=True):
             if count:
-                _check_usable(source, part, seq_length, name)
+                _check_usable(source, part, settings.seq_length, name)
     train, valid, test = (
         _build_part(sources, weights, wanted[name], num_samples[k], name, settings) if name in wanted else None
         for k, name in enumerate(PART_NAMES)
@@ -141,10 +148,7 @@ def build_dataset(
     data_paths: Sequence[str],
     name: str,
     num_samples: int,
-    seq_length: int,
-    seed: int,
-    cache_dir: Path | None = None,
-    vocab_size: int | None = None,
+    settings: SampleSettings,
 ) -> SampleDataset | None:
     """Build one part called `name` from all documents of `data_paths`, for parts that have files of their own.
 
@@ -153,16 +157,7 @@ def build_dataset(
     prefixes, weights = parse_data_paths(data_paths)
     sources = [IndexedDataset(prefix) for prefix in prefixes]
     ranges = [range(source.num_documents) for source in sources]
-    settings = _PartSettings(seq_length, seed, cache_dir, vocab_size)
     return _build_part(sources, weights, ranges, num_samples, name, settings)
-
-
-@dataclass(frozen=True)
-class _PartSettings:
-    seq_length: int
-    seed: int
-    cache_dir: Path | None
-    vocab_size: int | None
 
 
 def _build_part(
@@ -171,7 +166,7 @@ def _build_part(
     ranges: Sequence[range],
     num_samples: int,
     name: str,
-    settings: _PartSettings,
+    settings: SampleSettings,
 ) -> SampleDataset | None:
     if num_samples == 0:
         return None
@@ -192,19 +187,10 @@ def _samples_per_source(weights: Sequence[float], num_samples: int) -> list[int]
 
 
 def _build_source(
-    indexed: IndexedDataset, documents: range, num_samples: int, name: str, settings: _PartSettings
+    indexed: IndexedDataset, documents: range, num_samples: int, name: str, settings: SampleSettings
 ) -> GPTDataset:
     def build(cache_dir: Path | None) -> GPTDataset:
-        return GPTDataset(
-            indexed,
-            documents,
-            num_samples,
-            settings.seq_length,
-            settings.seed,
-            name,
-            cache_dir,
-            settings.vocab_size,
-        )
+        return GPTDataset(indexed, documents, num_samples, name, replace(settings, cache_dir=cache_dir))
 
     try:
         return build(settings.cache_dir or Path(f"{indexed.prefix}_cache"))

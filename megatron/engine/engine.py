@@ -49,9 +49,7 @@ class Engine:
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]],
         optimizer_config: OptimizerConfig,
         deepspeed_config: Mapping[str, Any],
-        dtype: torch.dtype,
         device: torch.device,
-        world_size: int,
     ) -> None:
         """Build the model and pass it to DeepSpeed. Collective over all ranks.
 
@@ -81,8 +79,9 @@ class Engine:
         if on_host and isinstance(optimizer, torch.optim.AdamW):
             settings["zero_force_ds_cpu_optimizer"] = False
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        self._world_size = world_size
-        self._measures_norm = self.zero_stage == 0 and dtype == torch.float32
+        self._world_size = dist.get_world_size()
+        is_fp32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        self._measures_norm = self.zero_stage == 0 and is_fp32
         self._gradient_norm: Tensor | None = None
 
     @property

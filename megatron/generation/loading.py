@@ -11,6 +11,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.generation.cached_model import CachedModel
 from megatron.generation.errors import GenerationError
 from megatron.model.builder import Execution, build_model
+from megatron.model.initialization import Initialization
 from megatron.weights.model_opening import fill_model, open_model
 from megatron.weights.portable_config import PortableConfig
 from megatron.weights.source import WeightSource
@@ -72,7 +73,7 @@ class OpenedModel:
             device_memory_bytes=inference.device_memory_bytes,
             host_memory_bytes=inference.host_memory_bytes,
         )
-        device, dtype = inference.device, inference.dtype
-        model = build_model(config, portable.padded_vocab_size, ParallelState(), execution, dtype, device).eval()
+        initialization = Initialization(inference.dtype, inference.device)
+        model = build_model(config, portable.padded_vocab_size, ParallelState(), execution, initialization).eval()
         fill_model(model, portable, self._source)
         return CachedModel(model, min(self.num_ids, num_ids or self.num_ids), inference.isolated_chunks)

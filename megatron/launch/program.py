@@ -27,6 +27,7 @@ from megatron.initialize import Context, device_type, initialize
 from megatron.launch.execution import choose_execution, plan_of_run
 from megatron.launch.preflight import DataCheck, Vocabulary, check_inputs
 from megatron.model.builder import build_model
+from megatron.model.initialization import Initialization
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.monitoring.finite_check import NotFiniteError
 from megatron.monitoring.out_of_memory import Ledger, OutOfMemory
@@ -35,7 +36,8 @@ from megatron.ranks.interrupts import end_interrupted, interruptible
 from megatron.ranks.watchdog import EXIT_CODE, SECONDS_FOR_OTHERS, RankLost, Watchdog
 from megatron.ranks.world import World
 from megatron.tokenizer import TokenizerError
-from megatron.training.loop import DatasetsProvider, pretrain
+from megatron.training.pretrain import pretrain
+from megatron.training.providers import DatasetsProvider, Providers
 from megatron.training.rollback import RollbackError
 from megatron.weights.errors import WeightsError
 
@@ -155,15 +157,15 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
     chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
     layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
 
+    initialization = Initialization(context.dtype, context.device, config.training.seed)
+
     def provide_model(report: ProgressReport) -> nn.Module:
         return build_model(
             config.model,
             padded_vocab_size,
             parallel_state,
             execution,
-            context.dtype,
-            context.device,
-            config.training.seed,
+            initialization,
             report,
         )
 
@@ -178,12 +180,10 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
         )
 
     leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
+    providers = Providers(provide_model, leaf_modules, source.provide_datasets, provide_batch)
     ledger = Ledger(context, partial(plan_of_run, config, context, padded_vocab_size, context.host_memory_bytes))
     with only_writer(config.checkpoint, context), ledger.reporting_out_of_memory():
-        pretrain(
-            config, context, padded_vocab_size, leaf_modules,
-            provide_model, provide_batch, source.provide_datasets, ledger,
-        )  # fmt: skip
+        pretrain(config, context, padded_vocab_size, providers, ledger)
 
 
 def leave(code: int) -> NoReturn:

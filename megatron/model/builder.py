@@ -10,7 +10,7 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import ProgressReport, Stream, no_report
-from megatron.model.initialization import Initializer
+from megatron.model.initialization import Initialization
 from megatron.model.layers import attention_request
 from megatron.model.plain import PlainExecution
 from megatron.model.streamed import StreamedExecution
@@ -74,25 +74,15 @@ def build_model(
     padded_vocab_size: int,
     parallel_state: ParallelState,
     execution: Execution,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    seed: int = 1234,
+    initialization: Initialization,
     report: ProgressReport = no_report,
 ) -> GPTModel:
     """Build the model with its initial values, the same on every rank.
 
     Parameters are created one module after the other, so that ZeRO-3 can partition each as it is created.
     """
-    device = torch.device(device)
-    initializer = Initializer(
-        generator=torch.Generator(device).manual_seed(seed),
-        dtype=dtype,
-        device=device,
-        std=config.init_method_std,
-        residual_std=config.init_method_std / (2 * config.num_layers) ** 0.5,
-    )
-    how = build_execution(config, parallel_state, execution, dtype, device, report)
-    model = GPTModel(config, padded_vocab_size, initializer, how)
+    how = build_execution(config, parallel_state, execution, initialization.dtype, initialization.device, report)
+    model = GPTModel(config, padded_vocab_size, initialization.initializer(config), how)
     for layer in model.layers:
         how.attach(layer)  # type: ignore[arg-type]
     return model

@@ -10,6 +10,29 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megatron.config.model import ModelConfig
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """The format and the place of a model's parameters, and the seed of their values."""
+
+    dtype: torch.dtype
+    device: torch.device = CPU
+    seed: int = 1234
+
+    def initializer(self, config: ModelConfig) -> Initializer:
+        """Return an initializer for the parameters of a model, from the first on."""
+        return Initializer(
+            generator=torch.Generator(self.device).manual_seed(self.seed),
+            dtype=self.dtype,
+            device=self.device,
+            std=config.init_method_std,
+            residual_std=config.init_method_std / (2 * config.num_layers) ** 0.5,
+        )
+
 
 @dataclass(frozen=True)
 class Initializer:

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from megatron.fpdt.stream import Stream
 
 BLOCK = 4096  # norms allocated at a time
+HOW_TO_RESUME = (
+    "earlier checkpoints are intact, resume from one with --load and --ckpt-step, and a lower --lr or other data"
+)
 
 
 class NotFiniteError(Exception):

@@ -1,4 +1,4 @@
-"""Log line and metrics of a run after an iteration; losses stay on the device until then."""
+"""Log lines and metrics of a run: of its iterations every --log-interval, and of its evaluations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import psutil
 import torch
-from torch import Tensor
 
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config
@@ -27,10 +26,12 @@ from megatron.logging.log_line import (
     format_positions,
     format_validation,
 )
-from megatron.logging.loss_watch import LossWatch
 from megatron.logging.run_history import SCALARS, position_scalar
 from megatron.logging.writers import MetricWriter
+from megatron.monitoring.loss_window import LossWindow
 from megatron.planner.flops import (
+    ThroughputReport,
+    TrainingFlops,
     flops_of_checkpointing,
     flops_of_streaming,
     model_flops,
@@ -39,7 +40,7 @@ from megatron.planner.flops import (
 
 
 class Reporter:
-    """Collects losses between log lines, on the device, and writes lines and metrics on rank 0."""
+    """Times the steps between log lines, and writes lines and metrics on rank 0."""
 
     def __init__(
         self,
@@ -48,14 +49,13 @@ class Reporter:
         writer: MetricWriter,
         padded_vocab_size: int,
         stream: Stream,
+        losses: LossWindow,
     ) -> None:
-        self._config, self._context, self._writer = config, context, writer
+        self._config, self._context, self._writer, self._losses = config, context, writer, losses
         self._padded_vocab_size, self._stream = padded_vocab_size, stream
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
-        self._watch = LossWatch(config.logging.loss_spike_factor)
-        self._losses: dict[int, Tensor] = {}  # by iteration; none for steps whose labels are all masked
-        self._attention_shares: list[float] = []
+        self._attention_shares: list[float] = []  # of each step that is timed; none if all its labels are masked
         self._started = time.monotonic()
 
     @contextmanager
@@ -66,14 +66,12 @@ class Reporter:
         self._started += time.monotonic() - paused
 
     def restart(self) -> None:
-        """Start the next line's iterations and times here."""
+        """Start to time the steps of the next line here."""
         self._started = time.monotonic()
-        self._losses.clear()
         self._attention_shares.clear()
 
-    def add(self, iteration: int, loss: Tensor, attention_share: float) -> None:
-        """Count one iteration's mean token loss, a scalar on the device, and the attention left by documents."""
-        self._losses[iteration] = loss
+    def count_step(self, attention_share: float) -> None:
+        """Count a step, and the share of the attention that documents leave of it."""
         self._attention_shares.append(attention_share)
 
     def line(
@@ -84,28 +82,20 @@ class Reporter:
         loss_scale: float,
         grad_norm: float | None,
     ) -> None:
-        """Write the line of the iterations since the last one, if any has a loss. Waits for the device."""
-        if not self._losses:
+        """Write the line of the --log-interval that ends here, if a step was taken. Waits for the device.
+
+        After a rollback, the losses are those of the whole interval, and the times those of the steps since.
+        """
+        if not self._attention_shares:
             return
-        losses = torch.stack([*self._losses.values()]).tolist()
+        for warning in self._losses.take_warnings():
+            self._context.log.warning("%s", warning)
+        interval = self._config.logging.log_interval
+        losses = self._losses.after((state.iteration - 1) // interval * interval)
         finite = [loss for loss in losses if math.isfinite(loss)]
         state.nan_iterations += len(losses) - len(finite)
-        for iteration, loss in zip(self._losses, losses, strict=True):
-            if (warning := self._watch.look(iteration, loss)) is not None:
-                self._context.log.warning("%s", warning)
-        seconds = (time.monotonic() - self._started) / len(losses)
-        model = self._config.model
-        attention_share = statistics.mean(self._attention_shares)
-        useful = model_flops(model, self._padded_vocab_size, model.seq_length, attention_share)
-        speed = throughput(
-            tokens=state.global_batch_size * model.seq_length,
-            seq_length=model.seq_length,
-            seconds=seconds,
-            num_gpus=self._context.parallel_state.world_size,
-            model_flops_per_sequence=useful,
-            hardware_flops_per_sequence=useful + _recomputed_flops(self._config, self._stream, attention_share),
-            peak_tflops=self._peak_tflops,
-        )
+        seconds = (time.monotonic() - self._started) / len(self._attention_shares)
+        speed = self._throughput(state, seconds)
         record = IterationRecord(
             iteration=state.iteration,
             train_iterations=train_iterations,
@@ -142,6 +132,20 @@ class Reporter:
             self._context.log.info(format_positions(positions))
             scalars |= {f"{part}/{position_scalar(bucket)}": bucket.loss for bucket in buckets}
         self._writer.write(iteration, scalars)
+
+    def _throughput(self, state: TrainState, seconds: float) -> ThroughputReport:
+        """Return the throughput of steps that took `seconds` each."""
+        model, attention_share = self._config.model, statistics.mean(self._attention_shares)
+        useful = model_flops(model, self._padded_vocab_size, model.seq_length, attention_share)
+        recomputed = _recomputed_flops(self._config, self._stream, attention_share)
+        return throughput(
+            tokens=state.global_batch_size * model.seq_length,
+            seq_length=model.seq_length,
+            seconds=seconds,
+            num_gpus=self._context.parallel_state.world_size,
+            flops_per_sequence=TrainingFlops(model=useful, hardware=useful + recomputed),
+            peak_tflops=self._peak_tflops,
+        )
 
     def _peak_gpu_gib(self) -> float | None:
         if self._context.device.type != "cuda":

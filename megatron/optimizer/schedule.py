@@ -42,42 +42,11 @@ class ScheduleError(ConfigError):
     """A learning-rate schedule that cannot be honored."""
 
 
-def learning_rate(
-    progress: float,
-    *,
-    peak: float,
-    minimum: float,
-    warmup: float,
-    decay: float,
-    style: str,
-    warmup_initial: float = 0.0,
-    wsd_decay: float = 0.0,
-    wsd_style: str = "exponential",
-    first_step: float = 1.0,
-) -> float:
-    """Return the learning rate at `progress`, given in the same unit as every other length.
-
-    `first_step` is the progress after the first step.
-    """
-    if progress < warmup:
-        return warmup_initial + (peak - warmup_initial) * progress / warmup
-    if style == "constant" or progress <= warmup:
-        return peak
-    if progress > decay:
-        return minimum
-    if style == "inverse-square-root":
-        return max(minimum, peak * math.sqrt(max(warmup, first_step) / max(progress, first_step)))
-    if style == "WSD":
-        start = decay - wsd_decay
-        share = 1.0 if progress <= start else _SHAPES[wsd_style]((progress - start) / wsd_decay)
-    else:
-        share = _SHAPES[style]((progress - warmup) / (decay - warmup))
-    return minimum + (peak - minimum) * share
-
-
 @dataclass(frozen=True)
 class LearningRateSchedule:
     """A learning-rate schedule with every length in `unit` ("iters", "samples" or "tokens").
+
+    `first_step` is the progress after the first step.
 
     Raises:
         ScheduleError: the values contradict each other.
@@ -125,19 +94,27 @@ class LearningRateSchedule:
         The counts include the step itself: the first step of a warm-up has a rate above zero, and the last step of the
         decay has the minimum (inverse-square-root has its formula's rate up to there).
         """
-        progress = {"iters": iteration, "samples": samples, "tokens": tokens}[self.unit]
-        return learning_rate(
-            progress,
-            peak=self.peak,
-            minimum=self.minimum,
-            warmup=self.warmup,
-            decay=self.decay,
-            style=self.style,
-            warmup_initial=self.warmup_initial,
-            wsd_decay=self.wsd_decay,
-            wsd_style=self.wsd_style,
-            first_step=self.first_step,
-        )
+        return self.at_progress({"iters": iteration, "samples": samples, "tokens": tokens}[self.unit])
+
+    def at_progress(self, progress: float) -> float:
+        """Return the learning rate at a progress in `unit`."""
+        if progress < self.warmup:
+            return self.warmup_initial + (self.peak - self.warmup_initial) * progress / self.warmup
+        if self.style == "constant" or progress <= self.warmup:
+            return self.peak
+        if progress > self.decay:
+            return self.minimum
+        if self.style == "inverse-square-root":
+            first = max(self.warmup, self.first_step)
+            return max(self.minimum, self.peak * math.sqrt(first / max(progress, self.first_step)))
+        return self.minimum + (self.peak - self.minimum) * self._share(progress)
+
+    def _share(self, progress: float) -> float:
+        """Return the fraction of (peak - minimum) that the decay leaves at `progress`."""
+        if self.style != "WSD":
+            return _SHAPES[self.style]((progress - self.warmup) / (self.decay - self.warmup))
+        start = self.decay - self.wsd_decay
+        return 1.0 if progress <= start else _SHAPES[self.wsd_style]((progress - start) / self.wsd_decay)
 
     @classmethod
     def from_config(

@@ -42,6 +42,14 @@ class ForwardFlops:
 
 
 @dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of training on one sequence, as in the module's docstring."""
+
+    model: int
+    hardware: int
+
+
+@dataclass(frozen=True)
 class ThroughputReport:
     """Speed of one step. The utilizations are fractions of the device's peak, None where the peak is unknown."""
 
@@ -105,8 +113,7 @@ def throughput(
     seq_length: int,
     seconds: float,
     num_gpus: int,
-    model_flops_per_sequence: int,
-    hardware_flops_per_sequence: int,
+    flops_per_sequence: TrainingFlops,
     peak_tflops: float | None,
 ) -> ThroughputReport:
     """Return the throughput of `num_gpus` devices that trained on `tokens` tokens in `seconds`.
@@ -114,8 +121,8 @@ def throughput(
     `peak_tflops` is one device's dense peak in TFLOP/s; without it the utilizations are None.
     """
     sequences_per_second_per_gpu = tokens / seq_length / seconds / num_gpus
-    model_tflops = sequences_per_second_per_gpu * model_flops_per_sequence / 1e12
-    hardware_tflops = sequences_per_second_per_gpu * hardware_flops_per_sequence / 1e12
+    model_tflops = sequences_per_second_per_gpu * flops_per_sequence.model / 1e12
+    hardware_tflops = sequences_per_second_per_gpu * flops_per_sequence.hardware / 1e12
     return ThroughputReport(
         tokens_per_second_per_gpu=tokens / seconds / num_gpus,
         model_tflops_per_gpu=model_tflops,

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from megatron.checkpointing import choose_checkpoint, load_checkpoint
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, global_batch_size
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
-from megatron.logging.loss_watch import LossWatch
+from megatron.monitoring.loss_window import LossWindow
 
 
 class RollbackError(Exception):
@@ -25,9 +23,8 @@ class RollbackError(Exception):
 class Rollback:
     """Decides when a run rolls back, and does it. Without --rollback-on-loss-spike it never does."""
 
-    def __init__(self, config: Config, engine: Engine, context: Context) -> None:
-        self._config, self._engine, self._context = config, engine, context
-        self._watch = LossWatch(config.logging.loss_spike_factor)
+    def __init__(self, config: Config, engine: Engine, context: Context, losses: LossWindow) -> None:
+        self._config, self._engine, self._context, self._losses = config, engine, context, losses
         self._reason: str | None = None
         # In fp16 a step that the loss scaler could no longer fix is not taken, so it cannot be rolled back.
         self.takes_faults = self._limit > 0 and not config.precision.fp16
@@ -37,10 +34,10 @@ class Rollback:
         """Record a step that is not finite, before it is judged."""
         self._reason = reason
 
-    def judge(self, iteration: int, loss: Tensor) -> bool:
-        """Return whether to roll back the last step; `loss` is its mean over all ranks. Waits for the device."""
+    def judge(self, iteration: int) -> bool:
+        """Return whether to roll back the last step, whose loss is in the window. Waits for the device."""
         if self._limit and self._reason is None and not self._engine.step_was_skipped:
-            self._reason = self._watch.look(iteration, loss.item())
+            self._reason = self._losses.warning(iteration)
         return self._reason is not None
 
     def go_back(self, state: TrainState) -> TrainState:
@@ -64,7 +61,7 @@ class Rollback:
         saved.start(global_batch_size(self._config, world_size), self._config.model.seq_length)
         first = saved.data_samples
         saved.leave_out_data_of(state)
-        self._watch.forget_after(saved.iteration)
+        self._losses.forget_after(saved.iteration)
         self._context.log.warning(
             "%s; going back to iteration %d and on without samples %d to %d (rollback %d of %d)",
             reason, saved.iteration, first, saved.data_samples - 1, saved.rollbacks, self._limit,

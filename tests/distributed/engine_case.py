@@ -98,9 +98,7 @@ def build(layout: Layout, seed: int, stated: Mapping[str, Any] | None = None) ->
         groups,
         config,
         settings,
-        dtype,
         torch.device("cpu"),
-        layout.num_ranks,
     )
 
 

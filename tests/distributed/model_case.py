@@ -18,6 +18,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.stream import SLICE_LENGTH
 from megatron.model.builder import Execution, build_model
+from megatron.model.initialization import Initialization
 from tests.distributed.rank_pool import RankPool
 from tests.reference.compare import assert_gradients_equal
 from tests.reference.reference_model import Batch, Result, State, loss_and_gradients, random_state
@@ -135,9 +136,7 @@ def build(case: Case) -> tuple[nn.Module, ParallelState, SequenceLayout]:
         PADDED_VOCAB_SIZE,
         parallel_state,
         execution,
-        dtype=torch.float64,
-        device="cpu",
-        seed=1234,
+        Initialization(torch.float64),
     )
     model.execution.stream.slice_length = case.slice_length
     layout = SequenceLayout(case.sequence_length, chunk_length, case.sequence_parallel_size)

@@ -11,6 +11,7 @@ from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import store as store_module
 from megatron.model.builder import Execution, build_model
+from megatron.model.initialization import Initialization
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -42,7 +43,7 @@ def _inputs(length, batch=1, device="cpu"):
 
 
 def _model(config, execution, dtype=torch.bfloat16, weights=None, slice_length=None):
-    model = build_model(config, VOCAB, ParallelState(), execution, dtype, "cuda")
+    model = build_model(config, VOCAB, ParallelState(), execution, Initialization(dtype, torch.device("cuda")))
     if slice_length is not None:
         model.execution.stream.slice_length = slice_length
     if weights is not None:

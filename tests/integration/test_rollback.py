@@ -64,6 +64,22 @@ def test_a_run_that_went_back_equals_one_without_the_data(
         assert state_of(folder, LAST) == counted
 
 
+def test_a_log_line_counts_every_iteration_once_after_a_rollback(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line of iteration 13 is written before and after the rollback to 12; both count iterations 1 to 13."""
+    flags = [*base_flags(corpus), *WATCHED, "--train-iters", str(LAST), "--log-interval", "13"]
+    monkeypatch.setenv("LEFT_OUT", LEFT_OUT)
+    straight = train([*flags, "--save", str(tmp_path / "without")], tmp_path / "straight", script=SCRIPT)
+    monkeypatch.delenv("LEFT_OUT")
+    monkeypatch.setenv("BAD_SAMPLES", BAD)
+    monkeypatch.setenv("WEIGHT", "9")
+    went_back = train([*flags, "--save", str(tmp_path / "back")], tmp_path / "events", script=SCRIPT)
+    assert "iteration 14 " in went_back.output
+    assert went_back.losses.keys() == {13, LAST}
+    assert went_back.losses == straight.losses
+
+
 @pytest.mark.parametrize(
     "bad, said",
     [

@@ -50,6 +50,10 @@ ALLOWED_CALLS = {("fpdt/host_pool.py", "synchronize")}
 TOP_LEVEL = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 FILES = sorted(ROOT.rglob("*.py"))
+REPOSITORY = ROOT.parent
+PROGRAMS = [REPOSITORY / "pretrain_gpt.py", REPOSITORY / "finetune_llama.py"]
+PROGRAMS += sorted(file for folder in ("tools", "benchmarks") for file in (REPOSITORY / folder).rglob("*.py"))
+MOST_PARAMETERS = 6
 
 
 def room_of(file: Path) -> str:
@@ -112,6 +116,29 @@ def code_at_import_time(tree: ast.Module) -> Iterator[str]:
             yield f"line {statement.lineno}: {type(statement).__name__} runs at import time"
 
 
+def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Count the parameters that a caller may give; a method's self or cls is not one."""
+    every = function.args
+    named = [*every.posonlyargs, *every.args, *every.kwonlyargs]
+    starred = [argument for argument in (every.vararg, every.kwarg) if argument]
+    return len([argument for argument in named + starred if argument.arg not in ("self", "cls")])
+
+
+def functions_of_many_parameters(tree: ast.AST) -> Iterator[str]:
+    """Yield functions with too many parameters, except `forward` of an autograd.Function, where torch dictates them."""
+    exempt: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and any(
+            ast.unparse(base).endswith("autograd.Function") for base in node.bases
+        ):
+            exempt |= {inner for inner in node.body if isinstance(inner, ast.FunctionDef) and inner.name == "forward"}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node in exempt:
+            continue
+        if (count := num_parameters(node)) > MOST_PARAMETERS:
+            yield f"line {node.lineno}: {node.name} has {count} parameters"
+
+
 def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
 
@@ -149,6 +176,11 @@ def test_files_stay_within_400_lines(file):
 def test_functions_stay_within_60_lines(file):
     functions = [node for node in ast.walk(parsed(file)) if isinstance(node, ast.FunctionDef)]
     assert [node.name for node in functions if node.end_lineno - node.lineno >= 60] == []
+
+
+@pytest.mark.parametrize("file", [*FILES, *PROGRAMS], ids=lambda file: str(file.relative_to(REPOSITORY)))
+def test_functions_have_at_most_six_parameters(file):
+    assert list(functions_of_many_parameters(parsed(file))) == []
 
 
 def test_the_rules_have_no_cycles():
@@ -198,3 +230,29 @@ def test_an_innocent_use_is_not_found(source):
 @pytest.mark.parametrize("source", ["main()", "for i in x:\n    pass", "with x:\n    pass", "if a:\n    main()"])
 def test_code_at_import_time_is_found(source):
     assert list(code_at_import_time(ast.parse(source))) != []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(a, b, c, d, e, f, g): ...",
+        "async def f(a, b, c, *, d, e, f, g): ...",
+        "class A:\n    def f(self, a, b, c, d, e, *f, **g): ...",
+        "class A(torch.autograd.Function):\n    def backward(ctx, a, b, c, d, e, f): ...",
+        "class A(nn.Module):\n    def forward(self, a, b, c, d, e, f, g): ...",
+    ],
+)
+def test_a_function_of_seven_parameters_is_found(source):
+    assert len(list(functions_of_many_parameters(ast.parse(source)))) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class A:\n    def f(self, a, b, c, d, e, f): ...",
+        "class A:\n    @classmethod\n    def f(cls, a, b, c, d, *, e, f): ...",
+        "class A(torch.autograd.Function):\n    def forward(ctx, a, b, c, d, e, f, g): ...",
+    ],
+)
+def test_a_function_of_six_parameters_is_not_found(source):
+    assert list(functions_of_many_parameters(ast.parse(source))) == []

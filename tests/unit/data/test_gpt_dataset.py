@@ -7,7 +7,7 @@ import pytest
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.batch import EndOfDocument, slice_batch
 from megatron.data.errors import DataError
-from megatron.data.gpt_dataset import GPTDataset, build_dataset, build_datasets
+from megatron.data.gpt_dataset import GPTDataset, SampleSettings, build_dataset, build_datasets
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron.data.sample_order import OrderPlan, SampleOrder, build_order
 from tests.unit.data.conftest import MakeDataset
@@ -18,7 +18,8 @@ SIZES = [5, 0, 17, 3, 8, 1, 30, 11, 2, 23]
 def open_part(prefix: str, num_samples: int, seq_length: int = 7, seed: int = 1, **options: object) -> GPTDataset:
     indexed = IndexedDataset(prefix)
     documents = range(indexed.num_documents)
-    return GPTDataset(indexed, documents, num_samples, seq_length, seed, "train", **options)  # type: ignore[arg-type]
+    settings = SampleSettings(seq_length, seed, **options)  # type: ignore[arg-type]
+    return GPTDataset(indexed, documents, num_samples, "train", settings)
 
 
 def tokens_in_order(prefix: str, num_epochs: int, seq_length: int = 7, seed: int = 1) -> tuple[np.ndarray, SampleOrder]:
@@ -150,7 +151,7 @@ def test_an_index_outside_the_dataset_is_an_error(make_dataset: MakeDataset) -> 
 
 def test_parts_share_no_document_and_an_unused_part_is_none(make_dataset: MakeDataset) -> None:
     prefix = make_dataset([10] * 20)
-    train, valid, test = build_datasets([prefix], "80,20", (30, 8, 0), 9, 1)
+    train, valid, test = build_datasets([prefix], "80,20", (30, 8, 0), SampleSettings(9, 1))
     assert train is not None
     assert valid is not None
     assert test is None
@@ -159,29 +160,29 @@ def test_parts_share_no_document_and_an_unused_part_is_none(make_dataset: MakeDa
 
 def test_a_part_without_enough_tokens_names_itself(make_dataset: MakeDataset) -> None:
     with pytest.raises(DataError, match=r"the valid part of .* has 10 tokens in 1 documents; .* change --split"):
-        build_datasets([make_dataset([10] * 20)], "95,5,0", (3, 1, 0), 19, 1)
+        build_datasets([make_dataset([10] * 20)], "95,5,0", (3, 1, 0), SampleSettings(19, 1))
 
 
 def test_a_validation_part_without_documents_is_none_and_a_training_part_is_an_error(make_dataset: MakeDataset) -> None:
     prefix = make_dataset([10] * 20)
-    train, valid, test = build_datasets([prefix], "1,0,0", (3, 1, 1), 9, 1)
+    train, valid, test = build_datasets([prefix], "1,0,0", (3, 1, 1), SampleSettings(9, 1))
     assert train is not None
     assert valid is None
     assert test is None
     with pytest.raises(DataError, match=r"the train part of .* has 0 tokens in 0 documents; .* change --split"):
-        build_datasets([prefix], "0,1,0", (3, 1, 0), 9, 1)
+        build_datasets([prefix], "0,1,0", (3, 1, 0), SampleSettings(9, 1))
 
 
 def test_no_order_is_cached_if_a_later_part_is_refused(make_dataset: MakeDataset) -> None:
     prefix = make_dataset([10] * 20)
     with pytest.raises(DataError, match="the valid part"):
-        build_datasets([prefix], "95,5,0", (3, 1, 0), 19, 1)
+        build_datasets([prefix], "95,5,0", (3, 1, 0), SampleSettings(19, 1))
     assert not Path(f"{prefix}_cache").exists()
 
 
 def test_a_blend_draws_from_each_dataset_by_weight(make_dataset: MakeDataset) -> None:
     small, large = make_dataset([50] * 4, "small"), make_dataset([50] * 4, "large", first=1000)
-    blend, _, _ = build_datasets(["1", small, "3", large], "1", (400, 0, 0), 9, 1)
+    blend, _, _ = build_datasets(["1", small, "3", large], "1", (400, 0, 0), SampleSettings(9, 1))
     assert blend is not None
     assert len(blend) == 400
     from_large = sum(int(blend[k][:1][0] >= 1000) for k in range(400))
@@ -190,7 +191,9 @@ def test_a_blend_draws_from_each_dataset_by_weight(make_dataset: MakeDataset) ->
 
 def test_a_blend_takes_the_samples_of_each_dataset_in_its_own_order(make_dataset: MakeDataset) -> None:
     prefixes = [make_dataset(SIZES, f"source{k}", first=1000 * k) for k in range(3)]
-    blend, _, _ = build_datasets(["2", prefixes[0], "1", prefixes[1], "5", prefixes[2]], "1", (80, 0, 0), 7, 1)
+    blend, _, _ = build_datasets(
+        ["2", prefixes[0], "1", prefixes[1], "5", prefixes[2]], "1", (80, 0, 0), SampleSettings(7, 1)
+    )
     assert blend is not None
     drawn: dict[int, list[list[int]]] = {0: [], 1: [], 2: []}
     for k in range(80):
@@ -203,7 +206,7 @@ def test_a_blend_takes_the_samples_of_each_dataset_in_its_own_order(make_dataset
 
 def test_a_blend_is_the_same_every_time_and_a_longer_one_begins_with_it(make_dataset: MakeDataset) -> None:
     paths = ["0.3", make_dataset(SIZES, "one"), "0.7", make_dataset(SIZES, "two", first=1000)]
-    first, again, longer = (build_datasets(paths, "1", (n, 0, 0), 7, 1)[0] for n in (30, 30, 200))
+    first, again, longer = (build_datasets(paths, "1", (n, 0, 0), SampleSettings(7, 1))[0] for n in (30, 30, 200))
     assert first is not None
     assert again is not None
     assert longer is not None
@@ -213,27 +216,29 @@ def test_a_blend_is_the_same_every_time_and_a_longer_one_begins_with_it(make_dat
 
 def test_a_dataset_too_light_to_be_drawn_is_not_needed(make_dataset: MakeDataset) -> None:
     tiny = make_dataset([1], "tiny")
-    blend, _, _ = build_datasets(["0.001", tiny, "0.999", make_dataset([50] * 4, "large")], "1", (10, 0, 0), 9, 1)
+    blend, _, _ = build_datasets(
+        ["0.001", tiny, "0.999", make_dataset([50] * 4, "large")], "1", (10, 0, 0), SampleSettings(9, 1)
+    )
     assert blend is not None
     assert len(blend[9]) == 10
 
 
 def test_a_part_with_files_of_its_own_uses_all_their_documents(make_dataset: MakeDataset) -> None:
-    dataset = build_dataset([make_dataset([10])], "valid", 1, 9, 1)
+    dataset = build_dataset([make_dataset([10])], "valid", 1, SampleSettings(9, 1))
     assert dataset is not None
     assert dataset[0][:].tolist() == list(range(10))
 
 
 def test_the_order_is_cached_next_to_the_data_by_default(make_dataset: MakeDataset) -> None:
     prefix = make_dataset(SIZES)
-    build_datasets([prefix], "1", (20, 0, 0), 7, 1)
+    build_datasets([prefix], "1", (20, 0, 0), SampleSettings(7, 1))
     assert len(list(Path(f"{prefix}_cache").glob("*.npy"))) == 1
 
 
 def test_data_in_a_folder_that_cannot_be_written_works_without_a_cache(make_dataset: MakeDataset) -> None:
     prefix = make_dataset(SIZES)
     Path(f"{prefix}_cache").write_text("a file where the folder would be, which stops even root")
-    train, _, _ = build_datasets([prefix], "1", (20, 0, 0), 7, 1)
+    train, _, _ = build_datasets([prefix], "1", (20, 0, 0), SampleSettings(7, 1))
     assert train is not None
     assert train[19][:].shape == (8,)
 
@@ -241,4 +246,4 @@ def test_data_in_a_folder_that_cannot_be_written_works_without_a_cache(make_data
 def test_a_cache_folder_that_was_asked_for_must_work(make_dataset: MakeDataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"--data-cache-path \(.*file/cache\) cannot be used"):
-        build_datasets([make_dataset(SIZES)], "1", (20, 0, 0), 7, 1, tmp_path / "file" / "cache")
+        build_datasets([make_dataset(SIZES)], "1", (20, 0, 0), SampleSettings(7, 1, tmp_path / "file" / "cache"))

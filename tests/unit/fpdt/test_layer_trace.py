@@ -9,7 +9,7 @@ from megatron.fpdt.layer_trace import trace_layer
 from megatron.fpdt.seam import StreamedAttention, run_with_output
 from megatron.ops.attention import AttentionVariant
 from megatron.ops.linear import LinearTape, linear
-from tests.unit.fpdt.test_block import HIDDEN, LENGTH, one_layer, positions, residual
+from tests.unit.fpdt.one_block import HIDDEN, LENGTH, one_layer, positions, residual
 from tests.unit.model.small_model import ON_DEVICE, small_config, small_gpt_config
 
 

@@ -9,6 +9,7 @@ from megatron.config import ModelConfig
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.stream import ProgressReport, no_report
 from megatron.model.builder import Execution, build_model
+from megatron.model.initialization import Initialization
 from tests.reference.reference_model import random_state
 
 VOCAB = 32
@@ -51,7 +52,7 @@ def small_model(
     report: ProgressReport = no_report,
 ) -> nn.Module:
     """Build a model on the CPU with random weights, the same for every execution and dtype."""
-    model = build_model(config, VOCAB, ParallelState(), execution, dtype, report=report)
+    model = build_model(config, VOCAB, ParallelState(), execution, Initialization(dtype), report)
     model.load_state_dict(random_state(config, VOCAB, seed=3))
     return model
 

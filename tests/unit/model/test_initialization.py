@@ -5,14 +5,14 @@ import torch
 
 from megatron.core.parallel_state import ParallelState
 from megatron.model.builder import build_model
-from megatron.model.initialization import Initializer
+from megatron.model.initialization import Initialization, Initializer
 from tests.unit.model.small_model import OFFLOADED, ON_DEVICE, PLAIN, small_config, small_gpt_config
 
 CONFIGS = pytest.mark.parametrize("config_of", [small_config, small_gpt_config], ids=["llama", "gpt"])
 
 
 def initial(config, execution=PLAIN, dtype=torch.float32, seed=1234, vocab=32):
-    model = build_model(config, vocab, ParallelState(), execution, dtype, seed=seed)
+    model = build_model(config, vocab, ParallelState(), execution, Initialization(dtype, seed=seed))
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 

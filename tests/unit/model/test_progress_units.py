@@ -7,20 +7,15 @@ import pytest
 
 from megatron.config import DeepSpeedConfig, ParallelConfig
 from megatron.model.builder import Execution
-from megatron.training.loop import Training
+from megatron.training.run import step_units
 from tests.unit.model.small_model import ON_DEVICE, PLAIN, small_config, small_inputs, small_model
 
 
 def announced(config, execution, stream, num_microbatches):
     parallel = ParallelConfig(ds_sequence_parallel_fpdt=execution.fpdt)
     deepspeed = DeepSpeedConfig(deepspeed_activation_checkpointing=execution.recompute)
-    training = Training.__new__(Training)
-    vars(training).update(
-        _config=SimpleNamespace(model=config, parallel=parallel, deepspeed=deepspeed),
-        _lengths=SimpleNamespace(num_microbatches=num_microbatches),
-        _stream=stream,
-    )
-    return Training._num_units(training)
+    settings = SimpleNamespace(model=config, parallel=parallel, deepspeed=deepspeed)
+    return step_units(settings, stream.chunk_length, num_microbatches)
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 3])

@@ -13,6 +13,7 @@ from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import Stream
 from megatron.logging.log_line import Bucket
 from megatron.monitoring import reporting
+from megatron.monitoring.loss_window import LossWindow
 from megatron.monitoring.reporting import Reporter
 from megatron.ops.attention.reference import ReferenceAttention
 from tests.unit.config.commands import parsed
@@ -47,8 +48,9 @@ def reporter_of(flags=""):
     )
     stream = Stream(ChunkStore(device, offloading=True), ReferenceAttention(), ParallelState(), 8)
     stream.kept = stream.store.empty((2**28,), torch.float32)  # type: ignore[attr-defined]
-    writer = Writer()
-    return Reporter(parsed(flags), context, writer, 128, stream), writer
+    writer, config = Writer(), parsed(flags)
+    losses = LossWindow(config.logging.loss_spike_factor)
+    return Reporter(config, context, writer, 128, stream, losses), writer
 
 
 def line(reporter, state):
@@ -58,7 +60,8 @@ def line(reporter, state):
 def iterate(reporter, state, losses):
     for loss in losses:
         state.advance(2, 1024)
-        reporter.add(state.iteration, torch.tensor(loss), 1.0)
+        reporter._losses.add(state.iteration, torch.tensor(loss))
+        reporter.count_step(1.0)
 
 
 def test_losses_before_an_evaluation_count_and_its_time_does_not(clock, caplog):
@@ -89,6 +92,23 @@ def test_a_spike_is_warned_of_with_its_own_iteration(clock, caplog):
     clock.now += 1
     line(reporter, state)
     assert caplog.messages == ["the loss of iteration 53 is 3.5000, 1.75 times the mean of the 12 before (2.0000)"]
+
+
+def test_lines_after_a_rollback_count_every_loss_once_and_time_only_the_steps_since(clock):
+    (reporter, writer), state = reporter_of("--log-interval 4"), TrainState()
+    iterate(reporter, state, [1.0, 2.0, 3.0, math.nan])
+    clock.now += 8
+    line(reporter, state)
+    assert (writer.written[4]["train/loss"], state.nan_iterations) == (2.0, 1)
+    iterate(reporter, state, [9.0])
+    reporter._losses.forget_after(2)
+    reporter.restart()
+    state = TrainState(iteration=2)
+    iterate(reporter, state, [5.0, 6.0])
+    clock.now += 3
+    line(reporter, state)
+    assert (writer.written[4]["train/loss"], state.nan_iterations) == (3.5, 0)
+    assert writer.written[4]["train/milliseconds"] == 1500
 
 
 def test_steps_without_a_loss_leave_the_others_and_their_iterations(clock, caplog):

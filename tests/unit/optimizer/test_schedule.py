@@ -7,7 +7,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.training import TrainingConfig
 from megatron.core.course import Course
-from megatron.optimizer.schedule import STYLES, WSD_STYLES, LearningRateSchedule, ScheduleError, learning_rate
+from megatron.optimizer.schedule import STYLES, WSD_STYLES, LearningRateSchedule, ScheduleError
 
 LINEAR = LearningRateSchedule(peak=1.0, minimum=0.1, warmup=10, decay=110, style="linear", unit="iters")
 WSD = replace(LINEAR, style="WSD", wsd_decay=20, wsd_style="linear")
@@ -182,8 +182,8 @@ def test_progress_is_counted_in_the_unit_of_the_schedule(unit, counts):
     assert replace(LINEAR, unit=unit).at(*counts) == pytest.approx(0.55)
 
 
-def test_learning_rate_is_usable_with_fractions_of_an_iteration():
-    assert learning_rate(0.25, peak=1.0, minimum=0.0, warmup=0.5, decay=1.0, style="linear") == 0.5
+def test_progress_may_be_a_fraction_of_an_iteration():
+    assert replace(LINEAR, minimum=0.0, warmup=0.5, decay=1.0).at_progress(0.25) == 0.5
 
 
 def test_from_config_decays_over_the_whole_training_by_default():

@@ -5,6 +5,7 @@ import pytest
 from megatron.config.model import ModelConfig
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.planner.flops import (
+    TrainingFlops,
     flops_of_checkpointing,
     flops_of_streaming,
     forward_flops,
@@ -116,8 +117,7 @@ def test_throughput_divides_by_time_and_devices():
         seq_length=10,
         seconds=2.0,
         num_gpus=4,
-        model_flops_per_sequence=100 * 10**12,
-        hardware_flops_per_sequence=120 * 10**12,
+        flops_per_sequence=TrainingFlops(model=100 * 10**12, hardware=120 * 10**12),
         peak_tflops=1000.0,
     )
     assert report.tokens_per_second_per_gpu == 10.0
@@ -131,8 +131,7 @@ def test_an_unknown_peak_gives_no_utilisation():
         seq_length=10,
         seconds=1.0,
         num_gpus=1,
-        model_flops_per_sequence=1,
-        hardware_flops_per_sequence=1,
+        flops_per_sequence=TrainingFlops(model=1, hardware=1),
         peak_tflops=None,
     )
     assert (report.mfu, report.hfu) == (None, None)

@@ -7,6 +7,7 @@ from megatron.config import ModelConfig
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import loss as loss_module
 from megatron.model.builder import Execution, build_model
+from megatron.model.initialization import Initialization
 from megatron.planner.hardware import GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.memory import activation_bytes
@@ -33,7 +34,7 @@ def test_activations_are_what_a_run_holds(activations, num_layers, monkeypatch):
         use_rotary_position_embeddings=True, attention_backend="torch-cpu",
     ).resolved()  # fmt: skip
     execution = Execution(recompute=activations == "recomputed")
-    model = build_model(config, VOCABULARY, ParallelState(), execution, torch.bfloat16, "cpu")
+    model = build_model(config, VOCABULARY, ParallelState(), execution, Initialization(torch.bfloat16))
     tokens, positions = torch.randint(0, VOCABULARY, (1, LENGTH)), torch.arange(LENGTH)[None]
     inputs = (tokens, tokens, torch.ones(1, LENGTH), positions)
     for parameter in model.parameters():

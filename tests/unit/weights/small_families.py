@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron.core.parallel_state import ParallelState
 from megatron.model.builder import Execution, build_model
+from megatron.model.initialization import Initialization
 from megatron.weights.families import family_of
 from megatron.weights.portable_config import PortableConfig
 from megatron.weights.safetensors_folder import SafetensorsFolder
@@ -102,7 +103,7 @@ def load_here(folder: Path, execution: Execution, seq_length: int) -> nn.Module:
     """Build our model of a folder of portable weights, in fp32."""
     portable, weights = read_portable(folder)
     config = replace(portable.model, seq_length=seq_length)
-    model = build_model(config, portable.padded_vocab_size, ParallelState(), execution, torch.float32)
+    model = build_model(config, portable.padded_vocab_size, ParallelState(), execution, Initialization(torch.float32))
     state = {name: weights.get(name) for name in weights.names}
     tied = set() if config.untie_embeddings_and_output_weights else {"head.output_layer.weight"}
     faults = model.load_state_dict(state, strict=False)

@@ -1,0 +1,105 @@
+"""Construction of a run: its checkpoint, data, engine and observers, and then its training loop."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint, starting_state
+from megatron.checkpointing.train_state import TrainState
+from megatron.config import Config, deepspeed_config, default_batch_notes
+from megatron.engine.engine import Engine
+from megatron.fpdt.stream import Stream
+from megatron.initialize import Context
+from megatron.logging.progress import StepProgress, build_progress
+from megatron.logging.writers import build_writer
+from megatron.monitoring.finite_check import FiniteCheck
+from megatron.monitoring.loss_window import LossWindow
+from megatron.monitoring.out_of_memory import Ledger
+from megatron.monitoring.reporting import Reporter
+from megatron.optimizer.param_groups import parameter_groups
+from megatron.ranks.watchdog import WatchedProgress
+from megatron.training.data import TrainingData
+from megatron.training.lengths import Lengths
+from megatron.training.loop import Training
+from megatron.training.providers import Providers
+from megatron.training.run import Run
+
+
+def pretrain(config: Config, context: Context, padded_vocab_size: int, providers: Providers, ledger: Ledger) -> None:
+    """Train from the newest checkpoint, or from scratch, to the end that the configuration sets.
+
+    `ledger` gets the engine and the stream, whose memory it reports.
+    """
+    watchdog, world_size = context.watchdog, context.parallel_state.world_size
+    for note in (*config.notes, *default_batch_notes(config, world_size)):
+        context.log.info("note: %s", note)
+    checkpoint = _checkpoint_to_load(config, context, padded_vocab_size)
+    state = starting_state(checkpoint, config, context)
+    data = _build_data(config, context, providers, state)
+    progress = WatchedProgress(
+        build_progress(
+            config.logging.progress, context.parallel_state.rank, sys.stdout, config.logging.heartbeat_seconds
+        ),
+        watchdog,
+    )
+    engine = _build_engine(config, context, providers, progress)
+    execution: Any = engine.module.execution
+    stream: Stream = execution.stream
+    stream.whole_parameters = engine.whole_parameters
+    ledger.engine, ledger.stream = engine, stream
+    if checkpoint is not None:
+        with watchdog.working(f"loading {checkpoint}"):
+            load_checkpoint(checkpoint, engine, context, config)
+        context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
+    finite_check = None
+    if not config.training.no_check_for_nan_in_loss_and_grad:
+        finite_check = FiniteCheck(stream, engine.module, engine.weights_not_finite, config.model.seq_length)
+    losses = _build_loss_window(config)
+    writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
+    reporter = Reporter(config, context, writer, padded_vocab_size, stream, losses)
+    run = Run(config, context, engine, stream, progress, reporter, losses, finite_check)
+    try:
+        Training(run, data, Saver(engine, context, config, padded_vocab_size), state).run()
+    finally:
+        writer.close()
+
+
+def _checkpoint_to_load(config: Config, context: Context, padded_vocab_size: int) -> Path | None:
+    """Choose the checkpoint, and check that it fits; None for a new run. Collective over all ranks."""
+    with context.watchdog.working("choosing a checkpoint"):
+        checkpoint = choose_checkpoint(config.checkpoint, context)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, config, context.parallel_state.world_size, padded_vocab_size)
+    elif config.checkpoint.load is not None:
+        context.log.info("%s holds no checkpoint yet: a new run starts", config.checkpoint.load)
+    return checkpoint
+
+
+def _build_data(config: Config, context: Context, providers: Providers, state: TrainState) -> TrainingData:
+    """Build what the rest of the training reads. Collective over all ranks."""
+    lengths = Lengths.of(config, context.parallel_state.world_size, state)
+    context.log.info("training to iteration %d: %s", lengths.iterations, lengths.left(state))
+    with context.watchdog.working("building the data index"):
+        return TrainingData(config, context, providers, lengths.num_samples(config, state))
+
+
+def _build_engine(config: Config, context: Context, providers: Providers, progress: StepProgress) -> Engine:
+    """Build the model and its optimizer. Collective over all ranks."""
+    world_size = context.parallel_state.world_size
+    with context.watchdog.working("building the model"):
+        return Engine(
+            lambda: providers.model(lambda phase, layer, chunk, _: progress.advance(phase, layer, chunk)),
+            providers.leaf_modules,
+            lambda model: parameter_groups(model, config.optimizer.weight_decay),
+            config.optimizer,
+            deepspeed_config(config, world_size),
+            context.device,
+        )
+
+
+def _build_loss_window(config: Config) -> LossWindow:
+    """Build a window that holds the losses of a log line even after a rollback to the last checkpoint."""
+    logging, save_interval = config.logging, config.checkpoint.save_interval or 0
+    return LossWindow(logging.loss_spike_factor, logging.log_interval + save_interval)

@@ -1,0 +1,100 @@
+"""Any module that calls attention once can be streamed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron.fpdt.block import StreamedBlock
+from megatron.fpdt.seam import StreamedAttention
+from megatron.ops.attention import AttentionVariant
+from megatron.ops.linear import linear
+from tests.unit.fpdt.one_block import HIDDEN, TIERS, one_layer, positions, residual
+from tests.unit.model.small_model import (
+    ON_DEVICE,
+    assert_same_gradients,
+    relative_error,
+)
+
+
+class OneFactor(torch.nn.Module):
+    """A layer whose queries, keys and values share memory, and of whose parameters one takes no part."""
+
+    layer_number, uses_dropout = 1, False
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((HIDDEN,), 0.5, dtype=torch.float64))
+        self.idle = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.core_attention = StreamedAttention()
+
+    def forward(self, x_SBh, positions_BS):
+        q = (x_SBh * self.weight).unflatten(2, (3, 8))
+        return x_SBh + self.core_attention(q, q[:, :, :2], AttentionVariant(0.5), 0.0, None).flatten(2)
+
+
+class SharedNorm(OneFactor):
+    """A layer whose MLP reads what its attention reads."""
+
+    def forward(self, x_SBh, positions_BS):
+        normed = x_SBh * self.weight
+        q = torch.nn.functional.layer_norm(normed, (HIDDEN,)).unflatten(2, (3, 8))
+        return self.core_attention(q, q[:, :, :2], AttentionVariant(0.5), 0.0, None).flatten(2) + q.flatten(2).tanh()
+
+
+class GatedAttention(OneFactor):
+    """A layer whose attention output is gated by the product from which the queries are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(torch.eye(HIDDEN, dtype=torch.float64) + 0.1)
+
+    def forward(self, x_SBh, positions_BS):
+        product = linear(x_SBh * self.weight, self.matrix, None)
+        q = product.unflatten(2, (3, 8))
+        o = self.core_attention(q, q[:, :, :2], AttentionVariant(0.5), 0.0, None)
+        return x_SBh + o.flatten(2) * product.sigmoid()
+
+
+@TIERS
+@pytest.mark.parametrize("kind", [OneFactor, SharedNorm, GatedAttention])
+@pytest.mark.parametrize("slice_length", [5, 16])
+@pytest.mark.parametrize("recompute", ["kv", "all", "mlp", "none"])
+def test_any_module_that_calls_attention_once_can_be_streamed(execution, kind, slice_length, recompute):
+    stream = one_layer(replace(execution, fpdt_recompute=recompute))[0].stream
+    stream.slice_length = slice_length
+    layer, x = kind(), residual().requires_grad_()
+    StreamedBlock(stream, layer)(x, positions()).backward(residual(seed=2))
+    leaf, want = residual().requires_grad_(), kind()
+    want.core_attention = plain_attention
+    want(leaf, positions()).backward(residual(seed=2))
+    assert layer.idle.grad is None
+    assert relative_error(x.grad, leaf.grad) < 1e-13
+    wanted = {name: p.grad for name, p in want.named_parameters()}
+    assert_same_gradients({name: p.grad for name, p in layer.named_parameters()}, wanted, 1e-13)
+
+
+def plain_attention(q, kv, variant, dropout, documents):
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q, *(t.expand(-1, -1, q.shape[2], -1) for t in kv.chunk(2, 2))))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=variant.scale)
+    return o.permute(2, 0, 1, 3)
+
+
+class Twice(OneFactor):
+    def forward(self, x_SBh, positions_BS):
+        return super().forward(super().forward(x_SBh, positions_BS), positions_BS)
+
+
+class Never(OneFactor):
+    def forward(self, x_SBh, positions_BS):
+        return x_SBh * self.weight
+
+
+@pytest.mark.parametrize("kind, times", [(Twice, "2 times"), (Never, "0 times")])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_does_not_call_attention_once_is_refused(kind, times, training):
+    stream = one_layer(ON_DEVICE)[0].stream
+    message = f"called its attention {times}" if training else "the layer has (not )?called its attention"
+    with torch.set_grad_enabled(training), pytest.raises(RuntimeError, match=message):
+        StreamedBlock(stream, kind())(residual(), positions())
+    assert torch.is_grad_enabled()

@@ -1,0 +1,172 @@
+"""Memory of a streamed block: what is stored where, what is copied, and when it is released."""
+
+import itertools
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron.fpdt.store import ChunkStore
+from tests.unit.fpdt.one_block import (
+    BATCH,
+    HIDDEN,
+    LENGTH,
+    TIERS,
+    on_tier,
+    one_layer,
+    positions,
+    residual,
+)
+from tests.unit.model.small_model import (
+    OFFLOADED,
+    small_config,
+    small_inputs,
+    small_model,
+)
+
+
+@TIERS
+def test_evaluation_saves_nothing_but_the_residual_stream(execution):
+    how, layer = one_layer(execution)
+    pool = how.store.pool
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = layer(residual(), positions())
+        assert y.grad_fn is None
+        assert pool.used_bytes == (y.nbytes if execution.offloading else 0)
+        del y
+        assert pool.used_bytes == 0
+
+
+def test_evaluation_stores_keys_and_values_and_outputs_only():
+    how, layer = one_layer(OFFLOADED)
+    with torch.no_grad():
+        y = layer(residual(), positions())
+    key_value_bytes = LENGTH * BATCH * 2 * (2 * 8) * 8
+    assert how.store.copied.bytes_out == y.nbytes + key_value_bytes
+    assert how.store.pool.peak_used_bytes == y.nbytes + key_value_bytes
+
+
+def test_a_bf16_step_copies_what_the_schedule_says():
+    """Chunks of 16, 16 and 8 tokens; gradients of keys and values travel in fp32."""
+    how, layer = one_layer(OFFLOADED, torch.bfloat16)
+    copied = how.store.copied
+    per_token = {"x": 2 * HIDDEN, "o": 2 * 4 * 8, "lse": 4 * 4, "kv": 2 * 2 * 2 * 8, "dkv": 4 * 2 * 2 * 8}
+    x, o, lse, kv, dkv = (BATCH * num_bytes for num_bytes in per_token.values())
+    below_diagonal = 16 + (16 + 16)  # key tokens of rows 1 and 2
+    stored = loaded = 16  # key tokens of tile (2, 0), and of (1, 0): those of (2, 1) and (1, 0) stay for the diagonals
+    y = layer(on_tier(how, residual(torch.bfloat16)).requires_grad_(), positions())
+    assert copied.bytes_out == LENGTH * (x + kv + o + lse)
+    assert copied.bytes_in == (LENGTH + 16) * x + below_diagonal * kv, "the block above begins with the first 16 of y"
+    copied.bytes_in = copied.bytes_out = 0
+    y.backward(on_tier(how, residual(torch.bfloat16, seed=2)))
+    assert copied.bytes_out == LENGTH * x + stored * dkv
+    assert copied.bytes_in == LENGTH * (2 * x + o + lse) + below_diagonal * kv + loaded * dkv
+
+
+def test_the_backward_pass_releases_all_host_memory_and_later_steps_allocate_none():
+    config = small_config(LENGTH)
+    model, inputs = small_model(config, OFFLOADED), small_inputs(config)
+    pool = model.execution.store.pool
+    model(*inputs).backward()
+    after_one_step = pool.allocated_bytes
+    assert pool.used_bytes == 0
+    assert after_one_step == pool.peak_used_bytes
+    for _ in range(3):
+        model(*inputs).backward()
+        assert (pool.used_bytes, pool.allocated_bytes) == (0, after_one_step)
+
+
+def test_a_forward_pass_without_a_backward_pass_releases_its_host_memory():
+    how, layer = one_layer(OFFLOADED)
+    y = layer(residual().requires_grad_(), positions())
+    assert how.store.pool.used_bytes > y.nbytes
+    del y
+    assert how.store.pool.used_bytes == 0
+
+
+def test_work_that_fails_half_way_releases_its_host_memory(monkeypatch):
+    how, layer = one_layer(OFFLOADED)
+    calls, mlp = itertools.count(), layer.mlp.forward
+
+    def failing_mlp(x):
+        if next(calls) == 2:  # after the trace and the first chunk
+            raise ValueError("half way")
+        return mlp(x)
+
+    monkeypatch.setattr(layer.mlp, "forward", failing_mlp)
+    with pytest.raises(ValueError, match="half way"):
+        layer(residual().requires_grad_(), positions())
+    assert how.store.pool.used_bytes == 0
+    assert torch.is_grad_enabled()
+
+
+def arrivals_alive(monkeypatch):
+    """Peak number of arrived (or arriving) device tensors alive at once, by shape and dtype."""
+    alive, peak, start = {}, {}, ChunkStore._start
+
+    def forget(key):
+        alive[key] -= 1
+
+    def watched(self, chunk):
+        arriving, event = start(self, chunk)
+        key = (tuple(arriving.shape), arriving.dtype)
+        alive[key] = alive.get(key, 0) + 1
+        peak[key] = max(peak.get(key, 0), alive[key])
+        weakref.finalize(arriving.untyped_storage(), forget, key)
+        return arriving, event
+
+    monkeypatch.setattr(ChunkStore, "_start", watched)
+    return peak
+
+
+def peaks_of_both_passes(monkeypatch):
+    """Peaks of the forward and of the backward pass. In bf16 the fp32 gradients are told apart from keys and values."""
+    how, layer = one_layer(replace(OFFLOADED, chunk_size=4), torch.bfloat16, num_attention_heads=6)
+    peak = arrivals_alive(monkeypatch)
+    y = layer(on_tier(how, residual(torch.bfloat16)).requires_grad_(), positions())
+    forward = dict(peak)
+    peak.clear()
+    y.backward(on_tier(how, residual(torch.bfloat16, seed=2)))
+    return forward, peak
+
+
+KEY_VALUE_CHUNK, RESIDUAL_CHUNK = (4, BATCH, 2 * 2, 8), (4, BATCH, HIDDEN)
+
+
+def test_at_most_two_chunks_of_keys_and_values_and_of_their_gradients_are_on_the_device(monkeypatch):
+    """One in use, one on its way."""
+    forward, backward = peaks_of_both_passes(monkeypatch)
+    assert forward[KEY_VALUE_CHUNK, torch.bfloat16] <= 2
+    assert backward[KEY_VALUE_CHUNK, torch.bfloat16] <= 2
+    assert backward[KEY_VALUE_CHUNK, torch.float32] <= 2
+
+
+def test_at_most_two_chunks_of_the_residual_stream_are_on_the_device(monkeypatch):
+    """One in use, one on its way; in the backward pass of the block's input and of its output's gradient."""
+    forward, backward = peaks_of_both_passes(monkeypatch)
+    assert forward[RESIDUAL_CHUNK, torch.bfloat16] <= 2
+    assert backward[RESIDUAL_CHUNK, torch.bfloat16] <= 4
+
+
+@pytest.mark.parametrize("budget", [0, 20_000, 60_000, 10**9])
+def test_a_device_budget_moves_chunks_and_changes_no_bit(budget):
+    """Some tensors are stored on the device and some on the host, the input and its gradient among them."""
+    results = []
+    for execution in (OFFLOADED, replace(OFFLOADED, device_memory_bytes=budget)):
+        how, layer = one_layer(execution)
+        x = on_tier(how, residual()).requires_grad_()
+        y = layer(x, positions())
+        y.backward(on_tier(how, residual(seed=2)))
+        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+        assert how.store.device_bytes <= budget + x.grad.nbytes or execution is OFFLOADED
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_without_gradients_no_product_is_saved():
+    how, layer = one_layer(replace(OFFLOADED, fpdt_recompute="none"))
+    with torch.no_grad():
+        y = layer(residual(), positions())
+    keys_and_values = LENGTH * BATCH * 2 * 2 * 8 * y.element_size()
+    assert how.store.pool.peak_used_bytes == y.nbytes + keys_and_values
