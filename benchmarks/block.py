@@ -140,9 +140,10 @@ class GraphContestant:
 class ModelBlock(GraphContestant):
     """The block of this repository, run with `execution`; several are stacked, as in a model."""
 
-    def __init__(self, geometry: Geometry, length: int, execution: Execution, backend: str,
-                 device: torch.device, num_blocks: int = 1, documents: Documents | None = None) -> None:  # fmt: skip
-        config, dtype = geometry.model_config(length, backend, num_blocks), compute_dtype(device)
+    def __init__(
+        self, config: ModelConfig, execution: Execution, device: torch.device, documents: Documents | None = None
+    ) -> None:
+        length, dtype = config.seq_length, compute_dtype(device)
         model = build_model(config, SMALL_VOCABULARY, ParallelState(), execution, Initialization(dtype, device))
         self._store: ChunkStore = model.execution.store  # type: ignore[attr-defined]
         blocks, shape = model.layers, (length, 1, config.hidden_size)
@@ -162,7 +163,7 @@ class ModelBlock(GraphContestant):
             return x
 
         super().__init__(run, list(blocks.parameters()), make_x, dy)
-        self.num_blocks = num_blocks
+        self.num_blocks = config.num_layers
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
         # The block whose backward pass runs last accumulates its gradients while those of all others exist.
         summed = sum(p.numel() * (4 if execution.fpdt else p.element_size()) for p in blocks[0].parameters())

@@ -101,8 +101,8 @@ def cut(seq_length: int, number: int, how: str) -> Documents:
 def run(documents: Documents, backend: str, arguments: argparse.Namespace, report: Report) -> Row:
     """Measure the time and memory of one block."""
     execution = replace(OFFLOADED.execution(arguments.chunk, "mlp"), documents=True)
-    build = partial(ModelBlock, geometry_of(arguments), arguments.seq_length, execution, backend, report.device,
-                    documents=documents)  # fmt: skip
+    config = geometry_of(arguments).model_config(arguments.seq_length, backend)
+    build = partial(ModelBlock, config, execution, report.device, documents)
     traced = report.device.type == "cuda"
     row = measure(build, report.device, report.matmul, arguments.repeats, profiled=traced)
     share = documents.squared_lengths / arguments.seq_length**2

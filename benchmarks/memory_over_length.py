@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(geometry: Geometry, length: int, chunk: int, arguments: argparse.Namespace, report: Report) -> Row:
     """Measure the memory of one pass."""
     execution = OFFLOADED.execution(chunk, arguments.recompute)
-    build = partial(ModelBlock, geometry, length, execution, arguments.backend, report.device)
+    build = partial(ModelBlock, geometry.model_config(length, arguments.backend), execution, report.device)
     row = measure(build, report.device, report.matmul, repeats=1, warm_ups=0)
     if "failed" in row:
         return row

@@ -149,7 +149,8 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
                     yield row | {"chunk": "-", "recompute": "-"}, partial(Ceiling, geometry, length, kernel, device)
                     continue
                 for names_of_execution, execution in executions(way, length, arguments, device):
-                    build = partial(ModelBlock, geometry, length, execution, kernel, device, arguments.blocks)
+                    config = geometry.model_config(length, kernel, arguments.blocks)
+                    build = partial(ModelBlock, config, execution, device)
                     yield row | names_of_execution, build
         if "deepspeed" in arguments.ways:
             chunk = arguments.deepspeed_chunk

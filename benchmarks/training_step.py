@@ -229,7 +229,8 @@ def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
     model = geometry.model_config(arguments.seq_length, arguments.backend, arguments.num_layers)
     automatic = automatic_recompute(model, arguments.chunk, report.device) if way.offloading else "all"
     execution = way.execution(arguments.chunk, arguments.recompute or automatic)
-    build = partial(ModelBlock, geometry, arguments.seq_length, execution, arguments.backend, report.device)
+    config = geometry.model_config(arguments.seq_length, arguments.backend)
+    build = partial(ModelBlock, config, execution, report.device)
     return {"what": "one block"} | measure(build, report.device, report.matmul, repeats=max(arguments.steps, 2))
 
 

@@ -34,19 +34,19 @@ def test_model_flops_count_the_triangle_once_and_products_three_times():
     q, kv = TINY.num_attention_heads * TINY.kv_channels, TINY.num_key_value_heads * TINY.kv_channels
     products = 2 * S * (h * (q + 2 * kv) + q * h + 3 * h * f)
     expected = 3 * (products + 2 * S**2 * q)
-    assert ModelBlock(TINY, LENGTH, OFFLOADED.execution(32), "auto", CPU).model_flops == expected
+    assert ModelBlock(TINY.model_config(LENGTH), OFFLOADED.execution(32), CPU).model_flops == expected
     assert Ceiling(TINY, LENGTH, "auto", CPU).model_flops == expected
 
 
 def test_ceiling_multiplies_by_every_weight_of_the_block():
-    block = ModelBlock(TINY, LENGTH, OFFLOADED.execution(32), "auto", CPU)
+    block = ModelBlock(TINY.model_config(LENGTH), OFFLOADED.execution(32), CPU)
     norms, vocabulary = 3 * TINY.hidden_size, 2 * 128 * TINY.hidden_size  # not in the ceiling
     assert Ceiling(TINY, LENGTH, "auto", CPU).weight_bytes == block.weight_bytes - 4 * (norms + vocabulary)
 
 
 @pytest.mark.parametrize("way", [OFFLOADED, ON_DEVICE, RECOMPUTED], ids=lambda way: way.name)
 def test_every_pass_recomputes_every_gradient(way):
-    block = ModelBlock(TINY, LENGTH, way.execution(32), "auto", CPU)
+    block = ModelBlock(TINY.model_config(LENGTH), way.execution(32), CPU)
     for _ in range(2):
         block.prepare()
         assert all(weight.grad is None for weight in block._weights)
@@ -59,7 +59,7 @@ def test_all_ways_compute_the_same_gradients(monkeypatch):
     gradients = []
     x = torch.randn(LENGTH, 1, TINY.hidden_size)
     for way in (OFFLOADED, ON_DEVICE, RECOMPUTED):
-        block = ModelBlock(TINY, LENGTH, way.execution(32), "auto", CPU)
+        block = ModelBlock(TINY.model_config(LENGTH), way.execution(32), CPU)
         block._make_x, block._dy = x.clone, x
         block.prepare()
         block.forward()
@@ -71,7 +71,7 @@ def test_all_ways_compute_the_same_gradients(monkeypatch):
 
 
 def test_only_the_streamed_block_sums_its_gradients_in_fp32():
-    blocks = [ModelBlock(TINY, LENGTH, way.execution(32), "auto", CPU) for way in (OFFLOADED, RECOMPUTED)]
+    blocks = [ModelBlock(TINY.model_config(LENGTH), way.execution(32), CPU) for way in (OFFLOADED, RECOMPUTED)]
     numbers = sum(weight.numel() for weight in blocks[0]._weights)
     assert [block.gradient_bytes for block in blocks] == [4 * numbers, 4 * numbers]  # weights are fp32 on a CPU
     assert blocks[0].host_bytes() is not None
@@ -123,7 +123,9 @@ def test_the_peak_leaves_out_what_was_there_weights_and_in_backward_their_gradie
 
 
 def test_measured_row_has_rates_ratios_and_host_bytes():
-    row = measure(lambda: ModelBlock(TINY, LENGTH, OFFLOADED.execution(32), "auto", CPU), CPU, matmul=2.0, repeats=2)
+    row = measure(
+        lambda: ModelBlock(TINY.model_config(LENGTH), OFFLOADED.execution(32), CPU), CPU, matmul=2.0, repeats=2
+    )
     assert row["model_tflops"] > 0
     assert row["times_matmul"] == pytest.approx(row["model_tflops"] / 2.0)
     assert row["host_used_gib"] == row["host_allocated_gib"] > 0
