@@ -30,7 +30,7 @@ help:  ## Show this list
 quickstart: $(INSTALLED)  ## Install, then train a small LLaMA with FPDT on real text (OUT=folder)
 	VENV="$(abspath $(VENV))" OUT="$(OUT)" tools/quickstart.sh
 
-venv: $(INSTALLED)  ## Create .venv with everything that training needs (PYTHON=python3.12)
+venv: $(INSTALLED)  ## Create .venv with all that training, TensorBoard and plots need (PYTHON=python3.12)
 
 venv-dev: $(INSTALLED_DEV)  ## The same, plus the development tools
 
@@ -79,7 +79,7 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard megatron/data/*.cpp) | $(BIN)/p
 	  $(PIP) --quiet --retries 1 --no-deps --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH_VERSION); \
 	fi
 	@echo "installing into $(VENV); this takes a minute or two"
-	$(PIP) --quiet --editable .
+	$(PIP) --quiet --editable '.[plots,tensorboard]'
 	touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from megatron.config import ConfigError, ModelConfig
+from megatron.config.packages import require_package
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.ops.attention import AttentionUnavailable
 
@@ -99,7 +100,10 @@ def geometry_of(arguments: argparse.Namespace) -> Geometry:
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, quick: dict[str, Any], tiny: dict[str, Any]
 ) -> argparse.Namespace:
-    """Parse; `quick` and `tiny` replace defaults with --quick and --device cpu. Exits if the device is missing."""
+    """Parse; `quick` and `tiny` replace defaults with --quick and --device cpu. Exits if the device is missing.
+
+    Raises ConfigError if the package that draws OUTPUT.png is not installed.
+    """
     chosen, _ = parser.parse_known_args(argv)
     if chosen.device == "cpu":
         parser.set_defaults(**tiny)
@@ -109,6 +113,7 @@ def parse(
     arguments.words = list(sys.argv[1:] if argv is None else argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.exit(1, f"{parser.prog}: no GPU is visible to torch; --device cpu tries the script on a tiny case\n")
+    require_package("matplotlib", f"the picture of {parser.prog}")
     return arguments
 
 

@@ -100,9 +100,8 @@ def flash_attention_2(backend: AttentionBackend) -> tuple[Callable[..., Any], Ca
     become the storage of those tensors, so nothing is copied and no memory is used twice.
     """
 
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, **others: Any
-    ) -> tuple[Tensor, Tensor, None, None]:
+    def forward(*args: Any, causal: bool, **others: Any) -> tuple[Tensor, Tensor, None, None]:
+        q, k, v, _dropout_p, softmax_scale = args
         qkv = QKV(*(t.transpose(0, 1) for t in (q, k, v)))
         out, lse = backend.forward(qkv, AttentionVariant(softmax_scale, causal))
         return out.transpose(0, 1), lse, None, None

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # the imports below take seconds
 import torch
 from argument_types import real
 from model_arguments import add_verification_argument
-from tqdm import tqdm
+from progress_bar import progress_bar
 
 from megatron.ranks.interrupts import run_tool
 from megatron.weights.errors import WeightsError
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path = newest_checkpoint(arguments.checkpoint)
         source = open_state(path, with_hashes=not arguments.no_verify_checkpoint)
-        with tqdm(total=len(source.names), unit="tensor", disable=None) as bar:
+        with progress_bar("tensor", len(source.names)) as bar:
             write_portable(
                 source,
                 path / CONFIG_FILE,

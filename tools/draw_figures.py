@@ -22,6 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from figures import layout, memory, tiles, timeline
 
+from megatron.config import ConfigError
+from megatron.config.packages import require_package
+
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"
 DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
 
@@ -57,6 +60,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    try:
+        require_package("matplotlib", "draw_figures.py")
+    except ConfigError as error:
+        sys.stderr.write(f"draw_figures: {error}\n")
+        return 2
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.figures or FIGURES:
         path = arguments.folder / f"{name}.{arguments.format}"

@@ -41,6 +41,7 @@ from model_arguments import (
     tokenizer_of,
 )
 
+from megatron.config.packages import require_package
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.vocabulary import check_tokens
 from megatron.evaluation.context_loss import ContextLoss, loss_by_context
@@ -149,6 +150,7 @@ def _documents(arguments: argparse.Namespace, tokenizer: Tokenizer, length: int)
 
 def search_needles(arguments: argparse.Namespace) -> None:
     """Search for needles; write needle.json and needle.png, and print the accuracies."""
+    require_package("matplotlib", f"the heat map in --output-dir ({arguments.output_dir})")
     inference, tokenizer = inference_of(arguments, arguments.isolated_chunks), tokenizer_of(arguments)
     opened = opened_model_of(arguments)
     _refuse_too_long(opened, "--lengths", max(arguments.lengths))

@@ -31,6 +31,7 @@ import numpy.typing as npt
 
 from megatron.arguments import add_flags, section_of
 from megatron.config import ConfigError
+from megatron.config.packages import require_package
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.core.atomic_file import atomic_path
 from megatron.data.errors import DataError
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(arguments: argparse.Namespace) -> str:
     """Check the dataset and return the output asked for. Raises DataError and TokenizerError."""
+    if arguments.plot:
+        require_package("matplotlib", f"--plot ({arguments.plot})")
     dataset = IndexedDataset(arguments.prefix)
     tokenizer = given_tokenizer(arguments)
     vocab_size = tokenizer.vocab_size if tokenizer else arguments.vocab_size

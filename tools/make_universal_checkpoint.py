@@ -26,7 +26,7 @@ if __name__ == "__main__":  # the imports below take seconds
     end_on_interrupt()
 
 from model_arguments import add_verification_argument
-from tqdm import tqdm
+from progress_bar import progress_bar
 
 from megatron.core.atomic_file import atomic_path
 from megatron.ranks.interrupts import run_tool
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = open_state(path, with_hashes=not arguments.no_verify_checkpoint)
         companions = [file for pattern in COMPANIONS for file in sorted(path.glob(pattern))]
         target = arguments.output / path.name
-        with tqdm(total=len(source.names), unit="tensor", disable=None) as bar:
+        with progress_bar("tensor", len(source.names)) as bar:
             write_universal_checkpoint(source, target, companions, report=lambda _: bar.update())
         name_newest(target)
     except (WeightsError, OSError) as error:

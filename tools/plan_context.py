@@ -34,6 +34,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
 from megatron.arguments import parse_args
 from megatron.config import Config, ConfigError, ModelConfig, TokenizerConfig, validate
+from megatron.config.packages import require_package
 from megatron.core.host_memory import available_host_bytes
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
@@ -134,6 +135,8 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(published_table()))
         return 0
     try:
+        if arguments.plot:
+            require_package("matplotlib", f"--plot ({arguments.plot})")
         plan = plan_of(arguments)
         lines = lines_of(plan)
     except (ConfigError, ValueError) as error:

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
 import numpy as np
 
+from megatron.config.packages import require_package
 from megatron.logging.run_history import RunHistory, read_run
 from megatron.ranks.interrupts import run_tool
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the runs, write the picture, return the exit code."""
     arguments = parse_arguments(argv)
     try:
+        require_package("matplotlib", "plot_run.py")
         runs = _named_apart([read_run(path) for path in arguments.runs], arguments.runs)
         draw(runs, arguments.output)
     except (OSError, ValueError) as error:

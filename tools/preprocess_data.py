@@ -23,7 +23,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
     end_on_interrupt()
 
-from tqdm import tqdm
+from progress_bar import NoBar, progress_bar
 
 from megatron.arguments import add_flags, section_of
 from megatron.config.tokenizer import TokenizerConfig
@@ -205,8 +205,7 @@ class Progress:
         self._interval = interval
         self._started = time.perf_counter()
         self._num_documents = self._num_bytes = self._num_tokens = 0
-        self._is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(unit=" documents", disable=not self._is_terminal)
+        self._bar = progress_bar(" documents")
 
     def advance(self, batch: EncodedBatch) -> None:
         """Count the documents of a batch."""
@@ -219,11 +218,11 @@ class Progress:
             return
         seconds = max(time.perf_counter() - self._started, 1e-9)
         rate = f"{self._num_tokens / seconds:,.0f} tokens/s, {self._num_bytes / 2**20 / seconds:.2f} MiB/s"
-        if self._is_terminal:
-            self._bar.set_postfix_str(rate)
-        else:
+        if isinstance(self._bar, NoBar):
             per_second = self._num_documents / seconds
             print(f"{self._num_documents} documents, {per_second:.0f} documents/s, {rate}", file=sys.stderr)
+        else:
+            self._bar.set_postfix_str(rate)
 
     def __enter__(self) -> "Progress":
         return self

@@ -17,7 +17,7 @@ from megatron.data.output_names import check_output_name
 from megatron.data.splits import parse_data_paths
 from megatron.data.vocabulary import check_document_ends, check_vocabulary
 from megatron.initialize import device_type, number_format
-from megatron.logging.writers import require_wandb
+from megatron.logging.writers import require_writer_packages
 from megatron.model.layers import attention_request
 from megatron.ops.attention import choose_backend
 from megatron.optimizer.schedule import LearningRateSchedule
@@ -63,8 +63,7 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
     for flag, folder in folders.items():
         if folder is not None:
             check_writable(flag, Path(folder))
-    if config.logging.wandb_project:
-        require_wandb(config.logging.wandb_project)
+    require_writer_packages(config.logging)
     return Vocabulary(padded_vocab_size, tokenizer.eod)
 
 

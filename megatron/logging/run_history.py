@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
+from megatron.config.packages import require_package
 from megatron.logging.log_line import Bucket, IterationRecord, LogRecord, PositionRecord, parse_log
 
 # Fields of an `IterationRecord` that are written as train/NAME; consumed_tokens is for plots over tokens.
@@ -101,6 +102,8 @@ def read_run(path: Path) -> RunHistory:
     folders = sorted({str(file.parent) for file in events})
     if len(folders) > 1:
         raise ValueError(f"{path} holds the events of several runs ({', '.join(folders)}); give one of these folders.")
+    if events:
+        require_package("tensorboard", f"{path}, a folder with TensorBoard events,")
     history = RunHistory.of(path.name or str(path), _event_points(events))
     if history.series:
         return history

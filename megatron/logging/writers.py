@@ -4,7 +4,6 @@ Training continues when metrics cannot be written, for example to a full disk: o
 all metrics.
 """
 
-import importlib.util
 import logging
 import os
 import socket
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from megatron.config.errors import ConfigError
 from megatron.config.logging import LoggingConfig
+from megatron.config.packages import require_package
 
 EVENT_FILE_VERSION = "brain.Event:2"
 LOG = logging.getLogger("megatron")
@@ -63,26 +63,12 @@ class TensorBoardWriter:
         self._file.flush()
 
 
-def require_wandb(project: str) -> None:
-    """Raise ConfigError if the wandb package is not installed."""
-    if importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"--wandb-project ({project}) needs the wandb package, which is not installed; run "
-            "`pip install wandb`, or drop the flag and use --tensorboard-dir, which always works."
-        )
-
-
 class WandbWriter:
-    """Logs to a Weights & Biases run.
-
-    Raises:
-        ConfigError: the wandb package is not installed.
-    """
+    """Logs to a Weights & Biases run."""
 
     def __init__(
         self, project: str, name: str | None, directory: str | None, run_config: Mapping[str, Any] | None = None
     ) -> None:
-        require_wandb(project)
         import wandb
 
         self._run = wandb.init(project=project, name=name, dir=directory, config=dict(run_config or {}))
@@ -127,14 +113,24 @@ class WriterGroup:
             writer.close()
 
 
+def require_writer_packages(logging_config: LoggingConfig) -> None:
+    """Raise ConfigError if a writer that the settings select lacks its package."""
+    if logging_config.wandb_project:
+        require_package("wandb", f"--wandb-project ({logging_config.wandb_project})")
+    if logging_config.tensorboard_dir:
+        require_package("tensorboard", f"--tensorboard-dir ({logging_config.tensorboard_dir})")
+
+
 def build_writer(logging_config: LoggingConfig, rank: int, run_config: Mapping[str, Any] | None = None) -> MetricWriter:
     """Return the writer that the settings select; only that of rank 0 writes anything.
 
     `run_config` is shown with the run where the service supports it.
 
     Raises:
-        ConfigError: Weights & Biases is asked for and not installed, or TensorBoard's folder cannot be written.
+        ConfigError: the package of a writer is not installed, or TensorBoard's folder cannot be written.
     """
+    if rank == 0:
+        require_writer_packages(logging_config)
     writers: list[MetricWriter] = []
     if rank == 0 and logging_config.wandb_project:
         name, directory = logging_config.wandb_exp_name, logging_config.wandb_save_dir

@@ -6,17 +6,17 @@ belong to a family of models. `--tiktoken-pattern` names the family; a published
 
 import base64
 import binascii
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import regex
+
 from megatron.tokenizer.errors import TokenizerError
 from megatron.tokenizer.text import valid_unicode
 
-# tiktoken fails on a run of whitespace of several hundred thousand characters.
-MAX_WHITESPACE = 100_000
-LONG_WHITESPACE = re.compile(rf"(?<!\s)\s{{{MAX_WHITESPACE + 1},}}")
+# tiktoken's own engine for patterns fails on a run of whitespace of nearly a million characters.
+LONG_WHITESPACE = regex.compile(r"(?<!\s)\s{500000}")
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,16 @@ class TikTokenizer:
         self._encoding = tiktoken.Encoding(
             model_file.name, pat_str=family.pattern, mergeable_ranks=ranks, special_tokens=special_tokens
         )
+        self._pattern = regex.compile(family.pattern)
         self.vocab_size = max(special_tokens.values()) + 1
         self.eod = special_tokens[family.end_of_document]
 
     def tokenize(self, text: str) -> list[int]:
-        return [token for part in _parts(valid_unicode(text)) for token in self._encoding.encode_ordinary(part)]
+        text = valid_unicode(text)
+        if LONG_WHITESPACE.search(text) is None:
+            return self._encoding.encode_ordinary(text)
+        encode = self._encoding._encode_single_piece
+        return [token for match in self._pattern.finditer(text) for token in encode(match[0])]
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids))
@@ -134,10 +139,3 @@ def _choose_family(path: Path, num_ranks: int, pattern: str | None) -> Family:
         f"--tokenizer-model ({path}) has {num_ranks} tokens, as many as no published file, so that it does not say how "
         f"text is split; add --tiktoken-pattern, one of {', '.join(FAMILIES)}."
     )
-
-
-def _parts(text: str) -> list[str]:
-    """Cut a text within runs of whitespace that are too long for the library."""
-    runs = LONG_WHITESPACE.finditer(text)
-    cuts = [cut for run in runs for cut in range(run.start() + MAX_WHITESPACE, run.end(), MAX_WHITESPACE)]
-    return [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]

@@ -38,7 +38,7 @@ def test_every_path_and_name_in_a_page_exists(page: Path) -> None:
             assert name in names_in(ast.parse((ROOT / path).read_text(encoding="utf-8"))), f"{path}:{name}"
 
 
-def test_the_code_map_answers_twenty_questions_with_three_places_at_most() -> None:
+def test_the_code_map_answers_questions_with_three_places_at_most() -> None:
     rows = [row for row in (ROOT / "docs/code_map.md").read_text(encoding="utf-8").splitlines() if "? |" in row]
-    assert len(rows) == 20
+    assert len(rows) >= 20
     assert all(1 <= len(PATH.findall(row)) <= 3 for row in rows)

@@ -71,8 +71,18 @@ def test_other_ranks_write_nothing(tmp_path):
 
 def test_asking_for_wandb_without_the_package_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"--wandb-project \(demo\) needs the wandb package.*pip install wandb"):
+    with pytest.raises(
+        ConfigError, match=r"--wandb-project \(demo\) needs the package wandb.*pip install '\.\[wandb\]'"
+    ):
         build_writer(LoggingConfig(wandb_project="demo"), rank=0)
+
+
+def test_tensorboard_without_the_package_is_refused_with_the_flag_and_the_way_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    words = r"--tensorboard-dir \(.*/tb\) needs the package tensorboard, .*pip install '\.\[tensorboard\]'"
+    with pytest.raises(ConfigError, match=words):
+        build_writer(LoggingConfig(tensorboard_dir=str(tmp_path / "tb")), rank=0)
+    assert not (tmp_path / "tb").exists()
 
 
 def test_wandb_is_given_the_run_and_its_metrics(monkeypatch):

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from megatron.tokenizer import TokenizerError, build_tokenizer
-from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer
+from megatron.tokenizer.gpt2_bpe import MAX_REMEMBERED_CHARACTERS, PIECE, SETTLED, GPT2BPETokenizer
 from tests.unit.tokenizer.conftest import HARD_TEXTS, random_texts
 
 
@@ -30,6 +31,38 @@ def test_ids_are_those_of_the_librarys_own_byte_level_bpe(bpe_files: tuple[Path,
     tokenizer = GPT2BPETokenizer(*bpe_files)
     for text in [*HARD_TEXTS, *random_texts(seed=2)]:
         assert tokenizer.tokenize(text) == library.encode(text).ids
+
+
+NASTY_TEXTS = [
+    "It's they'll We'RE 'ſ x'll's ''",
+    "e\u0301 \u0301a \u20dd1 ก็ नि",
+    "١٢٣ १२३ ½ Ⅷ ² 12½34 𝟙𝟚",
+    "👩\u200d👩\u200d👧 🇩🇪❤\ufe0f a🤖b",
+    "漢字かな、カ\u3099 한국어\u1112\u1161 ｶﾞ",
+    "a\u00a0b \u00a0\u2028\u2029x\u0085\u200b\u3000 \u1680y\x1c\x1d z",
+    "a\ud83e\udd16b\ud800c \udfff",
+    "\u088f\u0558\U00031350\U0010ffff",
+    " " * 5 + "a" + " " * 5 + "\n \t\r\n",
+    "x" * (MAX_REMEMBERED_CHARACTERS + 1) + " x" * 3,
+]
+
+
+@pytest.mark.parametrize("text", NASTY_TEXTS, ids=range(len(NASTY_TEXTS)))
+def test_nasty_unicode_gets_the_librarys_ids_at_the_first_and_second_encoding(
+    bpe_files: tuple[Path, Path], text: str
+) -> None:
+    library = tokenizers.ByteLevelBPETokenizer(*map(str, bpe_files))
+    tokenizer = GPT2BPETokenizer(*bpe_files)
+    expected = library.encode(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")).ids
+    assert [tokenizer.tokenize(text) for _ in range(2)] == [expected, expected]
+
+
+def test_every_settled_character_is_split_as_the_library_splits_it() -> None:
+    library = pre_tokenizers.Split(tokenizers.Regex(PIECE.pattern), "isolated")
+    settled = [chr(code) for code in range(0x110000) if SETTLED.fullmatch(chr(code)) and not 0xD800 <= code < 0xE000]
+    for start in range(0, len(settled), 1000):
+        text = "".join(f"a{character}1{character}, {character} " for character in settled[start : start + 1000])
+        assert PIECE.findall(text) == [piece for piece, _ in library.pre_tokenize_str(text)]
 
 
 def test_merges_are_applied(bpe_files: tuple[Path, Path]) -> None:

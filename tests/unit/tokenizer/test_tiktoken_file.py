@@ -69,6 +69,28 @@ def test_runs_that_the_library_fails_on_come_back_unchanged(model_file: Path, te
     assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "text", [" " * 600_000 + "a", "x" + "\n\t" * 300_000, "\x1c" * 600_000, "é1\u00a0" + " " * 600_000]
+)
+def test_long_whitespace_gets_the_ids_of_the_library_as_long_as_it_has_any(
+    model_file: Path, text: str, pattern: str
+) -> None:
+    tokenizer = TikTokenizer(model_file, pattern)
+    assert tokenizer.tokenize(text) == tokenizer._encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_whitespace_that_the_library_fails_on_is_one_piece_per_match_of_the_pattern(
+    model_file: Path, pattern: str
+) -> None:
+    tokenizer = TikTokenizer(model_file, pattern)
+    spaces, (letter,) = tokenizer.tokenize(" " * 4_000_000), tokenizer.tokenize("a")
+    four = NUM_RANKS - len(MERGES) + MERGES.index(b"    ")
+    assert spaces == [four] * 1_000_000
+    assert tokenizer.tokenize(" " * 4_000_001 + "a") == [*spaces, *tokenizer.tokenize(" "), letter]
+
+
 def test_surrogates_that_json_can_spell_are_joined_or_replaced(model_file: Path) -> None:
     tokenizer = TikTokenizer(model_file, "llama3")
     assert tokenizer.detokenize(tokenizer.tokenize("a\ud83e\udd16b\ud800c")) == "a🤖b\ufffdc"
