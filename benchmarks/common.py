@@ -189,6 +189,11 @@ def peak_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+def reserved_bytes(device: torch.device) -> int | None:
+    """Return the peak bytes that torch's allocator took from a GPU since `reset_peak`; None on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
 def peak_process_bytes() -> int:
     """Return the peak host memory of this process; getrusage would count its parent's from before the fork."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))

@@ -53,6 +53,7 @@ from benchmarks.common import (
     parse,
     peak_bytes,
     peak_process_bytes,
+    reserved_bytes,
     reset_peak,
     run_script,
     spread,
@@ -264,6 +265,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
         losses.append(engine.train_step([batch.inputs()], num_tokens, config.optimizer.lr))
 
     step(min(2 * execution.chunk_size, model.seq_length) if arguments.short_warm_up else model.seq_length)
+    gradient_norm = engine.gradient_norm()
     reset_peak(device)
     received = LoopbackGroup.received_bytes
     seconds, host_bytes = [], [] if arguments.short_warm_up else [pool.allocated_bytes]
@@ -271,16 +273,21 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
         seconds.append(wall_seconds(step, device))
         host_bytes.append(pool.allocated_bytes)
     received = LoopbackGroup.received_bytes - received
-    peak = peak_bytes(device)
-    torch.distributed.all_reduce(losses[-1])
+    peak, reserved = peak_bytes(device), reserved_bytes(device)
+    reported = torch.stack([losses[0], losses[-1]])
+    torch.distributed.all_reduce(reported)
+    first_loss, loss = (reported / num_tokens).tolist()
     return {
         "seq_length": model.seq_length, "seconds": statistics.median(seconds), "spread": spread(seconds),
         "model_flops": model_flops(model, vocabulary, model.seq_length),
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
-        "peak_gib": gib(peak), "resting_gib": gib(allocated_bytes(device)), "process_gib": gib(peak_process_bytes()),
+        "peak_gib": gib(peak), "reserved_gib": gib(reserved),
+        "resting_gib": gib(allocated_bytes(device)), "process_gib": gib(peak_process_bytes()),
         "attention_backend": stream.attention.name, "recompute_run": execution.fpdt_recompute,
         "checkpoint_interval": execution.checkpoint_interval, "zero_stage": arguments.zero_stage,
-        "loss": float(losses[-1] / num_tokens),
+        "loss": loss,
+        # Of the first step, where the weights are still the initial ones.
+        **({} if arguments.short_warm_up else {"first_loss": first_loss, "first_gradient_norm": gradient_norm}),
         "host_used_gib": gib(pool.peak_used_bytes), "host_allocated_gib": gib(pool.allocated_bytes),
         "host_bytes_after_first_step": host_bytes[-1] - host_bytes[0],
         "received_gib": gib(received) / arguments.steps,
