@@ -34,8 +34,9 @@ venv: $(INSTALLED)  ## Create .venv with all that training, TensorBoard and plot
 
 venv-dev: $(INSTALLED_DEV)  ## The same, plus the development tools
 
+# In the order of their names the files that take longest come first; xdist would begin with the ones of most tests.
 test: lint  ## Lint and run the tests that need no GPU
-	$(PYTEST) -n $(TEST_WORKERS) --dist loadfile -m "not gpu and not slow and not grid"
+	$(PYTEST) -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not grid"
 
 test-gpu: $(INSTALLED_DEV)  ## Run the tests that need a GPU
 	$(PYTEST) -m gpu

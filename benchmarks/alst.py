@@ -71,7 +71,9 @@ from megatron.core.parallel_state import ParallelState
 from megatron.engine.adam import build_adam
 from megatron.initialize import Context, initialize
 from megatron.model.builder import Execution, build_model
-from megatron.ops.attention import AttentionBackend, choose_backend
+from megatron.model.initialization import Initialization
+from megatron.model.layers import attention_request
+from megatron.ops.attention import QKV, AttentionBackend, AttentionOutput, AttentionVariant, choose_backend
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.planner.flops import model_flops
 from megatron.tokenizer import pad_vocab_size
@@ -87,16 +89,17 @@ class KernelAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend, scale: float) -> Tensor:
-        q, k, v = (_sequence_first(t) for t in (q, k, v))
-        o, lse = backend.forward(q, k, v, True, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.backend, ctx.scale = backend, scale
+        qkv, ctx.variant = QKV(*(_sequence_first(t) for t in (q, k, v))), AttentionVariant(scale, causal=True)
+        o, lse = backend.forward(qkv, ctx.variant)
+        ctx.save_for_backward(*qkv, o, lse)
+        ctx.backend = backend
         return o.transpose(0, 1)  # [S, B, H, D] -> [B, S, H, D]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         do = grads[0].transpose(0, 1)  # [B, S, H, D] -> [S, B, H, D]
-        gradients = ctx.backend.backward(do, *ctx.saved_tensors, True, ctx.scale)
+        *qkv, o, lse = ctx.saved_tensors
+        gradients = ctx.backend.backward(do, QKV(*qkv), AttentionOutput(o, lse), ctx.variant)
         return *(t.permute(1, 2, 0, 3) for t in gradients), None, None  # [S, B, H, D] -> [B, H, S, D]
 
 
@@ -108,8 +111,8 @@ def _sequence_first(t: Tensor) -> Tensor:
 def register_kernel(backend: AttentionBackend) -> None:
     """Make a backend available to Hugging Face models under the name `SAME_KERNEL`."""
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float,
-                  **__: Any) -> tuple[Tensor, None]:  # fmt: skip
+    def attention(module: nn.Module, *arguments: Any, scaling: float, **_: Any) -> tuple[Tensor, None]:
+        query, key, value, *_mask = arguments
         return KernelAttention.apply(query, key, value, backend, scaling), None
 
     ALL_ATTENTION_FUNCTIONS[SAME_KERNEL] = attention
@@ -169,7 +172,7 @@ def hugging_face_config(model: ModelConfig, vocabulary: int) -> LlamaConfig:
 @torch.no_grad()
 def copy_initial_weights(causal_lm: LlamaForCausalLM, model: ModelConfig, vocabulary: int, context: Context) -> None:
     """Copy the initial weights of our own model. Collective over all ranks; each holds the whole model for a moment."""
-    ours = build_model(model, vocabulary, ParallelState(), Execution(), context.dtype, context.device)
+    ours = build_model(model, vocabulary, ParallelState(), Execution(), Initialization(context.dtype, context.device))
     for name, parameter in ours.named_parameters():
         theirs, arrange = LLAMA.names(name)
         targets = [causal_lm.get_parameter(target) for target in theirs]
@@ -207,7 +210,7 @@ class Trainer:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False)
         modeling_llama.LlamaMLP.forward = tiled_mlp
-        self.backend = choose_backend(model.attention_backend, self.device, context.dtype, model.kv_channels)
+        self.backend = choose_backend(model.attention_backend, attention_request(model, self.device, context.dtype))
         register_kernel(self.backend)
         settings = deepspeed_config(config, num_gpus)
         self.vocabulary = pad_vocab_size(arguments.vocab_size, model.make_vocab_size_divisible_by)

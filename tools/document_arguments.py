@@ -56,11 +56,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     text = page()
-    if not arguments.check:
-        PAGE.write_text(text)
-    elif not PAGE.is_file() or PAGE.read_text() != text:
-        print(f"{PAGE} is not what the code says; run python tools/document_arguments.py", file=sys.stderr)
-        return 1
+    try:
+        if not arguments.check:
+            PAGE.write_text(text)
+        elif not PAGE.is_file() or PAGE.read_text() != text:
+            print(f"{PAGE} is not what the code says; run python tools/document_arguments.py", file=sys.stderr)
+            return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -24,6 +24,8 @@ from figures import layout, memory, tiles, timeline
 
 from megatron.config import ConfigError
 from megatron.config.packages import require_package
+from megatron.core.atomic_file import atomic_path
+from megatron.ranks.interrupts import run_tool
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"
 DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
@@ -62,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         require_package("matplotlib", "draw_figures.py")
-    except ConfigError as error:
-        sys.stderr.write(f"draw_figures: {error}\n")
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        for name in arguments.figures or FIGURES:
+            path = arguments.folder / f"{name}.{arguments.format}"
+            save(FIGURES[name], path)
+            print(path)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    for name in arguments.figures or FIGURES:
-        path = arguments.folder / f"{name}.{arguments.format}"
-        save(FIGURES[name], path)
-        print(path)
     return 0
 
 
@@ -80,7 +82,8 @@ def save(figure: Figure, path: Path) -> None:
     content = figure.content()
     drawn = figure.draw(content)
     metadata = {"Date": None, "Description": text_of(content)} if path.suffix == ".svg" else {}
-    drawn.savefig(path, dpi=110, metadata=metadata)
+    with atomic_path(path) as temporary:
+        drawn.savefig(temporary, dpi=110, metadata=metadata, format=path.suffix[1:])
     pyplot.close(drawn)
 
 
@@ -95,4 +98,4 @@ def text_in(path: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -143,13 +143,22 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     print("\n".join(lines))
+    try:
+        write_files(plan, arguments)
+    except (OSError, ValueError) as error:  # ValueError: a picture format that matplotlib does not know
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0 if plan.fits else 1
+
+
+def write_files(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Write the JSON file and the plot that the command line asks for."""
     for file in filter(None, (arguments.json, arguments.plot)):
         file.parent.mkdir(parents=True, exist_ok=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures_of(plan), indent=2) + "\n")
     if arguments.plot:
         draw(plan, arguments.plot)
-    return 0 if plan.fits else 1
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:

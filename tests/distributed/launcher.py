@@ -11,15 +11,14 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.distributed.rank_process import REPOSITORY, RankProcess, start_rank
+
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.05
 TAIL_CHARACTERS = 4000
@@ -126,7 +125,10 @@ def launch(
     }
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"rank{rank}.log" for rank in range(num_ranks)]
-        processes = [_start(script, flags, shared, rank, path) for rank, path in enumerate(paths)]
+        processes = [
+            start_rank(script, flags, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, path, path)
+            for rank, path in enumerate(paths)
+        ]
         try:
             _wait(processes, timeout_seconds)
         finally:
@@ -143,22 +145,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _start(
-    script: Path, flags: Sequence[str], shared: Mapping[str, str], rank: int, path: Path
-) -> subprocess.Popen[bytes]:
-    with path.open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, str(script), *flags],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=REPOSITORY,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a process group of its own, so that its children can be ended with it
-        )
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_seconds: float) -> None:
+def _wait(processes: Sequence[RankProcess], timeout_seconds: float) -> None:
     deadline = time.monotonic() + timeout_seconds
     failed = False
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -168,7 +155,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_seconds: float) 
         time.sleep(POLL_SECONDS)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: RankProcess) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import megatron.launch.program
 from megatron.data.gpt_dataset import GPTDataset
 from megatron.engine.engine import Engine
 from pretrain_gpt import leave, main
@@ -52,4 +53,5 @@ def step(engine: Engine, batches: Iterable[Any], *arguments: Any) -> Tensor:
 if __name__ == "__main__":
     Engine.train_step = step  # type: ignore[method-assign, assignment]
     GPTDataset.__getitem__ = sample  # type: ignore[method-assign]
+    megatron.launch.program.SECONDS_FOR_OTHERS = 1.0  # no launcher waits
     leave(main(sys.argv[1:]))

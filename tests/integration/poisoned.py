@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor
 
+import megatron.launch.program
 from megatron.engine.engine import Engine
 from megatron.model.layers import SelfAttention
 from pretrain_gpt import leave, main
@@ -69,4 +70,5 @@ if __name__ == "__main__":
     poison = Poison(int(iteration), int(rank), what)
     Engine.train_step = lambda *arguments: poison.train_step(*arguments)  # type: ignore[method-assign, assignment]
     SelfAttention.project = lambda *arguments: poison.project(*arguments)  # type: ignore[method-assign, assignment]
+    megatron.launch.program.SECONDS_FOR_OTHERS = 1.0  # no launcher waits
     leave(main(sys.argv[1:]))

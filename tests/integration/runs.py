@@ -5,9 +5,8 @@ The log shows seven digits of a loss and three of a gradient norm. TensorBoard's
 """
 
 import os
-import signal
-import subprocess
-import sys
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,10 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from torch import Tensor
 
 from tests.distributed.launcher import REPOSITORY, free_port, run_training
+from tests.distributed.rank_process import start_rank
 from tests.integration.corpus import VOCAB_SIZE
 
+POLL_SECONDS = 0.005
 SCRIPT = REPOSITORY / "pretrain_gpt.py"
 SEQ_LENGTH = 64
 SIZES = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", str(SEQ_LENGTH)]
@@ -127,18 +128,18 @@ class Ranks:
 
         `last_rank` are further flags of the last one.
         """
-        world = {"WORLD_SIZE": str(world_size or num_ranks)}
+        size = str(world_size or num_ranks)
+        world = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **meeting_point}
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **meeting_point, **world}
+        self._folder = Path(tempfile.mkdtemp())
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), *flags, *(last_rank if rank == num_ranks - 1 else ())],
-                env={**os.environ, **settings, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
-                cwd=REPOSITORY,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+            start_rank(
+                script,
+                [*flags, *(last_rank if rank == num_ranks - 1 else ())],
+                {**settings, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
+                self._log(rank, "stdout"),
+                self._log(rank, "stderr"),
             )
             for rank in range(num_ranks)
         ]
@@ -147,28 +148,45 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-            process.communicate()
+        self.kill()
+        shutil.rmtree(self._folder)
 
-    def wait_for(self, text: str) -> str:
-        """Read rank 0's log up to the first line that holds `text`, and return what was read."""
-        read = []
-        for line in self.processes[0].stdout or ():
-            read.append(line)
-            if text in line:
-                return "".join(read)
-        raise AssertionError(f"rank 0 ended without {text!r}:\n{''.join(read)}")
+    def wait_for(self, text: str, timeout_seconds: float = 120.0) -> None:
+        """Wait until rank 0 has written `text`."""
+        self.watch_for(text, timeout_seconds)
+        assert text in self.log(), f"rank 0 ended without {text!r}, or is late:\n{self.log()}{self.log(0, 'stderr')}"
 
-    def terminate(self, rank: int) -> None:
-        """Send SIGTERM to one rank."""
-        self.processes[rank].send_signal(signal.SIGTERM)
+    def watch_for(self, text: str, seconds: float) -> None:
+        """Wait so many seconds, or less if rank 0 comes to write `text` or ends."""
+        deadline = time.monotonic() + seconds
+        while self.processes[0].poll() is None and text not in self.log():
+            if (left := deadline - time.monotonic()) <= 0:
+                return
+            time.sleep(min(left, POLL_SECONDS))
 
     def wait(self, timeout_seconds: float = 120.0) -> list[Ended]:
         """Wait for every rank to end by itself."""
         deadline = time.monotonic() + timeout_seconds
-        ended = []
+        return [self.end_of(rank, max(1.0, deadline - time.monotonic())) for rank in range(len(self.processes))]
+
+    def end_of(self, rank: int, timeout_seconds: float = 120.0) -> Ended:
+        """Wait for one rank to end by itself."""
+        code = self.processes[rank].wait(timeout_seconds)
+        return Ended(code, self.log(rank, "stdout"), self.log(rank, "stderr"))
+
+    def kill(self, first: int = 0, pause_seconds: float = 0.0) -> None:
+        """Kill every rank; the others a moment after the first."""
+        for number, process in enumerate([*self.processes[first:], *self.processes[:first]]):
+            process.kill()
+            if number == 0:
+                time.sleep(pause_seconds)
         for process in self.processes:
-            stdout, stderr = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-            ended.append(Ended(process.returncode, stdout, stderr))
-        return ended
+            process.wait()
+
+    def log(self, rank: int = 0, stream: str = "stdout") -> str:
+        """Return what a rank has written."""
+        path = self._log(rank, stream)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def _log(self, rank: int, stream: str) -> Path:
+        return self._folder / f"rank{rank}.{stream}"

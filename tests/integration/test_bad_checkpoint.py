@@ -1,6 +1,7 @@
 """A checkpoint that cannot serve ends a run as other mistakes do: one line that helps, exit code 2, no file written."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_a_second_run_with_the_same_folder_is_refused_and_the_first_goes_on(corp
         words = ["is in use by another run", f"process {first.processes[0].pid} on host", "name another folder"]
         assert_one_clear_line(run_into_error([*flags, "--load", str(saved), "--lr", "1e-5"], 1)[0], words)
         assert before <= files_below(tmp_path)
-        first.terminate(0)
+        first.processes[0].send_signal(signal.SIGTERM)
         (ended,) = first.wait()
     assert ended.exit_code == 0
     assert (saved / "latest").is_file()

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.forked import ForkedRun
-from tests.integration.runs import OFFLOADED, PLAIN, base_flags, ranks, read_events, read_tensors
+from tests.integration.runs import OFFLOADED, PLAIN, Ranks, base_flags, ranks, read_events, read_tensors
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has opened CUDA cannot be forked")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="fresh processes, one per rank, start too slowly")
 
 NUM_KILLS = 50
 NUM_QUICK = 3
@@ -71,11 +70,12 @@ def undisturbed(layout: Layout, corpus: Path, kill_folder: Path) -> Undisturbed:
     checkpoint = folder / "saved" / f"global_step{ITERATIONS}"
     flags = [*flags_of(layout, corpus, folder), "--tensorboard-dir", str(folder / "events")]
     moments = [time.monotonic()]
-    with ForkedRun(flags, layout.num_ranks, folder / "logs") as run:
+    with Ranks(flags, layout.num_ranks) as run:
         for text in (step_line(1), f"saved {checkpoint}"):
             run.wait_for(text)
             moments.append(time.monotonic())
-        run.wait()
+        ended = run.wait()
+    assert [rank.exit_code for rank in ended] == [0] * layout.num_ranks, ended
     start, steps = moments[1] - moments[0], moments[2] - moments[1]
     return Undisturbed(read_events(folder / "events")["train/loss"], checkpoint, start, steps / ITERATIONS)
 
@@ -99,17 +99,18 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(
     flags = flags_of(layout, corpus, tmp_path)
     moment = random.Random(SEED + number)
     killed, resumed = ([*flags, "--tensorboard-dir", str(tmp_path / part)] for part in ("killed", "resumed"))
-    with ForkedRun(killed, layout.num_ranks, tmp_path / "killed_logs") as run:
+    with Ranks(killed, layout.num_ranks) as run:
         step = moment.randrange(ITERATIONS - 2)  # 0: before the first one
         if step:
             run.wait_for(step_line(step))
         # Two steps further the run is still alive, however much slower it was when it was timed.
         run.watch_for(step_line(step + 2), moment.uniform(0, expected.step_seconds if step else expected.start_seconds))
         run.kill(first=number % layout.num_ranks, pause_seconds=moment.uniform(0, 0.05))
-        exit_codes = run.exit_codes()
+        exit_codes = [process.poll() for process in run.processes]
     leftovers = [path.name for path in (tmp_path / "saved").glob("*.*") if path.suffix in (".tmp", ".old")]
-    with ForkedRun(resumed, layout.num_ranks, tmp_path / "resumed_logs") as run:
-        run.wait()
+    with Ranks(resumed, layout.num_ranks) as run:
+        ended = run.wait()
+    assert [rank.exit_code for rank in ended] == [0] * layout.num_ranks, ended
     before = read_events(tmp_path / "killed").get("train/loss", {})
     after = read_events(tmp_path / "resumed")["train/loss"]
     print(f"kill {number}: {exit_codes}, after step {max(before, default=0)}, going on at {min(after)}, {leftovers}")

@@ -69,6 +69,9 @@ def our_rotary(scaling: Scaling, head_size: int, theta: float, percent: float = 
 @pytest.fixture
 def double_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let what asks for fp32 have fp64: fp32 angles are off by a tenth of a radian at two million tokens."""
+    pytest.importorskip("transformers.models.gpt_neox.modeling_gpt_neox")
+    pytest.importorskip("transformers.models.llama.modeling_llama")
+    pytest.importorskip("safetensors.torch")  # its tables of dtypes would have fp64 under the name of fp32 for good
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch, "float32", torch.float64)
     default = torch.get_default_dtype()
