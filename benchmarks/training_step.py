@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -113,7 +112,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         "recomputed from inputs on the host; measures no block")  # fmt: skip
     parser.add_argument("--device-memory", type=float, default=0.0, metavar="GIB",
                         help="chunks that may stay on the GPU [%(default)s]")  # fmt: skip
-    parser.add_argument("--recompute", choices=get_args(Recompute),
+    parser.add_argument("--recompute", type=Recompute, choices=[*Recompute],
                         help="matmuls to recompute [by memory and the link's bandwidth]")  # fmt: skip
     parser.add_argument("--checkpoint-interval", type=int, metavar="K",
                         help="save the input of every Kth block [the smallest K that fits]")  # fmt: skip
@@ -226,7 +225,7 @@ def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
     """Measure the row of one block; its seconds are those of forward plus backward."""
     way, geometry = Way("block", streamed=True, offloading=not arguments.on_device), geometry_of(arguments)
     model = geometry.model_config(arguments.seq_length, arguments.backend, arguments.num_layers)
-    automatic = automatic_recompute(model, arguments.chunk, report.device) if way.offloading else "all"
+    automatic = automatic_recompute(model, arguments.chunk, report.device) if way.offloading else Recompute.ALL
     execution = way.execution(arguments.chunk, arguments.recompute or automatic)
     build = partial(ModelBlock, geometry, arguments.seq_length, execution, arguments.backend, report.device)
     return {"what": "one block"} | measure(build, report.device, report.matmul, repeats=max(arguments.steps, 2))
@@ -278,7 +277,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
         "model_flops": model_flops(model, vocabulary, model.seq_length),
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
         "peak_gib": gib(peak), "resting_gib": gib(allocated_bytes(device)), "process_gib": gib(peak_process_bytes()),
-        "attention_backend": stream.attention.name, "recompute_run": execution.fpdt_recompute,
+        "attention_backend": stream.attention.name, "recompute_run": execution.recompute,
         "checkpoint_interval": execution.checkpoint_interval, "zero_stage": arguments.zero_stage,
         "loss": float(losses[-1] / num_tokens),
         "host_used_gib": gib(pool.peak_used_bytes), "host_allocated_gib": gib(pool.allocated_bytes),

@@ -158,7 +158,7 @@ class ForwardPass:
             stream.block_inputs = weakref.ref(inputs)
         position = len(inputs)
         inputs.append(Step(self._layer, self._trace, self._positions, self._o, self._random_states), y)
-        recomputes_kv = stream.recompute == "kv"
+        recomputes_kv = not stream.recompute.saves_keys_and_values
         first_chunk = next(iter(self._plan.loaded_keys()), -1) if recomputes_kv else -1
         first_x = x.split(self._layout.local_lengths)[first_chunk]
         saved = Saved(

@@ -94,7 +94,7 @@ class Stream:
     report: ProgressReport = no_report
     note: Note = no_note
     checkpoint_interval: int = 1
-    recompute: Recompute = "all"
+    recompute: Recompute = Recompute.ALL
     whole_parameters: WholeParameters = already_whole
     token_losses: list[Tensor] | None = None  # collects the token losses of a loss without gradients, tile by tile
     block_inputs: Callable[[], Any] = lambda: None  # the chain that the block that ran last belongs to

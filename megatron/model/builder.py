@@ -23,8 +23,8 @@ class Execution:
     """How a model is executed; its parameters and results do not depend on it.
 
     `device_memory_bytes` and `host_memory_bytes` are the memory that FPDT's chunks may use with offloading: the device
-    first, then the host. `recompute` and `checkpoint_in_cpu` are activation checkpointing without FPDT. `documents`
-    means that batches may hold documents that do not attend to each other.
+    first, then the host. `recompute` is that of FPDT's blocks; `activation_checkpointing` and `checkpoint_in_cpu` apply
+    without FPDT. `documents` means that batches may hold documents that do not attend to each other.
     """
 
     fpdt: bool = False
@@ -33,8 +33,8 @@ class Execution:
     device_memory_bytes: int = 0
     host_memory_bytes: int | None = None
     checkpoint_interval: int = 1
-    fpdt_recompute: Recompute = "all"
-    recompute: bool = False
+    recompute: Recompute = Recompute.ALL
+    activation_checkpointing: bool = False
     checkpoint_in_cpu: bool = False
     documents: bool = False
 
@@ -62,11 +62,11 @@ def build_execution(
         chunk_length,
         report=report,
         checkpoint_interval=execution.checkpoint_interval,
-        recompute=execution.fpdt_recompute,
+        recompute=execution.recompute,
     )
     if execution.fpdt:
         return StreamedExecution(stream)
-    return PlainExecution(stream, execution.recompute, execution.checkpoint_in_cpu)
+    return PlainExecution(stream, execution.activation_checkpointing, execution.checkpoint_in_cpu)
 
 
 def build_model(

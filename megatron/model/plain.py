@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 class PlainExecution:
     """Runs a layer on the whole sequence; activations are saved, or recomputed from inputs on the device or host."""
 
-    def __init__(self, stream: Stream, recompute: bool = False, checkpoint_in_cpu: bool = False) -> None:
+    def __init__(self, stream: Stream, activation_checkpointing: bool = False, checkpoint_in_cpu: bool = False) -> None:
         """`stream` has one chunk and stores it on the device; it runs embedding and head."""
         self.stream = stream
         self.store = stream.store
-        self._recompute = recompute
+        self._activation_checkpointing = activation_checkpointing
         self._checkpoint_in_cpu = checkpoint_in_cpu
 
     def attach(self, layer: TransformerLayer) -> None:
@@ -72,7 +72,7 @@ class PlainExecution:
         """Run a layer, with or without activation checkpointing."""
         args = x_SBh, self.stream.on_device(positions_BS), documents
         note_gradients(self.stream, layer_number, (INPUT,), x_SBh)
-        if not (self._recompute and torch.is_grad_enabled()):
+        if not (self._activation_checkpointing and torch.is_grad_enabled()):
             return layer(*args)
         if not self._checkpoint_in_cpu:
             return checkpoint(layer, *args, use_reentrant=False)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.config import ModelConfig
+from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import store as store_module
@@ -167,34 +167,34 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("recompute", ["kv", "mlp", "none"])
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.MLP, Recompute.NONE])
 @pytest.mark.parametrize("execution", [ON_DEVICE, OFFLOADED], ids=["on-device", "offloaded"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_kept_changes_no_bit(architecture, execution, recompute):
     config, inputs = _config(1024 + 192, **ARCHITECTURES[architecture]), _inputs(1024 + 192, batch=2)
     loss, grads = _run(_model(config, ON_DEVICE, slice_length=96), inputs)
-    model = _model(config, replace(execution, fpdt_recompute=recompute), slice_length=96)
+    model = _model(config, replace(execution, recompute=recompute), slice_length=96)
     for _ in range(2):
         other_loss, other_grads = _run(model, inputs)
         assert torch.equal(loss, other_loss)
         assert differing(grads, other_grads) == []
 
 
-@pytest.mark.parametrize("recompute", ["kv", "all", "none"])
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.ALL, Recompute.NONE])
 def test_delays_in_every_stream_change_no_bit(monkeypatch, recompute):
     config, inputs = _config(1024 + 192), _inputs(1024 + 192)
     loss, grads = _run(_model(config, OFFLOADED, slice_length=96), inputs, steps=2)
-    model = _model(config, replace(OFFLOADED, fpdt_recompute=recompute), slice_length=96)
+    model = _model(config, replace(OFFLOADED, recompute=recompute), slice_length=96)
     with _delays(monkeypatch):
         slow_loss, slow_grads = _run(model, inputs, steps=2)
     assert torch.equal(loss, slow_loss)
     assert differing(grads, slow_grads) == []
 
 
-@pytest.mark.parametrize("recompute", ["kv", "all", "none"])
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.ALL, Recompute.NONE])
 def test_the_host_never_waits_for_the_device(recompute):
     config, inputs = _config(1024), _inputs(1024)
-    model = _model(config, replace(OFFLOADED, fpdt_recompute=recompute), slice_length=96)
+    model = _model(config, replace(OFFLOADED, recompute=recompute), slice_length=96)
     _run(model, inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -231,7 +231,7 @@ def test_host_pool_allocates_in_the_first_step_only_and_exactly():
 
 def _peak_bytes(length, recompute):
     config, inputs = _config(length), _inputs(length)
-    execution = Execution(fpdt=True, chunk_size=1024, offloading=True, fpdt_recompute=recompute)
+    execution = Execution(fpdt=True, chunk_size=1024, offloading=True, recompute=recompute)
     model = _model(config, execution, slice_length=256)
     _run(model, inputs)
     torch.cuda.synchronize()
@@ -242,7 +242,7 @@ def _peak_bytes(length, recompute):
     return torch.cuda.max_memory_allocated() - base
 
 
-@pytest.mark.parametrize("recompute", ["kv", "all", "none"])
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.ALL, Recompute.NONE])
 def test_peak_memory_does_not_grow_with_the_sequence(recompute):
     short, long = _peak_bytes(8 * 1024, recompute), _peak_bytes(64 * 1024, recompute)
     assert long <= 1.02 * short

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron.config import Recompute
 from megatron.fpdt.block import StreamedBlock
 from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.store import ChunkStore
@@ -332,9 +333,9 @@ class GatedAttention(OneFactor):
 @TIERS
 @pytest.mark.parametrize("kind", [OneFactor, SharedNorm, GatedAttention])
 @pytest.mark.parametrize("slice_length", [5, 16])
-@pytest.mark.parametrize("recompute", ["kv", "all", "mlp", "none"])
+@pytest.mark.parametrize("recompute", list(Recompute))
 def test_any_module_that_calls_attention_once_can_be_streamed(execution, kind, slice_length, recompute):
-    stream = one_layer(replace(execution, fpdt_recompute=recompute))[0].stream
+    stream = one_layer(replace(execution, recompute=recompute))[0].stream
     stream.slice_length = slice_length
     layer, x = kind(), residual().requires_grad_()
     StreamedBlock(stream, layer)(x, positions()).backward(residual(seed=2))
@@ -467,12 +468,12 @@ def test_inputs_rebuilt_from_attention_outputs_change_no_bit(execution, interval
 
 @TIERS
 @CONFIGS
-@pytest.mark.parametrize("recompute", ["kv", "mlp", "none"])
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.MLP, Recompute.NONE])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("slice_length", [3, 16])
 def test_what_is_saved_for_backward_changes_no_bit(execution, config_of, recompute, dropout, slice_length):
     results = []
-    for each in (execution, replace(execution, fpdt_recompute=recompute)):
+    for each in (execution, replace(execution, recompute=recompute)):
         torch.manual_seed(7)
         results.append(run_layer(each, slice_length=slice_length, config_of=config_of, hidden_dropout=dropout))
     (y, grads), (other_y, other_grads) = results
@@ -482,11 +483,12 @@ def test_what_is_saved_for_backward_changes_no_bit(execution, config_of, recompu
 
 #   chunks of 16, 16 and 8 tokens in slices of 4: 10 slices, 3 of them a chunk's first
 @pytest.mark.parametrize(
-    "recompute, products", [("kv", 8 + 10 + 10 + 10), ("all", 10 + 10 + 10), ("mlp", 3 + 10), ("none", 3 + 3)]
+    "recompute, products",
+    [(Recompute.KV, 8 + 10 + 10 + 10), (Recompute.ALL, 10 + 10 + 10), (Recompute.MLP, 3 + 10), (Recompute.NONE, 3 + 3)],
 )
 @TIERS
 def test_only_the_chosen_products_are_recomputed(execution, recompute, products, monkeypatch):
-    how, layer = one_layer(replace(execution, fpdt_recompute=recompute))
+    how, layer = one_layer(replace(execution, recompute=recompute))
     how.stream.slice_length = 4
     y = layer(residual().requires_grad_(), positions())
     computed = []
@@ -497,7 +499,7 @@ def test_only_the_chosen_products_are_recomputed(execution, recompute, products,
 
 
 def test_without_gradients_no_product_is_saved():
-    how, layer = one_layer(replace(OFFLOADED, fpdt_recompute="none"))
+    how, layer = one_layer(replace(OFFLOADED, recompute=Recompute.NONE))
     with torch.no_grad():
         y = layer(residual(), positions())
     keys_and_values = LENGTH * BATCH * 2 * 2 * 8 * y.element_size()

@@ -14,7 +14,10 @@ from tests.unit.model.small_model import (
 )
 
 CONFIGS = pytest.mark.parametrize("config_of", [small_config, small_gpt_config], ids=["llama", "gpt"])
-RECOMPUTED = {"recompute": Execution(recompute=True), "in cpu": Execution(recompute=True, checkpoint_in_cpu=True)}
+RECOMPUTED = {
+    "recompute": Execution(activation_checkpointing=True),
+    "in cpu": Execution(activation_checkpointing=True, checkpoint_in_cpu=True),
+}
 DROPOUTS = {
     "no dropout": {},
     "hidden dropout": {"hidden_dropout": 0.3},
@@ -99,7 +102,7 @@ def test_a_step_reports_every_layer_once():
 def test_evaluation_does_not_recompute():
     reports = []
     config = small_config()
-    model = small_model(config, Execution(recompute=True), report=lambda *report: reports.append(report))
+    model = small_model(config, Execution(activation_checkpointing=True), report=lambda *report: reports.append(report))
     with torch.no_grad():
         model(*small_inputs(config))
     assert len(reports) == config.num_layers

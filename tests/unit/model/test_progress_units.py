@@ -28,7 +28,7 @@ def announced(config, execution, stream, num_microbatches):
     "execution",
     [
         pytest.param(PLAIN, id="plain"),
-        pytest.param(Execution(recompute=True), id="recompute"),
+        pytest.param(Execution(activation_checkpointing=True), id="recompute"),
         pytest.param(ON_DEVICE, id="three chunks"),
         pytest.param(replace(ON_DEVICE, chunk_size=20), id="two chunks"),
         pytest.param(replace(ON_DEVICE, chunk_size=65536, offloading=True), id="one chunk"),

@@ -23,7 +23,7 @@ EDGES = [0, 3, 6, 12, 24, 48]
 CASES = [
     Case(),
     Case(sequence_parallel_size=2),
-    Case(recompute=True),
+    Case(activation_checkpointing=True),
     Case(chunk_length=20),
     Case(chunk_length=20, offloading=True, sequence_parallel_size=2),
     Case(chunk_length=20, offloading=True, sequence_parallel_size=2, data_parallel_size=2),
