@@ -233,12 +233,12 @@ def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
 
 def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) -> Row:
     """Time steps as in the training loop: batch, forward, backward, optimizer. Collective over all ranks."""
-    from megatron.engine.engine import Engine  # imports DeepSpeed, which takes a while
+    from megatron.engine.engine import Engine, whole_parameters  # imports DeepSpeed, which takes a while
 
     context = initialize(config)
     model, device, parallel_state = config.model, context.device, context.parallel_state
     vocabulary = pad_vocab_size(arguments.vocab_size, model.make_vocab_size_divisible_by)
-    execution = choose_execution(config, context, vocabulary)
+    execution = replace(choose_execution(config, context, vocabulary), whole_parameters=whole_parameters)
     engine = Engine(
         partial(build_model, model, vocabulary, parallel_state, execution, context.dtype, device),
         [TokenEmbedding, TransformerLayer, LanguageModelHead],
@@ -250,7 +250,6 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
         num_gpus,
     )
     stream: Stream = engine.module.execution.stream  # type: ignore[assignment, union-attr]
-    stream.whole_parameters = engine.whole_parameters
     pool = stream.store.pool
     random = np.random.default_rng(1)
     losses: list[torch.Tensor] = []

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from megatron.config import ModelConfig, Recompute
 from megatron.core.parallel_state import ParallelState
+from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
-from megatron.fpdt.stream import ProgressReport, Stream, no_report
+from megatron.fpdt.stream import SLICE_LENGTH, Stream, WholeParameters, already_whole
 from megatron.model.initialization import Initializer
 from megatron.model.layers import attention_request
 from megatron.model.plain import PlainExecution
@@ -25,6 +26,8 @@ class Execution:
     `device_memory_bytes` and `host_memory_bytes` are the memory that FPDT's chunks may use with offloading: the device
     first, then the host. `recompute` is that of FPDT's blocks; `activation_checkpointing` and `checkpoint_in_cpu` apply
     without FPDT. `documents` means that batches may hold documents that do not attend to each other.
+    `slice_length` counts the tokens of a rank that token-wise work runs on together. `observer` and `whole_parameters`
+    are what the run gives the stream.
     """
 
     fpdt: bool = False
@@ -37,6 +40,9 @@ class Execution:
     activation_checkpointing: bool = False
     checkpoint_in_cpu: bool = False
     documents: bool = False
+    slice_length: int = SLICE_LENGTH
+    observer: Observer = field(default_factory=Observer, compare=False)
+    whole_parameters: WholeParameters = already_whole
 
 
 def build_execution(
@@ -45,7 +51,6 @@ def build_execution(
     execution: Execution,
     dtype: torch.dtype,
     device: torch.device,
-    report: ProgressReport = no_report,
 ) -> PlainExecution | StreamedExecution:
     """Choose the attention backend and the execution. AttentionUnavailable if the backend cannot serve."""
     if execution.fpdt and config.attention_dropout:
@@ -60,9 +65,11 @@ def build_execution(
         attention,
         parallel_state,
         chunk_length,
-        report=report,
-        checkpoint_interval=execution.checkpoint_interval,
-        recompute=execution.recompute,
+        execution.slice_length,
+        execution.checkpoint_interval,
+        execution.recompute,
+        execution.observer,
+        execution.whole_parameters,
     )
     if execution.fpdt:
         return StreamedExecution(stream)
@@ -77,7 +84,6 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     seed: int = 1234,
-    report: ProgressReport = no_report,
 ) -> GPTModel:
     """Build the model with its initial values, the same on every rank.
 
@@ -91,7 +97,7 @@ def build_model(
         std=config.init_method_std,
         residual_std=config.init_method_std / (2 * config.num_layers) ** 0.5,
     )
-    how = build_execution(config, parallel_state, execution, dtype, device, report)
+    how = build_execution(config, parallel_state, execution, dtype, device)
     model = GPTModel(config, padded_vocab_size, initializer, how)
     for layer in model.layers:
         how.attach(layer)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,17 @@ from megatron.data.prefetch import Prefetcher
 from megatron.data.samplers import BatchSampler
 from megatron.data.splits import parse_split
 from megatron.engine.engine import Engine
-from megatron.fpdt.stream import ProgressReport, Stream
+from megatron.fpdt.observer import Observer, Observers
+from megatron.fpdt.stream import Stream
 from megatron.initialize import GIB, Context
 from megatron.logging.progress import StepProgress, build_progress
 from megatron.logging.writers import build_writer
-from megatron.monitoring.finite_check import Finding, FiniteCheck, NotFiniteError, gather, weights_not_finite
-from megatron.monitoring.loss_by_position import LossByPosition, bucket_edges
+from megatron.monitoring.finite_check import FiniteCheck, NotFiniteError, StepRecord, faulty_weights
+from megatron.monitoring.loss_by_position import LossByPosition, TokenLosses, bucket_edges
 from megatron.monitoring.out_of_memory import Ledger
 from megatron.monitoring.profiling import StepProfiler
 from megatron.monitoring.reporting import Reporter
+from megatron.monitoring.step_progress import ProgressObserver
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.ranks.watchdog import WatchedProgress
@@ -39,7 +42,7 @@ from megatron.training.lengths import Lengths
 from megatron.training.rollback import Rollback
 from megatron.training.stop_signal import StopSignal
 
-ModelProvider = Callable[[ProgressReport], nn.Module]
+ModelProvider = Callable[[Observer], nn.Module]
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
 DatasetsProvider = Callable[[tuple[int, int, int]], Datasets]
 
@@ -73,10 +76,11 @@ def pretrain(
         ),
         watchdog,
     )
-    engine = _build_engine(config, context, leaf_modules, provide_model, progress)
+    record, token_losses = StepRecord(context.device), TokenLosses()
+    observer = Observers(ProgressObserver(progress), token_losses, record)
+    engine = _build_engine(config, context, leaf_modules, partial(provide_model, observer))
     execution: Any = engine.module.execution
     stream: Stream = execution.stream
-    stream.whole_parameters = engine.whole_parameters
     ledger.engine, ledger.stream = engine, stream
     if checkpoint is not None:
         with watchdog.working(f"loading {checkpoint}"):
@@ -84,24 +88,15 @@ def pretrain(
         context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
     finite_check = None
     if not config.training.no_check_for_nan_in_loss_and_grad:
-        finite_check = FiniteCheck(stream, engine.module, engine.weights_not_finite, config.model.seq_length)
+        layout = stream.layout_of(config.model.seq_length)
+        finite_check = FiniteCheck(record, engine.module, engine.weights_not_finite, layout)
     writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
     reporter = Reporter(config, context, writer, padded_vocab_size, stream)
     try:
         run = Training(
-            config,
-            context,
-            engine,
-            stream,
-            provide_datasets,
-            datasets,
-            provide_batch,
-            reporter,
-            progress,
-            state,
-            Saver(engine, context, config, padded_vocab_size),
-            finite_check,
-        )
+            config, context, engine, stream, provide_datasets, datasets, provide_batch, reporter, progress, state,
+            Saver(engine, context, config, padded_vocab_size), finite_check, token_losses,
+        )  # fmt: skip
         run.run()
     finally:
         writer.close()
@@ -137,14 +132,13 @@ def _build_engine(
     config: Config,
     context: Context,
     leaf_modules: Sequence[type[nn.Module]],
-    provide_model: ModelProvider,
-    progress: StepProgress,
+    provide_model: Callable[[], nn.Module],
 ) -> Engine:
     """Build the model and its optimizer. Collective over all ranks."""
     world_size = context.parallel_state.world_size
     with context.watchdog.working("building the model"):
         return Engine(
-            lambda: provide_model(lambda phase, layer, chunk, _: progress.advance(phase, layer, chunk)),
+            provide_model,
             leaf_modules,
             lambda model: parameter_groups(model, config.optimizer.weight_decay),
             config.optimizer,
@@ -172,10 +166,11 @@ class Training:
         state: TrainState,
         saver: Saver,
         finite_check: FiniteCheck | None,
+        token_losses: TokenLosses,
     ) -> None:
         self._saver, self._watchdog, self._finite_check = saver, context.watchdog, finite_check
         self._config, self._context = config, context
-        self._stream = stream
+        self._stream, self._token_losses = stream, token_losses
         self._engine, self._reporter, self._progress, self.state = engine, reporter, progress, state
         self._train_data, self._valid_data, self._test_data = datasets
         self._provide_datasets, self._provide_batch = provide_datasets, provide_batch
@@ -306,7 +301,7 @@ class Training:
 
     def _check_weights(self) -> None:
         """Raise NotFiniteError where the weights of any rank are not finite. Collective over all ranks."""
-        fault = weights_not_finite(gather(Finding(weights=self._engine.weights_not_finite())))
+        fault = faulty_weights(self._engine.weights_not_finite())
         if fault is not None:
             raise NotFiniteError(f"iteration {self.state.iteration} is not saved: {fault}; {_RESUME}.")
 
@@ -379,7 +374,7 @@ class Training:
 
     def _loss_by_position(self) -> LossByPosition:
         length = self._config.model.seq_length
-        return LossByPosition(bucket_edges(self._config.logging, length), length, self._stream)
+        return LossByPosition(bucket_edges(self._config.logging, length), length, self._stream, self._token_losses)
 
     def _save(self) -> None:
         """Save a checkpoint, where a folder is given and this iteration is not saved already."""

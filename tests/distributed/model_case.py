@@ -16,6 +16,7 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents, Span
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.observer import Observer
 from megatron.fpdt.stream import SLICE_LENGTH
 from megatron.model.builder import Execution, build_model
 from tests.distributed.rank_pool import RankPool
@@ -118,7 +119,7 @@ def model_config(case: Case) -> ModelConfig:
     )
 
 
-def build(case: Case) -> tuple[nn.Module, ParallelState, SequenceLayout]:
+def build(case: Case, observer: Observer | None = None) -> tuple[nn.Module, ParallelState, SequenceLayout]:
     """Build a case's model on this rank, float64 on CPU; return it with the parallel state and the sequence layout."""
     parallel_state = ParallelState.create(case.sequence_parallel_size)
     chunk_length = case.chunk_length or case.sequence_length
@@ -129,6 +130,8 @@ def build(case: Case) -> tuple[nn.Module, ParallelState, SequenceLayout]:
         activation_checkpointing=case.activation_checkpointing,
         checkpoint_in_cpu=case.checkpoint_in_cpu,
         recompute=case.recompute,
+        slice_length=case.slice_length,
+        observer=observer or Observer(),
     )
     model = build_model(
         model_config(case),
@@ -139,7 +142,6 @@ def build(case: Case) -> tuple[nn.Module, ParallelState, SequenceLayout]:
         device="cpu",
         seed=1234,
     )
-    model.execution.stream.slice_length = case.slice_length
     layout = SequenceLayout(case.sequence_length, chunk_length, case.sequence_parallel_size)
     return model, parallel_state, layout
 

@@ -42,9 +42,9 @@ def _inputs(length, batch=1, device="cpu"):
 
 
 def _model(config, execution, dtype=torch.bfloat16, weights=None, slice_length=None):
-    model = build_model(config, VOCAB, ParallelState(), execution, dtype, "cuda")
     if slice_length is not None:
-        model.execution.stream.slice_length = slice_length
+        execution = replace(execution, slice_length=slice_length)
+    model = build_model(config, VOCAB, ParallelState(), execution, dtype, "cuda")
     if weights is not None:
         model.load_state_dict(weights)
     return model

@@ -21,6 +21,8 @@ from megatron.core.collectives import Exchange
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.block import StreamedBlock
+from megatron.fpdt.block_chain import BlockChain
+from megatron.fpdt.observer import Observer
 from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import SLICE_LENGTH, Stream
@@ -50,7 +52,7 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class Clock:
+class Clock(Observer):
     """When each lane is free, and the pieces that have run. A lane runs one piece at a time, in queue order."""
 
     free: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LANES, 0.0))
@@ -77,7 +79,7 @@ class Clock:
         """Make the compute lane wait until a time."""
         self.free[COMPUTE] = max(self.free[COMPUTE], until)
 
-    def report(self, phase: str, layer_number: int, chunk: int, num_chunks: int) -> None:
+    def begin_chunk(self, phase: str, layer_number: int, chunk: int) -> None:
         """Set the layer and phase of the next pieces."""
         self.layer, self.phase = layer_number, phase
 
@@ -166,7 +168,7 @@ def kind_of(chunk: Tensor, layout: SequenceLayout, num_heads: int) -> str:
     return OUTPUT if (len(chunk), chunk.shape[2]) == (layout.local_lengths[0], num_heads) else KEYS
 
 
-@dataclass
+@dataclass(frozen=True)
 class TimedStream(Stream):
     """A stream of one rank whose all-to-all occupies a lane, and returns tensors of the right shapes."""
 
@@ -296,15 +298,16 @@ def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> 
     # The group only makes the stream see several ranks; nothing is sent to it.
     state = ParallelState(p, 0, p, 0, sequence_parallel_group=object())  # type: ignore[arg-type]
     stream = TimedStream(
-        store, TimedAttention(clock, seconds), state, layout.chunk_length, SLICE_LENGTH // SCALE, clock.report,
-        clock=clock, per_exchanged_byte=seconds.per_exchanged_byte,
+        store, TimedAttention(clock, seconds), state, layout.chunk_length, SLICE_LENGTH // SCALE,
+        observer=clock, clock=clock, per_exchanged_byte=seconds.per_exchanged_byte,
     )  # fmt: skip
     chunks = torch.arange(layout.local_length).view(-1, 1, 1) // local_chunk
     y = x = on_host(store, chunks.expand(-1, 1, model.hidden_size)).requires_grad_()
     positions = torch.arange(layout.local_length).expand(1, -1)
+    chain = BlockChain(stream)
     for number in range(1, num_blocks + 1):
         block = TimedBlock(clock, seconds, local_chunk, number, heads, model.num_key_value_heads)
-        streamed = StreamedBlock(stream, block)
+        streamed = StreamedBlock(stream, block, chain)
         streamed.layer = TimedLayer(stream, block)
         with clock.stopped():
             streamed.layer.trace(x[:1], positions[:, :1])  # a block does this in its first step only

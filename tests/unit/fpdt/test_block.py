@@ -7,6 +7,7 @@ import torch
 
 from megatron.config import Recompute
 from megatron.fpdt.block import StreamedBlock
+from megatron.fpdt.block_chain import BlockChain
 from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.store import ChunkStore
 from megatron.ops import linear as linear_module
@@ -16,6 +17,7 @@ from tests.unit.model.small_model import (
     OFFLOADED,
     ON_DEVICE,
     PLAIN,
+    Reports,
     assert_same_gradients,
     loss_and_gradients,
     relative_error,
@@ -54,8 +56,7 @@ def one_layer(execution, dtype=torch.float64, config_of=small_config, **changes)
 
 def run_layer(execution, dy=None, dtype=torch.float64, slice_length=8192, config_of=small_config, **changes):
     """(y, {"x": dx, parameter: gradient})"""
-    how, layer = one_layer(execution, dtype, config_of, **changes)
-    how.stream.slice_length = slice_length
+    _, layer = one_layer(replace(execution, slice_length=slice_length), dtype, config_of, **changes)
     x = residual(dtype).requires_grad_()
     y = layer(x, positions())
     y.backward(residual(dtype, seed=2) if dy is None else dy)
@@ -127,7 +128,7 @@ def test_nothing_that_the_backward_pass_reads_is_written_to(execution):
     _, layer = one_layer(execution)
     x, dy = residual().requires_grad_(), residual(seed=2)
     y = layer(x, positions())
-    saved = y.grad_fn.saved
+    saved = y.grad_fn.block.saved
     read = [x, y, dy, *saved.o_cBHD, *saved.lse_BHC, *saved.kv_CBKD, *layer.parameters()]
     before = [t.detach().clone() for t in read]
     y.backward(dy)
@@ -335,10 +336,9 @@ class GatedAttention(OneFactor):
 @pytest.mark.parametrize("slice_length", [5, 16])
 @pytest.mark.parametrize("recompute", list(Recompute))
 def test_any_module_that_calls_attention_once_can_be_streamed(execution, kind, slice_length, recompute):
-    stream = one_layer(replace(execution, recompute=recompute))[0].stream
-    stream.slice_length = slice_length
+    stream = one_layer(replace(execution, recompute=recompute, slice_length=slice_length))[0].stream
     layer, x = kind(), residual().requires_grad_()
-    StreamedBlock(stream, layer)(x, positions()).backward(residual(seed=2))
+    StreamedBlock(stream, layer, BlockChain(stream))(x, positions()).backward(residual(seed=2))
     leaf, want = residual().requires_grad_(), kind()
     want.core_attention = plain_attention
     want(leaf, positions()).backward(residual(seed=2))
@@ -370,7 +370,7 @@ def test_a_layer_that_does_not_call_attention_once_is_refused(kind, times, train
     stream = one_layer(ON_DEVICE)[0].stream
     message = f"called its attention {times}" if training else "the layer has (not )?called its attention"
     with torch.set_grad_enabled(training), pytest.raises(RuntimeError, match=message):
-        StreamedBlock(stream, kind())(residual(), positions())
+        StreamedBlock(stream, kind(), BlockChain(stream))(residual(), positions())
     assert torch.is_grad_enabled()
 
 
@@ -425,15 +425,15 @@ def test_at_most_two_chunks_of_the_residual_stream_are_on_the_device(monkeypatch
 @pytest.mark.parametrize("offloading", [False, True])
 @pytest.mark.parametrize("chunk_size", [16, 40, 1000])
 def test_a_step_reports_every_chunk_of_every_layer_once_in_each_direction(chunk_size, offloading):
-    reports = []
+    reports = Reports()
     config = small_config(LENGTH)
     execution = replace(ON_DEVICE, chunk_size=chunk_size, offloading=offloading)
-    model = small_model(config, execution, report=lambda *report: reports.append(report))
+    model = small_model(config, replace(execution, observer=reports))
     model(*small_inputs(config)).backward()
     num_chunks = -(-LENGTH // chunk_size)
-    forward = [("forward", layer, chunk, num_chunks) for layer in (1, 2) for chunk in range(num_chunks)]
+    forward = [("forward", layer, chunk) for layer in (1, 2) for chunk in range(num_chunks)]
     backward = [("backward", *where) for _, *where in reversed(forward)]
-    assert reports == forward + backward
+    assert reports.chunks == forward + backward
 
 
 @pytest.mark.parametrize("budget", [0, 20_000, 60_000, 10**9])
@@ -488,8 +488,7 @@ def test_what_is_saved_for_backward_changes_no_bit(execution, config_of, recompu
 )
 @TIERS
 def test_only_the_chosen_products_are_recomputed(execution, recompute, products, monkeypatch):
-    how, layer = one_layer(replace(execution, recompute=recompute))
-    how.stream.slice_length = 4
+    _, layer = one_layer(replace(execution, recompute=recompute, slice_length=4))
     y = layer(residual().requires_grad_(), positions())
     computed = []
     product = linear_module.F.linear

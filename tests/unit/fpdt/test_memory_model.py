@@ -39,8 +39,9 @@ def shape_of(config):
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_step_uses_the_memory_that_the_model_estimates(num_layers, interval, recompute, parallel):
     config = small_config(LENGTH, num_layers=num_layers, parallel_residual=parallel)
-    model = small_model(config, replace(OFFLOADED, checkpoint_interval=interval, recompute=recompute))
-    model.execution.stream.slice_length = SLICE_LENGTH
+    model = small_model(
+        config, replace(OFFLOADED, checkpoint_interval=interval, recompute=recompute, slice_length=SLICE_LENGTH)
+    )
     model(*small_inputs(config, BATCH)).backward()
     used = model.execution.store.pool.peak_used_bytes
     assert used == pytest.approx(shape_of(config).tier_bytes(interval, recompute), rel=0.01)
@@ -58,8 +59,7 @@ def test_a_step_fits_a_budget_of_host_and_device_memory(num_layers, interval, re
     device = int(device_share * needed)
     host = next(n for n in range(0, needed + 1, 8) if shape.sure_budget(n, device) >= needed)
     how = replace(OFFLOADED, checkpoint_interval=interval, recompute=recompute, device_memory_bytes=device)
-    model = small_model(config, replace(how, host_memory_bytes=host))
-    model.execution.stream.slice_length = SLICE_LENGTH
+    model = small_model(config, replace(how, host_memory_bytes=host, slice_length=SLICE_LENGTH))
     model(*small_inputs(config, BATCH)).backward()
 
 
