@@ -2,7 +2,8 @@
 
 plan             the tiles and their order of execution
 host_pool        pool of pinned host memory, pinned once and reused
-store            copies of chunks between device and host; the only code that knows CUDA streams
+tiers            storage tiers, device and host; the only code that knows the copy streams
+store            places chunks on the tiers, offloads and prefetches them
 memory_model     estimate of the bytes of all chunks, and the choice of what to save for backward
 observer         what an observer of a run sees of it
 stream           what all streamed parts of a model share

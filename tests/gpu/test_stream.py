@@ -10,6 +10,7 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import store as store_module
+from megatron.fpdt.tiers import HostTier
 from megatron.model.builder import Execution, build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -135,26 +136,26 @@ def test_documents_do_not_make_the_host_wait(backend):
 @contextlib.contextmanager
 def _delays(monkeypatch, cycles=2_000_000):
     """Hold up each copy before it starts and the arithmetic after each arrival."""
-    start, finish, send = (getattr(store_module.ChunkStore, name) for name in ("_start", "_finish", "_send_out"))
+    copy_in, copy_out, finish = HostTier.copy_in, HostTier.copy_out, store_module.ChunkStore._finish
 
-    def slow_send(self, chunk, value):
+    def slow_copy_out(self, chunk, value):
         torch.cuda._sleep(cycles)  # the producer is late
-        with torch.cuda.stream(self._copy_out):
+        with torch.cuda.stream(self.copy_out_stream):
             torch.cuda._sleep(cycles)
-        return send(self, chunk, value)
+        return copy_out(self, chunk, value)
 
-    def slow_start(self, chunk):
-        with torch.cuda.stream(self._copy_in):
+    def slow_copy_in(self, chunk):
+        with torch.cuda.stream(self.copy_in_stream):
             torch.cuda._sleep(cycles)
-        return start(self, chunk)
+        return copy_in(self, chunk)
 
     def slow_finish(self, arriving, arrived):
         result = finish(self, arriving, arrived)
         torch.cuda._sleep(cycles)
         return result
 
-    monkeypatch.setattr(store_module.ChunkStore, "_send_out", slow_send)
-    monkeypatch.setattr(store_module.ChunkStore, "_start", slow_start)
+    monkeypatch.setattr(HostTier, "copy_out", slow_copy_out)
+    monkeypatch.setattr(HostTier, "copy_in", slow_copy_in)
     monkeypatch.setattr(store_module.ChunkStore, "_finish", slow_finish)
     yield
     monkeypatch.undo()
@@ -272,7 +273,7 @@ def test_what_is_given_up_on_its_way_is_not_written_over_what_comes_after():
     store = store_module.ChunkStore(torch.device("cuda", torch.cuda.current_device()), offloading=True)
     chunk = store.empty((2**20,), torch.float32)
     store.put(chunk, torch.ones(2**20, device="cuda"))
-    with torch.cuda.stream(store._copy_in):
+    with torch.cuda.stream(store.host_tier.copy_in_stream):
         torch.cuda._sleep(50_000_000)
     store.expect([chunk])
     (address,) = (arriving.data_ptr() for arriving, _ in store._expected.values())
