@@ -231,11 +231,11 @@ class Way:
     streamed: bool = False
     offloading: bool = False
 
-    def execution(self, chunk: int, recompute: Recompute = "all") -> Execution:
+    def execution(self, chunk: int, recompute: Recompute = Recompute.ALL) -> Execution:
         """Return the execution of the model; `chunk` matters only if it is streamed."""
         if self.streamed:
-            return Execution(fpdt=True, chunk_size=chunk, offloading=self.offloading, fpdt_recompute=recompute)
-        return Execution(recompute=True, checkpoint_in_cpu=True)
+            return Execution(fpdt=True, chunk_size=chunk, offloading=self.offloading, recompute=recompute)
+        return Execution(activation_checkpointing=True, checkpoint_in_cpu=True)
 
 
 OFFLOADED = Way("offloaded", streamed=True, offloading=True)

@@ -38,6 +38,7 @@ from benchmarks.common import (
     run_script,
     thousands,
 )
+from megatron.config import Recompute
 from megatron.core.documents import Documents
 
 NAME = "documents"
@@ -100,7 +101,7 @@ def cut(seq_length: int, number: int, how: str) -> Documents:
 
 def run(documents: Documents, backend: str, arguments: argparse.Namespace, report: Report) -> Row:
     """Measure the time and memory of one block."""
-    execution = replace(OFFLOADED.execution(arguments.chunk, "mlp"), documents=True)
+    execution = replace(OFFLOADED.execution(arguments.chunk, Recompute.MLP), documents=True)
     config = geometry_of(arguments).model_config(arguments.seq_length, backend)
     build = partial(ModelBlock, config, execution, report.device, documents)
     traced = report.device.type == "cuda"

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -67,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--narrow-lengths", type=int, nargs="*", default=[65536, 262144, 1048576, 2097152],
                         help="tokens, in the narrow block [65536 262144 1048576 2097152]")  # fmt: skip
     parser.add_argument("--chunks", type=int, nargs="+", default=[32768, 16384], help="[32768 16384]")
-    parser.add_argument("--recompute", choices=get_args(Recompute), default="all",
+    parser.add_argument("--recompute", type=Recompute, choices=[*Recompute], default=Recompute.ALL,
                         help="matmuls to recompute [%(default)s]")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
     add_geometry_flags(parser, Geometry())

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -86,7 +85,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=["auto"], help="attention kernels [auto]")
     parser.add_argument("--ways", nargs="+", choices=[*BLOCKS, "deepspeed"], help="ways of running [all that apply]")
     parser.add_argument("--deepspeed-chunk", type=int, default=65536, help="DeepSpeed's chunk [%(default)s]")
-    parser.add_argument("--recompute", choices=["auto", *get_args(Recompute)], nargs="+", default=["auto"],
+    parser.add_argument("--recompute", choices=["auto", *Recompute], nargs="+", default=["auto"],
                         help="matmuls that the streamed ways recompute; auto: as a training run with offloading "
                         "would choose [auto]")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=1,
@@ -168,7 +167,9 @@ def executions(
     model = geometry_of(arguments).model_config(length, num_layers=arguments.blocks)
     for chunk in arguments.chunks:
         automatic = automatic_recompute(model, chunk, device)
-        for recompute in dict.fromkeys(automatic if name == "auto" else name for name in arguments.recompute):
+        for recompute in dict.fromkeys(
+            automatic if name == "auto" else Recompute(name) for name in arguments.recompute
+        ):
             yield {"chunk": thousands(chunk), "recompute": recompute}, WAYS[way].execution(chunk, recompute)
 
 

@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -62,7 +61,6 @@ from benchmarks.common import (
 from benchmarks.loopback import LoopbackGroup, init_loopback
 from megatron.arguments import parse_args
 from megatron.config import Config, Recompute, deepspeed_config, validate
-from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.batch import Sample, slice_batch
 from megatron.fpdt.stream import Stream
 from megatron.initialize import initialize
@@ -115,7 +113,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         "recomputed from inputs on the host; measures no block")  # fmt: skip
     parser.add_argument("--device-memory", type=float, default=0.0, metavar="GIB",
                         help="chunks that may stay on the GPU [%(default)s]")  # fmt: skip
-    parser.add_argument("--recompute", choices=get_args(Recompute),
+    parser.add_argument("--recompute", type=Recompute, choices=[*Recompute],
                         help="matmuls to recompute [by memory and the link's bandwidth]")  # fmt: skip
     parser.add_argument("--checkpoint-interval", type=int, metavar="K",
                         help="save the input of every Kth block [the smallest K that fits]")  # fmt: skip
@@ -228,7 +226,7 @@ def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
     """Measure the row of one block; its seconds are those of forward plus backward."""
     way, geometry = Way("block", streamed=True, offloading=not arguments.on_device), geometry_of(arguments)
     model = geometry.model_config(arguments.seq_length, arguments.backend, arguments.num_layers)
-    automatic = automatic_recompute(model, arguments.chunk, report.device) if way.offloading else "all"
+    automatic = automatic_recompute(model, arguments.chunk, report.device) if way.offloading else Recompute.ALL
     execution = way.execution(arguments.chunk, arguments.recompute or automatic)
     config = geometry.model_config(arguments.seq_length, arguments.backend)
     build = partial(ModelBlock, config, execution, report.device)
@@ -237,12 +235,12 @@ def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
 
 def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) -> Row:
     """Time steps as in the training loop: batch, forward, backward, optimizer. Collective over all ranks."""
-    from megatron.engine.engine import Engine  # imports DeepSpeed, which takes a while
+    from megatron.engine.engine import Engine, whole_parameters  # imports DeepSpeed, which takes a while
 
     context = initialize(config)
     model, device, parallel_state = config.model, context.device, context.parallel_state
     vocabulary = pad_vocab_size(arguments.vocab_size, model.make_vocab_size_divisible_by)
-    execution = choose_execution(config, context, vocabulary)
+    execution = replace(choose_execution(config, context, vocabulary), whole_parameters=whole_parameters)
     engine = Engine(
         partial(build_model, model, vocabulary, parallel_state, execution, Initialization(context.dtype, device)),
         [TokenEmbedding, TransformerLayer, LanguageModelHead],
@@ -252,14 +250,13 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
         device,
     )
     stream: Stream = engine.module.execution.stream  # type: ignore[assignment, union-attr]
-    stream.whole_parameters = engine.whole_parameters
     pool = stream.store.pool
     random = np.random.default_rng(1)
     losses: list[torch.Tensor] = []
     num_tokens = torch.tensor(float(model.seq_length), device=device)
 
     def step(length: int = model.seq_length) -> None:
-        layout = SequenceLayout(length, min(execution.chunk_size, length), num_gpus)
+        layout = stream.layout_of(length)
         samples = [Sample(random.integers(0, arguments.vocab_size, length + 1))]
         batch = slice_batch(samples, layout, parallel_state.sequence_parallel_rank, pin=device.type == "cuda")
         losses.append(engine.train_step([batch.inputs()], num_tokens, config.optimizer.lr))
@@ -283,7 +280,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
         "peak_gib": gib(peak), "reserved_gib": gib(reserved),
         "resting_gib": gib(allocated_bytes(device)), "process_gib": gib(peak_process_bytes()),
-        "attention_backend": stream.attention.name, "recompute_run": execution.fpdt_recompute,
+        "attention_backend": stream.attention.name, "recompute_run": execution.recompute,
         "checkpoint_interval": execution.checkpoint_interval, "zero_stage": arguments.zero_stage,
         "loss": loss,
         # Of the first step, where the weights are still the initial ones.

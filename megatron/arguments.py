@@ -3,7 +3,7 @@
 A field's type determines the flag's form, and the string below the field is its --help:
 
     bool                switch                    tuple[str, ...]     one or more words, or with int numbers
-    int, float, str     one value                 Literal[...]        one of these words, in any case; with `ALONE` in
+    int, float, str     one value                 Literal, StrEnum    one of these words, in any case; with `ALONE` in
                                                                       the field's metadata, no word means that one
 Underscores and dashes in a flag's name are equivalent.
 """
@@ -19,6 +19,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
+from enum import Enum
 from typing import Any, Literal, NoReturn, TypeVar
 
 from megatron.config import ALONE, AUTOMATIC_CHUNK, ChunkSize, Config, ConfigError, config_sections
@@ -121,8 +122,7 @@ def _add_flag(group: argparse._ArgumentGroup, member: Field[Any], annotation: An
     elif typing.get_origin(kind) is tuple:
         convert, metavar = _TUPLES[typing.get_args(kind)[0]]
         group.add_argument(flag, nargs="+", action=_AsTuple, type=convert, metavar=metavar, help=text)
-    elif typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
+    elif (choices := _choices(kind)) is not None:
         metavar = "{" + ",".join(map(str, choices)) + "}"
         alone = {"nargs": "?", "const": member.metadata[ALONE]} if ALONE in member.metadata else {}
         group.add_argument(flag, type=_one_of(choices), metavar=metavar, help=text, **alone)
@@ -155,6 +155,13 @@ def _help(member: Field[Any], description: str) -> str:
 
 def _shown(default: Any) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _choices(kind: Any) -> Sequence[Any] | None:
+    """Return the values that a field of this type may have; None if they are not listed."""
+    if inspect.isclass(kind) and issubclass(kind, Enum):
+        return [*kind]
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else None
 
 
 def _without_none(annotation: Any) -> Any:

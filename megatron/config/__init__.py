@@ -13,15 +13,15 @@ from megatron.config.finetuning import FinetuningConfig
 from megatron.config.logging import ALONE, LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
-from megatron.config.parallel import AUTOMATIC_CHUNK, SAVING_PRODUCTS, ChunkSize, ParallelConfig, Recompute
+from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, ParallelConfig
 from megatron.config.precision import PrecisionConfig
+from megatron.config.recompute import Recompute
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.config.training import TrainingConfig
 
 __all__ = [
     "ALONE",
     "AUTOMATIC_CHUNK",
-    "SAVING_PRODUCTS",
     "CheckpointConfig",
     "ChunkSize",
     "Config",

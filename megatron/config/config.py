@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum, EnumType
 from typing import Any
 
 from megatron.config.checkpoint import CheckpointConfig
@@ -79,16 +80,29 @@ def config_sections() -> dict[str, type]:
 
 
 def _section_to_dict(section: Any) -> dict[str, Any]:
-    values = {member.name: getattr(section, member.name) for member in fields(section)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {member.name: _plain(getattr(section, member.name)) for member in fields(section)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _stored(value: Any, annotation: Any) -> Any:
+    """Return a value that `_plain` made plain as its field has it."""
+    for kind in (annotation, *typing.get_args(annotation)):
+        if isinstance(kind, EnumType) and value is not None:
+            return kind(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _section_from_dict(name: str, section: type, plain: Mapping[str, Any]) -> Any:
+    annotations = typing.get_type_hints(section)
     known = {member.name for member in fields(section)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items() if key in known}
     try:
-        return section(**values)
-    except TypeError as error:
+        return section(**{key: _stored(value, annotations[key]) for key, value in plain.items() if key in known})
+    except (TypeError, ValueError) as error:
         raise ConfigError(
             f"the stored configuration's section {name!r} does not fit ({error}); it was written by another version "
             "or is damaged: give the settings as flags again"

@@ -1,13 +1,12 @@
 """Settings for Ulysses sequence parallelism and for FPDT: chunks, offloading, recomputation and memory budgets."""
 
 from dataclasses import dataclass
-from typing import Literal, NewType
+from typing import NewType
+
+from megatron.config.recompute import Recompute
 
 ChunkSize = NewType("ChunkSize", int)
 AUTOMATIC_CHUNK = ChunkSize(0)
-
-Recompute = Literal["kv", "all", "mlp", "none"]
-SAVING_PRODUCTS: tuple[Recompute, ...] = ("none", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)

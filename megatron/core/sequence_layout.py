@@ -8,6 +8,7 @@ contiguous, for its share of the heads. The last chunk may be shorter. Plain Uly
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -35,16 +36,16 @@ class SequenceLayout:
     def num_chunks(self) -> int:
         return -(-self.sequence_length // self.chunk_length)
 
-    @property
-    def chunk_lengths(self) -> list[int]:
+    @cached_property
+    def chunk_lengths(self) -> tuple[int, ...]:
         """Global tokens of each chunk."""
         full, rest = divmod(self.sequence_length, self.chunk_length)
-        return [self.chunk_length] * full + [rest] * (rest > 0)
+        return (self.chunk_length,) * full + (rest,) * (rest > 0)
 
-    @property
-    def local_lengths(self) -> list[int]:
+    @cached_property
+    def local_lengths(self) -> tuple[int, ...]:
         """Tokens of each chunk that one rank owns."""
-        return [length // self.sequence_parallel_size for length in self.chunk_lengths]
+        return tuple(length // self.sequence_parallel_size for length in self.chunk_lengths)
 
     @property
     def local_length(self) -> int:

@@ -170,23 +170,6 @@ class Engine:
                     totals[what, storage.device.type] += storage.nbytes()
         return {key: num_bytes for key, num_bytes in totals.items() if num_bytes}
 
-    @contextmanager
-    def whole_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Gather parameters within a block, independently of DeepSpeed's own order of gathering.
-
-        Collective over all ranks. Only the tensors behind the parameters are replaced, and restored afterwards.
-        DeepSpeed's own gathering follows its recorded order of modules; an extra gather in between would break it.
-        """
-        partitioned = [p for p in parameters if getattr(p, "ds_status", None) not in _WHOLE]
-        shards = [p.data for p in partitioned]
-        try:
-            for parameter in partitioned:
-                parameter.data = _gathered(parameter)
-            yield
-        finally:
-            for parameter, shard in zip(partitioned, shards, strict=True):
-                parameter.data = shard
-
     def save(self, folder: Path, tag: str) -> list[Path]:
         """Write weights and optimizer states to the existing folder/tag. Collective over all ranks.
 
@@ -263,6 +246,24 @@ def _local_shard(parameter: Any) -> Tensor:
     shard: Tensor = parameter.ds_tensor.detach().flatten()
     before = dist.get_rank(parameter.ds_process_group) * shard.numel()
     return shard[: max(0, parameter.ds_numel - before)]
+
+
+@contextmanager
+def whole_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gather parameters within a block, independently of DeepSpeed's own order of gathering.
+
+    Collective over all ranks. Only the tensors behind the parameters are replaced, and restored afterwards.
+    DeepSpeed's own gathering follows its recorded order of modules; an extra gather in between would break it.
+    """
+    partitioned = [p for p in parameters if getattr(p, "ds_status", None) not in _WHOLE]
+    shards = [p.data for p in partitioned]
+    try:
+        for parameter in partitioned:
+            parameter.data = _gathered(parameter)
+        yield
+    finally:
+        for parameter, shard in zip(partitioned, shards, strict=True):
+            parameter.data = shard
 
 
 def _gathered(parameter: Any) -> Tensor:

@@ -29,11 +29,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.attention_tiles import BackwardTiles, QueryChunk, TileRow
+from megatron.fpdt.block_chain import ChainedBlock
+from megatron.fpdt.observer import ATTENTION_OUTPUT, INPUT, PROJECTED
 from megatron.fpdt.plan import Tile
-from megatron.fpdt.saved import Saved
 from megatron.fpdt.seam import AttentionCall
 from megatron.fpdt.store import Prefetch
-from megatron.fpdt.stream import ATTENTION_OUTPUT, INPUT, PROJECTED
 from megatron.fpdt.streamed_layer import SliceKey, StreamedLayer, joined, random_key
 from megatron.ops.attention import AttentionOutput, AttentionVariant
 from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
@@ -79,13 +79,15 @@ class _StartedRow:
 class BackwardPass:
     """The backward pass of one block on one sequence."""
 
-    def __init__(self, layer: StreamedLayer, saved: Saved, dy_SBh: Tensor, parameters: Sequence[Tensor]) -> None:
-        self._layer, self._stream, self._store, self._saved = layer, layer.stream, layer.stream.store, saved
+    def __init__(self, layer: StreamedLayer, block: ChainedBlock, dy_SBh: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._layer, self._stream, self._store = layer, layer.stream, layer.stream.store
+        self._block, saved = block, block.saved
+        self._saved = saved
         self._gradients = GradientSums(parameters)
-        x = saved.inputs.take(saved.position)
+        x = block.take_input()
         store, self._layout = self._store, self._stream.layout(x)
         lengths = self._layout.local_lengths
-        self._dx = store.empty(x.shape, x.dtype, saved.input_is_on_device)
+        self._dx = store.empty(x.shape, x.dtype, block.input_is_on_device)
         self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
         self._dkv = store.empty(saved.kv_shape, accumulation_dtype(x.dtype)).split(self._layout.chunk_lengths)
         self._kv = saved.kv_CBKD or self._recomputed_keys_and_values(x.dtype)
@@ -109,8 +111,8 @@ class BackwardPass:
         self._row_ahead.start()
         for row in rows:
             i = row[0].query
-            with self._stream.piece("backward", self._layer.layer_number, i, self._layout.num_chunks):
-                if row is rows[-1] and (below := saved.below()) is not None:
+            with self._stream.chunk("backward", self._layer.layer_number, i):
+                if row is rows[-1] and (below := self._block.below()) is not None:
                     # The block below begins with these chunks: prefetch them.
                     self._store.expect([*below.first_loads, *dxs[i + 1 :][-1:]])
                 self._store.put(dxs[i], self._finish_row(row, next(started)))
@@ -140,7 +142,7 @@ class BackwardPass:
             products = [*next(self._products_ahead)]
             for number, s in slices:
                 self._project((chunk, number), x[s], positions[:, s], products, partial(projections.add, s))
-        self._stream.note("backward", ATTENTION_OUTPUT, self._layer.layer_number, chunk, do)
+        self._stream.observer.note("backward", ATTENTION_OUTPUT, self._layer.layer_number, chunk, do)
         sent = [*projections.take(), o, do]
         return _StartedRow(dx, projections, lse, self._stream.start_tokens_to_heads(sent, (*QUERIES_KEYS_VALUES, 1, 1)))
 
@@ -200,7 +202,7 @@ class BackwardPass:
             tiles = TileRow(stream.attention, started.projections.variant, row)
             dq, dkv_row, dkv_before = self._tiles.attend(tiles, queries, own, self._row_ahead)
         for what, value in zip(PROJECTED, (dq, dkv_row), strict=True):
-            stream.note("backward", what, layer_number, chunk, value)
+            stream.observer.note("backward", what, layer_number, chunk, value)
         self._own_dkv.extend([] if dkv_before is None else [dkv_before])
         del q, o, do, queries
         dprojected = stream.heads_to_tokens((dq, dkv_row), QUERIES_KEYS_VALUES)

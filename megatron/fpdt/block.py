@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron.core.documents import Documents
 from megatron.fpdt.backward_pass import BackwardPass
+from megatron.fpdt.block_chain import BlockChain
 from megatron.fpdt.forward_pass import ForwardPass
 from megatron.fpdt.plan import chunk_plan
 from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, Layer, Stream
@@ -26,8 +27,9 @@ from megatron.fpdt.streamed_layer import StreamedLayer
 class StreamedBlock:
     """A layer executed as a stream; replaces the layer's `forward`."""
 
-    def __init__(self, stream: Stream, layer: Layer) -> None:
-        self.layer = StreamedLayer(stream, layer)
+    def __init__(self, stream: Stream, layer: Layer, chain: BlockChain) -> None:
+        """Take the `chain` that the model's blocks share."""
+        self.layer, self.chain = StreamedLayer(stream, layer), chain
 
     def __call__(self, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None = None) -> Tensor:
         """Run the block on x [S/p, B, h]. x and the result hold this rank's tokens and are stored on the stream's tier.
@@ -36,7 +38,7 @@ class StreamedBlock:
         Collective over the sequence-parallel group: every rank calls it for the same block. So is its backward pass.
         """
         save, parameters = torch.is_grad_enabled(), self.layer.parameters
-        return _StreamedBlock.apply(x_SBh, positions_BS, documents, self.layer, save, *parameters)
+        return _StreamedBlock.apply(x_SBh, positions_BS, documents, self, save, *parameters)
 
 
 class _StreamedBlock(torch.autograd.Function):
@@ -46,23 +48,25 @@ class _StreamedBlock(torch.autograd.Function):
         x: Tensor,
         positions: Tensor,
         documents: Documents | None,
-        layer: StreamedLayer,
+        block: StreamedBlock,
         save: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        plan = chunk_plan(tuple(layer.stream.layout(x).chunk_lengths), documents)
+        layer = block.layer
+        plan = chunk_plan(layer.stream.layout(x).chunk_lengths, documents)
         y, saved = ForwardPass(layer, plan, x, positions, save).run()
         if saved is not None:
+            ctx.block = block.chain.append(layer, saved, x, y)
             # Save a saved input with autograd too, which detects writes to it.
-            ctx.save_for_backward(positions, *[x] * (saved.position == 0))
-            ctx.layer, ctx.saved, ctx.parameters = layer, saved, parameters
+            ctx.save_for_backward(positions, *[x] * ctx.block.saves_input)
+            ctx.layer, ctx.parameters = layer, parameters
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, ctx.saved = ctx.saved, None
-        if saved is None:
+        block, ctx.block = ctx.block, None
+        if block is None:
             raise RuntimeError(BACKWARD_RUNS_ONCE)
         _ = ctx.saved_tensors  # raises if one of them was written to
-        dx, dparameters = BackwardPass(ctx.layer, saved, grads[0].contiguous(), ctx.parameters).run()
+        dx, dparameters = BackwardPass(ctx.layer, block, grads[0].contiguous(), ctx.parameters).run()
         return dx, None, None, None, None, *dparameters

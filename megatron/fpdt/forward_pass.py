@@ -10,7 +10,6 @@ With several ranks a row starts before the previous row is finished, so its all-
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from torch import Tensor
 from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
 from megatron.core.ranges import ATTENTION, named_range
 from megatron.fpdt.attention_tiles import TileRow, attend
-from megatron.fpdt.block_inputs import BlockInputs, Step
+from megatron.fpdt.layer_trace import LayerTrace
+from megatron.fpdt.observer import ATTENTION_OUTPUT, OUTPUT, PROJECTED
 from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.saved import Products, Saved
-from megatron.fpdt.stream import ATTENTION_OUTPUT, OUTPUT, PROJECTED
 from megatron.fpdt.streamed_layer import StartedSlice, StreamedLayer, joined, random_key
 from megatron.ops.gradient_sum import accumulation_dtype
 
@@ -51,12 +50,16 @@ class ForwardPass:
         self._products_after: Products = defaultdict(list)
         self._started: list[StartedSlice] = []
         self._save = save
+        self._trace: LayerTrace | None = None  # known from the first slice on, if the pass saves
+        # Chunks on the tier, allocated with the first row, which gives their shapes.
+        self._kv: list[Tensor] = []
+        self._o: list[Tensor] = []
+        self._lse: list[Tensor] = []
         xs = x_SBh.split(self._layout.local_lengths)
         chunk_positions = positions_BS.split(self._layout.local_lengths, 1)
         rows = plan.forward_rows()
         self._x_ahead = self._store.prefetch([xs[row[0].query], chunk_positions[row[0].query]] for row in rows)
         # The generators reference no `self`: a cycle would hold chunks until garbage is collected.
-        self._kv: list[Tensor] = []
         kv, tiles = self._kv, (tile for row in rows for tile in row if not tile.is_diagonal)
         self._kv_ahead = self._store.prefetch(([kv[tile.key]] for tile in tiles), ahead=False)
 
@@ -69,14 +72,14 @@ class ForwardPass:
             started = self._stream.started_early(self._start_row(row[0].query) for row in rows)
             for row in rows:
                 i = row[0].query
-                with self._stream.piece("forward", self._layer.layer_number, i, self._layout.num_chunks):
+                with self._stream.chunk("forward", self._layer.layer_number, i):
                     if row is rows[-1]:
                         self._store.expect(ys[:i][:1])  # the block above begins with this chunk
                     self._store.put(ys[i], self._finish_row(row, next(started)))
         finally:
             for each in self._started:
                 each.close()
-        return y, self._saved(y) if self._save else None
+        return y, self._saved() if self._save else None
 
     # One function per row: its locals die on return, so a chunk's buffers are free before the next prefetch. The device
     # holds the chunk in use and the prefetched one.
@@ -86,15 +89,16 @@ class ForwardPass:
         slices = [self._start_slice(chunk, number, x, positions, s) for number, s in self._stream.numbered_slices(x)]
         projected = [joined([each.call.q_cBHD for each in slices]), joined([each.call.kv_cBKD for each in slices])]
         for what, value in zip(PROJECTED, projected, strict=True):
-            self._stream.note("forward", what, self._layer.layer_number, chunk, value)
+            self._stream.observer.note("forward", what, self._layer.layer_number, chunk, value)
         return _StartedRow(slices, self._stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES))
 
     def _start_slice(self, chunk: int, number: int, x: Tensor, positions: Tensor, s: slice) -> StartedSlice:
         x, positions = x[s], positions[:, s]
         recorded: Sequence[int] = ()
         if self._save:
-            self._trace, recompute = self._layer.trace(x, positions), self._stream.recompute
-            recorded = self._trace.saved_before(recompute) + self._trace.saved_after(recompute, number == 0)
+            trace = self._trace = self._trace or self._layer.trace(x, positions)
+            recompute = self._stream.recompute
+            recorded = trace.saved_before(recompute) + trace.saved_after(recompute, number == 0)
         self._random_states.record(random_key((chunk, number), "before"))
         started = self._layer.start(x, positions, recorded)
         self._started.append(started)
@@ -112,7 +116,7 @@ class ForwardPass:
             tiles = TileRow(stream.attention, started.slices[0].call.variant, row)
             o_heads, lse = attend(tiles, q, kv, self._kv_ahead)
         del q, kv, started.exchange
-        stream.note("forward", ATTENTION_OUTPUT, layer_number, i, o_heads)
+        stream.observer.note("forward", ATTENTION_OUTPUT, layer_number, i, o_heads)
         store.release_sent()  # the previous row's chunks, copied out by now
         (o,) = stream.heads_to_tokens([o_heads])
         del o_heads
@@ -140,28 +144,17 @@ class ForwardPass:
     def _allocate(self, q_CBHD: Tensor, kv_CBKD: Tensor) -> None:
         _, B, H, D = q_CBHD.shape
         store, layout, dtype, lengths = self._store, self._layout, q_CBHD.dtype, self._layout.chunk_lengths
-        self._kv_shape = (layout.sequence_length, *kv_CBKD.shape[1:])
-        self._kv.extend(store.empty(self._kv_shape, dtype).split(lengths))
+        self._kv += store.empty((layout.sequence_length, *kv_CBKD.shape[1:]), dtype).split(lengths)
         if self._save:
             all_heads = H * self._stream.parallel_state.sequence_parallel_size
-            self._o = store.empty((layout.local_length, B, all_heads, D), dtype).split(layout.local_lengths)
+            self._o += store.empty((layout.local_length, B, all_heads, D), dtype).split(layout.local_lengths)
             flat = store.empty((layout.sequence_length * B * H,), accumulation_dtype(dtype))
             parts = flat.split([length * B * H for length in lengths])
-            self._lse = [part.view(B, H, -1) for part in parts]
+            self._lse += [part.view(B, H, -1) for part in parts]
 
-    def _saved(self, y: Tensor) -> Saved:
-        """Append the block to the chain of blocks whose inputs are rebuilt together, and link it to the block below."""
-        stream, x = self._stream, self._x
-        inputs = stream.block_inputs()
-        if inputs is None or len(inputs) == stream.checkpoint_interval or not inputs.ends_with(x):
-            inputs = BlockInputs(stream, x)
-            stream.block_inputs = weakref.ref(inputs)
-        position = len(inputs)
-        inputs.append(Step(self._layer, self._trace, self._positions, self._o, self._random_states), y)
-        recomputes_kv = stream.recompute == "kv"
-        first_chunk = next(iter(self._plan.loaded_keys()), -1) if recomputes_kv else -1
-        first_x = x.split(self._layout.local_lengths)[first_chunk]
-        saved = Saved(
+    def _saved(self) -> Saved:
+        assert self._trace is not None, "rows have run, and were to be saved"
+        return Saved(
             plan=self._plan,
             trace=self._trace,
             positions_BS=self._positions,
@@ -170,13 +163,6 @@ class ForwardPass:
             products_after=self._products_after,
             o_cBHD=self._o,
             lse_BHC=self._lse,
-            kv_CBKD=[] if recomputes_kv else self._kv,
-            kv_shape=self._kv_shape,
-            inputs=inputs,
-            position=position,
-            input_is_on_device=self._store.is_on_device(x),
-            first_loads=[first_x] * (position == 0) + [self._o[-1], self._lse[-1]],
-            below=stream.block_below,
+            kv_CBKD=self._kv if self._stream.recompute.saves_keys_and_values else [],
+            kv_shape=(self._layout.sequence_length, *self._kv[0].shape[1:]),
         )
-        stream.block_below = weakref.ref(saved)
-        return saved

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from megatron.config import SAVING_PRODUCTS, Recompute
+from megatron.config import Recompute
 from megatron.fpdt.seam import AttentionCall, run_with_output
 from megatron.ops.linear import LinearTape
 
@@ -56,7 +56,7 @@ class LayerTrace:
 
     def saved_before(self, recompute: Recompute) -> tuple[int, ...]:
         """Return the products before the attention call whose outputs the forward pass saves on the tier."""
-        return self.before if recompute in SAVING_PRODUCTS else ()
+        return self.before if recompute.saves_products else ()
 
     def saved_after(self, recompute: Recompute, is_first_slice: bool) -> tuple[int, ...]:
         """Return the products after the attention call whose outputs the forward pass saves on the tier.
@@ -64,10 +64,10 @@ class LayerTrace:
         These are all that are needed, or only the first, the output projection. None is saved for the first slice of a
         chunk: it would be needed on the device at the same time as the tiles.
         """
-        if recompute not in SAVING_PRODUCTS or is_first_slice:
+        if not recompute.saves_products or is_first_slice:
             return ()
         projection = len(self.before)
-        return tuple(number for number in self.needed_after if recompute == "none" or number == projection)
+        return tuple(number for number in self.needed_after if recompute.saves_mlp_products or number == projection)
 
 
 def trace_layer(forward: Callable[..., Tensor], x_cBh: Tensor, *args: Any) -> LayerTrace:

@@ -38,8 +38,8 @@ class StreamableHead(Protocol):
 def stream_loss(stream: Stream, head: StreamableHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """Compute the sum of this rank's masked token losses, a scalar in fp32 (fp64 for fp64) on the compute device.
 
-    x [S/p, B, h] is stored on the stream's tier; labels int64 and mask [B, S/p]. Without gradients the masked token
-    losses are also appended to `stream.token_losses`, if there is such a list: the tokens in order, [S/p, B] in all.
+    x [S/p, B, h] is stored on the stream's tier; labels int64 and mask [B, S/p]. Without gradients the stream's
+    observer sees the masked token losses, tile by tile: the tokens in order, [S/p, B] in all.
     """
     trained_norm = [p for p in head.final_layernorm.parameters() if p.requires_grad]
     parameters = [*head.output_layer.parameters(), *trained_norm]
@@ -73,8 +73,9 @@ class _StreamedLoss(torch.autograd.Function):
                 results = [_tile_loss(head, *tile, parameters, gradients if save else None) for tile in tiles]
             chunk_loss = torch.stack([losses.sum() for losses, _ in results]).sum()
             loss += stream.noted("forward", "loss", None, i, chunk_loss)
-            if stream.token_losses is not None and not save:
-                stream.token_losses += [losses for losses, _ in results]
+            if not save:
+                for losses, _ in results:
+                    stream.observer.note_token_losses(losses)
             if dxs is not None:
                 dx_i = torch.cat([tile_dx for _, tile_dx in results if tile_dx is not None])
                 store.put(dxs[i], stream.noted("backward", "output of the last layer", None, i, dx_i))

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import lcm
 
-from megatron.config import SAVING_PRODUCTS, ModelConfig, Recompute
+from megatron.config import ModelConfig, Recompute
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.stream import SLICE_LENGTH
 
@@ -102,7 +102,7 @@ class StreamShape:
 
     def saved_bytes(self, recompute: Recompute) -> int:
         """Return the bytes that one block saves for backward, without its input."""
-        keys_and_values = 0 if recompute == "kv" else self.key_value_bytes
+        keys_and_values = self.key_value_bytes if recompute.saves_keys_and_values else 0
         return self.attention_bytes + keys_and_values + self.product_bytes(recompute)
 
     @property
@@ -113,30 +113,30 @@ class StreamShape:
 
     def product_bytes(self, recompute: Recompute) -> int:
         """Return the bytes of the saved outputs of linear layers of one block."""
-        if recompute not in SAVING_PRODUCTS:
+        if not recompute.saves_products:
             return 0
         return self._product_bytes(recompute, self.layout.local_length, self.layout.tokens_after(self.slice_length))
 
     def chunk_product_bytes(self, recompute: Recompute) -> int:
         """Return the bytes of the saved outputs of linear layers of one block's first chunk."""
-        if recompute not in SAVING_PRODUCTS:
+        if not recompute.saves_products:
             return 0
         tokens = self.layout.local_lengths[0]
         return self._product_bytes(recompute, tokens, max(tokens - self.slice_length, 0))
 
     def _product_bytes(self, recompute: Recompute, tokens: int, tokens_saved_after: int) -> int:
         after = 0 if self.parallel_residual else self.hidden_size
-        after += self.mlp_outputs if recompute == "none" else 0
+        after += self.mlp_outputs if recompute.saves_mlp_products else 0
         return (tokens * self.projection_width + tokens_saved_after * after) * self.batch_size * self.element_size
 
-    def tier_bytes(self, interval: int, recompute: Recompute = "all") -> int:
+    def tier_bytes(self, interval: int, recompute: Recompute = Recompute.ALL) -> int:
         """Estimate the peak bytes per rank of a training step that saves the input of every `interval`-th block."""
         layers = self.num_layers
         # The peak is reached while the highest chain is rebuilt and all others are saved, or while the next chain is
         # rebuilt, if that is longer by more than what the highest chain had saved.
         tops = {layers, layers // interval * interval} - {0}
         backward = 2 * self.residual_bytes + self._key_value_gradient_bytes
-        backward += self.key_value_bytes if recompute == "kv" else 0
+        backward += 0 if recompute.saves_keys_and_values else self.key_value_bytes
         return max(self._bytes_up_to(top, interval, recompute) for top in tops) + backward
 
     def _bytes_up_to(self, top: int, interval: int, recompute: Recompute) -> int:
@@ -184,9 +184,11 @@ def choose_saved_activations(
         choices = [(recompute, each) for each in intervals]
     else:
         saves_inputs = intervals[0] == 1
-        products = [each for each in SAVING_PRODUCTS if saves_inputs and _may_save(shape, each, budget_bytes)]
+        saving = (Recompute.NONE, Recompute.MLP)
+        products = [each for each in saving if saves_inputs and _may_save(shape, each, budget_bytes)]
         # For the bytes saved, recomputing keys and values takes much less time than rebuilding inputs.
-        choices = [*((each, 1) for each in products), ("all", intervals[0]), *(("kv", each) for each in intervals)]
+        choices = [(each, 1) for each in products]
+        choices += [(Recompute.ALL, intervals[0]), *((Recompute.KV, each) for each in intervals)]
 
     def num_bytes(choice: tuple[Recompute, int]) -> int:
         return shape.tier_bytes(choice[1], choice[0])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron.fpdt.block_inputs import BlockInputs
 from megatron.fpdt.layer_trace import LayerTrace
 from megatron.fpdt.plan import ChunkPlan
 from megatron.fpdt.random_state import RandomStates
@@ -31,8 +30,3 @@ class Saved:
     lse_BHC: Sequence[Tensor]  # all tokens of the chunk, this rank's heads
     kv_CBKD: Sequence[Tensor]  # all tokens of the chunk, this rank's heads; empty if kv is recomputed
     kv_shape: Sequence[int]  # of all chunks of kv together
-    inputs: BlockInputs  # the block's input is the one at `position`
-    position: int
-    input_is_on_device: bool
-    first_loads: Sequence[Tensor]  # the chunks that the backward pass begins with
-    below: Callable[[], Saved | None] = field(default=lambda: None)  # what the block below saved

@@ -1,13 +1,9 @@
 """Copies of chunks between the device and the tier that stores them: the host when offloading, else the device itself.
 
-    copy-in stream    waits for the device memory to be free and the chunk to be stored; then copies
-    compute stream    waits for the copy-in event when the chunk is needed
-    copy-out stream   waits for the compute event that produced the chunk; then copies
-
 The host never waits. Device memory is bounded by construction. A chunk that is copied in lives in memory allocated on
 the compute stream, so that memory can be reused as soon as the compute that reads it is queued. The source of a
 copy-out is held until the next chunk of its kind is put, or until all are released; the compute stream then waits for
-its copy. On a machine without CUDA the same code runs with synchronous copies.
+its copy. How chunks are copied, and on which streams, is in megatron.fpdt.tiers.
 """
 
 from __future__ import annotations
@@ -20,8 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megatron.core.ranges import COPY_IN, COPY_OUT, named_range
-from megatron.fpdt.host_pool import HostPool
+from megatron.fpdt.tiers import Arrival, DeviceTier, Event, HostTier
 
 
 @dataclass
@@ -32,8 +27,8 @@ class CopyCounts:
     bytes_out: int = 0
 
 
-# A copy-out: the device tensor and the event of its copy to the host; None if copies are synchronous.
-CopyOut = tuple[Tensor, torch.cuda.Event] | None
+# A copy-out: the device tensor, held until the compute stream waits for the event of its copy.
+CopyOut = tuple[Tensor, torch.cuda.Event]
 
 
 class ChunkStore:
@@ -54,16 +49,12 @@ class ChunkStore:
         self.offloading = offloading
         self.device_budget_bytes = device_budget_bytes
         self.device_bytes = 0  # of tensors stored on the device within the budget
-        self.pool = HostPool(pinned=device.type == "cuda", budget_bytes=host_budget_bytes)
         self.copied = CopyCounts()
-        self._uses_streams = device.type == "cuda"
-        if self._uses_streams:
-            self._copy_in = torch.cuda.Stream(device)
-            self._copy_out = torch.cuda.Stream(device)
-        self._stored: dict[int, torch.cuda.Event] = {}  # by host address: when the copy-out of the chunk there ends
+        self.device_tier, self.host_tier = DeviceTier(device), HostTier(device, host_budget_bytes)
+        self.pool = self.host_tier.pool
         self._copying_out: dict[tuple[torch.Size, torch.dtype], CopyOut] = {}
         self._copying_out_saved: list[CopyOut] = []
-        self._expected: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # by host address: copies in flight
+        self._expected: dict[int, Arrival] = {}  # by host address: copies in flight
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, on_device: bool | None = None) -> Tensor:
         """Return an uninitialized tensor on the tier, whose chunks are then put and prefetched.
@@ -73,8 +64,8 @@ class ChunkStore:
         if on_device is None:
             on_device = self._fits_on_device(prod(shape) * dtype.itemsize)
         if on_device:
-            return self._counted_on_device(torch.empty(tuple(shape), dtype=dtype, device=self.device))
-        return self._empty_on_host(shape, dtype)
+            return self._counted_on_device(self.device_tier.empty(shape, dtype))
+        return self._empty_offloaded(shape, dtype)
 
     def save(self, value: Tensor) -> Tensor:
         """Store a contiguous device tensor as a chunk of its own. It must not be written to afterwards.
@@ -83,8 +74,10 @@ class ChunkStore:
         """
         if self._fits_on_device(value.nbytes):
             return self._counted_on_device(value)
-        chunk = self._empty_on_host(value.shape, value.dtype)
-        self._copying_out_saved.append(self._send_out(chunk, value))
+        chunk = self._empty_offloaded(value.shape, value.dtype)
+        copy_out = self._send_out(chunk, value)
+        if copy_out is not None:
+            self._copying_out_saved.append(copy_out)
         return chunk
 
     def _fits_on_device(self, num_bytes: int) -> bool:
@@ -96,13 +89,10 @@ class ChunkStore:
             weakref.finalize(tensor.untyped_storage(), self._uncount_on_device, tensor.nbytes).atexit = False
         return tensor
 
-    def _empty_on_host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        tensor = self.pool.empty(tuple(shape), dtype)
+    def _empty_offloaded(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        tensor = self.host_tier.empty(shape, dtype)
         first = tensor.data_ptr()
         self._drop_expected([address for address in self._expected if first <= address < first + tensor.nbytes])
-        if self._uses_streams:
-            # A copy-in of the slab's previous tensor may still be reading it.
-            self._copy_out.wait_stream(self._copy_in)
         return tensor
 
     def _uncount_on_device(self, num_bytes: int) -> None:
@@ -110,44 +100,39 @@ class ChunkStore:
 
     def is_on_device(self, chunk: Tensor) -> bool:
         """Whether a tensor of the tier is stored on the device."""
-        return chunk.device.type == self.device.type and not self.pool.owns(chunk)
+        return not self.host_tier.owns(chunk)
 
     def put(self, chunk: Tensor, value: Tensor) -> None:
         """Store a device tensor into a chunk of the tier. The value must not be written to afterwards."""
         if self.is_on_device(chunk):
-            chunk.copy_(value)
+            self.device_tier.copy_out(chunk, value)
             return
         copy_out = self._send_out(chunk, value.contiguous())
+        if copy_out is None:
+            return
         kind = (value.shape, value.dtype)
         if kind in self._copying_out:
-            self._wait_for(self._copying_out.pop(kind))
+            self._wait_for(self._copying_out.pop(kind)[1])
         self._copying_out[kind] = copy_out
 
-    def _send_out(self, chunk: Tensor, value: Tensor) -> CopyOut:
-        """Start the copy to the host. The source must be held until the copy is over."""
+    def _send_out(self, chunk: Tensor, value: Tensor) -> CopyOut | None:
+        """Start the copy out. Return what must be held until it is over, if it is not over yet."""
         self.copied.bytes_out += chunk.nbytes
         self._drop_expected([chunk.data_ptr()])
-        if not self._uses_streams:
-            with named_range(COPY_OUT):
-                chunk.copy_(value)
-            return None
-        self._copy_out.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copy_out), named_range(COPY_OUT):
-            chunk.copy_(value, non_blocking=True)
-            stored = self._copy_out.record_event()
-        self._stored[chunk.data_ptr()] = stored
-        return value, stored
+        event = self.host_tier.copy_out(chunk, value)
+        return None if event is None else (value, event)
 
     def release_sent(self) -> None:
         """Release the sources of all copy-outs: the compute stream waits until the copies are over."""
         for copy_out in (*self._copying_out.values(), *self._copying_out_saved):
-            self._wait_for(copy_out)
+            self._wait_for(copy_out[1])
         self._copying_out.clear()
         self._copying_out_saved.clear()
 
-    def _wait_for(self, copy_out: CopyOut) -> None:
-        if copy_out is not None:
-            torch.cuda.current_stream(self.device).wait_event(copy_out[1])
+    def _wait_for(self, event: Event) -> None:
+        """Make the compute stream wait for a copy."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
 
     def prefetch(self, groups: Iterable[Sequence[Tensor]], ahead: bool = True) -> Prefetch:
         """Iterate over groups of chunks as device tensors, the next group prefetched while one is in use.
@@ -171,30 +156,17 @@ class ChunkStore:
             if address in self._expected:
                 self._finish(*self._expected.pop(address))
 
-    def _start(self, chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _start(self, chunk: Tensor) -> Arrival:
         if self.is_on_device(chunk):
-            return chunk, None
+            return self.device_tier.copy_in(chunk)
         expected = self._expected.pop(chunk.data_ptr(), None)
         if expected is not None and expected[0].shape == chunk.shape:
             return expected
         self.copied.bytes_in += chunk.nbytes
-        if not self._uses_streams:
-            with named_range(COPY_IN):
-                return chunk.clone(), None
-        if not chunk.is_contiguous():  # torch would copy it through memory that is not pinned
-            chunk = chunk.contiguous().pin_memory()
-        arriving = torch.empty(chunk.shape, dtype=chunk.dtype, device=self.device)
-        self._copy_in.wait_stream(torch.cuda.current_stream(self.device))
-        stored = self._stored.get(chunk.data_ptr())
-        if stored is not None:
-            self._copy_in.wait_event(stored)
-        with torch.cuda.stream(self._copy_in), named_range(COPY_IN):
-            arriving.copy_(chunk, non_blocking=True)
-            return arriving, self._copy_in.record_event()
+        return self.host_tier.copy_in(chunk)
 
-    def _finish(self, arriving: Tensor, arrived: torch.cuda.Event | None) -> Tensor:
-        if arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(arrived)
+    def _finish(self, arriving: Tensor, arrived: Event) -> Tensor:
+        self._wait_for(arrived)
         return arriving
 
 
@@ -212,7 +184,7 @@ class Prefetch(Iterator[tuple[Tensor, ...]]):
         self._store = store
         self._groups = iter(groups)
         self._always_ahead = ahead
-        self._ahead: list[tuple[Tensor, torch.cuda.Event | None]] | None = None
+        self._ahead: list[Arrival] | None = None
 
     def start(self) -> None:
         """Prefetch the next group now, unless it is already being prefetched."""

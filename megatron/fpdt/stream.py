@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from megatron.core.collectives import Exchange, heads_to_tokens, start_tokens_to
 from megatron.core.parallel_state import ParallelState
 from megatron.core.ranges import named_range
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
 from megatron.ops.attention import AttentionBackend
 
@@ -27,26 +29,6 @@ BACKWARD_RUNS_ONCE = (
 SLICE_LENGTH = 8192
 
 Row = TypeVar("Row")
-
-# phase ("forward" or "backward"), layer number, chunk, number of chunks
-ProgressReport = Callable[[str, int, int, int], None]
-
-
-def no_report(phase: str, layer_number: int, chunk: int, num_chunks: int) -> None:
-    """Report nothing."""
-
-
-# phase, what was computed, layer number (None outside of the layers), chunk, its value on the compute device
-Note = Callable[[str, str, int | None, int | None, Tensor], None]
-
-# The values of a layer that are noted; in the backward pass, their gradients.
-PROJECTED = ("queries", "keys and values")
-INPUT, ATTENTION_OUTPUT, OUTPUT = "input", "attention output", "output"
-
-
-def no_note(phase: str, what: str, layer_number: int | None, chunk: int | None, value: Tensor) -> None:
-    """Note nothing."""
-
 
 WholeParameters = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]
 
@@ -76,14 +58,14 @@ class Layer(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stream:
     """How chunks are executed. `chunk_length` counts global tokens, `slice_length` this rank's.
 
     Token-wise work on a chunk runs in slices, so that the widest activation (the MLP's) is bounded independently of the
     chunk. The input of every `checkpoint_interval`-th block is saved for backward; `recompute` says which of a block's
     matrix products are recomputed there. Within `whole_parameters`, partitioned parameters are gathered, even if their
-    block is neither in its forward nor in its backward pass. `note` is called with the values that are computed.
+    block is neither in its forward nor in its backward pass. The `observer` sees the values that are computed.
     """
 
     store: ChunkStore
@@ -91,30 +73,28 @@ class Stream:
     parallel_state: ParallelState
     chunk_length: int
     slice_length: int = SLICE_LENGTH
-    report: ProgressReport = no_report
-    note: Note = no_note
     checkpoint_interval: int = 1
-    recompute: Recompute = "all"
+    recompute: Recompute = Recompute.ALL
+    observer: Observer = field(default_factory=Observer)
     whole_parameters: WholeParameters = already_whole
-    token_losses: list[Tensor] | None = None  # collects the token losses of a loss without gradients, tile by tile
-    block_inputs: Callable[[], Any] = lambda: None  # the chain that the block that ran last belongs to
-    block_below: Callable[[], Any] = lambda: None  # what the block that ran last saved for backward
 
-    def piece(self, phase: str, layer_number: int, chunk: int, num_chunks: int) -> AbstractContextManager[object]:
-        """Report that a piece of work begins; return a named range of the profiler that ends with it."""
-        self.report(phase, layer_number, chunk, num_chunks)
+    def chunk(self, phase: str, layer_number: int, chunk: int) -> AbstractContextManager[object]:
+        """Report that work on a chunk begins; return a named range of the profiler that ends with it."""
+        self.observer.begin_chunk(phase, layer_number, chunk)
         return named_range(f"layer {layer_number} {phase} chunk {chunk}")
 
     def noted(self, phase: str, what: str, layer_number: int | None, chunk: int, value: Tensor) -> Tensor:
-        """Pass a value to `note`, and return it."""
-        self.note(phase, what, layer_number, chunk, value)
+        """Show a value to the observer, and return it."""
+        self.observer.note(phase, what, layer_number, chunk, value)
         return value
 
     def layout(self, x_SBh: Tensor) -> SequenceLayout:
         """Return the layout of the sequence of which x holds this rank's tokens."""
-        size = self.parallel_state.sequence_parallel_size
-        sequence_length = x_SBh.shape[0] * size
-        return SequenceLayout(sequence_length, min(self.chunk_length, sequence_length), size)
+        return self.layout_of(x_SBh.shape[0] * self.parallel_state.sequence_parallel_size)
+
+    def layout_of(self, sequence_length: int) -> SequenceLayout:
+        """Return the layout of a sequence of so many global tokens."""
+        return _layout(sequence_length, self.chunk_length, self.parallel_state.sequence_parallel_size)
 
     def start_tokens_to_heads(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
         """Start the Ulysses all-to-all of one chunk from tokens to heads."""
@@ -145,6 +125,12 @@ class Stream:
         """Return the slices of a chunk's local tokens for token-wise work, numbered from 0."""
         starts = range(0, len(x_cBh), self.slice_length)
         return enumerate(slice(start, start + self.slice_length) for start in starts)
+
+
+@lru_cache(maxsize=8)
+def _layout(sequence_length: int, chunk_length: int, sequence_parallel_size: int) -> SequenceLayout:
+    """Build a layout once, for all blocks and steps."""
+    return SequenceLayout(sequence_length, min(chunk_length, sequence_length), sequence_parallel_size)
 
 
 def _one_early(rows: Iterator[Row]) -> Iterator[Row]:

@@ -8,7 +8,7 @@ from math import ceil
 import torch
 import torch.distributed as dist
 
-from megatron.config import Config, ConfigError, offloads
+from megatron.config import Config, ConfigError, Recompute, offloads
 from megatron.config.parallel import ParallelConfig
 from megatron.fpdt.memory_model import StreamShape, choose_saved_activations, least_bytes, longest_sequence
 from megatron.initialize import Context
@@ -66,8 +66,8 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
         device_memory_bytes=device_memory,
         host_memory_bytes=host_memory,
         checkpoint_interval=interval or 1,
-        fpdt_recompute=recompute or "all",
-        recompute=deepspeed.deepspeed_activation_checkpointing,
+        recompute=recompute or Recompute.ALL,
+        activation_checkpointing=deepspeed.deepspeed_activation_checkpointing,
         checkpoint_in_cpu=deepspeed.checkpoint_in_cpu,
         documents=config.data.reset_attention_mask,
     )

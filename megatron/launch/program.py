@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,8 +21,9 @@ from megatron.config import Config, ConfigError, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.batch import Batch, Sample, slice_batch
 from megatron.data.errors import DataError
+from megatron.engine.engine import whole_parameters
 from megatron.fpdt.host_pool import HostMemoryError
-from megatron.fpdt.stream import ProgressReport
+from megatron.fpdt.observer import Observer
 from megatron.initialize import Context, device_type, initialize
 from megatron.launch.execution import choose_execution, plan_of_run
 from megatron.launch.preflight import DataCheck, Vocabulary, check_inputs
@@ -159,14 +160,13 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
 
     initialization = Initialization(context.dtype, context.device, config.training.seed)
 
-    def provide_model(report: ProgressReport) -> nn.Module:
+    def provide_model(observer: Observer) -> nn.Module:
         return build_model(
             config.model,
             padded_vocab_size,
             parallel_state,
-            execution,
+            replace(execution, observer=observer, whole_parameters=whole_parameters),
             initialization,
-            report,
         )
 
     def provide_batch(samples: Sequence[Any]) -> Batch:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from megatron.config import ModelConfig, Recompute
 from megatron.core.parallel_state import ParallelState
+from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
-from megatron.fpdt.stream import ProgressReport, Stream, no_report
+from megatron.fpdt.stream import SLICE_LENGTH, Stream, WholeParameters, already_whole
 from megatron.model.initialization import Initialization
 from megatron.model.layers import attention_request
 from megatron.model.plain import PlainExecution
@@ -23,8 +24,10 @@ class Execution:
     """How a model is executed; its parameters and results do not depend on it.
 
     `device_memory_bytes` and `host_memory_bytes` are the memory that FPDT's chunks may use with offloading: the device
-    first, then the host. `recompute` and `checkpoint_in_cpu` are activation checkpointing without FPDT. `documents`
-    means that batches may hold documents that do not attend to each other.
+    first, then the host. `recompute` is that of FPDT's blocks; `activation_checkpointing` and `checkpoint_in_cpu` apply
+    without FPDT. `documents` means that batches may hold documents that do not attend to each other.
+    `slice_length` counts the tokens of a rank that token-wise work runs on together. `observer` and `whole_parameters`
+    are what the run gives the stream.
     """
 
     fpdt: bool = False
@@ -33,10 +36,13 @@ class Execution:
     device_memory_bytes: int = 0
     host_memory_bytes: int | None = None
     checkpoint_interval: int = 1
-    fpdt_recompute: Recompute = "all"
-    recompute: bool = False
+    recompute: Recompute = Recompute.ALL
+    activation_checkpointing: bool = False
     checkpoint_in_cpu: bool = False
     documents: bool = False
+    slice_length: int = SLICE_LENGTH
+    observer: Observer = field(default_factory=Observer, compare=False)
+    whole_parameters: WholeParameters = already_whole
 
 
 def build_execution(
@@ -45,7 +51,6 @@ def build_execution(
     execution: Execution,
     dtype: torch.dtype,
     device: torch.device,
-    report: ProgressReport = no_report,
 ) -> PlainExecution | StreamedExecution:
     """Choose the attention backend and the execution. AttentionUnavailable if the backend cannot serve."""
     if execution.fpdt and config.attention_dropout:
@@ -60,13 +65,15 @@ def build_execution(
         attention,
         parallel_state,
         chunk_length,
-        report=report,
-        checkpoint_interval=execution.checkpoint_interval,
-        recompute=execution.fpdt_recompute,
+        execution.slice_length,
+        execution.checkpoint_interval,
+        execution.recompute,
+        execution.observer,
+        execution.whole_parameters,
     )
     if execution.fpdt:
         return StreamedExecution(stream)
-    return PlainExecution(stream, execution.recompute, execution.checkpoint_in_cpu)
+    return PlainExecution(stream, execution.activation_checkpointing, execution.checkpoint_in_cpu)
 
 
 def build_model(
@@ -75,13 +82,12 @@ def build_model(
     parallel_state: ParallelState,
     execution: Execution,
     initialization: Initialization,
-    report: ProgressReport = no_report,
 ) -> GPTModel:
     """Build the model with its initial values, the same on every rank.
 
     Parameters are created one module after the other, so that ZeRO-3 can partition each as it is created.
     """
-    how = build_execution(config, parallel_state, execution, initialization.dtype, initialization.device, report)
+    how = build_execution(config, parallel_state, execution, initialization.dtype, initialization.device)
     model = GPTModel(config, padded_vocab_size, initialization.initializer(config), how)
     for layer in model.layers:
         how.attach(layer)  # type: ignore[arg-type]

@@ -23,7 +23,8 @@ from megatron.core.collectives import (
 from megatron.core.documents import WHOLE_TILE, Documents, Region
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.loss import stream_loss
-from megatron.fpdt.stream import ATTENTION_OUTPUT, INPUT, OUTPUT, PROJECTED, Stream
+from megatron.fpdt.observer import ATTENTION_OUTPUT, INPUT, OUTPUT, PROJECTED
+from megatron.fpdt.stream import Stream
 from megatron.fpdt.tokenwise import stream_embedding
 from megatron.ops.attention import (
     QKV,
@@ -42,11 +43,11 @@ if TYPE_CHECKING:
 class PlainExecution:
     """Runs a layer on the whole sequence; activations are saved, or recomputed from inputs on the device or host."""
 
-    def __init__(self, stream: Stream, recompute: bool = False, checkpoint_in_cpu: bool = False) -> None:
+    def __init__(self, stream: Stream, activation_checkpointing: bool = False, checkpoint_in_cpu: bool = False) -> None:
         """`stream` has one chunk and stores it on the device; it runs embedding and head."""
         self.stream = stream
         self.store = stream.store
-        self._recompute = recompute
+        self._activation_checkpointing = activation_checkpointing
         self._checkpoint_in_cpu = checkpoint_in_cpu
 
     def attach(self, layer: TransformerLayer) -> None:
@@ -72,7 +73,7 @@ class PlainExecution:
         """Run a layer, with or without activation checkpointing."""
         args = x_SBh, self.stream.on_device(positions_BS), documents
         note_gradients(self.stream, layer_number, (INPUT,), x_SBh)
-        if not (self._recompute and torch.is_grad_enabled()):
+        if not (self._activation_checkpointing and torch.is_grad_enabled()):
             return layer(*args)
         if not self._checkpoint_in_cpu:
             return checkpoint(layer, *args, use_reentrant=False)
@@ -80,7 +81,7 @@ class PlainExecution:
             return checkpoint(layer, *args, use_reentrant=False)
 
     def _run_layer(self, layer_number: int, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-        with self.stream.piece("forward", layer_number, 0, 1), named_range(TOKEN_WISE):
+        with self.stream.chunk("forward", layer_number, 0), named_range(TOKEN_WISE):
             return self.stream.noted("forward", OUTPUT, layer_number, 0, forward(*args))
 
 
@@ -116,17 +117,17 @@ class UlyssesAttention:
         return differentiable_heads_to_tokens([o], group)[0]
 
     def _note(self, names: Sequence[str], *values: Tensor) -> None:
-        """Pass the values to `stream.note`, and their gradients once they are computed."""
+        """Show the values to the observer, and their gradients once they are computed."""
         for what, value in zip(names, values, strict=True):
-            self._stream.note("forward", what, self._layer_number, 0, value)
+            self._stream.observer.note("forward", what, self._layer_number, 0, value)
         note_gradients(self._stream, self._layer_number, names, *values)
 
 
 def note_gradients(stream: Stream, layer_number: int, names: Sequence[str], *values: Tensor) -> None:
-    """Pass the gradients of values to `stream.note` once they are computed."""
+    """Show the gradients of values to the observer once they are computed."""
     for what, value in zip(names, values, strict=True):
         if value.requires_grad:
-            value.register_hook(partial(stream.note, "backward", what, layer_number, 0))
+            value.register_hook(partial(stream.observer.note, "backward", what, layer_number, 0))
 
 
 def _attention_with_dropout(qkv: QKV, dropout: float, variant: AttentionVariant, regions: tuple[Region, ...]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from megatron.fpdt.block import StreamedBlock
+from megatron.fpdt.block_chain import BlockChain
 from megatron.fpdt.loss import stream_loss
 from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.stream import Stream
@@ -22,11 +23,12 @@ class StreamedExecution:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.store = stream.store
+        self._chain = BlockChain(stream)
 
     def attach(self, layer: TransformerLayer) -> None:
         """Replace the layer's `forward` and its core attention."""
         layer.self_attention.core_attention = StreamedAttention()
-        layer.forward = StreamedBlock(self.stream, layer)  # type: ignore[method-assign]
+        layer.forward = StreamedBlock(self.stream, layer, self._chain)  # type: ignore[method-assign]
 
     def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
         return stream_embedding(self.stream, module, tokens_BS, positions_BS, anchor)

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.fpdt.stream import Stream
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.observer import Observer
 
 BLOCK = 4096  # norms allocated at a time
 HOW_TO_RESUME = (
@@ -50,22 +51,14 @@ class Finding:
     weights: list[str] = field(default_factory=list)
 
 
-class FiniteCheck:
-    """Checks every training step, on every rank."""
+class StepRecord(Observer):
+    """Records the norm of each value of a training step, and where it was computed. Does not wait for the device."""
 
-    def __init__(
-        self, stream: Stream, model: nn.Module, find_weights: Callable[[], list[str]], seq_length: int
-    ) -> None:
-        """Record values of `stream` and gradients of `model`; `find_weights` names weights that are not finite."""
-        self._stream, self._find_weights, self._seq_length = stream, find_weights, seq_length
-        self._norms = _Norms(stream.store.device)
+    def __init__(self, device: torch.device) -> None:
+        self._norms = _Norms(device)
         self._places: list[Place] = []
         self._results: list[int] = []  # the places of the loss and of the parameters' gradients
-        self._microbatch: int | None = None  # None outside of a step: evaluations are not checked
-        stream.note = self.note
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(partial(self._note_result, "backward", f"weights of {_with_layer(name)}"))
+        self._microbatch: int | None = None  # None outside of a step: evaluations are not recorded
 
     def start_microbatch(self, number: int) -> None:
         """Record a micro-batch of the step; the first, 0, clears the records of the last step."""
@@ -75,11 +68,50 @@ class FiniteCheck:
             self._results.clear()
         self._microbatch = number
 
-    def note(self, phase: str, what: str, layer: int | None, chunk: int | None, value: Tensor) -> None:
-        """Record the norm of a value that the step has computed. Does not wait for the device."""
+    def note(self, phase: str, what: str, layer_number: int | None, chunk: int | None, value: Tensor) -> None:
         if self._microbatch is not None:
-            self._places.append(Place(phase, what, layer, chunk, self._microbatch))
+            self._places.append(Place(phase, what, layer_number, chunk, self._microbatch))
             self._norms.append(value)
+
+    def note_result(self, phase: str, what: str, value: Tensor) -> None:
+        """Record a result of the step: the loss, or a parameter's gradient."""
+        self._results.append(len(self._places))
+        self.note(phase, what, None, None, value)
+
+    def finish(self) -> Tensor:
+        """End the step; return all norms, in order."""
+        self._microbatch = None
+        return self._norms.values()
+
+    def is_faulty(self, norms: Tensor) -> Tensor:
+        """Return 1 on the device if a result is not finite, else 0."""
+        return (~norms[self._results].isfinite().all()).float()
+
+    def first_fault(self, norms: Tensor) -> tuple[tuple[bool, int], Place] | tuple[None, None]:
+        """Return the order and place of the first value that is not finite, if any. Waits for the device."""
+        faulty = (~norms.isfinite()).nonzero().flatten().tolist()
+        if not faulty:
+            return None, None
+        results = set(self._results)
+        is_result, first = min((index in results, index) for index in faulty)
+        return (is_result, first), self._places[first]
+
+
+class FiniteCheck:
+    """Checks every training step, on every rank."""
+
+    def __init__(
+        self, record: StepRecord, model: nn.Module, find_weights: Callable[[], list[str]], layout: SequenceLayout
+    ) -> None:
+        """Record gradients of `model` too; `record` observes its stream. `find_weights` names weights not finite."""
+        self._record, self._find_weights, self._layout = record, find_weights, layout
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(partial(record.note_result, "backward", f"weights of {_with_layer(name)}"))
+
+    def start_microbatch(self, number: int) -> None:
+        """Begin a micro-batch of the step, numbered from 0."""
+        self._record.start_microbatch(number)
 
     def finish(self, loss: Tensor) -> str | None:
         """End the step; describe the first value that is not finite if the loss or a gradient of any rank is not.
@@ -87,26 +119,15 @@ class FiniteCheck:
         `loss` is this rank's, a scalar. Call it before the optimizer's step. Collective over all ranks. Waits for the
         device.
         """
-        self._note_result("forward", "sum of the losses", loss)
-        self._microbatch = None
-        norms = self._norms.values()
-        is_faulty = (~norms[self._results].isfinite().all()).float()
+        self._record.note_result("forward", "sum of the losses", loss)
+        norms = self._record.finish()
+        is_faulty = self._record.is_faulty(norms)
         dist.all_reduce(is_faulty, dist.ReduceOp.MAX)
         if not is_faulty.item():
             return None
-        return first_fault(gather(self._finding(norms)), self._stream.chunk_length, self._seq_length)
-
-    def _note_result(self, phase: str, what: str, value: Tensor) -> None:
-        self._results.append(len(self._places))
-        self.note(phase, what, None, None, value)
-
-    def _finding(self, norms: Tensor) -> Finding:
-        faulty = (~norms.isfinite()).nonzero().flatten().tolist()
-        if not faulty:
-            return Finding(weights=self._find_weights())
-        results = set(self._results)
-        is_result, first = min((index in results, index) for index in faulty)
-        return Finding((is_result, first), self._places[first], self._find_weights())
+        order, place = self._record.first_fault(norms)
+        finding = Finding(order, place, self._find_weights())
+        return first_fault(gather(finding), self._layout.chunk_length, self._layout.sequence_length)
 
 
 def gather(finding: Finding) -> list[Finding]:
@@ -128,6 +149,11 @@ def first_fault(findings: Sequence[Finding], chunk_length: int, seq_length: int)
     assert place is not None
     where = _described(place, chunk_length, seq_length)
     return f"{_ranks(ranks)}: the first value that is not finite is {where}; all weights are finite"
+
+
+def faulty_weights(own: list[str]) -> str | None:
+    """Describe the weights of any rank that are not finite, given this rank's. Collective over all ranks."""
+    return weights_not_finite(gather(Finding(weights=own)))
 
 
 def weights_not_finite(findings: Sequence[Finding]) -> str | None:

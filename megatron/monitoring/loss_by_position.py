@@ -7,7 +7,8 @@ its document.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.logging import LoggingConfig
-from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.batch import Batch, document_positions, document_starts
+from megatron.fpdt.observer import Observer
 from megatron.fpdt.stream import Stream
 from megatron.logging.log_line import Bucket
 
@@ -31,14 +32,35 @@ def bucket_edges(logging: LoggingConfig, seq_length: int) -> list[int]:
     return sorted({0, *(seq_length >> halvings for halvings in range(count))})
 
 
+class TokenLosses(Observer):
+    """Collects the token losses of an evaluation while asked to."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] | None = None
+
+    def note_token_losses(self, losses: Tensor) -> None:
+        if self._losses is not None:
+            self._losses.append(losses)
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Tensor]]:
+        """Collect in the list that is yielded, within this context."""
+        losses: list[Tensor] = []
+        self._losses = losses
+        try:
+            yield losses
+        finally:
+            self._losses = None
+
+
 class LossByPosition:
     """Token losses of this rank by bucket, summed over one evaluation. Without buckets it changes nothing."""
 
-    def __init__(self, edges: list[int], seq_length: int, stream: Stream) -> None:
-        self._edges, self._stream = edges, stream
-        parallel, device = stream.parallel_state, stream.store.device
-        layout = SequenceLayout(seq_length, min(stream.chunk_length, seq_length), parallel.sequence_parallel_size)
-        self._owned = layout.owned_positions(parallel.sequence_parallel_rank)
+    def __init__(self, edges: list[int], seq_length: int, stream: Stream, token_losses: TokenLosses) -> None:
+        """Take `token_losses`, which observes the stream."""
+        self._edges, self._token_losses = edges, token_losses
+        rank, device = stream.parallel_state.sequence_parallel_rank, stream.store.device
+        self._owned = stream.layout_of(seq_length).owned_positions(rank)
         # For each bucket: the sum of token losses, and the sum of the loss mask.
         self._sums = torch.zeros(2, max(len(edges) - 1, 0), dtype=torch.float64, device=device)
 
@@ -46,12 +68,8 @@ class LossByPosition:
         """Return the loss sum of the batch from `evaluate`; add its token losses to their buckets."""
         if not self._edges:
             return evaluate(batch.inputs())
-        token_losses: list[Tensor] = []
-        self._stream.token_losses = token_losses
-        try:
+        with self._token_losses.collecting() as token_losses:
             loss = evaluate(batch.inputs())
-        finally:
-            self._stream.token_losses = None
         buckets_BS = torch.bucketize(self._positions(batch), torch.tensor(self._edges[1:-1]), right=True)
         buckets = buckets_BS.T.flatten().to(self._sums.device)  # [B, S/p] -> [S/p * B], as the losses are
         for sums, values in zip(self._sums, (torch.cat(token_losses), batch.loss_mask.T.flatten()), strict=True):

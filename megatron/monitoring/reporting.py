@@ -13,7 +13,6 @@ import torch
 
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config
-from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.stream import Stream
 from megatron.initialize import GIB, Context
 from megatron.logging.device_peak import peak_tflops
@@ -156,8 +155,7 @@ class Reporter:
 def _recomputed_flops(config: Config, stream: Stream, attention_share: float) -> int:
     model, parallel = config.model, config.parallel
     if parallel.ds_sequence_parallel_fpdt:
-        size = parallel.ds_sequence_parallel_size
-        layout = SequenceLayout(model.seq_length, min(stream.chunk_length, model.seq_length), size)
+        layout = stream.layout_of(model.seq_length)
         return flops_of_streaming(model, layout, stream.slice_length, stream.checkpoint_interval, stream.recompute)
     if config.deepspeed.deepspeed_activation_checkpointing:
         return flops_of_checkpointing(model, model.seq_length, attention_share)

@@ -23,8 +23,7 @@ Neither counts the attention scores that every flash kernel recomputes inside it
 
 from dataclasses import dataclass
 
-from megatron.config.model import ModelConfig
-from megatron.config.parallel import Recompute
+from megatron.config import ModelConfig, Recompute
 from megatron.core.sequence_layout import SequenceLayout
 
 
@@ -88,7 +87,7 @@ def flops_of_streaming(
     """Return the FLOPs that the streamed blocks recompute for one sequence.
 
     Where products after attention are saved, the first `slice_length` tokens of a rank in each chunk are recomputed
-    all the same. With "kv", keys and values are recomputed once more for all chunks but the last.
+    all the same. Keys and values that are not saved are recomputed once more for all chunks but the last.
     """
     seq_length = layout.sequence_length
     first_slices = seq_length - layout.sequence_parallel_size * layout.tokens_after(slice_length)
@@ -97,12 +96,11 @@ def flops_of_streaming(
     dense = 2 * model.hidden_size * query_width
     before = forward_flops(model, 0, seq_length).token_wise // model.num_layers - seq_length * (dense + first + last)
     inner = 0 if model.parallel_residual else dense
-    recomputed = {
-        "kv": before + before * (seq_length - layout.chunk_lengths[-1]) // seq_length + seq_length * (inner + first),
-        "all": before + seq_length * (inner + first),
-        "mlp": first_slices * inner + seq_length * first,
-        "none": first_slices * (inner + first),
-    }[recompute]
+    recomputed = (first_slices if recompute.saves_products else seq_length) * inner
+    recomputed += (first_slices if recompute.saves_mlp_products else seq_length) * first
+    recomputed += 0 if recompute.saves_products else before
+    if not recompute.saves_keys_and_values:
+        recomputed += before * (seq_length - layout.chunk_lengths[-1]) // seq_length
     rebuilt_blocks = model.num_layers - -(-model.num_layers // checkpoint_interval)
     return model.num_layers * recomputed + rebuilt_blocks * seq_length * (dense + first + last)
 

@@ -250,6 +250,7 @@ def _slice_bytes(shape: StreamShape, recompute: Recompute) -> tuple[int, int]:
     size = shape.element_size
     hidden, first, width = (n * tokens * size for n in (shape.hidden_size, shape.mlp_outputs, shape.mlp_width))
     projection = _projection_bytes(shape)
-    prefetched = {"mlp": max(projection, hidden), "none": max(projection, hidden + first)}.get(recompute, 0)
+    after = hidden + (first if recompute.saves_mlp_products else 0)
+    prefetched = max(projection, after) if recompute.saves_products else 0
     # The first layer's outputs and their gradient, the gradient of the second layer's input, and some hidden states.
     return prefetched, 2 * first + width + 6 * hidden

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron.config import Recompute
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import named_model
@@ -53,8 +54,8 @@ def plan_published(row: Published) -> Plan:
     model, vocabulary = named_model(row.model, row.length)
     shared = row.sequence_parallel or row.num_gpus
     job = Job(
-        model, vocabulary, row.num_gpus, 32768 * shared, shared, cpu_optimizer=row.cpu_optimizer, recompute="all",
-        checkpoint_interval=1,
+        model, vocabulary, row.num_gpus, 32768 * shared, shared, cpu_optimizer=row.cpu_optimizer,
+        recompute=Recompute.ALL, checkpoint_interval=1,
     )  # fmt: skip
     gpu = GPUS[row.gpu]
     plan = Plan(job, Machines(gpu, row.num_gpus, 8, UNBOUNDED_HOST), next(iter(gpu.attention)))

@@ -125,7 +125,7 @@ def _link_seconds(job: Job, machines: Machines, recompute: Recompute) -> tuple[f
     shape = job.shape
     hidden, keys = shape.residual_bytes, shape.key_value_bytes
     attention_and_products = shape.attention_bytes + shape.product_bytes(recompute)
-    recomputes_kv = recompute == "kv"  # from block inputs, which are copied in a second time
+    recomputes_kv = not recompute.saves_keys_and_values  # from block inputs, which are copied in a second time
     chunks = shape.layout.num_chunks
     others = (chunks - 1) / 2  # tiles off the diagonal per chunk
     return (
@@ -156,5 +156,5 @@ def _exchange_seconds(job: Job, machines: Machines, recompute: Recompute) -> tup
     gathers = gather if job.zero_stage == 3 else 0.0
     return (
         (2 * queries + keys) * all_to_all + gathers,
-        (4 * queries + (3 if recompute == "kv" else 2) * keys) * all_to_all + gathers + gather,
+        (4 * queries + (2 if recompute.saves_keys_and_values else 3) * keys) * all_to_all + gathers + gather,
     )

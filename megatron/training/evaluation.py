@@ -23,7 +23,7 @@ def _evaluate(run: Run, data: TrainingData, part: Part, iteration: int) -> None:
     num_units = num_steps * forward_units(run.config, run.stream.chunk_length, run.num_microbatches)
     run.progress.start_step(iteration, num_units)
     totals = torch.zeros(2, dtype=torch.float64, device=run.context.device)  # sum of losses, unmasked tokens
-    by_position = LossByPosition(bucket_edges(logging, length), length, run.stream)
+    by_position = LossByPosition(bucket_edges(logging, length), length, run.stream, run.token_losses)
     with data.read(part, 0, num_steps) as batches:
         for batch in batches:
             totals[0] += by_position.evaluate(batch, run.engine.evaluate)

@@ -13,7 +13,7 @@ from megatron.checkpointing import Saver
 from megatron.checkpointing.train_state import TrainState
 from megatron.data.batch import Batch
 from megatron.initialize import GIB
-from megatron.monitoring.finite_check import HOW_TO_RESUME, Finding, NotFiniteError, gather, weights_not_finite
+from megatron.monitoring.finite_check import HOW_TO_RESUME, NotFiniteError, faulty_weights
 from megatron.monitoring.profiling import StepProfiler
 from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.training.data import TrainingData
@@ -162,6 +162,6 @@ class Training:
 
     def _check_weights(self) -> None:
         """Raise NotFiniteError where the weights of any rank are not finite. Collective over all ranks."""
-        fault = weights_not_finite(gather(Finding(weights=self._engine.weights_not_finite())))
+        fault = faulty_weights(self._engine.weights_not_finite())
         if fault is not None:
             raise NotFiniteError(f"iteration {self.state.iteration} is not saved: {fault}; {HOW_TO_RESUME}.")

@@ -10,14 +10,17 @@ from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, l
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, deepspeed_config, default_batch_notes
 from megatron.engine.engine import Engine
+from megatron.fpdt.observer import Observer, Observers
 from megatron.fpdt.stream import Stream
 from megatron.initialize import Context
-from megatron.logging.progress import StepProgress, build_progress
+from megatron.logging.progress import build_progress
 from megatron.logging.writers import build_writer
-from megatron.monitoring.finite_check import FiniteCheck
+from megatron.monitoring.finite_check import FiniteCheck, StepRecord
+from megatron.monitoring.loss_by_position import TokenLosses
 from megatron.monitoring.loss_window import LossWindow
 from megatron.monitoring.out_of_memory import Ledger
 from megatron.monitoring.reporting import Reporter
+from megatron.monitoring.step_progress import ProgressObserver
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.ranks.watchdog import WatchedProgress
 from megatron.training.data import TrainingData
@@ -44,10 +47,11 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
         ),
         watchdog,
     )
-    engine = _build_engine(config, context, providers, progress)
+    record, token_losses = StepRecord(context.device), TokenLosses()
+    observer = Observers(ProgressObserver(progress), token_losses, record)
+    engine = _build_engine(config, context, providers, observer)
     execution: Any = engine.module.execution
     stream: Stream = execution.stream
-    stream.whole_parameters = engine.whole_parameters
     ledger.engine, ledger.stream = engine, stream
     if checkpoint is not None:
         with watchdog.working(f"loading {checkpoint}"):
@@ -55,11 +59,12 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
         context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
     finite_check = None
     if not config.training.no_check_for_nan_in_loss_and_grad:
-        finite_check = FiniteCheck(stream, engine.module, engine.weights_not_finite, config.model.seq_length)
+        layout = stream.layout_of(config.model.seq_length)
+        finite_check = FiniteCheck(record, engine.module, engine.weights_not_finite, layout)
     losses = _build_loss_window(config)
     writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
     reporter = Reporter(config, context, writer, padded_vocab_size, stream, losses)
-    run = Run(config, context, engine, stream, progress, reporter, losses, finite_check)
+    run = Run(config, context, engine, stream, progress, reporter, losses, token_losses, finite_check)
     try:
         Training(run, data, Saver(engine, context, config, padded_vocab_size), state).run()
     finally:
@@ -85,12 +90,12 @@ def _build_data(config: Config, context: Context, providers: Providers, state: T
         return TrainingData(config, context, providers, lengths.num_samples(config, state))
 
 
-def _build_engine(config: Config, context: Context, providers: Providers, progress: StepProgress) -> Engine:
+def _build_engine(config: Config, context: Context, providers: Providers, observer: Observer) -> Engine:
     """Build the model and its optimizer. Collective over all ranks."""
     world_size = context.parallel_state.world_size
     with context.watchdog.working("building the model"):
         return Engine(
-            lambda: providers.model(lambda phase, layer, chunk, _: progress.advance(phase, layer, chunk)),
+            lambda: providers.model(observer),
             providers.leaf_modules,
             lambda model: parameter_groups(model, config.optimizer.weight_decay),
             config.optimizer,

@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron.data.batch import BatchProvider
 from megatron.data.blended_dataset import SampleDataset
-from megatron.fpdt.stream import ProgressReport
+from megatron.fpdt.observer import Observer
 
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
 DatasetsProvider = Callable[[tuple[int, int, int]], Datasets]
@@ -23,7 +23,7 @@ class Providers:
     whole.
     """
 
-    model: Callable[[ProgressReport], nn.Module]
+    model: Callable[[Observer], nn.Module]
     leaf_modules: Sequence[type[nn.Module]]
     datasets: DatasetsProvider
     batch: BatchProvider

@@ -10,6 +10,7 @@ from megatron.fpdt.stream import Stream
 from megatron.initialize import Context
 from megatron.logging.progress import StepProgress
 from megatron.monitoring.finite_check import FiniteCheck
+from megatron.monitoring.loss_by_position import TokenLosses
 from megatron.monitoring.loss_window import LossWindow
 from megatron.monitoring.reporting import Reporter
 
@@ -25,6 +26,7 @@ class Run:
     progress: StepProgress
     reporter: Reporter
     losses: LossWindow
+    token_losses: TokenLosses
     finite_check: FiniteCheck | None
 
     @property

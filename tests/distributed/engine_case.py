@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron.config import OptimizerConfig
-from megatron.engine.engine import Engine
+from megatron.engine.engine import Engine, whole_parameters
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.weights.opening import open_state
 from megatron.weights.source import MOMENTS, WEIGHTS
@@ -125,7 +125,7 @@ def gather(engine: Engine) -> State:
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
-            with engine.whole_parameters([parameter]):
+            with whole_parameters([parameter]):
                 state[name] = {WEIGHTS: parameter.detach().clone()}
         elif engine.zero_stage == 0:
             adam = engine._engine.optimizer.state[parameter]
@@ -152,7 +152,7 @@ def module_weights(engine: Engine) -> dict[str, Tensor]:
     """Return the weights that the model computes with, whole. Collective over all ranks."""
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        with engine.whole_parameters([parameter]):
+        with whole_parameters([parameter]):
             weights[name] = parameter.detach().clone()
     return weights
 

@@ -16,6 +16,7 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents, Span
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.observer import Observer
 from megatron.fpdt.stream import SLICE_LENGTH
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
@@ -62,9 +63,9 @@ class Case:
     data_parallel_size: int = 1
     attention_backend: str = "auto"
     max_positions: int = 0
-    recompute: bool = False
+    activation_checkpointing: bool = False
     checkpoint_in_cpu: bool = False
-    fpdt_recompute: Recompute = "all"
+    recompute: Recompute = Recompute.ALL
     slice_length: int = SLICE_LENGTH
     documents: tuple[tuple[Span, ...], ...] = ()
 
@@ -78,10 +79,10 @@ class Case:
         positions = self.positions if self.positions == "learned" else f"rope{float(self.positions):.0%}"
         heads = f"kv{self.num_key_value_heads}of{self.num_heads}"
         ranks = f"dp{self.data_parallel_size}-sp{self.sequence_parallel_size}"
-        recompute = "-recompute" if self.recompute else ""
+        recompute = "-recompute" if self.activation_checkpointing else ""
         recompute += "-in-cpu" if self.checkpoint_in_cpu else ""
-        if self.fpdt_recompute != "all":
-            recompute += f"-recompute-{self.fpdt_recompute}-slices{self.slice_length}"
+        if self.recompute is not Recompute.ALL:
+            recompute += f"-recompute-{self.recompute}-slices{self.slice_length}"
         family = "-".join((self.family, *self.switches))
         documents = "".join(f"-{'+'.join(f'{a}:{b}' for a, b in spans)}" for spans in self.documents)
         return (
@@ -119,7 +120,7 @@ def model_config(case: Case) -> ModelConfig:
     )
 
 
-def build(case: Case) -> tuple[nn.Module, ParallelState, SequenceLayout]:
+def build(case: Case, observer: Observer | None = None) -> tuple[nn.Module, ParallelState, SequenceLayout]:
     """Build a case's model on this rank, float64 on CPU; return it with the parallel state and the sequence layout."""
     parallel_state = ParallelState.create(case.sequence_parallel_size)
     chunk_length = case.chunk_length or case.sequence_length
@@ -127,9 +128,11 @@ def build(case: Case) -> tuple[nn.Module, ParallelState, SequenceLayout]:
         fpdt=case.chunk_length > 0,
         chunk_size=chunk_length,
         offloading=case.offloading,
-        recompute=case.recompute,
+        activation_checkpointing=case.activation_checkpointing,
         checkpoint_in_cpu=case.checkpoint_in_cpu,
-        fpdt_recompute=case.fpdt_recompute,
+        recompute=case.recompute,
+        slice_length=case.slice_length,
+        observer=observer or Observer(),
     )
     model = build_model(
         model_config(case),
@@ -138,7 +141,6 @@ def build(case: Case) -> tuple[nn.Module, ParallelState, SequenceLayout]:
         execution,
         Initialization(torch.float64),
     )
-    model.execution.stream.slice_length = case.slice_length
     layout = SequenceLayout(case.sequence_length, chunk_length, case.sequence_parallel_size)
     return model, parallel_state, layout
 
@@ -223,9 +225,9 @@ def reference(case: Case) -> Result:
             sequence_parallel_size=1,
             chunk_length=0,
             offloading=False,
-            recompute=False,
+            activation_checkpointing=False,
             checkpoint_in_cpu=False,
-            fpdt_recompute="all",
+            recompute=Recompute.ALL,
             slice_length=SLICE_LENGTH,
             attention_backend="auto",
         )

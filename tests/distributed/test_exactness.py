@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron.config import Recompute
 from tests.distributed.model_case import Case, assert_exact
 from tests.distributed.rank_pool import RankPool
 
@@ -30,8 +31,8 @@ PLAIN = [
     replace(GPT, sequence_parallel_size=2),
     replace(LLAMA, sequence_parallel_size=4, num_key_value_heads=2, batch_size=3, positions=0.25),
     replace(GPT, sequence_parallel_size=4, positions=0.25),
-    replace(LLAMA, sequence_parallel_size=2, recompute=True),
-    replace(GPT, sequence_parallel_size=2, recompute=True, checkpoint_in_cpu=True),
+    replace(LLAMA, sequence_parallel_size=2, activation_checkpointing=True),
+    replace(GPT, sequence_parallel_size=2, activation_checkpointing=True, checkpoint_in_cpu=True),
 ]
 
 STREAMED = [
@@ -63,9 +64,9 @@ ARCHITECTURES = {
 EXECUTIONS = [
     {"num_key_value_heads": 8},
     {"sequence_parallel_size": 2, "batch_size": 3, "recompute": True},
-    *({"chunk_length": 20, "sequence_parallel_size": size, "fpdt_recompute": recompute, "slice_length": 3,
+    *({"chunk_length": 20, "sequence_parallel_size": size, "recompute": recompute, "slice_length": 3,
        "offloading": size == 2, "batch_size": 3 - size}
-      for size in (1, 2) for recompute in ("kv", "all", "mlp", "none")),
+      for size in (1, 2) for recompute in Recompute),
 ]  # fmt: skip
 
 CORNERS = {
@@ -81,17 +82,17 @@ CORNERS = {
         LLAMA, num_heads=12, num_key_value_heads=3, chunk_length=16, sequence_parallel_size=4, batch_size=3
     ),
     "no product is recomputed": replace(
-        LLAMA, chunk_length=20, sequence_parallel_size=2, offloading=True, fpdt_recompute="none", slice_length=3
+        LLAMA, chunk_length=20, sequence_parallel_size=2, offloading=True, recompute=Recompute.NONE, slice_length=3
     ),
     "the products of the MLP are recomputed": replace(
-        GPT, chunk_length=20, sequence_parallel_size=4, batch_size=3, fpdt_recompute="mlp", slice_length=2
+        GPT, chunk_length=20, sequence_parallel_size=4, batch_size=3, recompute=Recompute.MLP, slice_length=2
     ),
     "keys and values are made anew": replace(
         LLAMA,
         chunk_length=20,
         sequence_parallel_size=4,
         num_key_value_heads=2,
-        fpdt_recompute="kv",
+        recompute=Recompute.KV,
         slice_length=3,
         offloading=True,
     ),
@@ -115,12 +116,12 @@ DOCUMENTS = {
 }
 DOCUMENT_EXECUTIONS = [
     replace(LLAMA, num_key_value_heads=2),
-    replace(GPT, sequence_parallel_size=2, recompute=True),
+    replace(GPT, sequence_parallel_size=2, activation_checkpointing=True),
     replace(LLAMA, chunk_length=16, num_key_value_heads=2, offloading=True),
-    replace(GPT, chunk_length=20, fpdt_recompute="none", slice_length=3, offloading=True),
+    replace(GPT, chunk_length=20, recompute=Recompute.NONE, slice_length=3, offloading=True),
     replace(LLAMA, chunk_length=20, sequence_parallel_size=2, num_key_value_heads=1, offloading=True),
     replace(LLAMA, chunk_length=16, sequence_parallel_size=4, num_key_value_heads=2, positions=0.25),
-    replace(LLAMA, chunk_length=16, sequence_parallel_size=2, fpdt_recompute="kv", slice_length=3, offloading=True),
+    replace(LLAMA, chunk_length=16, sequence_parallel_size=2, recompute=Recompute.KV, slice_length=3, offloading=True),
 ]
 SEQUENCES_OF_DOCUMENTS = [
     ("one", "of one token", "padding behind"),

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.config import ModelConfig
+from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import store as store_module
+from megatron.fpdt.tiers import HostTier
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
 
@@ -43,9 +44,9 @@ def _inputs(length, batch=1, device="cpu"):
 
 
 def _model(config, execution, dtype=torch.bfloat16, weights=None, slice_length=None):
-    model = build_model(config, VOCAB, ParallelState(), execution, Initialization(dtype, torch.device("cuda")))
     if slice_length is not None:
-        model.execution.stream.slice_length = slice_length
+        execution = replace(execution, slice_length=slice_length)
+    model = build_model(config, VOCAB, ParallelState(), execution, Initialization(dtype, torch.device("cuda")))
     if weights is not None:
         model.load_state_dict(weights)
     return model
@@ -136,26 +137,26 @@ def test_documents_do_not_make_the_host_wait(backend):
 @contextlib.contextmanager
 def _delays(monkeypatch, cycles=2_000_000):
     """Hold up each copy before it starts and the arithmetic after each arrival."""
-    start, finish, send = (getattr(store_module.ChunkStore, name) for name in ("_start", "_finish", "_send_out"))
+    copy_in, copy_out, finish = HostTier.copy_in, HostTier.copy_out, store_module.ChunkStore._finish
 
-    def slow_send(self, chunk, value):
+    def slow_copy_out(self, chunk, value):
         torch.cuda._sleep(cycles)  # the producer is late
-        with torch.cuda.stream(self._copy_out):
+        with torch.cuda.stream(self.copy_out_stream):
             torch.cuda._sleep(cycles)
-        return send(self, chunk, value)
+        return copy_out(self, chunk, value)
 
-    def slow_start(self, chunk):
-        with torch.cuda.stream(self._copy_in):
+    def slow_copy_in(self, chunk):
+        with torch.cuda.stream(self.copy_in_stream):
             torch.cuda._sleep(cycles)
-        return start(self, chunk)
+        return copy_in(self, chunk)
 
     def slow_finish(self, arriving, arrived):
         result = finish(self, arriving, arrived)
         torch.cuda._sleep(cycles)
         return result
 
-    monkeypatch.setattr(store_module.ChunkStore, "_send_out", slow_send)
-    monkeypatch.setattr(store_module.ChunkStore, "_start", slow_start)
+    monkeypatch.setattr(HostTier, "copy_out", slow_copy_out)
+    monkeypatch.setattr(HostTier, "copy_in", slow_copy_in)
     monkeypatch.setattr(store_module.ChunkStore, "_finish", slow_finish)
     yield
     monkeypatch.undo()
@@ -168,34 +169,34 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("recompute", ["kv", "mlp", "none"])
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.MLP, Recompute.NONE])
 @pytest.mark.parametrize("execution", [ON_DEVICE, OFFLOADED], ids=["on-device", "offloaded"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_kept_changes_no_bit(architecture, execution, recompute):
     config, inputs = _config(1024 + 192, **ARCHITECTURES[architecture]), _inputs(1024 + 192, batch=2)
     loss, grads = _run(_model(config, ON_DEVICE, slice_length=96), inputs)
-    model = _model(config, replace(execution, fpdt_recompute=recompute), slice_length=96)
+    model = _model(config, replace(execution, recompute=recompute), slice_length=96)
     for _ in range(2):
         other_loss, other_grads = _run(model, inputs)
         assert torch.equal(loss, other_loss)
         assert differing(grads, other_grads) == []
 
 
-@pytest.mark.parametrize("recompute", ["kv", "all", "none"])
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.ALL, Recompute.NONE])
 def test_delays_in_every_stream_change_no_bit(monkeypatch, recompute):
     config, inputs = _config(1024 + 192), _inputs(1024 + 192)
     loss, grads = _run(_model(config, OFFLOADED, slice_length=96), inputs, steps=2)
-    model = _model(config, replace(OFFLOADED, fpdt_recompute=recompute), slice_length=96)
+    model = _model(config, replace(OFFLOADED, recompute=recompute), slice_length=96)
     with _delays(monkeypatch):
         slow_loss, slow_grads = _run(model, inputs, steps=2)
     assert torch.equal(loss, slow_loss)
     assert differing(grads, slow_grads) == []
 
 
-@pytest.mark.parametrize("recompute", ["kv", "all", "none"])
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.ALL, Recompute.NONE])
 def test_the_host_never_waits_for_the_device(recompute):
     config, inputs = _config(1024), _inputs(1024)
-    model = _model(config, replace(OFFLOADED, fpdt_recompute=recompute), slice_length=96)
+    model = _model(config, replace(OFFLOADED, recompute=recompute), slice_length=96)
     _run(model, inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -232,7 +233,7 @@ def test_host_pool_allocates_in_the_first_step_only_and_exactly():
 
 def _peak_bytes(length, recompute):
     config, inputs = _config(length), _inputs(length)
-    execution = Execution(fpdt=True, chunk_size=1024, offloading=True, fpdt_recompute=recompute)
+    execution = Execution(fpdt=True, chunk_size=1024, offloading=True, recompute=recompute)
     model = _model(config, execution, slice_length=256)
     _run(model, inputs)
     torch.cuda.synchronize()
@@ -243,7 +244,7 @@ def _peak_bytes(length, recompute):
     return torch.cuda.max_memory_allocated() - base
 
 
-@pytest.mark.parametrize("recompute", ["kv", "all", "none"])
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.ALL, Recompute.NONE])
 def test_peak_memory_does_not_grow_with_the_sequence(recompute):
     short, long = _peak_bytes(8 * 1024, recompute), _peak_bytes(64 * 1024, recompute)
     assert long <= 1.02 * short
@@ -273,7 +274,7 @@ def test_what_is_given_up_on_its_way_is_not_written_over_what_comes_after():
     store = store_module.ChunkStore(torch.device("cuda", torch.cuda.current_device()), offloading=True)
     chunk = store.empty((2**20,), torch.float32)
     store.put(chunk, torch.ones(2**20, device="cuda"))
-    with torch.cuda.stream(store._copy_in):
+    with torch.cuda.stream(store.host_tier.copy_in_stream):
         torch.cuda._sleep(50_000_000)
     store.expect([chunk])
     (address,) = (arriving.data_ptr() for arriving, _ in store._expected.values())

@@ -21,10 +21,13 @@ from megatron.core.collectives import Exchange
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.block import StreamedBlock
+from megatron.fpdt.block_chain import BlockChain
+from megatron.fpdt.observer import Observer
 from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import SLICE_LENGTH, Stream
 from megatron.fpdt.streamed_layer import StreamedLayer
+from megatron.fpdt.tiers import HostTier
 from megatron.ops.attention import QKV, AttentionOutput, AttentionRequest, AttentionVariant
 from megatron.planner.flops import forward_flops
 from megatron.planner.hardware import GB, TERA
@@ -50,7 +53,7 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class Clock:
+class Clock(Observer):
     """When each lane is free, and the pieces that have run. A lane runs one piece at a time, in queue order."""
 
     free: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LANES, 0.0))
@@ -77,7 +80,7 @@ class Clock:
         """Make the compute lane wait until a time."""
         self.free[COMPUTE] = max(self.free[COMPUTE], until)
 
-    def report(self, phase: str, layer_number: int, chunk: int, num_chunks: int) -> None:
+    def begin_chunk(self, phase: str, layer_number: int, chunk: int) -> None:
         """Set the layer and phase of the next pieces."""
         self.layer, self.phase = layer_number, phase
 
@@ -118,43 +121,44 @@ class Seconds:
         )
 
 
-class TimedStore(ChunkStore):
-    """A host store whose copies occupy the copy lanes, in the order that CUDA events would give them."""
+class TimedTier(HostTier):
+    """A host tier whose copies occupy the copy lanes, in the order that CUDA events would give them."""
 
     def __init__(self, clock: Clock, seconds: Seconds, kind_of: Callable[[Tensor], str]) -> None:
-        super().__init__(torch.device("cpu"), offloading=True)
+        super().__init__(torch.device("cpu"))
         self._clock, self._per_byte, self._kind_of = clock, seconds.per_byte, kind_of
         self._complete: dict[int, float] = {}  # by host address: when the chunk there is complete
 
-    def _start(self, chunk: Tensor) -> Any:
-        bytes_before = self.copied.bytes_in
-        arriving, arrived = super()._start(chunk)
-        if self.copied.bytes_in > bytes_before:
-            queued = max(self._clock.free[COMPUTE], self._complete.get(chunk.data_ptr(), 0.0))
-            arrived = self._copy(COPY_IN, chunk, queued)
-        return arriving, arrived
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        free = self._clock.free
+        free[COPY_OUT] = max(free[COPY_OUT], free[COPY_IN])
+        return super().empty(shape, dtype)
 
-    def _finish(self, arriving: Tensor, arrived: Any) -> Tensor:
-        self._clock.wait(arrived or 0.0)
-        return arriving
+    def copy_in(self, chunk: Tensor) -> Any:
+        arriving, _ = super().copy_in(chunk)
+        queued = max(self._clock.free[COMPUTE], self._complete.get(chunk.data_ptr(), 0.0))
+        return arriving, self._copy(COPY_IN, chunk, queued)
 
-    def _send_out(self, chunk: Tensor, value: Tensor) -> Any:
-        super()._send_out(chunk, value)
+    def copy_out(self, chunk: Tensor, value: Tensor) -> Any:
+        super().copy_out(chunk, value)
         copied = self._complete[chunk.data_ptr()] = self._copy(COPY_OUT, chunk, self._clock.free[COMPUTE])
-        return value, copied
+        return copied
 
     def _copy(self, lane: str, chunk: Tensor, after: float) -> float:
         kind = self._kind_of(chunk)
         label = f"{KEYS} {chunk_of(chunk)}" if kind == KEYS else kind
         return self._clock.run(lane, kind, label, chunk.nbytes * self._per_byte, after)
 
-    def _wait_for(self, copy_out: Any) -> None:
-        self._clock.wait(copy_out[1])
 
-    def _empty_on_host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        free = self._clock.free
-        free[COPY_OUT] = max(free[COPY_OUT], free[COPY_IN])
-        return super()._empty_on_host(shape, dtype)
+class TimedStore(ChunkStore):
+    """A store that offloads to a timed tier, and whose waits are those of a clock."""
+
+    def __init__(self, clock: Clock, tier: TimedTier) -> None:
+        super().__init__(torch.device("cpu"), offloading=True)
+        self._clock, self.host_tier, self.pool = clock, tier, tier.pool
+
+    def _wait_for(self, event: Any) -> None:
+        self._clock.wait(event or 0.0)
 
 
 def kind_of(chunk: Tensor, layout: SequenceLayout, num_heads: int) -> str:
@@ -166,7 +170,7 @@ def kind_of(chunk: Tensor, layout: SequenceLayout, num_heads: int) -> str:
     return OUTPUT if (len(chunk), chunk.shape[2]) == (layout.local_lengths[0], num_heads) else KEYS
 
 
-@dataclass
+@dataclass(frozen=True)
 class TimedStream(Stream):
     """A stream of one rank whose all-to-all occupies a lane, and returns tensors of the right shapes."""
 
@@ -292,19 +296,20 @@ def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> 
     model, clock, seconds = plan.job.model, Clock(), seconds or Seconds.of(plan)
     layout = scaled(plan.job.shape.layout)
     p, heads, local_chunk = layout.sequence_parallel_size, model.num_attention_heads, layout.local_lengths[0]
-    store = TimedStore(clock, seconds, lambda chunk: kind_of(chunk, layout, heads))
+    store = TimedStore(clock, TimedTier(clock, seconds, lambda chunk: kind_of(chunk, layout, heads)))
     # The group only makes the stream see several ranks; nothing is sent to it.
     state = ParallelState(p, 0, p, 0, sequence_parallel_group=object())  # type: ignore[arg-type]
     stream = TimedStream(
-        store, TimedAttention(clock, seconds), state, layout.chunk_length, SLICE_LENGTH // SCALE, clock.report,
-        clock=clock, per_exchanged_byte=seconds.per_exchanged_byte,
+        store, TimedAttention(clock, seconds), state, layout.chunk_length, SLICE_LENGTH // SCALE,
+        observer=clock, clock=clock, per_exchanged_byte=seconds.per_exchanged_byte,
     )  # fmt: skip
     chunks = torch.arange(layout.local_length).view(-1, 1, 1) // local_chunk
     y = x = on_host(store, chunks.expand(-1, 1, model.hidden_size)).requires_grad_()
     positions = torch.arange(layout.local_length).expand(1, -1)
+    chain = BlockChain(stream)
     for number in range(1, num_blocks + 1):
         block = TimedBlock(clock, seconds, local_chunk, number, heads, model.num_key_value_heads)
-        streamed = StreamedBlock(stream, block)
+        streamed = StreamedBlock(stream, block, chain)
         streamed.layer = TimedLayer(stream, block)
         with clock.stopped():
             streamed.layer.trace(x[:1], positions[:, :1])  # a block does this in its first step only

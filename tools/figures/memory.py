@@ -7,6 +7,7 @@ from typing import Any
 
 from figures.clock import Seconds
 from figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, new_figure
+from megatron.config import Recompute
 from megatron.planner.hardware import GB, GIB, GPUS, Machines
 from megatron.planner.job import HALF, SUM, Job
 from megatron.planner.memory import FRAGMENTATION, OUTSIDE_TORCH
@@ -50,7 +51,7 @@ def _plan(name: str, length: int, chunk_length: int, num_gpus: int) -> Plan:
     """Plan a model with FPDT and offloading: every product recomputed, every block's input saved."""
     model, vocabulary = named_model(name, length)
     chunk_length = min(chunk_length, length)
-    job = Job(model, vocabulary, num_gpus, chunk_length, num_gpus, recompute="all", checkpoint_interval=1)
+    job = Job(model, vocabulary, num_gpus, chunk_length, num_gpus, recompute=Recompute.ALL, checkpoint_interval=1)
     gpu = GPUS[GPU]
     return Plan(job, Machines(gpu, num_gpus, num_gpus, HOST_GIB), gpu.fastest)
 

@@ -32,6 +32,7 @@ from figures.style import (
     legend_of,
     new_figure,
 )
+from megatron.config import Recompute
 from megatron.planner.hardware import GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import named_model
@@ -59,7 +60,7 @@ def plan() -> Plan:
     """Return the plan of the job whose block is shown."""
     model, vocabulary = named_model(MODEL, LENGTH)
     job = Job(
-        model, vocabulary, num_gpus=RANKS, chunk_length=CHUNK, sequence_parallel_size=RANKS, recompute="all",
+        model, vocabulary, num_gpus=RANKS, chunk_length=CHUNK, sequence_parallel_size=RANKS, recompute=Recompute.ALL,
         checkpoint_interval=1,
     )  # fmt: skip
     gpu = GPUS[GPU]

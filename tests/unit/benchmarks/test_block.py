@@ -26,7 +26,7 @@ LENGTH = 80
 def test_ways_of_running_configure_the_model():
     assert OFFLOADED.execution(32) == Execution(fpdt=True, chunk_size=32, offloading=True)
     assert ON_DEVICE.execution(32) == Execution(fpdt=True, chunk_size=32)
-    assert RECOMPUTED.execution(32) == Execution(recompute=True, checkpoint_in_cpu=True)
+    assert RECOMPUTED.execution(32) == Execution(activation_checkpointing=True, checkpoint_in_cpu=True)
 
 
 def test_model_flops_count_the_triangle_once_and_products_three_times():

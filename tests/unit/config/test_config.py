@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron.config import Config, ConfigError, ModelConfig
+from megatron.config import Config, ConfigError, ModelConfig, Recompute
 from tests.unit.config.commands import parsed
 
 
@@ -13,6 +13,18 @@ def test_a_configuration_survives_json(tmp_path):
     file.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}')
     config = parsed(f"--data-path 1 a 2 b --bf16 --data-impl mmap --deepspeed-config {file}")
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("recompute", Recompute)
+def test_an_enum_is_written_as_its_word_and_read_as_itself(recompute):
+    config = parsed(f"--ds-sequence-parallel-fpdt-recompute {recompute.value.upper()}")
+    plain = config.to_dict()
+    assert type(plain["parallel"]["ds_sequence_parallel_fpdt_recompute"]) is str
+    read = Config.from_dict(json.loads(json.dumps(plain)))
+    assert read.parallel.ds_sequence_parallel_fpdt_recompute is recompute
+    plain["parallel"]["ds_sequence_parallel_fpdt_recompute"] = "some"
+    with pytest.raises(ConfigError, match=r"section 'parallel' does not fit \('some' is not a valid Recompute\)"):
+        Config.from_dict(plain)
 
 
 def test_a_field_of_another_version_takes_no_part():

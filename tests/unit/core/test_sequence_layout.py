@@ -21,21 +21,21 @@ def test_the_slices_of_the_ranks_in_order_are_the_chunk(length: int, chunk: int,
     slices = [layout.owned_positions(rank).split(layout.local_lengths) for rank in range(size)]
     chunks = [torch.cat(of_all_ranks) for of_all_ranks in zip(*slices, strict=True)]
     assert torch.equal(torch.cat(chunks), torch.arange(length))
-    assert [len(tokens) for tokens in chunks] == layout.chunk_lengths
+    assert tuple(len(tokens) for tokens in chunks) == layout.chunk_lengths
 
 
 def test_the_last_chunk_may_be_shorter() -> None:
     layout = SequenceLayout(64, 24, 4)
     assert layout.num_chunks == 3
-    assert layout.chunk_lengths == [24, 24, 16]
-    assert layout.local_lengths == [6, 6, 4]
+    assert layout.chunk_lengths == (24, 24, 16)
+    assert layout.local_lengths == (6, 6, 4)
     assert layout.local_length == 16
     assert layout.owned_spans(1) == [(6, 12), (30, 36), (52, 56)]
     assert layout.owned_positions(1).tolist() == [*range(6, 12), *range(30, 36), *range(52, 56)]
 
 
 def test_a_chunk_longer_than_the_sequence_is_one_chunk() -> None:
-    assert SequenceLayout(12, 64, 4).chunk_lengths == [12]
+    assert SequenceLayout(12, 64, 4).chunk_lengths == (12,)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """One small layer, its inputs, and its results for tests of the streamed block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,8 +42,7 @@ def one_layer(execution, dtype=torch.float64, config_of=small_config, **changes)
 
 def run_layer(execution, dy=None, dtype=torch.float64, slice_length=8192, config_of=small_config, **changes):
     """(y, {"x": dx, parameter: gradient})"""
-    how, layer = one_layer(execution, dtype, config_of, **changes)
-    how.stream.slice_length = slice_length
+    _, layer = one_layer(replace(execution, slice_length=slice_length), dtype, config_of, **changes)
     x = residual(dtype).requires_grad_()
     y = layer(x, positions())
     y.backward(residual(dtype, seed=2) if dy is None else dy)

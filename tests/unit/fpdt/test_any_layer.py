@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron.config import Recompute
 from megatron.fpdt.block import StreamedBlock
+from megatron.fpdt.block_chain import BlockChain
 from megatron.fpdt.seam import StreamedAttention
 from megatron.ops.attention import AttentionVariant
 from megatron.ops.linear import linear
@@ -59,12 +61,11 @@ class GatedAttention(OneFactor):
 @TIERS
 @pytest.mark.parametrize("kind", [OneFactor, SharedNorm, GatedAttention])
 @pytest.mark.parametrize("slice_length", [5, 16])
-@pytest.mark.parametrize("recompute", ["kv", "all", "mlp", "none"])
+@pytest.mark.parametrize("recompute", list(Recompute))
 def test_any_module_that_calls_attention_once_can_be_streamed(execution, kind, slice_length, recompute):
-    stream = one_layer(replace(execution, fpdt_recompute=recompute))[0].stream
-    stream.slice_length = slice_length
+    stream = one_layer(replace(execution, recompute=recompute, slice_length=slice_length))[0].stream
     layer, x = kind(), residual().requires_grad_()
-    StreamedBlock(stream, layer)(x, positions()).backward(residual(seed=2))
+    StreamedBlock(stream, layer, BlockChain(stream))(x, positions()).backward(residual(seed=2))
     leaf, want = residual().requires_grad_(), kind()
     want.core_attention = plain_attention
     want(leaf, positions()).backward(residual(seed=2))
@@ -96,5 +97,5 @@ def test_a_layer_that_does_not_call_attention_once_is_refused(kind, times, train
     stream = one_layer(ON_DEVICE)[0].stream
     message = f"called its attention {times}" if training else "the layer has (not )?called its attention"
     with torch.set_grad_enabled(training), pytest.raises(RuntimeError, match=message):
-        StreamedBlock(stream, kind())(residual(), positions())
+        StreamedBlock(stream, kind(), BlockChain(stream))(residual(), positions())
     assert torch.is_grad_enabled()

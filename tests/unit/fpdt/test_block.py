@@ -10,6 +10,7 @@ from tests.unit.model.small_model import (
     OFFLOADED,
     ON_DEVICE,
     PLAIN,
+    Reports,
     assert_same_gradients,
     loss_and_gradients,
     relative_error,
@@ -84,7 +85,7 @@ def test_nothing_that_the_backward_pass_reads_is_written_to(execution):
     _, layer = one_layer(execution)
     x, dy = residual().requires_grad_(), residual(seed=2)
     y = layer(x, positions())
-    saved = y.grad_fn.saved
+    saved = y.grad_fn.block.saved
     read = [x, y, dy, *saved.o_cBHD, *saved.lse_BHC, *saved.kv_CBKD, *layer.parameters()]
     before = [t.detach().clone() for t in read]
     y.backward(dy)
@@ -175,12 +176,12 @@ def test_gradients_accumulate_over_backward_passes_like_those_of_any_module():
 @pytest.mark.parametrize("offloading", [False, True])
 @pytest.mark.parametrize("chunk_size", [16, 40, 1000])
 def test_a_step_reports_every_chunk_of_every_layer_once_in_each_direction(chunk_size, offloading):
-    reports = []
+    reports = Reports()
     config = small_config(LENGTH)
     execution = replace(ON_DEVICE, chunk_size=chunk_size, offloading=offloading)
-    model = small_model(config, execution, report=lambda *report: reports.append(report))
+    model = small_model(config, replace(execution, observer=reports))
     model(*small_inputs(config)).backward()
     num_chunks = -(-LENGTH // chunk_size)
-    forward = [("forward", layer, chunk, num_chunks) for layer in (1, 2) for chunk in range(num_chunks)]
+    forward = [("forward", layer, chunk) for layer in (1, 2) for chunk in range(num_chunks)]
     backward = [("backward", *where) for _, *where in reversed(forward)]
-    assert reports == forward + backward
+    assert reports.chunks == forward + backward

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron.config import Recompute
 from megatron.fpdt.store import ChunkStore
 from tests.unit.fpdt.one_block import (
     BATCH,
@@ -165,7 +166,7 @@ def test_a_device_budget_moves_chunks_and_changes_no_bit(budget):
 
 
 def test_without_gradients_no_product_is_saved():
-    how, layer = one_layer(replace(OFFLOADED, fpdt_recompute="none"))
+    how, layer = one_layer(replace(OFFLOADED, recompute=Recompute.NONE))
     with torch.no_grad():
         y = layer(residual(), positions())
     keys_and_values = LENGTH * BATCH * 2 * 2 * 8 * y.element_size()

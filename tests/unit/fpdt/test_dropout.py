@@ -46,8 +46,7 @@ def test_one_chunk_draws_the_masks_of_the_plain_model(config_of, offloading):
 @pytest.mark.parametrize("execution", [ON_DEVICE, OFFLOADED], ids=["device", "host"])
 def test_gradients_of_several_chunks_are_finite_differences_of_the_loss(config_of, execution, slice_length):
     config = config_of(hidden_dropout=0.3)
-    model, inputs = small_model(config, execution), small_inputs(config)
-    model.execution.stream.slice_length = slice_length
+    model, inputs = small_model(config, replace(execution, slice_length=slice_length)), small_inputs(config)
     _, gradients = seeded(model, inputs)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

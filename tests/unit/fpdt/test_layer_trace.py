@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.config import SAVING_PRODUCTS
+from megatron.config import Recompute
 from megatron.fpdt.layer_trace import trace_layer
 from megatron.fpdt.seam import StreamedAttention, run_with_output
 from megatron.ops.attention import AttentionVariant
@@ -88,11 +88,12 @@ def test_a_factor_needs_the_other_factor_and_a_number_does_not():
 
 
 @pytest.mark.parametrize(
-    "recompute, before, after", [("kv", (), ()), ("all", (), ()), ("mlp", (0,), (1,)), ("none", (0,), (1, 2))]
+    "recompute, before, after",
+    [(Recompute.KV, (), ()), (Recompute.ALL, (), ()), (Recompute.MLP, (0,), (1,)), (Recompute.NONE, (0,), (1, 2))],
 )
 def test_what_is_saved_of_a_slice(recompute, before, after):
     trace = traced(one_layer(ON_DEVICE)[1])
     assert trace.saved_before(recompute) == before
     assert trace.saved_after(recompute, is_first_slice=False) == after
     assert trace.saved_after(recompute, is_first_slice=True) == ()
-    assert bool(before) == (recompute in SAVING_PRODUCTS)
+    assert bool(before) == recompute.saves_products

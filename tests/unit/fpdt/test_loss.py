@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import loss as loss_module
 from megatron.fpdt.loss import stream_loss
+from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import Stream
 from megatron.ops.attention.reference import ReferenceAttention
@@ -249,13 +252,15 @@ def test_a_second_backward_pass_never_loses_gradients_in_silence():
 
 def test_token_losses_are_left_only_where_they_are_asked_for_without_gradients():
     head, (x, labels, mask) = Head(torch.float64), inputs()
-    stream = stream_of()
-    stream.token_losses = []
+    noted = []
+    observer = Observer()
+    observer.note_token_losses = noted.append
+    stream = replace(stream_of(), observer=observer)
     run(streamed(stream), head, x, labels, mask)
-    assert stream.token_losses == []
+    assert noted == []
     with torch.no_grad():
         loss = stream_loss(stream, head, x, labels, mask)
-    losses = torch.cat(stream.token_losses)
+    losses = torch.cat(noted)
     assert len(losses) == labels.numel()
     torch.testing.assert_close(losses.sum(), loss)
     assert not losses[mask.T.flatten() == 0].any()

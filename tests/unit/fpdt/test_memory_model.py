@@ -3,6 +3,7 @@ from itertools import product
 
 import pytest
 
+from megatron.config import Recompute
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.memory_model import (
     StreamShape,
@@ -19,7 +20,7 @@ SHAPE = StreamShape(
     head_size=128, layout=SequenceLayout(2**20, 2**17, 4), slice_length=8192, batch_size=1, element_size=2,
 )  # fmt: skip
 SLICE_LENGTH = 6
-RECOMPUTE = pytest.mark.parametrize("recompute", ["kv", "all", "mlp", "none"])
+RECOMPUTE = pytest.mark.parametrize("recompute", list(Recompute))
 
 
 def shape_of(config):
@@ -38,14 +39,18 @@ def shape_of(config):
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_step_uses_the_memory_that_the_model_estimates(num_layers, interval, recompute, parallel):
     config = small_config(LENGTH, num_layers=num_layers, parallel_residual=parallel)
-    model = small_model(config, replace(OFFLOADED, checkpoint_interval=interval, fpdt_recompute=recompute))
-    model.execution.stream.slice_length = SLICE_LENGTH
+    model = small_model(
+        config, replace(OFFLOADED, checkpoint_interval=interval, recompute=recompute, slice_length=SLICE_LENGTH)
+    )
     model(*small_inputs(config, BATCH)).backward()
     used = model.execution.store.pool.peak_used_bytes
     assert used == pytest.approx(shape_of(config).tier_bytes(interval, recompute), rel=0.01)
 
 
-@pytest.mark.parametrize("num_layers, interval, recompute", [(1, 1, "kv"), (3, 2, "all"), (5, 3, "kv"), (4, 1, "none")])
+@pytest.mark.parametrize(
+    "num_layers, interval, recompute",
+    [(1, 1, Recompute.KV), (3, 2, Recompute.ALL), (5, 3, Recompute.KV), (4, 1, Recompute.NONE)],
+)
 @pytest.mark.parametrize("device_share", [0.0, 0.1, 0.37, 0.5, 0.82, 0.9, 0.98, 1.0])
 def test_a_step_fits_a_budget_of_host_and_device_memory(num_layers, interval, recompute, device_share):
     config = small_config(LENGTH, num_layers=num_layers)
@@ -53,9 +58,8 @@ def test_a_step_fits_a_budget_of_host_and_device_memory(num_layers, interval, re
     needed = shape.tier_bytes(interval, recompute)
     device = int(device_share * needed)
     host = next(n for n in range(0, needed + 1, 8) if shape.sure_budget(n, device) >= needed)
-    how = replace(OFFLOADED, checkpoint_interval=interval, fpdt_recompute=recompute, device_memory_bytes=device)
-    model = small_model(config, replace(how, host_memory_bytes=host))
-    model.execution.stream.slice_length = SLICE_LENGTH
+    how = replace(OFFLOADED, checkpoint_interval=interval, recompute=recompute, device_memory_bytes=device)
+    model = small_model(config, replace(how, host_memory_bytes=host, slice_length=SLICE_LENGTH))
     model(*small_inputs(config, BATCH)).backward()
 
 
@@ -69,18 +73,18 @@ def test_llama_3_8b_at_a_million_tokens_on_four_gpus():
     """Per token and layer: x and o 8192 bytes each, lse 128, K and V 4096; dK and dV of one layer 8192."""
     tokens = 2**18
     assert SHAPE.residual_bytes == 8192 * tokens
-    assert SHAPE.saved_bytes("all") == (8192 + 128 + 4096) * tokens
-    assert SHAPE.saved_bytes("kv") == (8192 + 128) * tokens
+    assert SHAPE.saved_bytes(Recompute.ALL) == (8192 + 128 + 4096) * tokens
+    assert SHAPE.saved_bytes(Recompute.KV) == (8192 + 128) * tokens
     assert SHAPE.tier_bytes(1) == tokens * (32 * (8192 + 128 + 4096) + 34 * 8192 + 8192)
-    assert SHAPE.tier_bytes(1, "kv") == tokens * (32 * (8192 + 128) + 4096 + 34 * 8192 + 8192)
+    assert SHAPE.tier_bytes(1, Recompute.KV) == tokens * (32 * (8192 + 128) + 4096 + 34 * 8192 + 8192)
 
 
 def test_products_of_llama_3_8b():
     """Per token and layer: 12288 bytes before attention; after it 8192 and 57344, but for 8192 tokens of 32768."""
     tokens = 2**18
-    assert SHAPE.product_bytes("all") == 0
-    assert SHAPE.product_bytes("mlp") == tokens * (12288 + 8192 * 3 // 4)
-    assert SHAPE.product_bytes("none") == tokens * (12288 + (8192 + 57344) * 3 // 4)
+    assert SHAPE.product_bytes(Recompute.ALL) == 0
+    assert SHAPE.product_bytes(Recompute.MLP) == tokens * (12288 + 8192 * 3 // 4)
+    assert SHAPE.product_bytes(Recompute.NONE) == tokens * (12288 + (8192 + 57344) * 3 // 4)
 
 
 def _enough_for(recompute):
@@ -91,13 +95,13 @@ def _enough_for(recompute):
 @pytest.mark.parametrize(
     "budget, expected",
     [
-        (10**13, ("none", 1)),
-        (_enough_for("none"), ("none", 1)),
-        (_enough_for("none") - 1, ("mlp", 1)),
-        (_enough_for("mlp") - 1, ("all", 1)),
-        (SHAPE.tier_bytes(1), ("all", 1)),
-        (SHAPE.tier_bytes(1) - 1, ("kv", 1)),
-        (SHAPE.tier_bytes(1, "kv") - 1, ("kv", 2)),
+        (10**13, (Recompute.NONE, 1)),
+        (_enough_for(Recompute.NONE), (Recompute.NONE, 1)),
+        (_enough_for(Recompute.NONE) - 1, (Recompute.MLP, 1)),
+        (_enough_for(Recompute.MLP) - 1, (Recompute.ALL, 1)),
+        (SHAPE.tier_bytes(1), (Recompute.ALL, 1)),
+        (SHAPE.tier_bytes(1) - 1, (Recompute.KV, 1)),
+        (SHAPE.tier_bytes(1, Recompute.KV) - 1, (Recompute.KV, 2)),
     ],
 )
 def test_the_fastest_choice_that_fits_is_taken(budget, expected):
@@ -105,24 +109,36 @@ def test_the_fastest_choice_that_fits_is_taken(budget, expected):
 
 
 def test_what_is_asked_for_stays_as_it_is():
-    assert choose_saved_activations(SHAPE, 10**13, recompute="mlp") == ("mlp", 1)
-    assert choose_saved_activations(SHAPE, SHAPE.tier_bytes(2, "mlp"), recompute="mlp") == ("mlp", 2)
-    assert choose_saved_activations(SHAPE, 10**13, interval=1) == ("none", 1)
-    assert choose_saved_activations(SHAPE, 10**13, interval=3) == ("all", 3)
-    assert choose_saved_activations(SHAPE, SHAPE.tier_bytes(3) - 1, interval=3) == ("kv", 3)
-    assert choose_saved_activations(SHAPE, 0, "none", 3) == ("none", 3)
+    assert choose_saved_activations(SHAPE, 10**13, recompute=Recompute.MLP) == (Recompute.MLP, 1)
+    assert choose_saved_activations(SHAPE, SHAPE.tier_bytes(2, Recompute.MLP), recompute=Recompute.MLP) == (
+        Recompute.MLP,
+        2,
+    )
+    assert choose_saved_activations(SHAPE, 10**13, interval=1) == (Recompute.NONE, 1)
+    assert choose_saved_activations(SHAPE, 10**13, interval=3) == (Recompute.ALL, 3)
+    assert choose_saved_activations(SHAPE, SHAPE.tier_bytes(3) - 1, interval=3) == (Recompute.KV, 3)
+    assert choose_saved_activations(SHAPE, 0, Recompute.NONE, 3) == (Recompute.NONE, 3)
 
 
 def test_if_nothing_fits_the_choice_is_the_lowest_memory():
     recompute, interval = choose_saved_activations(SHAPE, 0)
     assert (recompute, interval) == lowest_memory(SHAPE)
-    assert recompute == "kv"
-    assert least_bytes(SHAPE) == min(SHAPE.tier_bytes(k, each) for k in range(1, 33) for each in ("kv", "all"))
+    assert recompute == Recompute.KV
+    assert least_bytes(SHAPE) == min(
+        SHAPE.tier_bytes(k, each) for k in range(1, 33) for each in (Recompute.KV, Recompute.ALL)
+    )
     assert least_bytes(SHAPE) < 0.53 * SHAPE.tier_bytes(1)
 
 
 @pytest.mark.parametrize(
-    "length, expected", [(2**14, "all"), (2**16, "mlp"), (2**17, "mlp"), (2**18, "none"), (2**21, "none")]
+    "length, expected",
+    [
+        (2**14, Recompute.ALL),
+        (2**16, Recompute.MLP),
+        (2**17, Recompute.MLP),
+        (2**18, Recompute.NONE),
+        (2**21, Recompute.NONE),
+    ],
 )
 def test_short_sequences_save_only_what_is_copied_behind_compute(length, expected):
     shape = replace(SHAPE, layout=SequenceLayout(length, min(length, 2**15)))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron.config import Recompute
 from megatron.ops import linear as linear_module
 from tests.unit.fpdt.one_block import CONFIGS, LENGTH, TIERS, one_layer, positions, residual, run_layer
 from tests.unit.model.small_model import (
@@ -34,12 +35,12 @@ def test_inputs_rebuilt_from_attention_outputs_change_no_bit(execution, interval
 
 @TIERS
 @CONFIGS
-@pytest.mark.parametrize("recompute", ["kv", "mlp", "none"])
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.MLP, Recompute.NONE])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("slice_length", [3, 16])
 def test_what_is_saved_for_backward_changes_no_bit(execution, config_of, recompute, dropout, slice_length):
     results = []
-    for each in (execution, replace(execution, fpdt_recompute=recompute)):
+    for each in (execution, replace(execution, recompute=recompute)):
         torch.manual_seed(7)
         results.append(run_layer(each, slice_length=slice_length, config_of=config_of, hidden_dropout=dropout))
     (y, grads), (other_y, other_grads) = results
@@ -49,12 +50,12 @@ def test_what_is_saved_for_backward_changes_no_bit(execution, config_of, recompu
 
 #   chunks of 16, 16 and 8 tokens in slices of 4: 10 slices, 3 of them a chunk's first
 @pytest.mark.parametrize(
-    "recompute, products", [("kv", 8 + 10 + 10 + 10), ("all", 10 + 10 + 10), ("mlp", 3 + 10), ("none", 3 + 3)]
+    "recompute, products",
+    [(Recompute.KV, 8 + 10 + 10 + 10), (Recompute.ALL, 10 + 10 + 10), (Recompute.MLP, 3 + 10), (Recompute.NONE, 3 + 3)],
 )
 @TIERS
 def test_only_the_chosen_products_are_recomputed(execution, recompute, products, monkeypatch):
-    how, layer = one_layer(replace(execution, fpdt_recompute=recompute))
-    how.stream.slice_length = 4
+    _, layer = one_layer(replace(execution, recompute=recompute, slice_length=4))
     y = layer(residual().requires_grad_(), positions())
     computed = []
     product = linear_module.F.linear

@@ -27,11 +27,11 @@ def test_slices_cover_a_chunk_in_order_without_gap_or_overlap(num_tokens, slice_
 
 def test_layout_counts_the_tokens_of_all_ranks():
     layout = stream_of(16, sequence_parallel_size=4).layout(torch.empty(10, 1, 2))
-    assert (layout.sequence_length, layout.chunk_lengths, layout.local_lengths) == (40, [16, 16, 8], [4, 4, 2])
+    assert (layout.sequence_length, layout.chunk_lengths, layout.local_lengths) == (40, (16, 16, 8), (4, 4, 2))
 
 
 def test_a_chunk_longer_than_the_sequence_is_one_chunk():
-    assert stream_of(65536).layout(torch.empty(10, 1, 2)).chunk_lengths == [10]
+    assert stream_of(65536).layout(torch.empty(10, 1, 2)).chunk_lengths == (10,)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.arguments import parse_args
-from megatron.config import ConfigError
+from megatron.config import ConfigError, Recompute
 from megatron.launch.execution import check_gpu_memory, choose_execution, fastest_chunk, plan_of
 from megatron.planner.hardware import GIB, GPUS, gpu_like
 
@@ -34,22 +34,22 @@ def choose(*flags, host_gib):
 
 
 def test_matmul_results_are_saved_where_the_host_has_room():
-    assert choose(host_gib=1000).fpdt_recompute == "none"
-    assert choose(host_gib=120).fpdt_recompute == "mlp"
-    assert choose(host_gib=60).fpdt_recompute == "all"
+    assert choose(host_gib=1000).recompute == Recompute.NONE
+    assert choose(host_gib=120).recompute == Recompute.MLP
+    assert choose(host_gib=60).recompute == Recompute.ALL
     assert choose(host_gib=1000).checkpoint_interval == 1
 
 
 def test_with_little_host_memory_kv_is_recomputed_before_block_inputs():
     for host_gib, rebuilds_inputs in ((36, False), (30, True)):
         execution = choose(host_gib=host_gib)
-        assert execution.fpdt_recompute == "kv"
+        assert execution.recompute == Recompute.KV
         assert (execution.checkpoint_interval > 1) is rebuilds_inputs
 
 
 def test_explicit_flags_are_honored():
     execution = choose("--ds-sequence-parallel-fpdt-recompute", "mlp", host_gib=1000)
-    assert (execution.fpdt_recompute, execution.checkpoint_interval) == ("mlp", 1)
+    assert (execution.recompute, execution.checkpoint_interval) == (Recompute.MLP, 1)
     assert choose("--ds-sequence-parallel-fpdt-checkpoint-interval", "4", host_gib=1000).checkpoint_interval == 4
 
 
@@ -57,7 +57,7 @@ def test_without_offloading_everything_is_recomputed_and_every_input_saved():
     flags = [flag for flag in LLAMA_8B if flag != "--ds-sequence-parallel-fpdt-offloading"]
     context = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=0)
     execution = choose_execution(parse_args(flags), context, VOCABULARY)
-    assert (execution.fpdt_recompute, execution.checkpoint_interval) == ("all", 1)
+    assert (execution.recompute, execution.checkpoint_interval) == (Recompute.ALL, 1)
 
 
 def test_what_the_optimizer_takes_of_the_host_is_not_for_chunks(monkeypatch):
@@ -77,7 +77,7 @@ def test_what_the_optimizer_takes_of_the_host_is_not_for_chunks(monkeypatch):
 def test_the_last_tensor_s_place_in_the_device_memory_is_not_counted_on(spare_tensors, interval):
     flags = ["--ds-sequence-parallel-fpdt-device-memory", "10", "--ds-sequence-parallel-fpdt-recompute", "all"]
     shape = plan_of(config_of(*flags), 4, GPUS["H200"], 0, VOCABULARY).job.shape
-    gib = (shape.tier_bytes(1, "all") + spare_tensors * shape.attention_bytes) / GIB - 10
+    gib = (shape.tier_bytes(1, Recompute.ALL) + spare_tensors * shape.attention_bytes) / GIB - 10
     assert (
         choose(*flags, "--ds-sequence-parallel-fpdt-host-memory", str(gib), host_gib=100).checkpoint_interval
         == interval

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megatron.config import ModelConfig
 from megatron.core.parallel_state import ParallelState
-from megatron.fpdt.stream import ProgressReport, no_report
+from megatron.fpdt.observer import Observer
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
 from tests.reference.reference_model import random_state
@@ -49,12 +49,21 @@ def small_model(
     config: ModelConfig,
     execution: Execution = PLAIN,
     dtype: torch.dtype = torch.float64,
-    report: ProgressReport = no_report,
 ) -> nn.Module:
     """Build a model on the CPU with random weights, the same for every execution and dtype."""
-    model = build_model(config, VOCAB, ParallelState(), execution, Initialization(dtype), report)
+    model = build_model(config, VOCAB, ParallelState(), execution, Initialization(dtype))
     model.load_state_dict(random_state(config, VOCAB, seed=3))
     return model
+
+
+class Reports(Observer):
+    """The chunks that layers have worked on: (phase, layer number, chunk)."""
+
+    def __init__(self) -> None:
+        self.chunks: list[tuple[str, int, int]] = []
+
+    def begin_chunk(self, phase: str, layer_number: int, chunk: int) -> None:
+        self.chunks.append((phase, layer_number, chunk))
 
 
 def small_inputs(config: ModelConfig, batch_size: int = 2) -> Inputs:

@@ -19,7 +19,7 @@ def initial(config, execution=PLAIN, dtype=torch.float32, seed=1234, vocab=32):
 @CONFIGS
 def test_initial_values_do_not_depend_on_the_execution(config_of):
     want = initial(config_of())
-    for execution in (ON_DEVICE, OFFLOADED, replace(PLAIN, recompute=True)):
+    for execution in (ON_DEVICE, OFFLOADED, replace(PLAIN, activation_checkpointing=True)):
         got = initial(config_of(), execution)
         assert list(got) == list(want)
         assert all(torch.equal(got[name], want[name]) for name in want)

@@ -6,6 +6,7 @@ import torch
 from megatron.model.builder import Execution
 from tests.unit.model.small_model import (
     PLAIN,
+    Reports,
     loss_and_gradients,
     small_config,
     small_gpt_config,
@@ -14,7 +15,10 @@ from tests.unit.model.small_model import (
 )
 
 CONFIGS = pytest.mark.parametrize("config_of", [small_config, small_gpt_config], ids=["llama", "gpt"])
-RECOMPUTED = {"recompute": Execution(recompute=True), "in cpu": Execution(recompute=True, checkpoint_in_cpu=True)}
+RECOMPUTED = {
+    "recompute": Execution(activation_checkpointing=True),
+    "in cpu": Execution(activation_checkpointing=True, checkpoint_in_cpu=True),
+}
 DROPOUTS = {
     "no dropout": {},
     "hidden dropout": {"hidden_dropout": 0.3},
@@ -89,20 +93,20 @@ def test_attention_dropout_has_the_mean_of_no_dropout():
 
 
 def test_a_step_reports_every_layer_once():
-    reports = []
+    reports = Reports()
     config = small_config()
-    model = small_model(config, PLAIN, report=lambda *report: reports.append(report))
+    model = small_model(config, replace(PLAIN, observer=reports))
     model(*small_inputs(config)).backward()
-    assert reports == [("forward", 1, 0, 1), ("forward", 2, 0, 1)]
+    assert reports.chunks == [("forward", 1, 0), ("forward", 2, 0)]
 
 
 def test_evaluation_does_not_recompute():
-    reports = []
+    reports = Reports()
     config = small_config()
-    model = small_model(config, Execution(recompute=True), report=lambda *report: reports.append(report))
+    model = small_model(config, replace(Execution(activation_checkpointing=True), observer=reports))
     with torch.no_grad():
         model(*small_inputs(config))
-    assert len(reports) == config.num_layers
+    assert len(reports.chunks) == config.num_layers
 
 
 @pytest.mark.parametrize("execution", [PLAIN, *RECOMPUTED.values()], ids=["saved", *RECOMPUTED])

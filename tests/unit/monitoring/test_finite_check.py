@@ -4,11 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.core.parallel_state import ParallelState
-from megatron.fpdt.store import ChunkStore
-from megatron.fpdt.stream import Stream
-from megatron.monitoring.finite_check import BLOCK, Finding, FiniteCheck, Place, first_fault, weights_not_finite
-from megatron.ops.attention.reference import ReferenceAttention
+from megatron.core.sequence_layout import SequenceLayout
+from megatron.monitoring.finite_check import (
+    BLOCK,
+    Finding,
+    FiniteCheck,
+    Place,
+    StepRecord,
+    first_fault,
+    weights_not_finite,
+)
 
 CHUNK, LENGTH = 24, 64
 FINE, BAD = torch.ones(3), torch.tensor([1.0, torch.inf])
@@ -44,25 +49,25 @@ def test_where_all_is_finite_nothing_is_said() -> None:
     assert weights_not_finite([Finding(), Finding()]) is None
 
 
-def check_of(model: nn.Module) -> FiniteCheck:
-    store = ChunkStore(torch.device("cpu"), offloading=False)
-    return FiniteCheck(Stream(store, ReferenceAttention(), ParallelState(), CHUNK), model, lambda: [], LENGTH)
+def check_of(record: StepRecord, model: nn.Module) -> FiniteCheck:
+    return FiniteCheck(record, model, lambda: [], SequenceLayout(LENGTH, CHUNK))
 
 
 def say(notes: list[tuple[int, torch.Tensor]], loss: float, weight: float = 1.0, num_notes: int = 0) -> str | None:
     """Return what a check says of (micro-batch, value) noted in this order, a loss, and a gradient."""
     model = nn.Linear(1, 1, bias=False)
-    check = check_of(model)
+    record = StepRecord(torch.device("cpu"))
+    check = check_of(record, model)
     for step in range(2):  # the second clears the records
         check.start_microbatch(0)
         for _ in range(num_notes):
-            check.note("forward", "input", 1, 0, FINE)
+            record.note("forward", "input", 1, 0, FINE)
         for microbatch, value in notes:
             check.start_microbatch(microbatch) if microbatch else None
-            check.note("forward", "output", 3, 1, value if step else BAD)
+            record.note("forward", "output", 3, 1, value if step else BAD)
         (model(torch.ones(1)) * weight).sum().backward()
         said = check.finish(torch.tensor(loss))
-        check.note("forward", "output", 4, 0, BAD)  # of an evaluation
+        record.note("forward", "output", 4, 0, BAD)  # of an evaluation
     return said
 
 

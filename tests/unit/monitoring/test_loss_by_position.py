@@ -12,7 +12,7 @@ from megatron.core.documents import Documents
 from megatron.data.batch import Batch
 from megatron.fpdt import loss as loss_module
 from megatron.logging.log_line import Bucket
-from megatron.monitoring.loss_by_position import LossByPosition, bucket_edges
+from megatron.monitoring.loss_by_position import LossByPosition, TokenLosses, bucket_edges
 from tests.distributed.model_case import PADDED_VOCAB_SIZE, Case, build, global_batch, local_inputs, model_config
 from tests.reference.reference_model import logits, random_state
 
@@ -23,7 +23,7 @@ EDGES = [0, 3, 6, 12, 24, 48]
 CASES = [
     Case(),
     Case(sequence_parallel_size=2),
-    Case(recompute=True),
+    Case(activation_checkpointing=True),
     Case(chunk_length=20),
     Case(chunk_length=20, offloading=True, sequence_parallel_size=2),
     Case(chunk_length=20, offloading=True, sequence_parallel_size=2, data_parallel_size=2),
@@ -32,16 +32,16 @@ CASES = [
 
 def evaluate_rank(case: Case) -> tuple[float, list[Bucket]]:
     """(this rank's loss sum, all ranks' buckets) of two batches, which are the same."""
-    model, parallel_state, layout = build(case)
+    token_losses = TokenLosses()
+    model, parallel_state, layout = build(case, token_losses)
     model.load_state_dict(random_state(model_config(case), PADDED_VOCAB_SIZE, seed=3))
     positions = layout.owned_positions(parallel_state.sequence_parallel_rank)
     inputs = local_inputs(case, parallel_state.data_parallel_rank, positions)
     batch = Batch(*inputs, Documents(case.documents) if case.documents else None, num_tokens=0, squared_lengths=0)
-    by_position = LossByPosition(EDGES, case.sequence_length, model.execution.stream)
+    by_position = LossByPosition(EDGES, case.sequence_length, model.execution.stream, token_losses)
     three_tokens = PADDED_VOCAB_SIZE * BATCH * 3
     with torch.no_grad(), mock.patch.object(loss_module, "TILE_LOGITS", three_tokens):
         losses = [float(by_position.evaluate(batch, lambda inputs: model(*inputs))) for _ in range(2)]
-    assert model.execution.stream.token_losses is None
     return sum(losses), by_position.buckets()
 
 
@@ -91,7 +91,7 @@ def test_there_are_no_more_buckets_than_positions():
 def test_without_buckets_evaluation_is_as_it_was(ranks):
     assert edges(None, 16) == []
     model, *_ = build(Case())
-    nothing = LossByPosition([], LENGTH, model.execution.stream)
+    nothing = LossByPosition([], LENGTH, model.execution.stream, TokenLosses())
     batch = Batch(*local_inputs(Case(), 0, torch.arange(LENGTH)), None, num_tokens=0, squared_lengths=0)
     assert nothing.evaluate(batch, lambda inputs: inputs) == batch.inputs()
     assert nothing.buckets() == []

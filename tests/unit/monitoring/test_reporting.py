@@ -47,7 +47,7 @@ def reporter_of(flags=""):
         device=device, log=logging.getLogger("reporting test"), parallel_state=SimpleNamespace(world_size=1)
     )
     stream = Stream(ChunkStore(device, offloading=True), ReferenceAttention(), ParallelState(), 8)
-    stream.kept = stream.store.empty((2**28,), torch.float32)  # type: ignore[attr-defined]
+    stream.store.kept = stream.store.empty((2**28,), torch.float32)  # type: ignore[attr-defined]
     writer, config = Writer(), parsed(flags)
     losses = LossWindow(config.logging.loss_spike_factor)
     return Reporter(config, context, writer, 128, stream, losses), writer

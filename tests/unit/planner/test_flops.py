@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron.config import Recompute
 from megatron.config.model import ModelConfig
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.planner.flops import (
@@ -80,16 +81,16 @@ def test_the_stream_recomputes_token_wise_work_except_the_last_product(num_layer
     model = replace(GPT_TINY, num_layers=num_layers)
     again = 384 + 128 + 512
     expected = 10 * (num_layers * again + rebuilt * (128 + 1024))
-    assert flops_of_streaming(model, SIX_KEPT, 2, interval, "all") == expected
+    assert flops_of_streaming(model, SIX_KEPT, 2, interval, Recompute.ALL) == expected
 
 
 @pytest.mark.parametrize(
     "recompute, again",
     [
-        ("kv", 5 * 384 + 10 * (384 + 128 + 512)),
-        ("all", 10 * (384 + 128 + 512)),
-        ("mlp", 4 * 128 + 10 * 512),
-        ("none", 4 * (128 + 512)),
+        (Recompute.KV, 5 * 384 + 10 * (384 + 128 + 512)),
+        (Recompute.ALL, 10 * (384 + 128 + 512)),
+        (Recompute.MLP, 4 * 128 + 10 * 512),
+        (Recompute.NONE, 4 * (128 + 512)),
     ],
 )
 def test_only_products_that_are_not_saved_of_six_tokens_in_ten_are_recomputed(recompute, again):
@@ -98,7 +99,12 @@ def test_only_products_that_are_not_saved_of_six_tokens_in_ten_are_recomputed(re
 
 @pytest.mark.parametrize(
     "recompute, again",
-    [("kv", 5 * 384 + 10 * (384 + 512)), ("all", 10 * (384 + 512)), ("mlp", 10 * 512), ("none", 4 * 512)],
+    [
+        (Recompute.KV, 5 * 384 + 10 * (384 + 512)),
+        (Recompute.ALL, 10 * (384 + 512)),
+        (Recompute.MLP, 10 * 512),
+        (Recompute.NONE, 4 * 512),
+    ],
 )
 def test_the_attention_product_of_a_parallel_residual_is_not_recomputed(recompute, again):
     model = replace(GPT_TINY, parallel_residual=True)
@@ -108,7 +114,7 @@ def test_the_attention_product_of_a_parallel_residual_is_not_recomputed(recomput
 def test_the_stream_leaves_out_a_third_of_swiglu():
     mlp = 2 * 8192 * 3 * 4096 * 14336 * 32
     token_wise = forward_flops(LLAMA_3_8B, 0, 8192).token_wise
-    assert flops_of_streaming(LLAMA_3_8B, SequenceLayout(8192, 8192), 8192, 1, "all") == token_wise - mlp // 3
+    assert flops_of_streaming(LLAMA_3_8B, SequenceLayout(8192, 8192), 8192, 1, Recompute.ALL) == token_wise - mlp // 3
 
 
 def test_throughput_divides_by_time_and_devices():

@@ -33,7 +33,7 @@ def test_activations_are_what_a_run_holds(activations, num_layers, monkeypatch):
         num_layers=num_layers, hidden_size=256, num_attention_heads=4, seq_length=LENGTH,
         use_rotary_position_embeddings=True, attention_backend="torch-cpu",
     ).resolved()  # fmt: skip
-    execution = Execution(recompute=activations == "recomputed")
+    execution = Execution(activation_checkpointing=activations == "recomputed")
     model = build_model(config, VOCABULARY, ParallelState(), execution, Initialization(torch.bfloat16))
     tokens, positions = torch.randint(0, VOCABULARY, (1, LENGTH)), torch.arange(LENGTH)[None]
     inputs = (tokens, tokens, torch.ones(1, LENGTH), positions)

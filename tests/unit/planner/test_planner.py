@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.common import Geometry
+from megatron.config import Recompute
 from megatron.fpdt.memory_model import StreamShape
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
@@ -22,50 +23,50 @@ FA4, CUDNN = "flash-attn-4", "cudnn"
 
 # block, tokens, chunk, recompute, kernel: seconds forward and backward of a block, GiB above weights and gradients.
 MEASURED = {
-    (LLAMA_8B, 65536, 16384, "mlp", FA4): (0.106, 0.277, 2.63),
-    (LLAMA_8B, 131072, 32768, "mlp", FA4): (0.311, 0.821, 4.66),
-    (LLAMA_8B, 131072, 32768, "none", FA4): (0.325, 0.793, 4.66),
-    (LLAMA_8B, 262144, 32768, "all", FA4): (1.082, 2.901, 4.53),
-    (LLAMA_8B, 262144, 32768, "all", CUDNN): (1.150, 3.216, 4.78),
-    (LLAMA_8B, 262144, 32768, "none", FA4): (1.069, 2.727, 4.66),
-    (LLAMA_8B, 262144, 32768, "none", CUDNN): (1.141, 3.038, 4.90),
-    (LLAMA_8B, 1048576, 32768, "mlp", FA4): (14.913, 39.539, 4.66),
-    (MULTI_HEAD, 262144, 16384, "none", FA4): (0.967, 2.666, 3.89),
-    (MULTI_HEAD, 262144, 16384, "none", CUDNN): (1.053, 2.954, 3.88),
-    (MULTI_HEAD, 262144, 32768, "none", FA4): (0.948, 2.530, 7.78),
-    (MULTI_HEAD, 262144, 32768, "none", CUDNN): (1.036, 2.857, 7.77),
-    (LLAMA_3B, 262144, 32768, "mlp", FA4): (0.763, 1.994, 3.78),
+    (LLAMA_8B, 65536, 16384, Recompute.MLP, FA4): (0.106, 0.277, 2.63),
+    (LLAMA_8B, 131072, 32768, Recompute.MLP, FA4): (0.311, 0.821, 4.66),
+    (LLAMA_8B, 131072, 32768, Recompute.NONE, FA4): (0.325, 0.793, 4.66),
+    (LLAMA_8B, 262144, 32768, Recompute.ALL, FA4): (1.082, 2.901, 4.53),
+    (LLAMA_8B, 262144, 32768, Recompute.ALL, CUDNN): (1.150, 3.216, 4.78),
+    (LLAMA_8B, 262144, 32768, Recompute.NONE, FA4): (1.069, 2.727, 4.66),
+    (LLAMA_8B, 262144, 32768, Recompute.NONE, CUDNN): (1.141, 3.038, 4.90),
+    (LLAMA_8B, 1048576, 32768, Recompute.MLP, FA4): (14.913, 39.539, 4.66),
+    (MULTI_HEAD, 262144, 16384, Recompute.NONE, FA4): (0.967, 2.666, 3.89),
+    (MULTI_HEAD, 262144, 16384, Recompute.NONE, CUDNN): (1.053, 2.954, 3.88),
+    (MULTI_HEAD, 262144, 32768, Recompute.NONE, FA4): (0.948, 2.530, 7.78),
+    (MULTI_HEAD, 262144, 32768, Recompute.NONE, CUDNN): (1.036, 2.857, 7.77),
+    (LLAMA_3B, 262144, 32768, Recompute.MLP, FA4): (0.763, 1.994, 3.78),
 }
 # Whole optimizer steps. block, layers, tokens, chunk (None: without FPDT), recompute, kernel, ZeRO stage, what else:
 # seconds, and GiB of the GPU's peak, of the chunks on the host where they were counted, and of the process there.
 MULTI_HEAD_3B = Geometry(hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24, num_key_value_heads=24)
 MEASURED_STEPS = {
-    (LLAMA_3B, 8, 65536, 16384, "mlp", FA4, 3): (2.357, 30.47, 15.80, 18.38),
-    (LLAMA_8B, 4, 131072, 65536, "mlp", FA4, 3): (5.599, 38.65, 22.56, 26.65),
-    (MULTI_HEAD_3B, 4, 131072, 16384, "all", FA4, 3): (4.091, 26.48, 16.55, 19.63),
-    (LLAMA_3B, 6, 131072, 32768, "none", FA4, 2): (5.463, 28.74, 43.45, 45.58),
-    (LLAMA_3B, 6, 65536, 32768, "all", "torch-flash", 1): (2.720, 28.74, 7.29, 9.20),
-    (LLAMA_3B, 3, 262144, 32768, "mlp", CUDNN, 1): (10.560, 22.55, 27.95, 29.93),
-    (LLAMA_3B, 6, 262144, 32768, "mlp", FA4, 3): (17.941, 29.67, 50.89, 54.24),
-    (LLAMA_3B, 2, 524288, 32768, "none", FA4, 3): (23.637, 21.42, 64.59, 66.66),
-    (LLAMA_8B, 32, 131072, 32768, "all", FA4, 3): (38.699, 126.97, 83.50, 85.55),
-    (LLAMA_3B, 4, 131072, 32768, "mlp", FA4, 2, "cpu_optimizer"): (4.583, 8.07, 17.80, 49.64),
-    (LLAMA_3B, 6, 32768, None, "all", FA4, 3, "recomputed"): (0.778, 29.48, 0.0, 4.00),
-    (LLAMA_3B, 6, 65536, None, "all", FA4, 1, "recomputed from the host"): (2.128, 29.75, None, 7.15),
+    (LLAMA_3B, 8, 65536, 16384, Recompute.MLP, FA4, 3): (2.357, 30.47, 15.80, 18.38),
+    (LLAMA_8B, 4, 131072, 65536, Recompute.MLP, FA4, 3): (5.599, 38.65, 22.56, 26.65),
+    (MULTI_HEAD_3B, 4, 131072, 16384, Recompute.ALL, FA4, 3): (4.091, 26.48, 16.55, 19.63),
+    (LLAMA_3B, 6, 131072, 32768, Recompute.NONE, FA4, 2): (5.463, 28.74, 43.45, 45.58),
+    (LLAMA_3B, 6, 65536, 32768, Recompute.ALL, "torch-flash", 1): (2.720, 28.74, 7.29, 9.20),
+    (LLAMA_3B, 3, 262144, 32768, Recompute.MLP, CUDNN, 1): (10.560, 22.55, 27.95, 29.93),
+    (LLAMA_3B, 6, 262144, 32768, Recompute.MLP, FA4, 3): (17.941, 29.67, 50.89, 54.24),
+    (LLAMA_3B, 2, 524288, 32768, Recompute.NONE, FA4, 3): (23.637, 21.42, 64.59, 66.66),
+    (LLAMA_8B, 32, 131072, 32768, Recompute.ALL, FA4, 3): (38.699, 126.97, 83.50, 85.55),
+    (LLAMA_3B, 4, 131072, 32768, Recompute.MLP, FA4, 2, "cpu_optimizer"): (4.583, 8.07, 17.80, 49.64),
+    (LLAMA_3B, 6, 32768, None, Recompute.ALL, FA4, 3, "recomputed"): (0.778, 29.48, 0.0, 4.00),
+    (LLAMA_3B, 6, 65536, None, Recompute.ALL, FA4, 1, "recomputed from the host"): (2.128, 29.75, None, 7.15),
 }
 # One of several H200 that share a sequence (docs/performance.md). Model, GPUs, layers, tokens, chunk, recompute, GiB of
 # chunks that stay on the GPU: seconds, and GiB of the GPU's peak and of the chunks on the host.
 MEASURED_RANKS = {
-    ("llama-8b", 2, 32, 131072, 65536, "mlp", 0): (19.395, 69.00, 77.75),
-    ("llama-8b", 4, 32, 131072, 131072, "mlp", 0): (9.939, 37.95, 38.88),
-    ("llama-8b", 4, 32, 524288, 131072, "all", 0): (114.985, 40.32, 83.50),
-    ("llama-8b", 4, 32, 1048576, 131072, "all", 64): (435.141, 104.27, 103.00),
-    ("llama-8b", 4, 1, 2097152, 131072, "all", 0): (57.295, 14.32, 22.06),
-    ("llama-8b", 4, 3, 2097152, 131072, "all", 0): (164.098, 16.75, 42.19),
-    ("llama-8b", 4, 4, 524288, 131072, "all", 0): (14.987, 17.57, 13.06),
-    ("llama-8b", 4, 4, 524288, 131072, "kv", 0): (15.059, 17.57, 11.56),
-    ("llama-70b", 32, 1, 4194304, 131072, "kv", 0): (54.814, 13.84, 14.03),
-    ("llama-70b", 32, 2, 4194304, 131072, "kv", 0): (107.557, 13.88, 18.06),
+    ("llama-8b", 2, 32, 131072, 65536, Recompute.MLP, 0): (19.395, 69.00, 77.75),
+    ("llama-8b", 4, 32, 131072, 131072, Recompute.MLP, 0): (9.939, 37.95, 38.88),
+    ("llama-8b", 4, 32, 524288, 131072, Recompute.ALL, 0): (114.985, 40.32, 83.50),
+    ("llama-8b", 4, 32, 1048576, 131072, Recompute.ALL, 64): (435.141, 104.27, 103.00),
+    ("llama-8b", 4, 1, 2097152, 131072, Recompute.ALL, 0): (57.295, 14.32, 22.06),
+    ("llama-8b", 4, 3, 2097152, 131072, Recompute.ALL, 0): (164.098, 16.75, 42.19),
+    ("llama-8b", 4, 4, 524288, 131072, Recompute.ALL, 0): (14.987, 17.57, 13.06),
+    ("llama-8b", 4, 4, 524288, 131072, Recompute.KV, 0): (15.059, 17.57, 11.56),
+    ("llama-70b", 32, 1, 4194304, 131072, Recompute.KV, 0): (54.814, 13.84, 14.03),
+    ("llama-70b", 32, 2, 4194304, 131072, Recompute.KV, 0): (107.557, 13.88, 18.06),
 }
 STEPS = pytest.mark.parametrize("case", MEASURED_STEPS, ids=lambda c: f"{c[0].hidden_size}-{c[1:]}")
 CASES = pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_memory_of_a_block_is_within_10_percent_of_what_was_measured(case):
 def test_norms_of_queries_and_keys_hold_the_projection_of_each_row_under_way(num_ranks, rows):
     model, _ = named_model("llama-8b", 2**18)
     plain, normalised = (
-        block_bytes(StreamShape.of(replace(model, qk_layernorm=norm), 2**16, num_ranks, 1, 2), "all", FA4)
+        block_bytes(StreamShape.of(replace(model, qk_layernorm=norm), 2**16, num_ranks, 1, 2), Recompute.ALL, FA4)
         for norm in (False, True)
     )
     assert normalised - plain == rows * 2**16 // num_ranks * (32 + 2 * 8) * 128 * 2
@@ -157,7 +158,9 @@ def test_the_longest_context_fits_and_a_longer_one_does_not():
 
 
 def test_gpu_memory_does_not_depend_on_the_length_and_host_memory_does():
-    short, long = (plan_of(length=length, recompute="all", checkpoint_interval=1).memory for length in (2**18, 2**20))
+    short, long = (
+        plan_of(length=length, recompute=Recompute.ALL, checkpoint_interval=1).memory for length in (2**18, 2**20)
+    )
     assert short.gpu == long.gpu
     assert long.host_chunks == 4 * short.host_chunks
 
@@ -185,7 +188,8 @@ def test_the_optimizer_on_the_host_takes_host_memory_there():
 
 def test_chunks_that_stay_on_the_gpu_leave_the_host():
     on_host, shared, on_gpu = (
-        plan_of(recompute="all", checkpoint_interval=1, device_memory_bytes=gib * GIB).memory for gib in (0, 10, 1000)
+        plan_of(recompute=Recompute.ALL, checkpoint_interval=1, device_memory_bytes=gib * GIB).memory
+        for gib in (0, 10, 1000)
     )
     gradients = 2 * plan_of().job.shape.residual_bytes
     assert shared.block - on_host.block == 10 * GIB + gradients
@@ -196,7 +200,7 @@ def test_chunks_that_stay_on_the_gpu_leave_the_host():
 
 def test_a_host_that_is_too_small_is_helped_out_by_a_gpu_that_has_room():
     machines = Machines(GPUS["H200"], 4, 4, 480)
-    plan = plan_of(length=2**20, machines=machines, recompute="all", checkpoint_interval=1)
+    plan = plan_of(length=2**20, machines=machines, recompute=Recompute.ALL, checkpoint_interval=1)
     assert not plan.fits_host
     (flag,) = (line.split()[:2] for line in plan.advice() if "device-memory" in line)
     assert flag[0] == "--ds-sequence-parallel-fpdt-device-memory"

@@ -1,0 +1,117 @@
+"""Storage tiers of chunks: where their tensors are allocated, and how chunks move to and from the compute device.
+
+    copy-in stream    waits for the device memory to be free and the chunk to be stored; then copies
+    compute stream    waits for the copy-in event when the chunk is needed
+    copy-out stream   waits for the compute event that produced the chunk; then copies
+
+The tiers are the only code that knows the copy streams. On a machine without CUDA the same code runs with synchronous
+copies. A copy's event is None if nothing has to be waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.core.ranges import COPY_IN, COPY_OUT, named_range
+from megatron.fpdt.host_pool import HostPool
+
+Event = torch.cuda.Event | None
+
+# A chunk on its way to the device: the device tensor, and the event of its copy.
+Arrival = tuple[Tensor, Event]
+
+
+class Tier(Protocol):
+    """The interface of a storage tier."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return an uninitialized tensor, whose chunks are then copied out and in."""
+        ...
+
+    def owns(self, chunk: Tensor) -> bool:
+        """Whether this tier moves the chunk."""
+        ...
+
+    def copy_in(self, chunk: Tensor) -> Arrival:
+        """Start to copy a chunk to the device."""
+        ...
+
+    def copy_out(self, chunk: Tensor, value: Tensor) -> Event:
+        """Start to copy a contiguous device tensor, held until the compute stream waits for the event, to a chunk."""
+        ...
+
+
+class DeviceTier:
+    """Chunks that are stored on the compute device itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+
+    def owns(self, chunk: Tensor) -> bool:
+        return chunk.device.type == self._device.type
+
+    def copy_in(self, chunk: Tensor) -> Arrival:
+        """Return the stored chunk itself."""
+        return chunk, None
+
+    def copy_out(self, chunk: Tensor, value: Tensor) -> Event:
+        chunk.copy_(value)
+        return None
+
+
+class HostTier:
+    """Chunks in pinned host memory."""
+
+    def __init__(self, device: torch.device, budget_bytes: int | None = None) -> None:
+        self._device = device
+        self.pool = HostPool(pinned=device.type == "cuda", budget_bytes=budget_bytes)
+        self._uses_streams = device.type == "cuda"
+        if self._uses_streams:
+            self.copy_in_stream = torch.cuda.Stream(device)
+            self.copy_out_stream = torch.cuda.Stream(device)
+        self._stored: dict[int, torch.cuda.Event] = {}  # by host address: when the copy-out of the chunk there ends
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        tensor = self.pool.empty(tuple(shape), dtype)
+        if self._uses_streams:
+            # A copy-in of the slab's previous tensor may still be reading it.
+            self.copy_out_stream.wait_stream(self.copy_in_stream)
+        return tensor
+
+    def owns(self, chunk: Tensor) -> bool:
+        """Whether the chunk is in the pool, or an input in host memory while the device is another."""
+        return chunk.device.type != self._device.type or self.pool.owns(chunk)
+
+    def copy_in(self, chunk: Tensor) -> Arrival:
+        if not self._uses_streams:
+            with named_range(COPY_IN):
+                return chunk.clone(), None
+        if not chunk.is_contiguous():  # torch would copy it through memory that is not pinned
+            chunk = chunk.contiguous().pin_memory()
+        arriving = torch.empty(chunk.shape, dtype=chunk.dtype, device=self._device)
+        self.copy_in_stream.wait_stream(torch.cuda.current_stream(self._device))
+        stored = self._stored.get(chunk.data_ptr())
+        if stored is not None:
+            self.copy_in_stream.wait_event(stored)
+        with torch.cuda.stream(self.copy_in_stream), named_range(COPY_IN):
+            arriving.copy_(chunk, non_blocking=True)
+            return arriving, self.copy_in_stream.record_event()
+
+    def copy_out(self, chunk: Tensor, value: Tensor) -> Event:
+        if not self._uses_streams:
+            with named_range(COPY_OUT):
+                chunk.copy_(value)
+            return None
+        self.copy_out_stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self.copy_out_stream), named_range(COPY_OUT):
+            chunk.copy_(value, non_blocking=True)
+            stored = self.copy_out_stream.record_event()
+        self._stored[chunk.data_ptr()] = stored
+        return stored
