@@ -121,12 +121,14 @@ class SuspendedLayer:
 
     def _switch(self, *value: Any, throw: bool = False) -> Any:
         outside = _ThreadState.current(self._device_types)
-        self._state.restore()
+        if self._state != outside:
+            self._state.restore()
         try:
             return self._greenlet.throw(GreenletExit) if throw else self._greenlet.switch(*value)
         finally:
             self._state = _ThreadState.current(self._device_types)
-            outside.restore()
+            if self._state != outside:
+                outside.restore()
 
 
 def run_with_output(forward: Callable[..., Tensor], tape: LinearTape, attend: Attend, *args: Any) -> Tensor:

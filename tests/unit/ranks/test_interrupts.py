@@ -10,7 +10,7 @@ import pytest
 from megatron.ranks.interrupts import run_tool
 
 TOOLS = Path(__file__).parents[3] / "tools"
-IMPORTED = ("argument_types.py", "model_arguments.py", "upstream_converter.py")
+IMPORTED = ("argument_types.py", "model_arguments.py", "progress_bar.py", "upstream_converter.py")
 USED_BY_HAND = [path for path in sorted(TOOLS.glob("*.py")) if path.name not in ("draw_figures.py", *IMPORTED)]
 
 
