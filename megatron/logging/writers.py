@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +22,13 @@ LOG = logging.getLogger("megatron")
 
 
 class MetricWriter(Protocol):
-    """Takes the scalars of a step. Both methods raise OSError where they cannot be stored."""
+    """Takes the scalars of a step. The methods raise OSError where they cannot be stored."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Store `metrics` (name to value) under the iteration `step`."""
+
+    def discard_after(self, step: int) -> None:
+        """Let readers ignore what was stored for later iterations, as the run continues from `step`."""
 
     def close(self) -> None:
         """Flush the buffers. Nothing is written afterwards."""
@@ -38,11 +41,11 @@ class TensorBoardWriter:
     """
 
     def __init__(self, directory: str) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._summary = Event, Summary
+        self._event, self._summary, self._session_log = Event, Summary, SessionLog
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         now = time.time_ns()  # readers read the files of a folder in the order of their names
@@ -54,6 +57,9 @@ class TensorBoardWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._add(step=step, summary=self._summary(value=values))
+
+    def discard_after(self, step: int) -> None:
+        self._add(step=step + 1, session_log=self._session_log(status=self._session_log.START))
 
     def close(self) -> None:
         self._file.close()
@@ -76,6 +82,9 @@ class WandbWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
+    def discard_after(self, step: int) -> None:
+        """Do nothing: the service itself drops values of steps before its last one."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -90,16 +99,18 @@ class WriterGroup:
         self._writers = list(writers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for writer in tuple(self._writers):
-            try:
-                writer.write(step, metrics)
-            except OSError as error:
-                self._drop(writer, error)
+        self._each(lambda writer: writer.write(step, metrics))
+
+    def discard_after(self, step: int) -> None:
+        self._each(lambda writer: writer.discard_after(step))
 
     def close(self) -> None:
+        self._each(lambda writer: writer.close())
+
+    def _each(self, action: Callable[[MetricWriter], None]) -> None:
         for writer in tuple(self._writers):
             try:
-                writer.close()
+                action(writer)
             except OSError as error:
                 self._drop(writer, error)
 

@@ -64,6 +64,12 @@ class Reporter:
         yield
         self._started += time.monotonic() - paused
 
+    def continue_from(self, iteration: int) -> None:
+        """Prepare for the next steps. The metrics of later iterations, which are repeated, are discarded."""
+        if iteration:
+            self._writer.discard_after(iteration)
+        self.restart()
+
     def restart(self) -> None:
         """Start to time the steps of the next line here."""
         self._started = time.monotonic()

@@ -82,7 +82,7 @@ class Training:
         if num_steps <= 0:
             self._context.log.info("nothing to train: %s", self._lengths.left(self.state))
         with self._data.read("train", self.state.data_samples, num_steps) as batches:
-            self._run.reporter.restart()
+            self._run.reporter.continue_from(self.state.iteration)
             while self.state.iteration < self._lengths.iterations:
                 outcome = self._step(batches)
                 if outcome is not Outcome.ROLL_BACK:

@@ -37,6 +37,20 @@ def test_tensorboard_stores_the_scalars(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("grad norm")] == [(3, 1.0)]
 
 
+def test_tensorboard_shows_an_iteration_that_is_repeated_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = build_writer(LoggingConfig(tensorboard_dir=str(tmp_path)), rank=0)
+    for step in (1, 2, 3):
+        writer.write(step, {"lm loss": float(step)})
+    writer.discard_after(1)
+    writer.write(2, {"lm loss": 20.0})
+    writer.close()
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("lm loss")] == [(1, 1.0), (2, 20.0)]
+
+
 def test_a_disk_that_is_full_ends_the_metrics_with_one_warning_and_nothing_else(tmp_path, caplog):
     first, second = (build_writer(LoggingConfig(tensorboard_dir=str(tmp_path / name)), rank=0) for name in "ab")
     (broken,), (whole,) = first._writers, second._writers
@@ -107,11 +121,15 @@ def test_a_group_passes_everything_to_each_writer():
         def write(self, step, metrics):
             self.calls.append((step, dict(metrics)))
 
+        def discard_after(self, step):
+            self.calls.append(step)
+
         def close(self):
             self.calls.append("closed")
 
     first, second = Recorder(), Recorder()
     group = WriterGroup([first, second])
     group.write(1, {"a": 2.0})
+    group.discard_after(0)
     group.close()
-    assert first.calls == second.calls == [(1, {"a": 2.0}), "closed"]
+    assert first.calls == second.calls == [(1, {"a": 2.0}), 0, "closed"]

@@ -23,6 +23,9 @@ class Writer:
     def __init__(self):
         self.written = {}
 
+    def discard_after(self, step):
+        self.written = {each: metrics for each, metrics in self.written.items() if each <= step}
+
     def write(self, step, metrics):
         self.written.setdefault(step, {}).update(metrics)
 
@@ -102,7 +105,8 @@ def test_lines_after_a_rollback_count_every_loss_once_and_time_only_the_steps_si
     assert (writer.written[4]["train/loss"], state.nan_iterations) == (2.0, 1)
     iterate(reporter, state, [9.0])
     reporter._losses.forget_after(2)
-    reporter.restart()
+    reporter.continue_from(2)
+    assert max(writer.written, default=0) <= 2
     state = TrainState(iteration=2)
     iterate(reporter, state, [5.0, 6.0])
     clock.now += 3
