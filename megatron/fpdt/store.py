@@ -8,7 +8,6 @@ its copy. How chunks are copied, and on which streams, is in megatron.fpdt.tiers
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megatron.fpdt.tiers import Arrival, DeviceTier, Event, HostTier
+from megatron.fpdt.tiers import Arrival, DeviceTier, Event, HostTier, Tier
 
 
 @dataclass
@@ -47,11 +46,12 @@ class ChunkStore:
     ) -> None:
         self.device = device
         self.offloading = offloading
-        self.device_budget_bytes = device_budget_bytes
-        self.device_bytes = 0  # of tensors stored on the device within the budget
         self.copied = CopyCounts()
-        self.device_tier, self.host_tier = DeviceTier(device), HostTier(device, host_budget_bytes)
+        self.device_tier = DeviceTier(device, device_budget_bytes if offloading else None)
+        self.host_tier = HostTier(device, host_budget_bytes)
         self.pool = self.host_tier.pool
+        # Fastest first; the last takes what the others have no room for.
+        self._offload_tiers: tuple[Tier, ...] = (self.host_tier,)
         self._copying_out: dict[tuple[torch.Size, torch.dtype], CopyOut] = {}
         self._copying_out_saved: list[CopyOut] = []
         self._expected: dict[int, Arrival] = {}  # by host address: copies in flight
@@ -62,9 +62,9 @@ class ChunkStore:
         `on_device` overrides the budget: a gradient must be on the device on which autograd has seen its tensor.
         """
         if on_device is None:
-            on_device = self._fits_on_device(prod(shape) * dtype.itemsize)
+            on_device = self.device_tier.has_room(prod(shape) * dtype.itemsize)
         if on_device:
-            return self._counted_on_device(self.device_tier.empty(shape, dtype))
+            return self.device_tier.empty(shape, dtype)
         return self._empty_offloaded(shape, dtype)
 
     def save(self, value: Tensor) -> Tensor:
@@ -72,42 +72,39 @@ class ChunkStore:
 
         Until `release_sent` it stays on the device too, and so do all others.
         """
-        if self._fits_on_device(value.nbytes):
-            return self._counted_on_device(value)
+        if self.device_tier.has_room(value.nbytes):
+            return self.device_tier.adopt(value)
         chunk = self._empty_offloaded(value.shape, value.dtype)
-        copy_out = self._send_out(chunk, value)
+        copy_out = self._send_out(self._tier_of(chunk), chunk, value)
         if copy_out is not None:
             self._copying_out_saved.append(copy_out)
         return chunk
 
-    def _fits_on_device(self, num_bytes: int) -> bool:
-        return not self.offloading or self.device_bytes + num_bytes <= self.device_budget_bytes
-
-    def _counted_on_device(self, tensor: Tensor) -> Tensor:
-        if self.offloading:
-            self.device_bytes += tensor.nbytes
-            weakref.finalize(tensor.untyped_storage(), self._uncount_on_device, tensor.nbytes).atexit = False
-        return tensor
-
     def _empty_offloaded(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        tensor = self.host_tier.empty(shape, dtype)
+        num_bytes, last = prod(shape) * dtype.itemsize, self._offload_tiers[-1]
+        tier = next((tier for tier in self._offload_tiers if tier.has_room(num_bytes)), last)
+        tensor = tier.empty(shape, dtype)
         first = tensor.data_ptr()
         self._drop_expected([address for address in self._expected if first <= address < first + tensor.nbytes])
         return tensor
 
-    def _uncount_on_device(self, num_bytes: int) -> None:
-        self.device_bytes -= num_bytes
+    def _tier_of(self, chunk: Tensor) -> Tier:
+        for tier in self._offload_tiers:
+            if tier.owns(chunk):
+                return tier
+        return self.device_tier
 
     def is_on_device(self, chunk: Tensor) -> bool:
         """Whether a tensor of the tier is stored on the device."""
-        return not self.host_tier.owns(chunk)
+        return self._tier_of(chunk) is self.device_tier
 
     def put(self, chunk: Tensor, value: Tensor) -> None:
         """Store a device tensor into a chunk of the tier. The value must not be written to afterwards."""
-        if self.is_on_device(chunk):
-            self.device_tier.copy_out(chunk, value)
+        tier = self._tier_of(chunk)
+        if tier is self.device_tier:
+            tier.copy_out(chunk, value)
             return
-        copy_out = self._send_out(chunk, value.contiguous())
+        copy_out = self._send_out(tier, chunk, value.contiguous())
         if copy_out is None:
             return
         kind = (value.shape, value.dtype)
@@ -115,11 +112,11 @@ class ChunkStore:
             self._wait_for(self._copying_out.pop(kind)[1])
         self._copying_out[kind] = copy_out
 
-    def _send_out(self, chunk: Tensor, value: Tensor) -> CopyOut | None:
+    def _send_out(self, tier: Tier, chunk: Tensor, value: Tensor) -> CopyOut | None:
         """Start the copy out. Return what must be held until it is over, if it is not over yet."""
         self.copied.bytes_out += chunk.nbytes
         self._drop_expected([chunk.data_ptr()])
-        event = self.host_tier.copy_out(chunk, value)
+        event = tier.copy_out(chunk, value)
         return None if event is None else (value, event)
 
     def release_sent(self) -> None:
@@ -157,13 +154,14 @@ class ChunkStore:
                 self._finish(*self._expected.pop(address))
 
     def _start(self, chunk: Tensor) -> Arrival:
-        if self.is_on_device(chunk):
-            return self.device_tier.copy_in(chunk)
+        tier = self._tier_of(chunk)
+        if tier is self.device_tier:
+            return tier.copy_in(chunk)
         expected = self._expected.pop(chunk.data_ptr(), None)
         if expected is not None and expected[0].shape == chunk.shape:
             return expected
         self.copied.bytes_in += chunk.nbytes
-        return self.host_tier.copy_in(chunk)
+        return tier.copy_in(chunk)
 
     def _finish(self, arriving: Tensor, arrived: Event) -> Tensor:
         self._wait_for(arrived)

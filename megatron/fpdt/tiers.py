@@ -10,6 +10,7 @@ copies. A copy's event is None if nothing has to be waited for.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -27,6 +28,10 @@ Arrival = tuple[Tensor, Event]
 
 class Tier(Protocol):
     """The interface of a storage tier."""
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether a tensor of this size fits the budget of the tier."""
+        ...
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return an uninitialized tensor, whose chunks are then copied out and in."""
@@ -46,13 +51,27 @@ class Tier(Protocol):
 
 
 class DeviceTier:
-    """Chunks that are stored on the compute device itself."""
+    """Chunks that are stored on the compute device itself; only with a budget are their bytes counted."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, budget_bytes: int | None = None) -> None:
+        self._device, self._budget_bytes = device, budget_bytes
+        self.used_bytes = 0
+
+    def has_room(self, num_bytes: int) -> bool:
+        return self._budget_bytes is None or self.used_bytes + num_bytes <= self._budget_bytes
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        return self.adopt(torch.empty(tuple(shape), dtype=dtype, device=self._device))
+
+    def adopt(self, tensor: Tensor) -> Tensor:
+        """Make a device tensor a chunk of this tier, for as long as anything references its storage."""
+        if self._budget_bytes is not None:
+            self.used_bytes += tensor.nbytes
+            weakref.finalize(tensor.untyped_storage(), self._release, tensor.nbytes).atexit = False
+        return tensor
+
+    def _release(self, num_bytes: int) -> None:
+        self.used_bytes -= num_bytes
 
     def owns(self, chunk: Tensor) -> bool:
         return chunk.device.type == self._device.type
@@ -77,6 +96,10 @@ class HostTier:
             self.copy_in_stream = torch.cuda.Stream(device)
             self.copy_out_stream = torch.cuda.Stream(device)
         self._stored: dict[int, torch.cuda.Event] = {}  # by host address: when the copy-out of the chunk there ends
+
+    def has_room(self, num_bytes: int) -> bool:
+        budget = self.pool.budget_bytes
+        return budget is None or self.pool.used_bytes + num_bytes <= budget
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         tensor = self.pool.empty(tuple(shape), dtype)

@@ -67,7 +67,7 @@ class Ledger:
         reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         held = self._states("cuda")
         if self.stream is not None:
-            held.append(("chunks", self.stream.store.device_bytes))
+            held.append(("chunks", self.stream.store.device_tier.used_bytes))
         return [
             ("of the GPU", f"{_gib(total)}, {_gib(free)} of it free"),
             ("not torch's", f"{_gib(total - free - reserved)}: other processes, and a little for CUDA itself"),

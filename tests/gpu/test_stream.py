@@ -303,4 +303,4 @@ def test_a_device_budget_changes_no_bit(device_memory_bytes):
         other_loss, other_grads = _run(model, inputs)
         assert torch.equal(loss, other_loss)
         assert differing(grads, other_grads) == []
-    assert model.execution.store.device_bytes == 0
+    assert model.execution.store.device_tier.used_bytes == 0

@@ -193,13 +193,13 @@ def test_without_ahead_a_group_is_prefetched_only_when_start_is_called(offloadin
 def test_tensors_are_stored_on_the_device_within_the_budget_and_release_their_share():
     store = ChunkStore(CPU, offloading=True, device_budget_bytes=100)
     first, second, third = (store.empty((size,), torch.uint8) for size in (60, 60, 40))
-    assert (store.device_bytes, store.pool.used_bytes) == (100, 60)
+    assert (store.device_tier.used_bytes, store.pool.used_bytes) == (100, 60)
     assert [store.pool.owns(t) for t in (first, second, third)] == [False, True, False]
     chunk = first[:10]
     del first
-    assert store.device_bytes == 100, "a chunk still holds it"
+    assert store.device_tier.used_bytes == 100, "a chunk still holds it"
     del chunk
-    assert store.device_bytes == 40
+    assert store.device_tier.used_bytes == 40
     assert not store.pool.owns(store.empty((60,), torch.uint8))
 
 
@@ -241,10 +241,10 @@ def test_a_value_saved_on_the_device_is_the_value_itself_within_the_budget():
     assert ChunkStore(CPU, offloading=False).save(value) is value
     store = ChunkStore(CPU, offloading=True, device_budget_bytes=16)
     assert store.save(value) is value
-    assert store.device_bytes == 16
+    assert store.device_tier.used_bytes == 16
     assert store.pool.owns(store.save(torch.ones(1)))
     del value
-    assert store.device_bytes == 0
+    assert store.device_tier.used_bytes == 0
 
 
 def test_a_tensor_can_be_allocated_on_either_tier_for_any_budget():
@@ -253,4 +253,4 @@ def test_a_tensor_can_be_allocated_on_either_tier_for_any_budget():
     on_device = store.empty((64,), torch.float32, on_device=True)
     assert store.pool.owns(on_host)
     assert store.is_on_device(on_device)
-    assert store.device_bytes == 256
+    assert store.device_tier.used_bytes == 256
