@@ -51,7 +51,7 @@ class ChunkStore:
         self.host_tier = HostTier(device, host_budget_bytes)
         self.pool = self.host_tier.pool
         # Fastest first; the last takes what the others have no room for.
-        self._offload_tiers: tuple[Tier, ...] = (self.host_tier,)
+        self.offload_tiers: tuple[Tier, ...] = (self.host_tier,)
         self._copying_out: dict[tuple[torch.Size, torch.dtype], CopyOut] = {}
         self._copying_out_saved: list[CopyOut] = []
         self._expected: dict[int, Arrival] = {}  # by host address: copies in flight
@@ -81,15 +81,15 @@ class ChunkStore:
         return chunk
 
     def _empty_offloaded(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        num_bytes, last = prod(shape) * dtype.itemsize, self._offload_tiers[-1]
-        tier = next((tier for tier in self._offload_tiers if tier.has_room(num_bytes)), last)
+        num_bytes, last = prod(shape) * dtype.itemsize, self.offload_tiers[-1]
+        tier = next((tier for tier in self.offload_tiers if tier.has_room(num_bytes)), last)
         tensor = tier.empty(shape, dtype)
         first = tensor.data_ptr()
         self._drop_expected([address for address in self._expected if first <= address < first + tensor.nbytes])
         return tensor
 
     def _tier_of(self, chunk: Tensor) -> Tier:
-        for tier in self._offload_tiers:
+        for tier in self.offload_tiers:
             if tier.owns(chunk):
                 return tier
         return self.device_tier

@@ -156,6 +156,7 @@ class TimedStore(ChunkStore):
     def __init__(self, clock: Clock, tier: TimedTier) -> None:
         super().__init__(torch.device("cpu"), offloading=True)
         self._clock, self.host_tier, self.pool = clock, tier, tier.pool
+        self.offload_tiers = (tier,)
 
     def _wait_for(self, event: Any) -> None:
         self._clock.wait(event or 0.0)
