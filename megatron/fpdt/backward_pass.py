@@ -89,7 +89,7 @@ class BackwardPass:
         lengths = self._layout.local_lengths
         self._dx = store.empty(x.shape, x.dtype, block.input_is_on_device)
         self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
-        self._dkv = store.empty(saved.kv_shape, accumulation_dtype(x.dtype)).split(self._layout.chunk_lengths)
+        dkv = store.empty(saved.kv_shape, accumulation_dtype(x.dtype)).split(self._layout.chunk_lengths)
         self._kv = saved.kv_CBKD or self._recomputed_keys_and_values(x.dtype)
         self._own_dkv: list[Tensor] = []  # dkv summed so far for the next row's own chunk
         rows = saved.plan.backward_rows()
@@ -98,7 +98,7 @@ class BackwardPass:
         per_row = (self._xs, self._positions, saved.o_cBHD, saved.lse_BHC, dys)
         row_inputs = ([t[i] for t in per_row] for i in chunks)
         self._row_ahead = store.prefetch(row_inputs, ahead=False)
-        self._tiles = BackwardTiles(store, saved.plan, self._kv, self._dkv)
+        self._tiles = BackwardTiles(store, saved.plan, self._kv, dkv)
         before = {i: [product for products in saved.products_before[i] for product in products] for i in chunks}
         groups = (group for i in chunks for group in (*saved.products_after[i][1:], before[i]))
         self._products_ahead = store.prefetch(groups, ahead=False)
@@ -127,18 +127,16 @@ class BackwardPass:
         self._products_ahead.start()
         dx, do, projections = torch.empty_like(x), torch.empty_like(o), _Projections(len(x))
         slices = [*self._stream.numbered_slices(x)]
+        runs_once = len(slices) == 1
         for number, s in slices:
-            products: list[Tensor] = []
+            products = [*next(self._products_ahead)] if number or runs_once else []
             if number:
-                products = [*next(self._products_ahead)]
                 self._products_ahead.start()
-            elif len(slices) == 1:
-                products = [*next(self._products_ahead)]
-            project = partial(projections.add, s) if len(slices) == 1 else None
+            project = partial(projections.add, s) if runs_once else None
             inputs = x[s], positions[:, s], o[s], dy[s]
             dx[s], do[s] = self._output_gradients((chunk, number), inputs, products, project)
         del dy, inputs
-        if len(slices) > 1:
+        if not runs_once:
             products = [*next(self._products_ahead)]
             for number, s in slices:
                 self._project((chunk, number), x[s], positions[:, s], products, partial(projections.add, s))
