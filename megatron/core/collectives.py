@@ -68,20 +68,33 @@ def heads_to_tokens(
     tensors_SBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
 ) -> list[Tensor]:
     """Scatter tokens and gather heads: the inverse of `tokens_to_heads`, with the same rules."""
+    return start_heads_to_tokens(tensors_SBHD, group, parts)()
+
+
+def start_heads_to_tokens(
+    tensors_SBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+) -> Exchange:
+    """Start `heads_to_tokens` asynchronously: compute queued before the result is called overlaps with it."""
     if group is None:
-        return list(tensors_SBHD)
+        return lambda: list(tensors_SBHD)
     p = dist.get_world_size(group)
     parts = parts or [1] * len(tensors_SBHD)
     heads = [t.shape[2] for t in tensors_SBHD]
     send_SBHD = torch.cat(list(tensors_SBHD), 2) if len(heads) > 1 else tensors_SBHD[0].contiguous()
     received_SBHD = torch.empty_like(send_SBHD)
     with named_range(ALL_TO_ALL):
-        dist.all_to_all_single(received_SBHD, send_SBHD, group=group)
-    by_rank_pcBHD = received_SBHD.unflatten(0, (p, -1)).split(heads, 3)  # [p*c, B, H, D] -> [p, c, B, H, D]
-    return [
-        t.unflatten(3, (n, -1)).permute(1, 2, 3, 0, 4, 5).flatten(2, 4)  # [p, c, B, n, H, D] -> [c, B, n*p*H, D]
-        for t, n in zip(by_rank_pcBHD, parts, strict=True)
-    ]
+        work = dist.all_to_all_single(received_SBHD, send_SBHD, group=group, async_op=True)
+
+    def finish() -> list[Tensor]:
+        with named_range(ALL_TO_ALL):
+            work.wait()
+        by_rank_pcBHD = received_SBHD.unflatten(0, (p, -1)).split(heads, 3)  # [p*c, B, H, D] -> [p, c, B, H, D]
+        return [
+            t.unflatten(3, (n, -1)).permute(1, 2, 3, 0, 4, 5).flatten(2, 4)  # [p, c, B, n, H, D] -> [c, B, n*p*H, D]
+            for t, n in zip(by_rank_pcBHD, parts, strict=True)
+        ]
+
+    return finish
 
 
 def repeat_key_value_heads(kv_SBKD: Tensor, sequence_parallel_size: int) -> Tensor:
