@@ -48,7 +48,7 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
-from megatron.fpdt.memory_model import StreamShape, choose_saved_activations
+from megatron.fpdt.memory_model import StreamShape, TierBudget, choose_saved_activations
 from megatron.fpdt.store import ChunkStore
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
@@ -246,7 +246,7 @@ RECOMPUTED = Way("recomputed")
 def automatic_recompute(model: ModelConfig, chunk: int, device: torch.device) -> Recompute:
     """Return the recompute that a training run with offloading would choose on this machine."""
     shape = StreamShape.of(model, chunk, 1, 1, compute_dtype(device).itemsize)
-    return choose_saved_activations(shape, available_host_bytes(), interval=1)[0]
+    return choose_saved_activations(shape, TierBudget(available_host_bytes()), interval=1)[0]
 
 
 def random_(tensor: Tensor, device: torch.device, part_tokens: int = 32768) -> Tensor:

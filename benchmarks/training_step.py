@@ -71,7 +71,7 @@ from megatron.model.initialization import Initialization
 from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.planner.flops import model_flops
-from megatron.planner.hardware import GPUS, gpu_like
+from megatron.planner.hardware import GIB, GPUS, gpu_like
 from megatron.planner.plan import Plan
 from megatron.ranks.world import World
 from megatron.tokenizer import pad_vocab_size
@@ -100,19 +100,25 @@ QUICK = {"num_layers": 4, "seq_length": 131072}
 TINY = {**TINY_GEOMETRY, "num_layers": 2, "vocab_size": 256, "seq_length": 128, "chunk": 48}
 
 
+def chunk_size(text: str) -> int:
+    """Parse a number of tokens; 0 for auto."""
+    return 0 if text == "auto" else int(text)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser(NAME, str(__doc__))
     parser.add_argument("--num-layers", type=int, default=6, help="[%(default)s]")
     parser.add_argument("--vocab-size", type=int, default=128256, help="[%(default)s]")
     parser.add_argument("--seq-length", type=int, default=262144, help="tokens [%(default)s]")
-    parser.add_argument("--chunk", type=int, default=32768, help="tokens per chunk [%(default)s]")
+    parser.add_argument("--chunk", type=chunk_size, default=32768,
+                        help="tokens per chunk, or auto with --step-only [%(default)s]")  # fmt: skip
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="[%(default)s]")
     parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and steps on the host")
     parser.add_argument("--on-device", action="store_true", help="without offloading")
     parser.add_argument("--plain", choices=PLAIN, help="without FPDT, with activations saved (kept), recomputed, or "
                         "recomputed from inputs on the host; measures no block")  # fmt: skip
-    parser.add_argument("--device-memory", type=float, default=0.0, metavar="GIB",
-                        help="chunks that may stay on the GPU [%(default)s]")  # fmt: skip
+    parser.add_argument("--device-memory", default="0", metavar="GIB",
+                        help="chunks that may stay on the GPU, or auto [%(default)s]")  # fmt: skip
     parser.add_argument("--recompute", type=Recompute, choices=[*Recompute],
                         help="matmuls to recompute [by memory and the link's bandwidth]")  # fmt: skip
     parser.add_argument("--checkpoint-interval", type=int, metavar="K",
@@ -128,6 +134,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     add_geometry_flags(parser, DEFAULT)
     arguments = parse(parser, argv, QUICK, TINY)
+    if not (arguments.chunk or arguments.step_only):
+        parser.error("--chunk auto plans a step, not a block; add --step-only")
     if arguments.steps < 1:
         parser.error(f"--steps ({arguments.steps}) must be at least 1")
     num_processes = World.from_environment().size
@@ -281,6 +289,8 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
         "peak_gib": gib(peak), "reserved_gib": gib(reserved),
         "resting_gib": gib(allocated_bytes(device)), "process_gib": gib(peak_process_bytes()),
         "attention_backend": stream.attention.name, "recompute_run": execution.recompute,
+        "streamed": execution.fpdt, "chunk_run": execution.chunk_size if execution.fpdt else None,
+        "device_memory_run": gib(execution.device_budget.total_bytes),
         "checkpoint_interval": execution.checkpoint_interval, "zero_stage": arguments.zero_stage,
         "loss": loss,
         # Of the first step, where the weights are still the initial ones.
@@ -301,8 +311,10 @@ def plan_of_step(config: Config, arguments: argparse.Namespace, step: Row, num_g
     plan = plan_of(config, num_gpus, gpu, 0, vocabulary, backend)  # no host memory: it chooses nothing here
     if arguments.as_one_of:
         plan = replace(plan, machines=replace(plan.machines, gpus_per_node=num_gpus))
-    saved = {"recompute": step["recompute_run"], "checkpoint_interval": step["checkpoint_interval"]}
-    return plan.with_job(replace(plan.job, **saved))
+    run = {"recompute": step["recompute_run"], "checkpoint_interval": step["checkpoint_interval"],
+           "streamed": step["streamed"], "chunk_length": step["chunk_run"] or config.model.seq_length,
+           "device_memory_bytes": int(step["device_memory_run"] * GIB)}  # fmt: skip
+    return plan.with_job(replace(plan.job, **run))
 
 
 def planned_row(plan: Plan) -> Row:

@@ -22,7 +22,7 @@ from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any, Literal, NoReturn, TypeVar
 
-from megatron.config import ALONE, AUTOMATIC_CHUNK, ChunkSize, Config, ConfigError, config_sections
+from megatron.config import ALONE, AUTOMATIC_CHUNK, ChunkSize, Config, ConfigError, GibOrAuto, config_sections
 from megatron.config.resolve import resolve
 from megatron.config.unknown_flags import describe_unknown
 from megatron.config.upstream_flags import ACCEPTED, ALIASES, ANY, Accepted
@@ -227,11 +227,16 @@ def _chunk_size(text: str) -> int:
     return AUTOMATIC_CHUNK if text.casefold() == "auto" else _whole_number(text)
 
 
+def _gib_or_auto(text: str) -> float | None:
+    return None if text.casefold() == "auto" else _number(text)
+
+
 _PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int: (_whole_number, "N"),
     float: (_number, "X"),
     str: (str, "TEXT"),
     ChunkSize: (_chunk_size, "N|auto"),
+    GibOrAuto: (_gib_or_auto, "X|auto"),
 }
 
 # Parsers of flags with several values, by the type of one value.

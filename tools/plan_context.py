@@ -41,6 +41,8 @@ from megatron.planner.job import Job
 from megatron.planner.models import MODEL_NAMES, named_model
 from megatron.planner.plan import Plan
 from megatron.planner.published import published_table
+from megatron.planner.report import execution_lines
+from megatron.planner.solver import Open, fastest, with_free_device_memory
 from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import TokenizerError, pad_vocab_size, tokenizer_of
 from megatron.weights.hugging_face import read_hugging_face_config
@@ -67,6 +69,11 @@ DESCRIBED_BY_TRAINING = {
 def host_memory(text: str) -> float:
     """Parse GiB, or `here` for the free memory of this machine within its cgroup limit."""
     return available_host_bytes() / GIB if text == "here" else ABOVE_ZERO(text)
+
+
+def device_memory(text: str) -> float | None:
+    """Parse GiB, or `auto`."""
+    return None if text == "auto" else real(0, "40")(text)
 
 
 def count(text: str) -> int:
@@ -102,8 +109,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     job.add_argument("--micro-batch-size", type=count, default=1, help="[%(default)s]")
     job.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3, help="[%(default)s]")
     job.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and step on the host")
-    job.add_argument("--device-memory", type=real(0, "40"), default=0.0, metavar="GIB",
-                     help="chunks that may stay on a GPU [%(default)s]")  # fmt: skip
+    job.add_argument("--device-memory", type=device_memory, metavar="GIB",
+                     help="chunks that may stay on a GPU, or `auto` for what it has room for [auto]")  # fmt: skip
     job.add_argument("--backend", help="attention kernel [the GPU's fastest]")
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, help="write the estimates to a file")
@@ -137,32 +144,32 @@ def main(argv: Sequence[str]) -> int:
     try:
         if arguments.plot:
             require_package("matplotlib", f"--plot ({arguments.plot})")
-        plan = plan_of(arguments)
-        lines = lines_of(plan)
+        plan, choices = plan_of(arguments)
+        lines = lines_of(plan, choices)
     except (ConfigError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     print("\n".join(lines))
     try:
-        write_files(plan, arguments)
+        write_files(plan, choices, arguments)
     except (OSError, ValueError) as error:  # ValueError: a picture format that matplotlib does not know
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0 if plan.fits else 1
 
 
-def write_files(plan: Plan, arguments: argparse.Namespace) -> None:
+def write_files(plan: Plan, choices: Open, arguments: argparse.Namespace) -> None:
     """Write the JSON file and the plot that the command line asks for."""
     for file in filter(None, (arguments.json, arguments.plot)):
         file.parent.mkdir(parents=True, exist_ok=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures_of(plan), indent=2) + "\n")
+        arguments.json.write_text(json.dumps(figures_of(plan, choices), indent=2) + "\n")
     if arguments.plot:
         draw(plan, arguments.plot)
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
-    """Make the plan that the command line asks for."""
+def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Open]:
+    """Return the plan that the command line asks for, and what of it was left open."""
     gpu = GPUS[arguments.gpu]
     gpu = replace(gpu, memory_gib=arguments.gpu_memory or gpu.memory_gib, link_gbps=arguments.link or gpu.link_gbps)
     per_node = min(arguments.gpus_per_node, arguments.gpus)
@@ -182,8 +189,10 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
             f"use one of {', '.join(map(str, allowed))}"
         )
     plan = Plan(job, machines, backend)
-    chunk_is_given = config.parallel.ds_sequence_parallel_fpdt_chunk_size if config else arguments.chunk_size
-    return plan if chunk_is_given else plan.with_fastest_chunk()
+    if not job.streamed:
+        return plan, Open()
+    choices = Open.of(config) if config else Open(arguments.chunk_size is None, arguments.device_memory is None)
+    return fastest(plan, choices) or (with_free_device_memory(plan) if choices.device_memory else plan), choices
 
 
 def model_called(name: str, seq_length: int) -> tuple[ModelConfig, int]:
@@ -210,7 +219,7 @@ def job_of_model(arguments: argparse.Namespace) -> Job:
         micro_batch_size=arguments.micro_batch_size,
         zero_stage=arguments.zero_stage,
         cpu_optimizer=arguments.cpu_optimizer,
-        device_memory_bytes=int(arguments.device_memory * GIB),
+        device_memory_bytes=int((arguments.device_memory or 0) * GIB),
     )
 
 
@@ -237,9 +246,10 @@ def vocabulary_of(tokenizer: TokenizerConfig) -> int:
         return DEFAULT_VOCABULARY
 
 
-def figures_of(plan: Plan) -> dict[str, Any]:
+def figures_of(plan: Plan, choices: Open) -> dict[str, Any]:
     """Return all estimates by name; memory in GiB per GPU."""
     job, memory, speed = plan.job, plan.memory, plan.speed
+    quickest = fastest(plan, replace(choices, chunk=True))
     return {
         "gpu": plan.machines.gpu.name, "gpus": job.num_gpus, "parameters": job.num_parameters,
         "seq_length": job.model.seq_length, "chunk_length": job.chunk_length,
@@ -253,40 +263,39 @@ def figures_of(plan: Plan) -> dict[str, Any]:
         "head_seconds": speed.head, "optimizer_seconds": speed.optimizer, "waiting_seconds": speed.waiting,
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu, "mfu": plan.mfu,
         "fits_gpu": plan.fits_gpu, "fits_host": plan.fits_host, "longest_context": plan.longest_context(),
-        "smallest_hiding_chunk": plan.smallest_hiding_chunk(), "fastest_chunk": plan.fastest_chunk(),
+        "smallest_hiding_chunk": plan.smallest_hiding_chunk(),
+        "fastest_chunk": None if quickest is None else quickest.job.chunk_length,
         "advice": plan.advice(),
     }  # fmt: skip
 
 
-def lines_of(plan: Plan) -> list[str]:
+def headline(plan: Plan) -> str:
+    """Say which run is planned, on which GPUs."""
+    job = plan.job
+    execution = f"chunk {job.chunk_length:,}" if job.streamed else f"activations {job.activations}"
+    return (
+        f"{job.num_parameters / 1e9:.2f}B parameters on {job.num_gpus} {plan.machines.gpu.name}, "
+        f"{job.model.seq_length:,} tokens, {execution}, sequence parallel {job.sequence_parallel_size}, "
+        f"ZeRO-{job.zero_stage}, {plan.backend}"
+    )
+
+
+def lines_of(plan: Plan, choices: Open) -> list[str]:
     """Format the estimates as lines of text."""
-    f, gpu = figures_of(plan), plan.machines.gpu
-    host = plan.machines.host_bytes_per_gpu / GIB
-    per_node = min(plan.machines.gpus_per_node, plan.job.num_gpus)
-    hiding = f["smallest_hiding_chunk"]
-    execution = f"chunk {f['chunk_length']:,}" if plan.job.streamed else f"activations {plan.job.activations}"
+    job, hiding = plan.job, plan.smallest_hiding_chunk()
     lines = [
-        f"{f['parameters'] / 1e9:.2f}B parameters on {f['gpus']} {gpu.name}, {f['seq_length']:,} tokens, "
-        f"{execution}, sequence parallel {f['sequence_parallel_size']}, ZeRO-{f['zero_stage']}, "
-        f"{f['attention_backend']}",
+        headline(plan),
         "",
-        f"GPU memory       {f['gpu_gib']:9.1f} GiB   {f['gpu_states_gib']:.1f} of model states, "
-        f"{f['gpu_above_gib']:.1f} above; {f['gpu_gib_with_overhead']:.1f} of {gpu.memory_gib:.1f} with what is not "
-        "torch's",
-        f"host memory      {f['host_gib']:9.1f} GiB   of {host:.1f}; {f['host_gib'] * per_node:.0f} per machine, "
-        f"{f['host_chunks_gib']:.1f} of activations per GPU, pinned",
-        f"step             {f['step_seconds']:9.1f} s     forward {f['forward_seconds']:.1f}, backward "
-        f"{f['backward_seconds']:.1f}, head {f['head_seconds']:.1f}, optimizer {f['optimizer_seconds']:.1f}; "
-        f"{f['waiting_seconds']:.1f} of it waiting for copies and collectives",
-        f"speed            {f['tokens_per_second_per_gpu']:9.1f} tokens/s/GPU, MFU {f['mfu']:.1%}",
-        f"longest context  {f['longest_context']:9,} tokens",
+        *execution_lines(plan, choices),
+        "",
+        f"longest context  {plan.longest_context():9,} tokens",
     ]
-    if plan.job.streamed:
+    if job.streamed:
         lines.append(f"smallest chunk that hides copies behind compute: {f'{hiding:,} tokens' if hiding else 'none'}")
     if plan.fits:
-        return [*lines, "it fits; flags: " + " ".join(flags_of(plan.job))]
+        return [*lines, "it fits; flags: " + " ".join(flags_of(job))]
     where = " and ".join(name for name, fits in (("GPU", plan.fits_gpu), ("host", plan.fits_host)) if not fits)
-    return [*lines, f"it does not fit the {where}:", *(f"  - {line}" for line in f["advice"])]
+    return [*lines, f"it does not fit the {where}:", *(f"  - {line}" for line in plan.advice())]
 
 
 def flags_of(job: Job) -> list[str]:
@@ -333,7 +342,7 @@ def draw(plan: Plan, path: Path) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xlabel("tokens")
         panel.xaxis.set_major_formatter(lambda tokens, _: f"{int(tokens) // 1024}K")
-    figure.suptitle(lines_of(plan)[0], fontsize=9)
+    figure.suptitle(headline(plan), fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -13,7 +13,7 @@ from megatron.config.finetuning import FinetuningConfig
 from megatron.config.logging import ALONE, LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
-from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, ParallelConfig
+from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, GibOrAuto, ParallelConfig, default_chunk
 from megatron.config.precision import PrecisionConfig
 from megatron.config.recompute import Recompute
 from megatron.config.tokenizer import TokenizerConfig
@@ -29,6 +29,7 @@ __all__ = [
     "DataConfig",
     "DeepSpeedConfig",
     "FinetuningConfig",
+    "GibOrAuto",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -44,6 +45,7 @@ __all__ = [
     "data_parallel_size",
     "deepspeed_config",
     "default_batch_notes",
+    "default_chunk",
     "describe_difference",
     "describe_mismatch",
     "global_batch_size",

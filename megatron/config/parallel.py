@@ -7,6 +7,8 @@ from megatron.config.recompute import Recompute
 
 ChunkSize = NewType("ChunkSize", int)
 AUTOMATIC_CHUNK = ChunkSize(0)
+_DEFAULT_CHUNK = 65536
+GibOrAuto = NewType("GibOrAuto", float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,10 @@ class ParallelConfig:
     ds_sequence_parallel_fpdt: bool = False
     """Stream every block chunk by chunk (Fully Pipelined Distributed Transformer, Ulysses-Offload)."""
 
-    ds_sequence_parallel_fpdt_chunk_size: ChunkSize = ChunkSize(65536)
-    """Tokens per FPDT chunk, over all sequence-parallel ranks together; auto (or 0) for the size that the planner
-    estimates to be fastest on the available GPUs."""
+    ds_sequence_parallel_fpdt_chunk_size: ChunkSize = AUTOMATIC_CHUNK
+    """Tokens per FPDT chunk, over all sequence-parallel ranks together. Default: auto (or 0), the size that the planner
+    estimates to be fastest where GPUs offload chunks, else 65536. With auto, and no other setting of chunks, a sequence
+    that fits the GPU and is faster without FPDT runs without it."""
 
     ds_sequence_parallel_fpdt_offloading: bool = False
     """Offload FPDT's chunks to host memory, so that GPU memory does not grow with the sequence."""
@@ -40,9 +43,9 @@ class ParallelConfig:
     the first 8192 tokens per rank of each chunk. The outputs of the other products are saved like chunks. Default: as
     few as fit in host memory and can be copied without stalling compute; all without offloading."""
 
-    ds_sequence_parallel_fpdt_device_memory: float = 0.0
-    """GiB per GPU that offloaded chunks may use before they go to the host. Two gradients of hidden states come on top
-    where the hidden states are on the GPU."""
+    ds_sequence_parallel_fpdt_device_memory: GibOrAuto | None = None
+    """GiB per GPU that offloaded chunks may use; the others go to the host. Default: auto, what the GPU has left beside
+    the planned use of everything else."""
 
     ds_sequence_parallel_fpdt_host_memory: float | None = None
     """GiB per rank that offloaded chunks may use on the host. Default: 97% of the memory available there at the start,
@@ -62,3 +65,8 @@ class ParallelConfig:
 
     local_rank: int | None = None
     """Set by the launcher."""
+
+
+def default_chunk(sequence_parallel_size: int) -> int:
+    """Return the chunk size for auto where nothing is planned: a multiple of the ranks that share a sequence."""
+    return max(_DEFAULT_CHUNK // sequence_parallel_size, 1) * sequence_parallel_size

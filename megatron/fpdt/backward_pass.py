@@ -30,6 +30,7 @@ from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.attention_tiles import BackwardTiles, QueryChunk, TileRow
 from megatron.fpdt.block_chain import ChainedBlock
+from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.observer import ATTENTION_OUTPUT, INPUT, PROJECTED
 from megatron.fpdt.plan import Tile
 from megatron.fpdt.seam import AttentionCall
@@ -87,9 +88,9 @@ class BackwardPass:
         x = block.take_input()
         store, self._layout = self._store, self._stream.layout(x)
         lengths = self._layout.local_lengths
-        self._dx = store.empty(x.shape, x.dtype, block.input_is_on_device)
+        self._dx = store.empty(x.shape, x.dtype, ChunkKind.HIDDEN_GRADIENTS, block.input_is_on_device)
         self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
-        dkv = store.empty(saved.kv_shape, accumulation_dtype(x.dtype)).split(self._layout.chunk_lengths)
+        dkv = store.empty(saved.kv_shape, accumulation_dtype(x.dtype), ChunkKind.KEY_VALUE_GRADIENTS)
         self._kv = saved.kv_CBKD or self._recomputed_keys_and_values(x.dtype)
         self._own_dkv: list[Tensor] = []  # dkv summed so far for the next row's own chunk
         rows = saved.plan.backward_rows()
@@ -98,7 +99,7 @@ class BackwardPass:
         per_row = (self._xs, self._positions, saved.o_cBHD, saved.lse_BHC, dys)
         row_inputs = ([t[i] for t in per_row] for i in chunks)
         self._row_ahead = store.prefetch(row_inputs, ahead=False)
-        self._tiles = BackwardTiles(store, saved.plan, self._kv, dkv)
+        self._tiles = BackwardTiles(store, saved.plan, self._kv, dkv.split(self._layout.chunk_lengths))
         before = {i: [product for products in saved.products_before[i] for product in products] for i in chunks}
         groups = (group for i in chunks for group in (*saved.products_after[i][1:], before[i]))
         self._products_ahead = store.prefetch(groups, ahead=False)
@@ -224,7 +225,8 @@ class BackwardPass:
         Saved kv uses as much of the tier as attention outputs, or more where heads are repeated for the ranks.
         Recomputing it costs the products before attention and an all-to-all: little compared with attention.
         """
-        kv_CBKD = self._store.empty(self._saved.kv_shape, dtype).split(self._layout.chunk_lengths)
+        kv = self._store.empty(self._saved.kv_shape, dtype, ChunkKind.KEYS_VALUES)
+        kv_CBKD = kv.split(self._layout.chunk_lengths)
         chunks = self._saved.plan.loaded_keys()
         inputs_ahead = self._store.prefetch([self._xs[i], self._positions[i]] for i in chunks)
         for i, exchange in zip(chunks, self._stream.started_early(self._projected(inputs_ahead)), strict=True):

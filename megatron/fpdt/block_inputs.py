@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.ranges import TOKEN_WISE, named_range
+from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.layer_trace import LayerTrace
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.seam import AttentionCall
@@ -76,7 +77,7 @@ class BlockInputs:
     @torch.no_grad()
     def _rebuild(self, x: Tensor, step: Step) -> Tensor:
         stream, lengths = self._stream, self._stream.layout(x).local_lengths
-        y = stream.store.empty(x.shape, x.dtype)
+        y = stream.store.empty(x.shape, x.dtype, ChunkKind.HIDDEN_STATES)
         chunks = zip(x.split(lengths), step.positions_BS.split(lengths, 1), step.o_cBHD, strict=True)
         ahead = stream.store.prefetch(chunks)
         with stream.whole_parameters(step.layer.layer.parameters()):

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
 from megatron.core.ranges import ATTENTION, named_range
 from megatron.fpdt.attention_tiles import TileRow, attend
+from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.layer_trace import LayerTrace
 from megatron.fpdt.observer import ATTENTION_OUTPUT, OUTPUT, PROJECTED
 from megatron.fpdt.plan import ChunkPlan, Tile
@@ -65,7 +66,7 @@ class ForwardPass:
 
     def run(self) -> tuple[Tensor, Saved | None]:
         """Return the block's output, on the tier, and what is saved for backward."""
-        y = self._store.empty(self._x.shape, self._x.dtype)
+        y = self._store.empty(self._x.shape, self._x.dtype, ChunkKind.HIDDEN_STATES)
         ys = y.split(self._layout.local_lengths)
         rows = self._plan.forward_rows()
         try:
@@ -102,7 +103,7 @@ class ForwardPass:
         self._random_states.record(random_key((chunk, number), "before"))
         started = self._layer.start(x, positions, recorded)
         self._started.append(started)
-        self._products_before[chunk].append([self._store.save(output) for output in started.take_outputs()])
+        self._products_before[chunk].append(self._save_products(started))
         return started
 
     def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
@@ -138,17 +139,22 @@ class ForwardPass:
         self._random_states.record(random_key((chunk, number), "after"))
         y = started.finish(o)
         self._started.remove(started)
-        self._products_after[chunk].append([self._store.save(output) for output in started.take_outputs()])
+        self._products_after[chunk].append(self._save_products(started))
         return y
+
+    def _save_products(self, layer: StartedSlice) -> list[Tensor]:
+        return [self._store.save(output, ChunkKind.PRODUCTS) for output in layer.take_outputs()]
 
     def _allocate(self, q_CBHD: Tensor, kv_CBKD: Tensor) -> None:
         _, B, H, D = q_CBHD.shape
         store, layout, dtype, lengths = self._store, self._layout, q_CBHD.dtype, self._layout.chunk_lengths
-        self._kv += store.empty((layout.sequence_length, *kv_CBKD.shape[1:]), dtype).split(lengths)
+        kv_shape = (layout.sequence_length, *kv_CBKD.shape[1:])
+        self._kv += store.empty(kv_shape, dtype, ChunkKind.KEYS_VALUES).split(lengths)
         if self._save:
             all_heads = H * self._stream.parallel_state.sequence_parallel_size
-            self._o += store.empty((layout.local_length, B, all_heads, D), dtype).split(layout.local_lengths)
-            flat = store.empty((layout.sequence_length * B * H,), accumulation_dtype(dtype))
+            o_shape, lse_length = (layout.local_length, B, all_heads, D), layout.sequence_length * B * H
+            self._o += store.empty(o_shape, dtype, ChunkKind.ATTENTION_OUTPUTS).split(layout.local_lengths)
+            flat = store.empty((lse_length,), accumulation_dtype(dtype), ChunkKind.ATTENTION_OUTPUTS)
             parts = flat.split([length * B * H for length in lengths])
             self._lse += [part.view(B, H, -1) for part in parts]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.ranges import LOSS, named_range
+from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, Stream
 from megatron.ops.cross_entropy import cross_entropy_with_gradient, token_losses
 from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
@@ -63,7 +64,7 @@ class _StreamedLoss(torch.autograd.Function):
         dtype = accumulation_dtype(x.dtype)
         loss = torch.zeros((), dtype=dtype, device=store.device)
         gradients = GradientSums(parameters)
-        dx = store.empty(x.shape, x.dtype, store.is_on_device(x)) if save else None
+        dx = store.empty(x.shape, x.dtype, ChunkKind.HIDDEN_GRADIENTS, store.is_on_device(x)) if save else None
         dxs = dx.split(lengths) if dx is not None else None
         ahead = store.prefetch(zip(x.split(lengths), labels.split(lengths, 1), mask.split(lengths, 1), strict=True))
         for i, (x_i, labels_i, mask_i) in enumerate(ahead):
@@ -93,7 +94,7 @@ class _StreamedLoss(torch.autograd.Function):
         (scale,) = grads
         (dx,) = ctx.saved_tensors
         store, lengths = ctx.stream.store, ctx.stream.layout(dx).local_lengths
-        scaled_dx = store.empty(dx.shape, dx.dtype, store.is_on_device(dx))
+        scaled_dx = store.empty(dx.shape, dx.dtype, ChunkKind.HIDDEN_GRADIENTS, store.is_on_device(dx))
         ahead = store.prefetch([chunk] for chunk in dx.split(lengths))
         for target, (chunk,) in zip(scaled_dx.split(lengths), ahead, strict=True):
             store.put(target, (chunk.to(scale.dtype) * scale).to(dx.dtype))

@@ -22,14 +22,23 @@ from math import lcm
 
 from megatron.config import ModelConfig, Recompute
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.device_budget import ChunkKind, DeviceBudget
 from megatron.fpdt.stream import SLICE_LENGTH
 
 # FLOPs that an H100 or H200 computes while it copies one byte to the host: 600e12 / 50e9 per second, plus a margin of
 # more than half. At 18,000 the copies of a block were seen to stall its compute (docs/performance.md).
 _FLOPS_PER_BYTE = 20_000
 
-# Share of the budget that may be used if products are saved; the rest is left for other uses of the host's memory.
+# Share of the host memory that may be used if products are saved; the rest is left for its other uses.
 _SHARE_WITH_PRODUCTS = 0.75
+
+
+@dataclass(frozen=True)
+class TierBudget:
+    """Bytes of chunks that may be stored per rank, on the host and on the device."""
+
+    host_bytes: int
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,37 +140,69 @@ class StreamShape:
 
     def tier_bytes(self, interval: int, recompute: Recompute = Recompute.ALL) -> int:
         """Estimate the peak bytes per rank of a training step that saves the input of every `interval`-th block."""
+        return sum(self.kind_bytes(interval, recompute).values())
+
+    def kind_bytes(self, interval: int, recompute: Recompute) -> dict[ChunkKind, int]:
+        """Estimate the bytes of each kind at the peak of `tier_bytes`, the kind that gains most on the device first."""
         layers = self.num_layers
         # The peak is reached while the highest chain is rebuilt and all others are saved, or while the next chain is
         # rebuilt, if that is longer by more than what the highest chain had saved.
         tops = {layers, layers // interval * interval} - {0}
-        backward = 2 * self.residual_bytes + self._key_value_gradient_bytes
-        backward += 0 if recompute.saves_keys_and_values else self.key_value_bytes
-        return max(self._bytes_up_to(top, interval, recompute) for top in tops) + backward
+        return max(
+            (self._kind_bytes_up_to(top, interval, recompute) for top in tops), key=lambda kinds: sum(kinds.values())
+        )
 
-    def _bytes_up_to(self, top: int, interval: int, recompute: Recompute) -> int:
-        """Return the bytes saved by the lowest `top` blocks, with the inputs of their highest chain rebuilt."""
+    def _kind_bytes_up_to(self, top: int, interval: int, recompute: Recompute) -> dict[ChunkKind, int]:
+        """Return the bytes of the lowest `top` blocks, the highest in its backward pass and its chain rebuilt."""
         chains, rebuilt = -(-top // interval), (top - 1) % interval
-        return top * self.saved_bytes(recompute) + (chains + rebuilt) * self.residual_bytes
+        return {
+            ChunkKind.KEY_VALUE_GRADIENTS: self._key_value_gradient_bytes,
+            ChunkKind.KEYS_VALUES: self.key_value_bytes * (top if recompute.saves_keys_and_values else 1),
+            ChunkKind.ATTENTION_OUTPUTS: self.attention_bytes * top,
+            ChunkKind.PRODUCTS: self.product_bytes(recompute) * top,
+            ChunkKind.HIDDEN_GRADIENTS: self.residual_bytes * 2,
+            ChunkKind.HIDDEN_STATES: self.residual_bytes * (chains + rebuilt),
+        }
 
-    @property
-    def largest_bytes(self) -> int:
-        """Bytes of the largest tensor of the tier."""
-        return max(self.residual_bytes, self.attention_bytes, self._key_value_gradient_bytes)
+    def device_budget(self, device_bytes: int, interval: int, recompute: Recompute) -> DeviceBudget:
+        """Share out device memory to the kinds, those first that gain most."""
+        return DeviceBudget(device_bytes, self.kind_bytes(interval, recompute))
 
-    def sure_budget(self, host_bytes: int, device_bytes: int) -> int:
-        """Return the bytes of chunks that are sure to fit in both, in any order of allocation.
+    def device_bytes(self, available: int, interval: int, recompute: Recompute) -> dict[ChunkKind, int]:
+        """Return the bytes of each kind that are sure to be stored on a device with so many bytes for chunks.
 
-        The rest of the device memory may be too small for the next tensor, which may be the largest.
+        The rest of the memory may be too small for the next tensor. Hidden states are stored there last, and one more
+        than `kind_bytes` counts is alive while the loss is computed.
         """
-        return max(device_bytes, host_bytes + max(device_bytes - self.largest_bytes, 0))
+        product = max(self.projection_width, self.mlp_outputs) * self.slice_length * self.batch_size * self.element_size
+        unit = {
+            ChunkKind.KEY_VALUE_GRADIENTS: self._key_value_gradient_bytes,
+            ChunkKind.KEYS_VALUES: self.key_value_bytes,
+            ChunkKind.ATTENTION_OUTPUTS: self.attention_bytes,
+            ChunkKind.PRODUCTS: product,
+            ChunkKind.HIDDEN_GRADIENTS: 0,
+            ChunkKind.HIDDEN_STATES: self.residual_bytes,
+        }
+        stored = {}
+        for kind, needed in self.kind_bytes(interval, recompute).items():
+            stored[kind] = needed if needed <= available else max(available - unit[kind], 0)
+            available -= min(needed, available)
+        if available < self.residual_bytes:
+            stored[ChunkKind.HIDDEN_GRADIENTS] = 0
+            stored[ChunkKind.HIDDEN_STATES] = max(stored[ChunkKind.HIDDEN_STATES] - self.residual_bytes, 0)
+        return stored
 
-    def overlaps_with_link(self, recompute: Recompute) -> bool:
+    def host_bytes(self, device_bytes: int, interval: int, recompute: Recompute) -> int:
+        """Estimate the peak bytes on the host, with so many bytes for chunks on the device."""
+        stored = self.device_bytes(device_bytes, interval, recompute)
+        return self.tier_bytes(interval, recompute) - sum(stored.values())
+
+    def overlaps_with_link(self, recompute: Recompute, host_share: float = 1.0) -> bool:
         """Whether a block's forward pass takes longer than the copies of what it saves, which are then hidden."""
         attention = 2 * self.layout.sequence_length * self.num_heads * self.head_size
         weights = self.projection_width + self.num_heads * self.head_size + self.mlp_outputs + self.mlp_width
         flops = self._local_tokens * (attention + 2 * self.hidden_size * weights)
-        return flops >= _FLOPS_PER_BYTE * (self.residual_bytes + self.saved_bytes(recompute))
+        return flops >= _FLOPS_PER_BYTE * host_share * (self.residual_bytes + self.saved_bytes(recompute))
 
     @property
     def projection_width(self) -> int:
@@ -171,7 +212,7 @@ class StreamShape:
 
 def choose_saved_activations(
     shape: StreamShape,
-    budget_bytes: int,
+    budget: TierBudget,
     recompute: Recompute | None = None,
     interval: int | None = None,
 ) -> tuple[Recompute, int]:
@@ -185,21 +226,21 @@ def choose_saved_activations(
     else:
         saves_inputs = intervals[0] == 1
         saving = (Recompute.NONE, Recompute.MLP)
-        products = [each for each in saving if saves_inputs and _may_save(shape, each, budget_bytes)]
+        products = [each for each in saving if saves_inputs and _may_save(shape, each, budget)]
         # For the bytes saved, recomputing keys and values takes much less time than rebuilding inputs.
         choices = [(each, 1) for each in products]
         choices += [(Recompute.ALL, intervals[0]), *((Recompute.KV, each) for each in intervals)]
 
-    def num_bytes(choice: tuple[Recompute, int]) -> int:
-        return shape.tier_bytes(choice[1], choice[0])
+    def host_bytes(choice: tuple[Recompute, int]) -> int:
+        return shape.host_bytes(budget.device_bytes, choice[1], choice[0])
 
-    fitting = (choice for choice in choices if num_bytes(choice) <= budget_bytes)
-    return next(fitting, min(choices, key=num_bytes))
+    fitting = (choice for choice in choices if host_bytes(choice) <= budget.host_bytes)
+    return next(fitting, min(choices, key=host_bytes))
 
 
 def lowest_memory(shape: StreamShape) -> tuple[Recompute, int]:
     """Return (products recomputed, interval of the saved inputs) of the step that uses the least memory."""
-    return choose_saved_activations(shape, 0)
+    return choose_saved_activations(shape, TierBudget(0))
 
 
 def least_bytes(shape: StreamShape) -> int:
@@ -208,14 +249,15 @@ def least_bytes(shape: StreamShape) -> int:
     return shape.tier_bytes(interval, recompute)
 
 
-def longest_sequence(shape: StreamShape, budget_bytes: int) -> int:
+def longest_sequence(shape: StreamShape, budget: TierBudget) -> int:
     """Return the tokens of the longest sequence that fits the budget with the least memory; 0 if none does."""
     layout, shortest = shape.layout, shape.layout.sequence_parallel_size
 
     def fits(num_tokens: int) -> bool:
         chunk_length = min(layout.chunk_length, num_tokens)
         at = replace(shape, layout=SequenceLayout(num_tokens, chunk_length, shortest))
-        return least_bytes(at) <= budget_bytes
+        recompute, interval = lowest_memory(at)
+        return at.host_bytes(budget.device_bytes, interval, recompute) <= budget.host_bytes
 
     low, high = 0, layout.sequence_length // shortest
     while high - low > 1:
@@ -224,6 +266,7 @@ def longest_sequence(shape: StreamShape, budget_bytes: int) -> int:
     return low * shortest
 
 
-def _may_save(shape: StreamShape, products: Recompute, budget_bytes: int) -> bool:
-    fits = shape.tier_bytes(1, products) <= int(budget_bytes * _SHARE_WITH_PRODUCTS)
-    return fits and shape.overlaps_with_link(products)
+def _may_save(shape: StreamShape, products: Recompute, budget: TierBudget) -> bool:
+    on_host = shape.host_bytes(budget.device_bytes, 1, products)
+    fits = on_host <= int(budget.host_bytes * _SHARE_WITH_PRODUCTS)
+    return fits and shape.overlaps_with_link(products, on_host / shape.tier_bytes(1, products))

@@ -15,6 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from megatron.fpdt.device_budget import NO_DEVICE_MEMORY, ChunkKind, DeviceBudget
 from megatron.fpdt.tiers import Arrival, DeviceTier, Event, HostTier, Tier
 
 
@@ -33,21 +34,21 @@ CopyOut = tuple[Tensor, torch.cuda.Event]
 class ChunkStore:
     """Stores chunks on the tier, offloads them and prefetches them. One per model, for its lifetime.
 
-    With offloading, tensors are stored on the device until they use `device_budget_bytes`, and on the host from then
-    on, up to `host_budget_bytes`.
+    With offloading, tensors are stored on the device as far as the `device_budget` has room for their kind, and else on
+    the host, up to `host_budget_bytes`.
     """
 
     def __init__(
         self,
         device: torch.device,
         offloading: bool,
-        device_budget_bytes: int = 0,
+        device_budget: DeviceBudget = NO_DEVICE_MEMORY,
         host_budget_bytes: int | None = None,
     ) -> None:
         self.device = device
         self.offloading = offloading
         self.copied = CopyCounts()
-        self.device_tier = DeviceTier(device, device_budget_bytes if offloading else None)
+        self.device_tier = DeviceTier(device, device_budget if offloading else None)
         self.host_tier = HostTier(device, host_budget_bytes)
         self.pool = self.host_tier.pool
         # Fastest first; the last takes what the others have no room for.
@@ -56,34 +57,40 @@ class ChunkStore:
         self._copying_out_saved: list[CopyOut] = []
         self._expected: dict[int, Arrival] = {}  # by host address: copies in flight
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, on_device: bool | None = None) -> Tensor:
+    def empty(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        kind: ChunkKind = ChunkKind.HIDDEN_STATES,
+        on_device: bool | None = None,
+    ) -> Tensor:
         """Return an uninitialized tensor on the tier, whose chunks are then put and prefetched.
 
         `on_device` overrides the budget: a gradient must be on the device on which autograd has seen its tensor.
         """
         if on_device is None:
-            on_device = self.device_tier.has_room(prod(shape) * dtype.itemsize)
+            on_device = self.device_tier.has_room(prod(shape) * dtype.itemsize, kind)
         if on_device:
-            return self.device_tier.empty(shape, dtype)
-        return self._empty_offloaded(shape, dtype)
+            return self.device_tier.empty(shape, dtype, kind)
+        return self._empty_offloaded(shape, dtype, kind)
 
-    def save(self, value: Tensor) -> Tensor:
+    def save(self, value: Tensor, kind: ChunkKind = ChunkKind.HIDDEN_STATES) -> Tensor:
         """Store a contiguous device tensor as a chunk of its own. It must not be written to afterwards.
 
         Until `release_sent` it stays on the device too, and so do all others.
         """
-        if self.device_tier.has_room(value.nbytes):
-            return self.device_tier.adopt(value)
-        chunk = self._empty_offloaded(value.shape, value.dtype)
+        if self.device_tier.has_room(value.nbytes, kind):
+            return self.device_tier.adopt(value, kind)
+        chunk = self._empty_offloaded(value.shape, value.dtype, kind)
         copy_out = self._send_out(self._tier_of(chunk), chunk, value)
         if copy_out is not None:
             self._copying_out_saved.append(copy_out)
         return chunk
 
-    def _empty_offloaded(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _empty_offloaded(self, shape: Sequence[int], dtype: torch.dtype, kind: ChunkKind) -> Tensor:
         num_bytes, last = prod(shape) * dtype.itemsize, self.offload_tiers[-1]
-        tier = next((tier for tier in self.offload_tiers if tier.has_room(num_bytes)), last)
-        tensor = tier.empty(shape, dtype)
+        tier = next((tier for tier in self.offload_tiers if tier.has_room(num_bytes, kind)), last)
+        tensor = tier.empty(shape, dtype, kind)
         first = tensor.data_ptr()
         self._drop_expected([address for address in self._expected if first <= address < first + tensor.nbytes])
         return tensor

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.ranges import COPY_IN, COPY_OUT, named_range
+from megatron.fpdt.device_budget import ChunkKind, DeviceBudget, DeviceUse
 from megatron.fpdt.host_pool import HostPool
 
 Event = torch.cuda.Event | None
@@ -29,11 +30,11 @@ Arrival = tuple[Tensor, Event]
 class Tier(Protocol):
     """The interface of a storage tier."""
 
-    def has_room(self, num_bytes: int) -> bool:
-        """Whether a tensor of this size fits the budget of the tier."""
+    def has_room(self, num_bytes: int, kind: ChunkKind) -> bool:
+        """Whether a tensor of this size and kind fits the budget of the tier."""
         ...
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, kind: ChunkKind) -> Tensor:
         """Return an uninitialized tensor, whose chunks are then copied out and in."""
         ...
 
@@ -53,25 +54,27 @@ class Tier(Protocol):
 class DeviceTier:
     """Chunks that are stored on the compute device itself; only with a budget are their bytes counted."""
 
-    def __init__(self, device: torch.device, budget_bytes: int | None = None) -> None:
-        self._device, self._budget_bytes = device, budget_bytes
-        self.used_bytes = 0
+    def __init__(self, device: torch.device, budget: DeviceBudget | None = None) -> None:
+        self._device, self.budget = device, budget
+        self._use = None if budget is None else DeviceUse(budget)
 
-    def has_room(self, num_bytes: int) -> bool:
-        return self._budget_bytes is None or self.used_bytes + num_bytes <= self._budget_bytes
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all chunks here; 0 if they are not counted."""
+        return 0 if self._use is None else self._use.total_bytes
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self.adopt(torch.empty(tuple(shape), dtype=dtype, device=self._device))
+    def has_room(self, num_bytes: int, kind: ChunkKind) -> bool:
+        return self._use is None or self._use.has_room(num_bytes, kind)
 
-    def adopt(self, tensor: Tensor) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, kind: ChunkKind) -> Tensor:
+        return self.adopt(torch.empty(tuple(shape), dtype=dtype, device=self._device), kind)
+
+    def adopt(self, tensor: Tensor, kind: ChunkKind) -> Tensor:
         """Make a device tensor a chunk of this tier, for as long as anything references its storage."""
-        if self._budget_bytes is not None:
-            self.used_bytes += tensor.nbytes
-            weakref.finalize(tensor.untyped_storage(), self._release, tensor.nbytes).atexit = False
+        if self._use is not None:
+            self._use.add(tensor.nbytes, kind)
+            weakref.finalize(tensor.untyped_storage(), self._use.add, -tensor.nbytes, kind).atexit = False
         return tensor
-
-    def _release(self, num_bytes: int) -> None:
-        self.used_bytes -= num_bytes
 
     def owns(self, chunk: Tensor) -> bool:
         return chunk.device.type == self._device.type
@@ -97,11 +100,11 @@ class HostTier:
             self.copy_out_stream = torch.cuda.Stream(device)
         self._stored: dict[int, torch.cuda.Event] = {}  # by host address: when the copy-out of the chunk there ends
 
-    def has_room(self, num_bytes: int) -> bool:
+    def has_room(self, num_bytes: int, kind: ChunkKind) -> bool:
         budget = self.pool.budget_bytes
         return budget is None or self.pool.used_bytes + num_bytes <= budget
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, kind: ChunkKind) -> Tensor:
         tensor = self.pool.empty(tuple(shape), dtype)
         if self._uses_streams:
             # A copy-in of the slab's previous tensor may still be reading it.

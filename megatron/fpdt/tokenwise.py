@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.ranges import TOKEN_WISE, named_range
+from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.stream import Stream
 from megatron.ops.gradient_sum import GradientSums
@@ -61,7 +62,7 @@ class _StreamedEmbedding(torch.autograd.Function):
         store, lengths = stream.store, stream.layout(tokens.T).local_lengths
         states = RandomStates(store.device, enabled=module.uses_dropout and save)
         dtype = next(module.parameters()).dtype
-        x = store.empty((tokens.shape[1], tokens.shape[0], module.hidden_size), dtype)
+        x = store.empty((tokens.shape[1], tokens.shape[0], module.hidden_size), dtype, ChunkKind.HIDDEN_STATES)
         inputs_ahead = store.prefetch(zip(tokens.split(lengths, 1), positions.split(lengths, 1), strict=True))
         for i, (chunk, inputs) in enumerate(zip(x.split(lengths), inputs_ahead, strict=True)):
             states.record(i)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.store import ChunkStore
 
 # Few enough to be stored on the device for all layers, enough for one tile per step.
@@ -58,7 +59,7 @@ class KeyValueCache:
         self._chunks, self._buffers, self._num_buffered = [[] for _ in range(num_layers)], [None] * num_layers, 0
 
     def _add_chunk(self, layer: int, kv_C1KD: Tensor) -> None:
-        chunk = self._store.empty(kv_C1KD.shape, kv_C1KD.dtype)
+        chunk = self._store.empty(kv_C1KD.shape, kv_C1KD.dtype, ChunkKind.KEYS_VALUES)
         self._store.put(chunk, kv_C1KD)
         self._chunks[layer].append(chunk)
 

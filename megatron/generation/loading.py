@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron.core.parallel_state import ParallelState
+from megatron.fpdt.device_budget import DeviceBudget
 from megatron.generation.cached_model import CachedModel
 from megatron.generation.errors import GenerationError
 from megatron.model.builder import Execution, build_model
@@ -70,7 +71,7 @@ class OpenedModel:
             fpdt=True,
             chunk_size=inference.chunk_size,
             offloading=inference.offloading,
-            device_memory_bytes=inference.device_memory_bytes,
+            device_budget=DeviceBudget(inference.device_memory_bytes),
             host_memory_bytes=inference.host_memory_bytes,
         )
         initialization = Initialization(inference.dtype, inference.device)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import count
 from math import ceil
 
 import torch
 import torch.distributed as dist
 
-from megatron.config import Config, ConfigError, Recompute, offloads
-from megatron.config.parallel import ParallelConfig
-from megatron.fpdt.memory_model import StreamShape, choose_saved_activations, least_bytes, longest_sequence
+from megatron.config import Config, ConfigError, Recompute, default_chunk, offloads
+from megatron.fpdt.memory_model import (
+    StreamShape,
+    TierBudget,
+    choose_saved_activations,
+    longest_sequence,
+    lowest_memory,
+)
 from megatron.initialize import Context
 from megatron.model.builder import Execution
 from megatron.model.layers import attention_request
@@ -19,10 +25,24 @@ from megatron.planner.hardware import GIB, Gpu, Machines, gpu_like
 from megatron.planner.job import HALF, Job
 from megatron.planner.memory import ACCURACY
 from megatron.planner.plan import Plan
+from megatron.planner.report import execution_lines
+from megatron.planner.solver import Open, fastest, with_free_device_memory
 from megatron.ranks.world import local_world_size
+
+_STEP = GIB // 10
 
 # Share of the host memory free at the start: page tables, other processes, and what torch pins for its own copies.
 _HOST_HEADROOM = 0.03
+
+
+@dataclass(frozen=True)
+class _Streaming:
+    """How FPDT executes the model."""
+
+    chunk_size: int
+    device_bytes: int  # of chunks
+    recompute: Recompute
+    checkpoint_interval: int
 
 
 def choose_execution(config: Config, context: Context, padded_vocab_size: int) -> Execution:
@@ -31,53 +51,95 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
     Raises:
         ConfigError: the run does not fit host memory or, as far as the planner can tell, GPU memory.
     """
-    parallel, deepspeed = config.parallel, config.deepspeed
-    device_memory = int(parallel.ds_sequence_parallel_fpdt_device_memory * GIB)
-    asked = parallel.ds_sequence_parallel_fpdt_host_memory
-    host_memory = int(context.host_memory_bytes * (1 - _HOST_HEADROOM))
-    plan = _plan(config, context, padded_vocab_size, host_memory)
-    non_chunk_bytes = 0 if plan is None else plan.memory.host_states + plan.memory.host_process
-    if asked is None:
-        host_memory = max(host_memory - non_chunk_bytes, 0)
-    else:
-        host_memory = int(asked * GIB)
-        plan = _plan(config, context, padded_vocab_size, host_memory + non_chunk_bytes)
-    chunk_size: int = parallel.ds_sequence_parallel_fpdt_chunk_size
-    if not chunk_size:
-        chunk_size = _automatic_chunk(plan, context)
-        context.log.info("chunk size: %d tokens", chunk_size)
-    interval = parallel.ds_sequence_parallel_fpdt_checkpoint_interval
-    recompute = parallel.ds_sequence_parallel_fpdt_recompute
-    if parallel.ds_sequence_parallel_fpdt_offloading:
-        size, batch = parallel.ds_sequence_parallel_size, config.training.micro_batch_size
-        shape = StreamShape.of(config.model, chunk_size, size, batch, context.dtype.itemsize)
-        recompute, interval = choose_saved_activations(
-            shape, shape.sure_budget(host_memory, device_memory), recompute, interval
-        )
-        needed = shape.tier_bytes(interval, recompute)
-        _check_host_memory(shape, needed, host_memory, device_memory, asked is None)
-    if plan is not None:
-        job = replace(plan.job, chunk_length=chunk_size, recompute=recompute, checkpoint_interval=interval)
-        check_gpu_memory(plan.with_job(job))
-    return Execution(
-        fpdt=parallel.ds_sequence_parallel_fpdt,
-        chunk_size=chunk_size,
-        offloading=parallel.ds_sequence_parallel_fpdt_offloading,
-        device_memory_bytes=device_memory,
-        host_memory_bytes=host_memory,
-        checkpoint_interval=interval or 1,
-        recompute=recompute or Recompute.ALL,
-        activation_checkpointing=deepspeed.deepspeed_activation_checkpointing,
-        checkpoint_in_cpu=deepspeed.checkpoint_in_cpu,
+    plain = Execution(
+        activation_checkpointing=config.deepspeed.deepspeed_activation_checkpointing,
+        checkpoint_in_cpu=config.deepspeed.checkpoint_in_cpu,
         documents=config.data.reset_attention_mask,
+    )
+    if not config.parallel.ds_sequence_parallel_fpdt:
+        return plain
+    offloading = config.parallel.ds_sequence_parallel_fpdt_offloading
+    plan, host_memory = _plan_and_host_memory(config, context, padded_vocab_size)
+    streaming = _unplanned(config, context, host_memory) if plan is None else _planned(plan, config, context)
+    if streaming is None:
+        return plain
+    shape, recompute, interval = _shape(config, context, streaming), streaming.recompute, streaming.checkpoint_interval
+    if offloading:
+        _check_host_memory(shape, streaming, host_memory, config, device_is_full=plan is not None)
+    return replace(
+        plain,
+        fpdt=True,
+        chunk_size=streaming.chunk_size,
+        offloading=offloading,
+        device_budget=shape.device_budget(streaming.device_bytes, interval, recompute),
+        host_memory_bytes=host_memory,
+        checkpoint_interval=interval,
+        recompute=recompute,
     )
 
 
-def _plan(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> Plan | None:
-    """Plan a run with FPDT, to choose its chunk and refuse what does not fit; None for other runs."""
-    if not config.parallel.ds_sequence_parallel_fpdt:
-        return None
-    return plan_of_run(config, context, padded_vocab_size, host_memory)
+def _unplanned(config: Config, context: Context, host_memory: int) -> _Streaming:
+    """Return what the flags say, and the default chunk; with offloading, save for backward what memory has room for."""
+    parallel = config.parallel
+    chunk = parallel.ds_sequence_parallel_fpdt_chunk_size or default_chunk(parallel.ds_sequence_parallel_size)
+    device_bytes = int((parallel.ds_sequence_parallel_fpdt_device_memory or 0) * GIB)
+    recompute, interval = (
+        parallel.ds_sequence_parallel_fpdt_recompute,
+        parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
+    )
+    streaming = _Streaming(chunk, device_bytes, recompute or Recompute.ALL, interval or 1)
+    if parallel.ds_sequence_parallel_fpdt_offloading:
+        shape, budget = _shape(config, context, streaming), TierBudget(host_memory, device_bytes)
+        recompute, interval = choose_saved_activations(shape, budget, recompute, interval)
+        streaming = replace(streaming, recompute=recompute, checkpoint_interval=interval)
+    return streaming
+
+
+def _planned(plan: Plan, config: Config, context: Context) -> _Streaming | None:
+    """Return the fastest execution that the flags allow and that fits; None for one without FPDT.
+
+    ConfigError where the GPU can hold none.
+    """
+    choices = Open.of(config)
+    solved = fastest(plan, choices)
+    if solved is None and choices.chunk:
+        raise ConfigError(_no_chunk_fits(plan))
+    if solved is None:
+        solved = with_free_device_memory(plan) if choices.device_memory else plan
+        check_gpu_memory(solved)
+    for line in execution_lines(solved, choices):
+        context.log.info(line)
+    job, memory = solved.job, solved.memory
+    streaming = None
+    if job.streamed:
+        device_bytes = job.device_memory_bytes
+        streaming = _Streaming(job.chunk_length, device_bytes, memory.recompute, memory.checkpoint_interval)
+    return _of_first_rank(streaming, context)
+
+
+def _of_first_rank(streaming: _Streaming | None, context: Context) -> _Streaming | None:
+    """Return what the first rank has decided on: ranks with other GPUs may have decided on something else."""
+    decided = [streaming]
+    if context.parallel_state.world_size > 1:
+        dist.broadcast_object_list(decided, src=0, device=context.device)
+    return decided[0]
+
+
+def _shape(config: Config, context: Context, streaming: _Streaming) -> StreamShape:
+    size, batch = config.parallel.ds_sequence_parallel_size, config.training.micro_batch_size
+    return StreamShape.of(config.model, streaming.chunk_size, size, batch, context.dtype.itemsize)
+
+
+def _plan_and_host_memory(config: Config, context: Context, padded_vocab_size: int) -> tuple[Plan | None, int]:
+    """Return the plan of the run, None where it is not planned, and the bytes of chunks that the host may hold."""
+    asked = config.parallel.ds_sequence_parallel_fpdt_host_memory
+    host_memory = int(context.host_memory_bytes * (1 - _HOST_HEADROOM))
+    plan = plan_of_run(config, context, padded_vocab_size, host_memory)
+    rest = 0 if plan is None else plan.memory.host_states + plan.memory.host_process
+    if asked is None:
+        return plan, max(host_memory - rest, 0)
+    host_memory = int(asked * GIB)
+    return plan_of_run(config, context, padded_vocab_size, host_memory + rest), host_memory
 
 
 def plan_of_run(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> Plan | None:
@@ -102,26 +164,13 @@ def plan_of(
     return Plan(Job.of(config, num_gpus, padded_vocab_size), machines, gpu.rated(backend) or gpu.fastest)
 
 
-def _automatic_chunk(plan: Plan | None, context: Context) -> int:
-    """Choose the fastest chunk that fits every GPU; the flag's default where there is no plan."""
-    if plan is None:
-        return ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
-    agreed = torch.tensor(fastest_chunk(plan), device=context.device)
-    dist.all_reduce(agreed, dist.ReduceOp.MIN)  # ranks with other GPUs have chosen other chunks
-    return int(agreed)
-
-
-def fastest_chunk(plan: Plan) -> int:
-    """Return the planner's fastest chunk, in tokens; ConfigError where none fits."""
-    chunk = plan.fastest_chunk()
-    if chunk is None:
-        host = plan.machines.host_bytes_per_gpu / GIB
-        raise ConfigError(
-            f"no chunk of --seq-length ({plan.job.model.seq_length}) fits {plan.job.num_gpus} GPUs of "
-            f"{plan.machines.gpu.memory_gib:.1f} GiB with {host:.3g} GiB of host memory each; "
-            f"{'; '.join(plan.advice())}"
-        )
-    return chunk
+def _no_chunk_fits(plan: Plan) -> str:
+    host = plan.machines.host_bytes_per_gpu / GIB
+    return (
+        f"no chunk of --seq-length ({plan.job.model.seq_length}) fits {plan.job.num_gpus} GPUs of "
+        f"{plan.machines.gpu.memory_gib:.1f} GiB with {host:.3g} GiB of host memory each; "
+        f"{'; '.join(plan.advice())}"
+    )
 
 
 def check_gpu_memory(plan: Plan) -> None:
@@ -135,33 +184,35 @@ def check_gpu_memory(plan: Plan) -> None:
 
 
 def _check_host_memory(
-    shape: StreamShape, needed: int, host_memory: int, device_memory: int, is_free_memory: bool
+    shape: StreamShape, streaming: _Streaming, host_memory: int, config: Config, device_is_full: bool
 ) -> None:
-    budget = shape.sure_budget(host_memory, device_memory)
-    if needed <= budget:
+    device, how = streaming.device_bytes, (streaming.checkpoint_interval, streaming.recompute)
+    needed = shape.host_bytes(device, *how)
+    if needed <= host_memory:
         return
-    longest, least = longest_sequence(shape, budget), least_bytes(shape)
-    if least <= budget:
+    budget = TierBudget(host_memory, device)
+    recompute, interval = lowest_memory(shape)
+    least = shape.host_bytes(device, interval, recompute)
+    is_free_memory = config.parallel.ds_sequence_parallel_fpdt_host_memory is None
+    if least <= host_memory:
         advice = (
             "leave out --ds-sequence-parallel-fpdt-recompute and --ds-sequence-parallel-fpdt-checkpoint-interval, so "
             "that they are chosen to fit"
         )
     else:
-        shorter = f"use --seq-length {longest} or less, " if longest else ""
-        size = shape.layout.sequence_parallel_size
-        on_device = least - host_memory + shape.largest_bytes
-        budgets = f"--ds-sequence-parallel-fpdt-device-memory to {_gib_up(on_device)}"
+        longest = longest_sequence(shape, budget)
+        on_device = next(n for n in count(device, _STEP) if shape.host_bytes(n, interval, recompute) <= host_memory)
+        ways = [f"use --seq-length {longest} or less"] * bool(longest)
+        ways.append(f"raise --ds-sequence-parallel-size ({shape.layout.sequence_parallel_size})")
+        if not device_is_full:
+            ways.append(f"raise --ds-sequence-parallel-fpdt-device-memory to {_gib_up(on_device)}")
         if not is_free_memory:
-            on_host = host_memory + least - budget
-            budgets += f", or --ds-sequence-parallel-fpdt-host-memory to {_gib_up(on_host)}"
-        advice = (
-            f"{shorter}raise --ds-sequence-parallel-size ({size}), or {budgets}, or see tools/plan_context.py for what "
-            "would fit"
-        )
+            ways.append(f"raise --ds-sequence-parallel-fpdt-host-memory to {_gib_up(least)}")
+        advice = f"{', or '.join(ways)}, or see tools/plan_context.py for what would fit"
     whose = "are free for a rank here" if is_free_memory else "may be used (--ds-sequence-parallel-fpdt-host-memory)"
     raise ConfigError(
-        f"the chunks of --seq-length ({shape.layout.sequence_length}) take up {needed / GIB:.4g} GiB of memory per "
-        f"rank, and {budget / GIB:.4g} GiB {whose}; {advice}"
+        f"the chunks of --seq-length ({shape.layout.sequence_length}) take up {needed / GIB:.4g} GiB of host memory "
+        f"per rank, and {host_memory / GIB:.4g} GiB {whose}; {advice}"
     )
 
 

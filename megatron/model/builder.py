@@ -8,6 +8,7 @@ import torch
 
 from megatron.config import ModelConfig, Recompute
 from megatron.core.parallel_state import ParallelState
+from megatron.fpdt.device_budget import NO_DEVICE_MEMORY, DeviceBudget
 from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import SLICE_LENGTH, Stream, WholeParameters, already_whole
@@ -23,8 +24,8 @@ from megatron.ops.attention import choose_backend
 class Execution:
     """How a model is executed; its parameters and results do not depend on it.
 
-    `device_memory_bytes` and `host_memory_bytes` are the memory that FPDT's chunks may use with offloading: the device
-    first, then the host. `recompute` is that of FPDT's blocks; `activation_checkpointing` and `checkpoint_in_cpu` apply
+    `device_budget` and `host_memory_bytes` are the memory that FPDT's chunks may use with offloading: the device first,
+    then the host. `recompute` is that of FPDT's blocks; `activation_checkpointing` and `checkpoint_in_cpu` apply
     without FPDT. `documents` means that batches may hold documents that do not attend to each other.
     `slice_length` counts the tokens of a rank that token-wise work runs on together. `observer` and `whole_parameters`
     are what the run gives the stream.
@@ -33,7 +34,7 @@ class Execution:
     fpdt: bool = False
     chunk_size: int = 65536
     offloading: bool = False
-    device_memory_bytes: int = 0
+    device_budget: DeviceBudget = NO_DEVICE_MEMORY
     host_memory_bytes: int | None = None
     checkpoint_interval: int = 1
     recompute: Recompute = Recompute.ALL
@@ -58,7 +59,7 @@ def build_execution(
     request = attention_request(config, device, dtype)
     attention = choose_backend(config.attention_backend, request, execution.documents)
     offloading = execution.fpdt and execution.offloading
-    store = ChunkStore(device, offloading, execution.device_memory_bytes, execution.host_memory_bytes)
+    store = ChunkStore(device, offloading, execution.device_budget, execution.host_memory_bytes)
     chunk_length = execution.chunk_size if execution.fpdt else config.seq_length
     stream = Stream(
         store,

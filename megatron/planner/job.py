@@ -8,9 +8,9 @@ from typing import Literal
 from megatron.config import (
     Config,
     ModelConfig,
-    ParallelConfig,
     Recompute,
     accumulation_steps,
+    default_chunk,
     offloads,
     zero_stage_run,
 )
@@ -49,10 +49,10 @@ class Job:
 
     @classmethod
     def of(cls, config: Config, num_gpus: int, padded_vocab_size: int) -> Job:
-        """Return the job that the flags of a training run describe, with the default chunk size for auto."""
+        """Return the job that flags of a training run describe; for auto the default chunk, and none on the GPU."""
         parallel, deepspeed = config.parallel, config.deepspeed
         streamed = parallel.ds_sequence_parallel_fpdt
-        chunk = parallel.ds_sequence_parallel_fpdt_chunk_size or ParallelConfig.ds_sequence_parallel_fpdt_chunk_size
+        chunk = parallel.ds_sequence_parallel_fpdt_chunk_size or default_chunk(parallel.ds_sequence_parallel_size)
         recomputed: Activations = "recomputed from the host" if deepspeed.checkpoint_in_cpu else "recomputed"
         return cls(
             model=config.model,
@@ -66,7 +66,7 @@ class Job:
             cpu_optimizer=offloads(config, "offload_optimizer"),
             streamed=streamed,
             activations=recomputed if deepspeed.deepspeed_activation_checkpointing else "kept",
-            device_memory_bytes=int(parallel.ds_sequence_parallel_fpdt_device_memory * GIB),
+            device_memory_bytes=int((parallel.ds_sequence_parallel_fpdt_device_memory or 0) * GIB),
             recompute=parallel.ds_sequence_parallel_fpdt_recompute,
             checkpoint_interval=parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
         )

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from megatron.config import Recompute
 from megatron.fpdt.loss import TILE_LOGITS
-from megatron.fpdt.memory_model import StreamShape, choose_saved_activations
+from megatron.fpdt.memory_model import StreamShape, TierBudget, choose_saved_activations
 from megatron.planner.hardware import GIB, Machines
 from megatron.planner.job import HALF, SUM, Job
 
@@ -72,12 +72,12 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
     states = _states(job)
     process = int(HOST_PROCESS if job.streamed else PLAIN_PROCESS)
     host = max(int(machines.host_bytes_per_gpu - states.host - process), 0)
-    budget = job.shape.sure_budget(host, job.device_memory_bytes)
+    budget = TierBudget(host, job.device_memory_bytes)
     recompute, interval = choose_saved_activations(job.shape, budget, job.recompute, job.checkpoint_interval)
     if job.streamed:
-        tier = job.shape.tier_bytes(interval, recompute)
-        on_host = max(tier - job.device_memory_bytes, 0)
-        on_gpu = block_bytes(job.shape, recompute, backend) + saved_on_gpu_bytes(job, tier)
+        on_host = job.shape.host_bytes(job.device_memory_bytes, interval, recompute)
+        stored = min(job.device_memory_bytes, job.shape.tier_bytes(interval, recompute))
+        on_gpu = block_bytes(job.shape, recompute, backend) + stored
     else:
         on_gpu, on_host = activation_bytes(job, backend)
     hidden, _, _ = _chunk_bytes(job.shape)
@@ -169,11 +169,6 @@ def _whole_bytes(job: Job, parameters: int) -> int:
 def _gathered_bytes(job: Job, parameters: int) -> int:
     """Bytes of partitioned weights that ZeRO-3 gathers."""
     return HALF * parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
-
-
-def saved_on_gpu_bytes(job: Job, tier: int) -> int:
-    """Bytes of the chunks' `tier` bytes that stay on the GPU; two gradients are stored with the hidden states."""
-    return min(job.device_memory_bytes + 2 * job.shape.residual_bytes, tier) if job.device_memory_bytes else 0
 
 
 def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> int:

@@ -82,21 +82,10 @@ class Plan:
 
     def smallest_hiding_chunk(self) -> int | None:
         """Return the smallest power-of-two chunk per rank whose copies are hidden behind compute, or None."""
-        return next((plan.job.chunk_length for plan in self._with_chunks() if plan.overlaps_with_link), None)
+        return next((plan.job.chunk_length for plan in self.with_chunks() if plan.overlaps_with_link), None)
 
-    def fastest_chunk(self) -> int | None:
-        """Return the smallest power-of-two chunk per rank that fits and is within 1% of the fastest step, or None."""
-        fitting = [plan for plan in self._with_chunks() if plan.fits]
-        if not fitting:
-            return None
-        best = min(plan.speed.step for plan in fitting)
-        return next(plan.job.chunk_length for plan in fitting if plan.speed.step <= 1.01 * best)
-
-    def with_fastest_chunk(self) -> Plan:
-        """Return the plan with the fastest chunk, or this plan where none fits."""
-        return self.with_job(replace(self.job, chunk_length=self.fastest_chunk() or self.job.chunk_length))
-
-    def _with_chunks(self) -> Iterator[Plan]:
+    def with_chunks(self) -> Iterator[Plan]:
+        """Yield the plans of all chunk sizes to choose from, the smallest first; without FPDT only this plan."""
         length = self.job.model.seq_length
         if not self.job.streamed:
             yield self
@@ -118,7 +107,7 @@ class Plan:
                 "--ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-offloading fits the GPU",
             )
         elif not self.fits_gpu:
-            smaller = [plan.job.chunk_length for plan in self._with_chunks() if plan.fits_gpu]
+            smaller = [plan.job.chunk_length for plan in self.with_chunks() if plan.fits_gpu]
             if smaller:
                 lines.append(f"--ds-sequence-parallel-fpdt-chunk-size {smaller[-1]} fits the GPU")
         if not self.fits_gpu:

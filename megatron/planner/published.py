@@ -10,6 +10,7 @@ from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import named_model
 from megatron.planner.plan import Plan
+from megatron.planner.solver import Open, fastest
 
 UNBOUNDED_HOST = 1e6  # GiB: papers do not always report host memory
 
@@ -59,7 +60,7 @@ def plan_published(row: Published) -> Plan:
     )  # fmt: skip
     gpu = GPUS[row.gpu]
     plan = Plan(job, Machines(gpu, row.num_gpus, 8, UNBOUNDED_HOST), next(iter(gpu.attention)))
-    return plan.with_fastest_chunk()
+    return fastest(plan, Open(chunk=True)) or plan
 
 
 def published_table() -> Iterator[str]:

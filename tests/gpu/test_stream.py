@@ -10,6 +10,7 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import store as store_module
+from megatron.fpdt.device_budget import DeviceBudget
 from megatron.fpdt.tiers import HostTier
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
@@ -298,7 +299,7 @@ def test_inputs_rebuilt_from_attention_outputs_change_no_bit(interval):
 def test_a_device_budget_changes_no_bit(device_memory_bytes):
     config, inputs = _config(1024 + 192), _inputs(1024 + 192, batch=2)
     loss, grads = _run(_model(config, OFFLOADED), inputs)
-    model = _model(config, replace(OFFLOADED, device_memory_bytes=device_memory_bytes))
+    model = _model(config, replace(OFFLOADED, device_budget=DeviceBudget(device_memory_bytes)))
     for _ in range(2):
         other_loss, other_grads = _run(model, inputs)
         assert torch.equal(loss, other_loss)

@@ -22,6 +22,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.block import StreamedBlock
 from megatron.fpdt.block_chain import BlockChain
+from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.observer import Observer
 from megatron.fpdt.seam import StreamedAttention
 from megatron.fpdt.store import ChunkStore
@@ -129,10 +130,10 @@ class TimedTier(HostTier):
         self._clock, self._per_byte, self._kind_of = clock, seconds.per_byte, kind_of
         self._complete: dict[int, float] = {}  # by host address: when the chunk there is complete
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, kind: ChunkKind) -> Tensor:
         free = self._clock.free
         free[COPY_OUT] = max(free[COPY_OUT], free[COPY_IN])
-        return super().empty(shape, dtype)
+        return super().empty(shape, dtype, kind)
 
     def copy_in(self, chunk: Tensor) -> Any:
         arriving, _ = super().copy_in(chunk)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.config import Recompute
+from megatron.fpdt.device_budget import DeviceBudget
 from megatron.fpdt.store import ChunkStore
 from tests.unit.fpdt.one_block import (
     BATCH,
@@ -155,7 +156,7 @@ def test_at_most_two_chunks_of_the_residual_stream_are_on_the_device(monkeypatch
 def test_a_device_budget_moves_chunks_and_changes_no_bit(budget):
     """Some tensors are stored on the device and some on the host, the input and its gradient among them."""
     results = []
-    for execution in (OFFLOADED, replace(OFFLOADED, device_memory_bytes=budget)):
+    for execution in (OFFLOADED, replace(OFFLOADED, device_budget=DeviceBudget(budget))):
         how, layer = one_layer(execution)
         x = on_tier(how, residual()).requires_grad_()
         y = layer(x, positions())

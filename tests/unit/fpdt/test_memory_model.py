@@ -5,8 +5,10 @@ import pytest
 
 from megatron.config import Recompute
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.memory_model import (
     StreamShape,
+    TierBudget,
     choose_saved_activations,
     least_bytes,
     longest_sequence,
@@ -57,16 +59,31 @@ def test_a_step_fits_a_budget_of_host_and_device_memory(num_layers, interval, re
     shape = shape_of(config)
     needed = shape.tier_bytes(interval, recompute)
     device = int(device_share * needed)
-    host = next(n for n in range(0, needed + 1, 8) if shape.sure_budget(n, device) >= needed)
-    how = replace(OFFLOADED, checkpoint_interval=interval, recompute=recompute, device_memory_bytes=device)
+    host = shape.host_bytes(device, interval, recompute)
+    how = replace(
+        OFFLOADED,
+        checkpoint_interval=interval,
+        recompute=recompute,
+        device_budget=shape.device_budget(device, interval, recompute),
+    )
     model = small_model(config, replace(how, host_memory_bytes=host, slice_length=SLICE_LENGTH))
     model(*small_inputs(config, BATCH)).backward()
 
 
-def test_a_budget_of_host_or_device_memory_alone_is_used_to_its_last_byte():
-    assert SHAPE.sure_budget(10**12, 0) == SHAPE.sure_budget(0, 10**12) == 10**12
-    largest = SHAPE.attention_bytes
-    assert SHAPE.sure_budget(10**12, 10**11) == 10**12 + 10**11 - largest
+@RECOMPUTE
+def test_device_memory_is_given_first_to_what_is_copied_most_often(recompute):
+    kinds = SHAPE.kind_bytes(1, recompute)
+    assert list(kinds) == sorted(kinds)
+    enough = 0
+    for kind, needed in kinds.items():
+        enough += needed
+        stored = SHAPE.device_bytes(enough, 1, recompute)
+        if kind < ChunkKind.HIDDEN_GRADIENTS:
+            assert [stored[each] for each in kinds] == [n if each <= kind else 0 for each, n in kinds.items()]
+    everything = SHAPE.tier_bytes(1, recompute) + SHAPE.residual_bytes
+    assert SHAPE.device_bytes(everything, 1, recompute) == kinds
+    assert SHAPE.host_bytes(everything, 1, recompute) == 0
+    assert SHAPE.host_bytes(0, 1, recompute) == SHAPE.tier_bytes(1, recompute)
 
 
 def test_llama_3_8b_at_a_million_tokens_on_four_gpus():
@@ -105,23 +122,23 @@ def _enough_for(recompute):
     ],
 )
 def test_the_fastest_choice_that_fits_is_taken(budget, expected):
-    assert choose_saved_activations(SHAPE, budget) == expected
+    assert choose_saved_activations(SHAPE, TierBudget(budget)) == expected
 
 
 def test_what_is_asked_for_stays_as_it_is():
-    assert choose_saved_activations(SHAPE, 10**13, recompute=Recompute.MLP) == (Recompute.MLP, 1)
-    assert choose_saved_activations(SHAPE, SHAPE.tier_bytes(2, Recompute.MLP), recompute=Recompute.MLP) == (
+    assert choose_saved_activations(SHAPE, TierBudget(10**13), recompute=Recompute.MLP) == (Recompute.MLP, 1)
+    assert choose_saved_activations(SHAPE, TierBudget(SHAPE.tier_bytes(2, Recompute.MLP)), recompute=Recompute.MLP) == (
         Recompute.MLP,
         2,
     )
-    assert choose_saved_activations(SHAPE, 10**13, interval=1) == (Recompute.NONE, 1)
-    assert choose_saved_activations(SHAPE, 10**13, interval=3) == (Recompute.ALL, 3)
-    assert choose_saved_activations(SHAPE, SHAPE.tier_bytes(3) - 1, interval=3) == (Recompute.KV, 3)
-    assert choose_saved_activations(SHAPE, 0, Recompute.NONE, 3) == (Recompute.NONE, 3)
+    assert choose_saved_activations(SHAPE, TierBudget(10**13), interval=1) == (Recompute.NONE, 1)
+    assert choose_saved_activations(SHAPE, TierBudget(10**13), interval=3) == (Recompute.ALL, 3)
+    assert choose_saved_activations(SHAPE, TierBudget(SHAPE.tier_bytes(3) - 1), interval=3) == (Recompute.KV, 3)
+    assert choose_saved_activations(SHAPE, TierBudget(0), Recompute.NONE, 3) == (Recompute.NONE, 3)
 
 
 def test_if_nothing_fits_the_choice_is_the_lowest_memory():
-    recompute, interval = choose_saved_activations(SHAPE, 0)
+    recompute, interval = choose_saved_activations(SHAPE, TierBudget(0))
     assert (recompute, interval) == lowest_memory(SHAPE)
     assert recompute == Recompute.KV
     assert least_bytes(SHAPE) == min(
@@ -142,13 +159,13 @@ def test_if_nothing_fits_the_choice_is_the_lowest_memory():
 )
 def test_short_sequences_save_only_what_is_copied_behind_compute(length, expected):
     shape = replace(SHAPE, layout=SequenceLayout(length, min(length, 2**15)))
-    assert choose_saved_activations(shape, 10**15) == (expected, 1)
+    assert choose_saved_activations(shape, TierBudget(10**15)) == (expected, 1)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
 def test_the_longest_sequence_fits_and_a_longer_one_does_not(share):
     budget = int(share * least_bytes(SHAPE))
-    longest = longest_sequence(SHAPE, budget)
+    longest = longest_sequence(SHAPE, TierBudget(budget))
 
     def least(num_tokens):
         return least_bytes(replace(SHAPE, layout=SequenceLayout(num_tokens, min(2**17, num_tokens), 4)))
@@ -157,7 +174,7 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not(share):
 
 
 def test_no_sequence_fits_into_nothing():
-    assert longest_sequence(SHAPE, 1000) == 0
+    assert longest_sequence(SHAPE, TierBudget(1000)) == 0
 
 
 def test_fewer_key_value_heads_than_ranks_are_replicated():

@@ -3,6 +3,7 @@ import weakref
 import pytest
 import torch
 
+from megatron.fpdt.device_budget import ChunkKind, DeviceBudget
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.fpdt.store import ChunkStore
 
@@ -191,7 +192,7 @@ def test_without_ahead_a_group_is_prefetched_only_when_start_is_called(offloadin
 
 
 def test_tensors_are_stored_on_the_device_within_the_budget_and_release_their_share():
-    store = ChunkStore(CPU, offloading=True, device_budget_bytes=100)
+    store = ChunkStore(CPU, offloading=True, device_budget=DeviceBudget(100))
     first, second, third = (store.empty((size,), torch.uint8) for size in (60, 60, 40))
     assert (store.device_tier.used_bytes, store.pool.used_bytes) == (100, 60)
     assert [store.pool.owns(t) for t in (first, second, third)] == [False, True, False]
@@ -203,8 +204,26 @@ def test_tensors_are_stored_on_the_device_within_the_budget_and_release_their_sh
     assert not store.pool.owns(store.empty((60,), torch.uint8))
 
 
+def test_device_memory_is_reserved_for_kinds_that_gain_more():
+    budget = DeviceBudget(100, {ChunkKind.KEY_VALUE_GRADIENTS: 30, ChunkKind.KEYS_VALUES: 40})
+    store = ChunkStore(CPU, offloading=True, device_budget=budget)
+
+    def on_device(num_bytes, kind):
+        tensors.append(store.empty((num_bytes,), torch.uint8, kind))
+        return store.is_on_device(tensors[-1])
+
+    tensors = []
+    assert not on_device(31, ChunkKind.HIDDEN_STATES)
+    assert on_device(30, ChunkKind.HIDDEN_STATES)
+    assert on_device(40, ChunkKind.KEYS_VALUES)
+    assert not on_device(1, ChunkKind.KEYS_VALUES)
+    assert on_device(30, ChunkKind.KEY_VALUE_GRADIENTS)
+    tensors.clear()
+    assert store.device_tier.used_bytes == 0
+
+
 def test_only_what_travels_is_counted():
-    store = ChunkStore(CPU, offloading=True, device_budget_bytes=8)
+    store = ChunkStore(CPU, offloading=True, device_budget=DeviceBudget(8))
     resident, offloaded = (store.empty((8,), torch.uint8) for _ in range(2))
     for chunk in (resident, offloaded):
         store.put(chunk, torch.ones(8, dtype=torch.uint8))
@@ -239,7 +258,7 @@ def test_a_value_saved_on_the_host_does_not_change_with_its_source_and_is_counte
 def test_a_value_saved_on_the_device_is_the_value_itself_within_the_budget():
     value = torch.ones(4)
     assert ChunkStore(CPU, offloading=False).save(value) is value
-    store = ChunkStore(CPU, offloading=True, device_budget_bytes=16)
+    store = ChunkStore(CPU, offloading=True, device_budget=DeviceBudget(16))
     assert store.save(value) is value
     assert store.device_tier.used_bytes == 16
     assert store.pool.owns(store.save(torch.ones(1)))
@@ -248,7 +267,7 @@ def test_a_value_saved_on_the_device_is_the_value_itself_within_the_budget():
 
 
 def test_a_tensor_can_be_allocated_on_either_tier_for_any_budget():
-    store = ChunkStore(CPU, offloading=True, device_budget_bytes=16)
+    store = ChunkStore(CPU, offloading=True, device_budget=DeviceBudget(16))
     on_host = store.empty((2,), torch.float32, on_device=False)
     on_device = store.empty((64,), torch.float32, on_device=True)
     assert store.pool.owns(on_host)

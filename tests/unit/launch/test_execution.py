@@ -8,7 +8,8 @@ import torch
 
 from megatron.arguments import parse_args
 from megatron.config import ConfigError, Recompute
-from megatron.launch.execution import check_gpu_memory, choose_execution, fastest_chunk, plan_of
+from megatron.core.parallel_state import ParallelState
+from megatron.launch.execution import check_gpu_memory, choose_execution, plan_of
 from megatron.planner.hardware import GIB, GPUS, gpu_like
 
 VOCABULARY = 128_256
@@ -28,7 +29,7 @@ def config_of(*flags):
 def choose(*flags, host_gib):
     context = SimpleNamespace(
         device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=int(host_gib * GIB),
-        log=logging.getLogger("test"),
+        log=logging.getLogger("test"), parallel_state=ParallelState(),
     )  # fmt: skip
     return choose_execution(config_of(*flags), context, VOCABULARY)
 
@@ -109,22 +110,65 @@ def test_the_memory_that_the_refusal_names_is_enough(budget, flag):
         choose(flag, str(0.98 * enough), host_gib=10)
 
 
-def test_the_automatic_chunk_is_smaller_on_a_smaller_gpu():
-    config = config_of("--ds-sequence-parallel-fpdt-chunk-size", "auto")
+@pytest.fixture
+def choose_on(monkeypatch):
+    """Return a function like `choose`, for GPUs."""
+
+    def choose_on(gpu, *flags, num_gpus=4, host_gib=1000):
+        def plan_of_run(config, context, vocabulary, host_memory):
+            return plan_of(config, num_gpus, gpu, host_memory, vocabulary)
+
+        monkeypatch.setattr("megatron.launch.execution.plan_of_run", plan_of_run)
+        return choose(*flags, host_gib=host_gib)
+
+    return choose_on
+
+
+@pytest.mark.parametrize("flags", [[], ["--ds-sequence-parallel-fpdt-chunk-size", "auto"]])
+def test_a_smaller_gpu_gets_smaller_chunks_and_stores_fewer(choose_on, flags):
     large, small = (
-        fastest_chunk(plan_of(config, 4, gpu_like("NVIDIA H100 80GB HBM3", int(gib * GIB)), 1000 * GIB, VOCABULARY))
-        for gib in (79, 44)
+        choose_on(gpu_like("NVIDIA H100 80GB HBM3", int(gib * GIB)), *flags, host_gib=300) for gib in (79, 48)
     )
-    assert small < large
-    assert large % 4 == small % 4 == 0
+    assert small.chunk_size < large.chunk_size
+    assert large.chunk_size % 4 == small.chunk_size % 4 == 0
+    assert 0 < small.device_budget.total_bytes < large.device_budget.total_bytes < 79 * GIB
 
 
-def test_where_no_chunk_fits_the_gpu_it_is_refused_with_advice():
-    config = config_of("--ds-sequence-parallel-fpdt-chunk-size", "auto")
+def test_a_run_is_streamed_if_chunks_are_asked_for_or_it_does_not_fit_the_gpu_in_one_piece(choose_on):
+    short = ["--seq-length", "8192", "--num-layers", "2", "--ds-sequence-parallel-size", "1"]
+    for flags, streamed in (
+        (short, False),
+        ([*short, "--ds-sequence-parallel-fpdt-chunk-size", "4096"], True),
+        ([*short, "--ds-sequence-parallel-fpdt-recompute", "none"], True),
+        ([], True),
+    ):
+        assert choose_on(GPUS["H200"], *flags, num_gpus=1 if flags else 4).fpdt is streamed
+
+
+@pytest.mark.parametrize("gib", ["0", "20"])
+def test_device_memory_is_as_asked_or_what_the_gpu_has_free(choose_on, caplog, gib):
+    asked = choose_on(GPUS["H200"], "--ds-sequence-parallel-fpdt-device-memory", gib)
+    assert asked.device_budget.total_bytes == int(gib) * GIB
+    with caplog.at_level(logging.INFO):
+        chosen = choose_on(GPUS["H200"], "--ds-sequence-parallel-fpdt-device-memory", "auto", "--seq-length", "131072")
+    assert chosen.device_budget.total_bytes > 50 * GIB
+    assert "tokens, chosen" in caplog.text
+    assert "GiB   all of them, chosen" in caplog.text
+
+
+def test_two_million_tokens_of_an_8b_fit_four_h200_with_503_gib(choose_on):
+    """As ds_pretrain_llama_8B_fpdt_2m.sh asks for them."""
+    flags = ["--seq-length", "2097152", "--ds-sequence-parallel-fpdt-chunk-size", "65536"]
+    execution = choose_on(GPUS["H200"], *flags, host_gib=503 / 4)
+    assert execution.fpdt
+    assert execution.device_budget.total_bytes > 60 * GIB
+
+
+def test_where_no_chunk_fits_the_gpu_it_is_refused_with_advice(choose_on):
     with pytest.raises(
         ConfigError, match=r"no chunk of --seq-length \(262144\) fits 4 GPUs of 20\.0 GiB.*--cpu-optimizer"
     ):
-        fastest_chunk(plan_of(config, 4, gpu_like("NVIDIA A30", 20 * GIB), 1000 * GIB, VOCABULARY))
+        choose_on(gpu_like("NVIDIA A30", 20 * GIB))
 
 
 def test_what_the_gpu_certainly_cannot_hold_is_refused_with_what_would_fit():

@@ -64,7 +64,7 @@ def test_gpu_memory_is_reported_by_owner(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     ledger = ledger_of_a_run()
     ledger._context = SimpleNamespace(**vars(CPU_CONTEXT) | {"device": torch.device("cuda", 0)})
-    ledger.stream.store.device_tier.used_bytes = 2 * GIB
+    ledger.stream.store.device_tier = SimpleNamespace(used_bytes=2 * GIB)
     assert ledger.lines("GPU", torch.OutOfMemoryError("CUDA out of memory."))[1:9] == [
         "  GPU memory",
         "    of the GPU           80.00 GiB, 0.50 GiB of it free",

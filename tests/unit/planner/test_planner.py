@@ -9,10 +9,11 @@ from megatron.config import Recompute
 from megatron.fpdt.memory_model import StreamShape
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
-from megatron.planner.memory import block_bytes
+from megatron.planner.memory import FRAGMENTATION, OUTSIDE_TORCH, block_bytes
 from megatron.planner.models import MODEL_NAMES, named_model
 from megatron.planner.plan import Plan
 from megatron.planner.published import PUBLISHED, plan_published, published_table
+from megatron.planner.solver import Open, fastest
 from megatron.planner.speed import speed_of
 
 H200, H100 = (Machines(GPUS[name], 1, 8, 128) for name in ("H200", "H100"))
@@ -132,7 +133,8 @@ def test_one_of_several_gpus_is_as_it_was_measured(rank):
     plan = plan.with_job(replace(plan.job, model=replace(plan.job.model, num_layers=num_layers)))
     assert plan.speed.step == pytest.approx(seconds, rel=0.15)
     assert plan.memory.gpu / GIB == pytest.approx(on_gpu, rel=0.1)
-    assert plan.memory.host_chunks / GIB == pytest.approx(on_host, rel=0.01)
+    # With chunks on the GPU the measurements are of another placement, which the planner bounds.
+    assert plan.memory.host_chunks / GIB == pytest.approx(on_host, rel=0.03 if gib else 0.01)
 
 
 def plan_of(model="llama-8b", num_gpus=4, length=2**18, chunk=2**16, machines=None, **changes):
@@ -191,9 +193,8 @@ def test_chunks_that_stay_on_the_gpu_leave_the_host():
         plan_of(recompute=Recompute.ALL, checkpoint_interval=1, device_memory_bytes=gib * GIB).memory
         for gib in (0, 10, 1000)
     )
-    gradients = 2 * plan_of().job.shape.residual_bytes
-    assert shared.block - on_host.block == 10 * GIB + gradients
-    assert on_host.host_chunks - shared.host_chunks == 10 * GIB
+    assert shared.block - on_host.block == 10 * GIB
+    assert 9.4 * GIB < on_host.host_chunks - shared.host_chunks <= 10 * GIB
     assert on_gpu.host_chunks == 0
     assert on_gpu.block - on_host.block == on_host.host_chunks
 
@@ -219,10 +220,34 @@ def test_a_slow_link_needs_a_larger_chunk():
 
 def test_the_fastest_chunk_fits_and_no_other_is_a_percent_faster():
     plan = plan_of(machines=Machines(replace(GPUS["H100"], memory_gib=48), 4, 8, 1000))
-    fastest = plan.with_job(replace(plan.job, chunk_length=plan.fastest_chunk()))
-    assert fastest.fits
+    chosen = fastest(plan, Open(chunk=True))
+    assert chosen.fits
     others = [plan.with_job(replace(plan.job, chunk_length=4 * 2**n)) for n in range(12, 17)]
-    assert fastest.speed.step <= 1.01 * min(other.speed.step for other in others if other.fits)
+    assert chosen.speed.step <= 1.01 * min(other.speed.step for other in others if other.fits)
+
+
+@pytest.mark.parametrize("length", [2**16, 2**18, 2**20])
+def test_chunks_stay_on_the_gpu_as_far_as_it_is_free(length):
+    """The rest of the run may need more than is planned, by as much as the planner errs."""
+    plan = plan_of(length=length, machines=Machines(GPUS["H200"], 4, 4, 480))
+    chosen = fastest(plan, Open(chunk=True, device_memory=True))
+    memory, stored = chosen.memory, chosen.job.device_memory_bytes
+    needed = chosen.job.shape.tier_bytes(memory.checkpoint_interval, memory.recompute)
+    rest = memory.gpu - min(stored, needed)
+    of_the_gpu = ((1.1 * rest + stored) * FRAGMENTATION + OUTSIDE_TORCH) / GIB
+    assert of_the_gpu == pytest.approx(chosen.machines.gpu.memory_gib, rel=0.01)
+    assert chosen.speed.step < fastest(plan, Open(chunk=True)).speed.step
+    assert (memory.host_chunks == 0) is (needed + chosen.job.shape.residual_bytes <= stored)
+
+
+@pytest.mark.parametrize(
+    "name, num_gpus, length, streamed", [("llama-3b", 1, 2**13, False), ("llama-8b", 4, 2**18, True)]
+)
+def test_a_sequence_that_fits_the_gpu_is_not_streamed(name, num_gpus, length, streamed):
+    plan = plan_of(name, num_gpus, length, machines=Machines(GPUS["H200"], num_gpus, num_gpus, 480))
+    chosen = fastest(plan, Open(chunk=True, device_memory=True, plain=True))
+    assert chosen.fits
+    assert chosen.job.streamed is streamed
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""The lines that say how a run executes: the same in the log of a run and from tools/plan_context.py."""
+
+from __future__ import annotations
+
+from megatron.config import Recompute
+from megatron.fpdt.device_budget import ChunkKind
+from megatron.planner.hardware import GIB
+from megatron.planner.plan import Plan
+from megatron.planner.solver import Open
+
+_RECOMPUTED = {
+    Recompute.KV: "all matrix products but the last, those before attention twice",
+    Recompute.ALL: "all matrix products but the last",
+    Recompute.MLP: "the matrix products of the MLP",
+    Recompute.NONE: "no matrix product, except on the first slice of a chunk",
+}
+_NAMES = {
+    ChunkKind.KEY_VALUE_GRADIENTS: "gradients of keys and values",
+    ChunkKind.KEYS_VALUES: "keys and values",
+    ChunkKind.ATTENTION_OUTPUTS: "attention outputs",
+    ChunkKind.PRODUCTS: "outputs of matrix products",
+    ChunkKind.HIDDEN_GRADIENTS: "gradients of hidden states",
+    ChunkKind.HIDDEN_STATES: "hidden states",
+}
+
+
+def execution_lines(plan: Plan, choices: Open) -> list[str]:
+    """Say how the run executes, what of it was chosen, and what it needs by the planner's estimate."""
+    memory, speed, machines = plan.memory, plan.speed, plan.machines
+    per_node = min(machines.gpus_per_node, plan.job.num_gpus)
+    return [
+        f"execution on {plan.job.num_gpus} {machines.gpu.name}:",
+        *_settings(plan, choices),
+        f"  GPU memory       {memory.gpu / GIB:9.1f} GiB   {memory.states / GIB:.1f} of model states, "
+        f"{(memory.gpu - memory.states) / GIB:.1f} above; {memory.gpu_with_overhead / GIB:.1f} of "
+        f"{machines.gpu.memory_gib:.1f} with what is not torch's",
+        f"  host memory      {memory.host / GIB:9.1f} GiB   of {machines.host_bytes_per_gpu / GIB:.1f}; "
+        f"{memory.host * per_node / GIB:.0f} per machine, {memory.host_chunks / GIB:.1f} of activations per GPU, "
+        "pinned",
+        f"  step             {speed.step:9.1f} s     forward {speed.forward:.1f}, backward {speed.backward:.1f}, head "
+        f"{speed.head:.1f}, optimizer {speed.optimizer:.1f}; {speed.waiting:.1f} of it waiting for copies and "
+        "collectives",
+        f"  speed            {plan.tokens_per_second_per_gpu:9.1f} tokens/s/GPU, MFU {plan.mfu:.1%}",
+    ]
+
+
+def _settings(plan: Plan, choices: Open) -> list[str]:
+    job, memory = plan.job, plan.memory
+    if not job.streamed:
+        chosen = ", chosen: the sequence fits the GPU, and is faster in one piece" * choices.plain
+        return [f"  without FPDT     activations {job.activations}{chosen}"]
+    every = "" if memory.checkpoint_interval == 1 else f"; inputs saved of every {memory.checkpoint_interval}th block"
+    return [
+        f"  chunk            {job.chunk_length:9,} tokens{', chosen' * choices.chunk}",
+        f"  chunks on GPU    {_on_gpu(plan)}{', chosen' * choices.device_memory}",
+        f"  recompute        {memory.recompute:>9s}       {_RECOMPUTED[memory.recompute]}{every}",
+    ]
+
+
+def _on_gpu(plan: Plan) -> str:
+    """Say which chunks stay on the GPU."""
+    shape, how = plan.job.shape, (plan.memory.checkpoint_interval, plan.memory.recompute)
+    needed, stored = shape.kind_bytes(*how), shape.device_bytes(plan.job.device_memory_bytes, *how)
+    if not any(stored.values()):
+        return f"{0:9.1f} GiB"
+    total = f"{sum(stored.values()) / GIB:9.1f} GiB"
+    if stored == needed:
+        return f"{total}   all of them"
+    shares = {_NAMES[kind]: stored[kind] / needed[kind] for kind in needed if stored[kind]}
+    return f"{total}   " + ", ".join(name if share == 1 else f"{share:.0%} of {name}" for name, share in shares.items())
