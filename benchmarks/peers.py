@@ -108,9 +108,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", default="auto", help="attention kernel of all cases [%(default)s]")
     parser.add_argument("--attention", default="same-kernel", help="ALST's, by transformers' name [%(default)s]")
     parser.add_argument("--plain", choices=training_step.PLAIN, default="on-host", help="[%(default)s]")
-    parser.add_argument("--chunk", type=int, default=65536, help="tokens per chunk of FPDT [%(default)s]")
+    parser.add_argument("--chunk", default="auto", help="tokens per chunk of FPDT [%(default)s]")
     parser.add_argument(
-        "--device-memory", metavar="GIB", help="FPDT's chunks that may stay on the GPU [training_step.py's]"
+        "--device-memory", default="auto", metavar="GIB", help="FPDT's chunks that may stay on the GPU [%(default)s]"
     )
     parser.add_argument("--steps", type=int, default=2, help="steps timed, after one to warm up [%(default)s]")
     parser.add_argument("--short-warm-up", action="store_true", help="warm up with few tokens")
@@ -206,10 +206,8 @@ def measure_case(case: str, length: int, short_warm_up: bool, arguments: argpars
 def worker_words(case: str, length: int, short_warm_up: bool, arguments: argparse.Namespace) -> list[str]:
     """Return the flags of one rank's process, without its --output."""
     names = ("device", "num_gpus", "num_layers", "vocab_size", "zero_stage", "backend", "attention", "plain", "chunk",
-             "steps", *vars(Geometry()))  # fmt: skip
+             "device_memory", "steps", *vars(Geometry()))  # fmt: skip
     values = {name: getattr(arguments, name) for name in names} | {"worker": case, "seq_lengths": length}
-    if arguments.device_memory is not None:
-        values["device_memory"] = arguments.device_memory
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += ["--cpu-optimizer"] if arguments.cpu_optimizer else []
     return words + (["--short-warm-up"] if short_warm_up else [])
@@ -324,13 +322,11 @@ def step_words(arguments: argparse.Namespace) -> list[str]:
     values = {name: getattr(arguments, name) for name in names} | vars(geometry_of(arguments))
     values["seq_length"] = arguments.seq_lengths[0]
     if arguments.worker == "fpdt":
-        values["chunk"] = arguments.chunk
-        if arguments.device_memory is not None:
-            values["device_memory"] = arguments.device_memory
+        values |= {"chunk": arguments.chunk, "device_memory": arguments.device_memory}
     else:
         values["plain"] = arguments.plain
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += ["--cpu-optimizer"] if arguments.cpu_optimizer else []
+    words += ["--step-only", *["--cpu-optimizer"] * arguments.cpu_optimizer]
     return words + (["--short-warm-up"] if arguments.short_warm_up else [])
 
 
