@@ -72,8 +72,32 @@ def test_two_ranks_that_share_a_sequence_tell_the_story_of_one(corpus, exact, st
     assert all(abs(losses[i] - exact[i]) < TOLERANCE["--bf16"] for i in exact)
 
 
-def test_the_planner_chooses_the_chunk(corpus, exact):
-    losses = _losses(corpus, "--bf16", *OFFLOADED, "--ds-sequence-parallel-fpdt-chunk-size", "auto")
+@pytest.mark.parametrize(
+    "num_ranks, flags",
+    [
+        (2, ["--ds-sequence-parallel-size", "2", "--zero-stage", "3", *KEPT]),
+        (4, ["--ds-sequence-parallel-size", "4", "--zero-stage", "3", *OFFLOADED]),
+        (4, ["--ds-sequence-parallel-size", "2", "--zero-stage", "2", *STREAMED]),
+        (4, ["--ds-sequence-parallel-size", "4", "--zero-stage", "1"]),
+    ],
+    ids=["2, stage 3, products kept", "4, stage 3, offloaded", "2 x 2, stage 2, streamed", "4, stage 1, plain"],
+)
+def test_ranks_over_nccl_tell_the_story_of_one(corpus, exact, num_ranks, flags):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    losses = _losses(corpus, "--attention-backend", "reference", *flags, num_ranks=num_ranks)
+    assert all(abs(losses[i] - exact[i]) < 2e-4 for i in exact)
+
+
+@pytest.mark.parametrize("left_open", ["chunk-size", "device-memory"])
+def test_the_planner_chooses_what_is_left_open(corpus, exact, left_open):
+    losses = _losses(corpus, "--bf16", *OFFLOADED, f"--ds-sequence-parallel-fpdt-{left_open}", "auto")
+    assert all(abs(losses[i] - exact[i]) < TOLERANCE["--bf16"] for i in exact)
+
+
+def test_a_run_that_leaves_all_open_takes_the_fastest_way(corpus, exact):
+    flags = ["--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-offloading"]
+    losses = _losses(corpus, "--bf16", *flags)
     assert all(abs(losses[i] - exact[i]) < TOLERANCE["--bf16"] for i in exact)
 
 

@@ -7,7 +7,7 @@ from tests.integration.runs import LLAMA, TOKENIZER
 MODEL = ["--num-layers", "2", "--hidden-size", "256", "--num-attention-heads", "4", "--seq-length", "512", *LLAMA]
 TRAINING = ["--global-batch-size", "4", "--lr", "1e-3", "--eval-iters", "0", "--log-interval", "1"]
 STREAMED = ["--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-chunk-size", "160"]
-OFFLOADED = [*STREAMED, "--ds-sequence-parallel-fpdt-offloading"]
+OFFLOADED = [*STREAMED, "--ds-sequence-parallel-fpdt-offloading", "--ds-sequence-parallel-fpdt-device-memory", "0"]
 KEPT = [*OFFLOADED, "--ds-sequence-parallel-fpdt-recompute", "none"]
 ON_HOST = {
     "stage": 3,
