@@ -20,6 +20,7 @@ from megatron.ranks.world import World, join, local_rank, local_world_size
 
 GIB = 2**30
 SAME_SIZE = 0.95  # GPUs of one kind differ by what their drivers reserve
+OUTSIDE_TORCH = 2 * GIB  # what CUDA and NCCL use for a process at most, before torch allocates anything
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Context:
     host_memory_bytes: int
     """A rank's share of the host memory that was free at the start, on the machine with the least."""
     device_memory_bytes: int = 0
-    """Memory of the smallest GPU; 0 without GPUs."""
+    """Memory of the smallest GPU, without what other processes use; 0 without GPUs."""
     watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
@@ -75,7 +76,7 @@ def initialize(config: Config, watchdog: Watchdog | None = None) -> Context:
     parallel_state = ParallelState.create(config.parallel.ds_sequence_parallel_size, timeout)
     watchdog.enter("comparing the memory of all ranks")
     # Every rank must make the same choices.
-    device_memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+    device_memory = usable_device_bytes(*torch.cuda.mem_get_info(device)) if on_gpu else 0
     host_bytes, smallest, largest = least_over_ranks(
         available_host_bytes() // local_world_size(), device_memory, device
     )
@@ -110,6 +111,11 @@ def _start_process_group(
         timeout=timeout,
         device_id=device if on_gpu else None,
     )
+
+
+def usable_device_bytes(free: int, total: int) -> int:
+    """Return the memory of a GPU without what other processes use; CUDA's own use for this process does not count."""
+    return min(total, free + OUTSIDE_TORCH)
 
 
 def least_over_ranks(host_bytes: int, device_bytes: int, device: torch.device) -> tuple[int, int, int]:
