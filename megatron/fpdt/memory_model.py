@@ -95,9 +95,19 @@ class StreamShape:
         return self._local_tokens * self.hidden_size * self.element_size
 
     @property
+    def attention_output_bytes(self) -> int:
+        """Bytes of o of one block."""
+        return self._local_tokens * self.num_heads * self.head_size * self.element_size
+
+    @property
+    def lse_bytes(self) -> int:
+        """Bytes of lse of one block."""
+        return self._local_tokens * self.num_heads * self._sum_size
+
+    @property
     def attention_bytes(self) -> int:
         """Bytes of o and lse of one block."""
-        return self._local_tokens * self.num_heads * (self.head_size * self.element_size + self._sum_size)
+        return self.attention_output_bytes + self.lse_bytes
 
     @property
     def key_value_bytes(self) -> int:
@@ -105,7 +115,7 @@ class StreamShape:
         return self.key_value_elements * self.element_size
 
     @property
-    def _key_value_gradient_bytes(self) -> int:
+    def key_value_gradient_bytes(self) -> int:
         """Bytes of dK and dV of one block."""
         return self.key_value_elements * self._sum_size
 
@@ -156,7 +166,7 @@ class StreamShape:
         """Return the bytes of the lowest `top` blocks, the highest in its backward pass and its chain rebuilt."""
         chains, rebuilt = -(-top // interval), (top - 1) % interval
         return {
-            ChunkKind.KEY_VALUE_GRADIENTS: self._key_value_gradient_bytes,
+            ChunkKind.KEY_VALUE_GRADIENTS: self.key_value_gradient_bytes,
             ChunkKind.KEYS_VALUES: self.key_value_bytes * (top if recompute.saves_keys_and_values else 1),
             ChunkKind.ATTENTION_OUTPUTS: self.attention_bytes * top,
             ChunkKind.PRODUCTS: self.product_bytes(recompute) * top,
@@ -176,7 +186,7 @@ class StreamShape:
         """
         product = max(self.projection_width, self.mlp_outputs) * self.slice_length * self.batch_size * self.element_size
         unit = {
-            ChunkKind.KEY_VALUE_GRADIENTS: self._key_value_gradient_bytes,
+            ChunkKind.KEY_VALUE_GRADIENTS: self.key_value_gradient_bytes,
             ChunkKind.KEYS_VALUES: self.key_value_bytes,
             ChunkKind.ATTENTION_OUTPUTS: self.attention_bytes,
             ChunkKind.PRODUCTS: product,
