@@ -65,6 +65,7 @@ from megatron.data.batch import Sample, slice_batch
 from megatron.fpdt.stream import Stream
 from megatron.initialize import initialize
 from megatron.launch.execution import choose_execution, plan_of
+from megatron.launch.link import with_measured_link
 from megatron.logging.device_peak import peak_tflops
 from megatron.model.builder import build_model
 from megatron.model.initialization import Initialization
@@ -245,7 +246,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
     """Time steps as in the training loop: batch, forward, backward, optimizer. Collective over all ranks."""
     from megatron.engine.engine import Engine, whole_parameters  # imports DeepSpeed, which takes a while
 
-    context = initialize(config)
+    context = with_measured_link(config, initialize(config))
     model, device, parallel_state = config.model, context.device, context.parallel_state
     vocabulary = pad_vocab_size(arguments.vocab_size, model.make_vocab_size_divisible_by)
     execution = replace(choose_execution(config, context, vocabulary), whole_parameters=whole_parameters)
@@ -310,7 +311,9 @@ def plan_of_step(config: Config, arguments: argparse.Namespace, step: Row, num_g
         gpu, backend = gpu_like(properties.name, properties.total_memory), step["attention_backend"]
     plan = plan_of(config, num_gpus, gpu, 0, vocabulary, backend)  # no host memory: it chooses nothing here
     if arguments.as_one_of:
-        plan = replace(plan, machines=replace(plan.machines, gpus_per_node=num_gpus))
+        alone = replace(gpu, peer_gbps=gpu.memory_gbps / 2)  # a collective is a copy on the GPU: it reads and writes
+        machines = replace(plan.machines, gpu=alone, gpus_per_node=num_gpus, measured_link=gpu.link(1))
+        plan = replace(plan, machines=machines)
     run = {"recompute": step["recompute_run"], "checkpoint_interval": step["checkpoint_interval"],
            "streamed": step["streamed"], "chunk_length": step["chunk_run"] or config.model.seq_length,
            "device_memory_bytes": int(step["device_memory_run"] * GIB)}  # fmt: skip

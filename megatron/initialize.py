@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron.config import Config
 from megatron.core.host_memory import available_host_bytes
+from megatron.core.link_rates import LinkRates
 from megatron.core.parallel_state import ParallelState
 from megatron.logging.logger import configure_logging
 from megatron.ranks.same_settings import require_same_settings, settings_of
@@ -36,6 +37,8 @@ class Context:
     device_memory_bytes: int = 0
     """Memory of the smallest GPU, without what other processes use; 0 without GPUs."""
     watchdog: Watchdog = field(default_factory=Watchdog)
+    link: LinkRates | None = None
+    """Rates of the link to the host, where they have been measured."""
 
     @property
     def is_first_rank(self) -> bool:

@@ -36,6 +36,7 @@ from megatron.arguments import parse_args
 from megatron.config import Config, ConfigError, ModelConfig, TokenizerConfig, validate
 from megatron.config.packages import require_package
 from megatron.core.host_memory import available_host_bytes
+from megatron.core.link_rates import LinkRates
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import MODEL_NAMES, named_model
@@ -100,7 +101,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     machine.add_argument("--gpu-memory", type=ABOVE_ZERO, help="GiB [the GPU's]")
     machine.add_argument("--host-memory", type=host_memory, default=1900.0,
                          help="GiB per machine, or `here` for the free memory of this one [%(default)s]")  # fmt: skip
-    machine.add_argument("--link", type=ABOVE_ZERO, help="GB/s between a GPU and its host, one way [the GPU's]")
+    machine.add_argument("--link", type=ABOVE_ZERO, nargs="+", metavar="GB/s",
+                         help="between each GPU and its host while all of a machine copy: one way, or in, out and both "
+                         "ways together [the GPU's]")  # fmt: skip
     machine.add_argument("--network", type=ABOVE_ZERO, default=50, help="GB/s per GPU between machines [%(default)s]")
     job = parser.add_argument_group("run, unless flags of pretrain_gpt.py describe it")
     job.add_argument("--seq-length", type=count, default=DEFAULT_LENGTH, help="tokens [%(default)s]")
@@ -171,9 +174,11 @@ def write_files(plan: Plan, choices: Open, arguments: argparse.Namespace) -> Non
 def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Open]:
     """Return the plan that the command line asks for, and what of it was left open."""
     gpu = GPUS[arguments.gpu]
-    gpu = replace(gpu, memory_gib=arguments.gpu_memory or gpu.memory_gib, link_gbps=arguments.link or gpu.link_gbps)
+    gpu = replace(gpu, memory_gib=arguments.gpu_memory or gpu.memory_gib)
     per_node = min(arguments.gpus_per_node, arguments.gpus)
-    machines = Machines(gpu, arguments.gpus, per_node, arguments.host_memory, arguments.network)
+    machines = Machines(
+        gpu, arguments.gpus, per_node, arguments.host_memory, arguments.network, link_of(arguments.link)
+    )
     config = parse_args(arguments.training) if arguments.training else None
     job = job_of_model(arguments) if config is None else job_of_config(config, arguments)
     asked = arguments.backend or (config.model.attention_backend if config else "auto")
@@ -193,6 +198,18 @@ def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Open]:
         return plan, Open()
     choices = Open.of(config) if config else Open(arguments.chunk_size is None, arguments.device_memory is None)
     return fastest(plan, choices) or (with_free_device_memory(plan) if choices.device_memory else plan), choices
+
+
+def link_of(rates: list[float] | None) -> LinkRates | None:
+    """Return the rates of --link; a single one is taken for both directions, alone and together."""
+    match rates:
+        case None:
+            return None
+        case [rate]:
+            return LinkRates(rate, rate, rate)
+        case [to_gpu, to_host, both_ways]:
+            return LinkRates(to_gpu, to_host, both_ways)
+    raise ConfigError(f"--link takes one rate or three, not {len(rates)}; give in, out and both ways together")
 
 
 def model_called(name: str, seq_length: int) -> tuple[ModelConfig, int]:

@@ -6,6 +6,7 @@ tiers            storage tiers, device and host; the only code that knows the co
 store            places chunks on the tiers, offloads and prefetches them
 memory_model     estimate of the bytes of all chunks, and the choice of what to save for backward
 device_budget    device memory for chunks, shared out by what they hold
+placement        which chunks of a step are on the device, and which on the host
 observer         what an observer of a run sees of it
 stream           what all streamed parts of a model share
 seam             a layer suspended at its attention call, and resumed with the output

@@ -52,11 +52,15 @@ class DeviceUse:
     def total_bytes(self) -> int:
         return sum(self._bytes.values())
 
-    def has_room(self, num_bytes: int, kind: ChunkKind) -> bool:
-        """Whether the budget has room, without what is reserved for kinds that gain more and is not in use yet."""
+    def room_bytes(self, kind: ChunkKind) -> int:
+        """Return the room of the budget, without what is reserved for kinds that gain more and is not in use yet."""
         reserved = self._budget.reserved_bytes
         kept = sum(max(reserved.get(other, 0) - self._bytes[other], 0) for other in ChunkKind if other < kind)
-        return self.total_bytes + kept + num_bytes <= self._budget.total_bytes
+        return self._budget.total_bytes - self.total_bytes - kept
+
+    def has_room(self, num_bytes: int, kind: ChunkKind) -> bool:
+        """Whether the budget has room for a tensor of a kind."""
+        return num_bytes <= self.room_bytes(kind)
 
     def add(self, num_bytes: int, kind: ChunkKind) -> None:
         self._bytes[kind] += num_bytes

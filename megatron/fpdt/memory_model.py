@@ -25,9 +25,8 @@ from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.device_budget import ChunkKind, DeviceBudget
 from megatron.fpdt.stream import SLICE_LENGTH
 
-# FLOPs that an H100 or H200 computes while it copies one byte to the host: 600e12 / 50e9 per second, plus a margin of
-# more than half. At 18,000 the copies of a block were seen to stall its compute (docs/performance.md).
-_FLOPS_PER_BYTE = 20_000
+# Compute over copies from which copies do not stall compute: they come in bursts. With 1.5 they were seen to.
+_OVERLAP_MARGIN = 1.7
 
 # Share of the host memory that may be used if products are saved; the rest is left for its other uses.
 _SHARE_WITH_PRODUCTS = 0.75
@@ -39,6 +38,17 @@ class TierBudget:
 
     host_bytes: int
     device_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class FlopsPerByte:
+    """FLOPs that a GPU computes while its link copies a byte: to the host alone, or while both directions are busy."""
+
+    to_host: float
+    both_ways: float
+
+
+HOPPER_ALONE = FlopsPerByte(600e12 / 52e9, 600e12 / 82e9)  # one H100 or H200 at work in its machine
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,19 @@ class StreamShape:
         return self._local_tokens * self.hidden_size * self.element_size
 
     @property
+    def attention_output_bytes(self) -> int:
+        """Bytes of o of one block."""
+        return self._local_tokens * self.num_heads * self.head_size * self.element_size
+
+    @property
+    def lse_bytes(self) -> int:
+        """Bytes of lse of one block."""
+        return self._local_tokens * self.num_heads * self._sum_size
+
+    @property
     def attention_bytes(self) -> int:
         """Bytes of o and lse of one block."""
-        return self._local_tokens * self.num_heads * (self.head_size * self.element_size + self._sum_size)
+        return self.attention_output_bytes + self.lse_bytes
 
     @property
     def key_value_bytes(self) -> int:
@@ -105,7 +125,7 @@ class StreamShape:
         return self.key_value_elements * self.element_size
 
     @property
-    def _key_value_gradient_bytes(self) -> int:
+    def key_value_gradient_bytes(self) -> int:
         """Bytes of dK and dV of one block."""
         return self.key_value_elements * self._sum_size
 
@@ -133,6 +153,12 @@ class StreamShape:
         tokens = self.layout.local_lengths[0]
         return self._product_bytes(recompute, tokens, max(tokens - self.slice_length, 0))
 
+    def last_slice_product_bytes(self, recompute: Recompute) -> int:
+        """Return the bytes of the saved outputs after attention of a chunk's last slice, the last to be computed."""
+        if not recompute.saves_products or self.layout.local_lengths[0] <= self.slice_length:
+            return 0
+        return self._product_bytes(recompute, 0, (self.layout.local_lengths[0] - 1) % self.slice_length + 1)
+
     def _product_bytes(self, recompute: Recompute, tokens: int, tokens_saved_after: int) -> int:
         after = 0 if self.parallel_residual else self.hidden_size
         after += self.mlp_outputs if recompute.saves_mlp_products else 0
@@ -156,7 +182,7 @@ class StreamShape:
         """Return the bytes of the lowest `top` blocks, the highest in its backward pass and its chain rebuilt."""
         chains, rebuilt = -(-top // interval), (top - 1) % interval
         return {
-            ChunkKind.KEY_VALUE_GRADIENTS: self._key_value_gradient_bytes,
+            ChunkKind.KEY_VALUE_GRADIENTS: self.key_value_gradient_bytes,
             ChunkKind.KEYS_VALUES: self.key_value_bytes * (top if recompute.saves_keys_and_values else 1),
             ChunkKind.ATTENTION_OUTPUTS: self.attention_bytes * top,
             ChunkKind.PRODUCTS: self.product_bytes(recompute) * top,
@@ -176,7 +202,7 @@ class StreamShape:
         """
         product = max(self.projection_width, self.mlp_outputs) * self.slice_length * self.batch_size * self.element_size
         unit = {
-            ChunkKind.KEY_VALUE_GRADIENTS: self._key_value_gradient_bytes,
+            ChunkKind.KEY_VALUE_GRADIENTS: self.key_value_gradient_bytes,
             ChunkKind.KEYS_VALUES: self.key_value_bytes,
             ChunkKind.ATTENTION_OUTPUTS: self.attention_bytes,
             ChunkKind.PRODUCTS: product,
@@ -197,12 +223,21 @@ class StreamShape:
         stored = self.device_bytes(device_bytes, interval, recompute)
         return self.tier_bytes(interval, recompute) - sum(stored.values())
 
-    def overlaps_with_link(self, recompute: Recompute, host_share: float = 1.0) -> bool:
-        """Whether a block's forward pass takes longer than the copies of what it saves, which are then hidden."""
+    def overlaps_with_link(
+        self, recompute: Recompute, flops_per_byte: FlopsPerByte = HOPPER_ALONE, host_share: float = 1.0
+    ) -> bool:
+        """Whether a block's forward pass takes longer than the copies of its chunks on the host, which are then hidden.
+
+        `host_share` of the chunks is stored there.
+        """
         attention = 2 * self.layout.sequence_length * self.num_heads * self.head_size
         weights = self.projection_width + self.num_heads * self.head_size + self.mlp_outputs + self.mlp_width
         flops = self._local_tokens * (attention + 2 * self.hidden_size * weights)
-        return flops >= _FLOPS_PER_BYTE * host_share * (self.residual_bytes + self.saved_bytes(recompute))
+        loads = (self.layout.num_chunks - 1) / 2  # of each chunk of keys and values
+        bytes_in = self.residual_bytes + loads * self.key_value_bytes
+        bytes_out = self.residual_bytes + self.saved_bytes(recompute)
+        in_copies = max(flops_per_byte.to_host * bytes_out, flops_per_byte.both_ways * (bytes_in + bytes_out))
+        return flops >= _OVERLAP_MARGIN * host_share * in_copies
 
     @property
     def projection_width(self) -> int:
@@ -215,6 +250,7 @@ def choose_saved_activations(
     budget: TierBudget,
     recompute: Recompute | None = None,
     interval: int | None = None,
+    flops_per_byte: FlopsPerByte = HOPPER_ALONE,
 ) -> tuple[Recompute, int]:
     """Choose (products recomputed, interval of the saved inputs): the fastest choice that fits the budget.
 
@@ -226,7 +262,7 @@ def choose_saved_activations(
     else:
         saves_inputs = intervals[0] == 1
         saving = (Recompute.NONE, Recompute.MLP)
-        products = [each for each in saving if saves_inputs and _may_save(shape, each, budget)]
+        products = [each for each in saving if saves_inputs and _may_save(shape, each, budget, flops_per_byte)]
         # For the bytes saved, recomputing keys and values takes much less time than rebuilding inputs.
         choices = [(each, 1) for each in products]
         choices += [(Recompute.ALL, intervals[0]), *((Recompute.KV, each) for each in intervals)]
@@ -266,7 +302,7 @@ def longest_sequence(shape: StreamShape, budget: TierBudget) -> int:
     return low * shortest
 
 
-def _may_save(shape: StreamShape, products: Recompute, budget: TierBudget) -> bool:
+def _may_save(shape: StreamShape, products: Recompute, budget: TierBudget, flops_per_byte: FlopsPerByte) -> bool:
     on_host = shape.host_bytes(budget.device_bytes, 1, products)
     fits = on_host <= int(budget.host_bytes * _SHARE_WITH_PRODUCTS)
-    return fits and shape.overlaps_with_link(products, on_host / shape.tier_bytes(1, products))
+    return fits and shape.overlaps_with_link(products, flops_per_byte, on_host / shape.tier_bytes(1, products))

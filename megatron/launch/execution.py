@@ -152,7 +152,8 @@ def plan_of_run(config: Config, context: Context, padded_vocab_size: int, host_m
     gpu = gpu_like(torch.cuda.get_device_name(context.device), context.device_memory_bytes)
     request = attention_request(model, context.device, context.dtype)
     kernel = choose_backend(model.attention_backend, request, config.data.reset_attention_mask)
-    return plan_of(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size, kernel.name)
+    plan = plan_of(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size, kernel.name)
+    return replace(plan, machines=replace(plan.machines, measured_link=context.link))
 
 
 def plan_of(

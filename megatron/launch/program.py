@@ -26,6 +26,7 @@ from megatron.fpdt.host_pool import HostMemoryError
 from megatron.fpdt.observer import Observer
 from megatron.initialize import Context, device_type, initialize
 from megatron.launch.execution import choose_execution, plan_of_run
+from megatron.launch.link import with_measured_link
 from megatron.launch.preflight import DataCheck, Vocabulary, check_inputs
 from megatron.model.builder import build_model
 from megatron.model.initialization import Initialization
@@ -94,7 +95,7 @@ def run(
             config = settle(parse_args(argv))
             validate(config, world.size, device_type())
             vocabulary = check_inputs(config, world.size, check_data)
-            context = initialize(config, watchdog)
+            context = with_measured_link(config, initialize(config, watchdog))
             train(config, context, vocabulary.padded_size, provide_source(config, vocabulary))
     except (Exception, KeyboardInterrupt) as error:
         code = end_by(error, watchdog)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from megatron.config import Recompute
 from megatron.fpdt.loss import TILE_LOGITS
 from megatron.fpdt.memory_model import StreamShape, TierBudget, choose_saved_activations
+from megatron.fpdt.placement import place
 from megatron.planner.hardware import GIB, Machines
 from megatron.planner.job import HALF, SUM, Job
 
@@ -73,23 +74,36 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
     process = int(HOST_PROCESS if job.streamed else PLAIN_PROCESS)
     host = max(int(machines.host_bytes_per_gpu - states.host - process), 0)
     budget = TierBudget(host, job.device_memory_bytes)
-    recompute, interval = choose_saved_activations(job.shape, budget, job.recompute, job.checkpoint_interval)
+    recompute, interval = choose_saved_activations(
+        job.shape, budget, job.recompute, job.checkpoint_interval, machines.flops_per_byte
+    )
     if job.streamed:
+        passes = _streamed_bytes(job, recompute, interval, backend)
         on_host = job.shape.host_bytes(job.device_memory_bytes, interval, recompute)
-        stored = min(job.device_memory_bytes, job.shape.tier_bytes(interval, recompute))
-        on_gpu = block_bytes(job.shape, recompute, backend) + stored
     else:
         on_gpu, on_host = activation_bytes(job, backend)
+        passes = max(on_gpu + _block_parameters(job), _head_bytes(job))
     hidden, _, _ = _chunk_bytes(job.shape)
     return Memory(
         states=states.persistent,
         step=states.step + hidden,  # the last chunk of a gradient is released by the next step
-        block=states.gradients + max(on_gpu + _block_parameters(job), _head_bytes(job), _embedding_bytes(job)),
+        block=states.gradients + max(passes, _embedding_bytes(job)),
         host_states=states.host,
         host_chunks=on_host,
         host_process=process,
         recompute=recompute,
         checkpoint_interval=interval,
+    )
+
+
+def _streamed_bytes(job: Job, recompute: Recompute, interval: int, backend: str) -> int:
+    """Estimate the peak bytes of blocks and head on the GPU, with the chunks stored there."""
+    placed = place(job.shape, recompute, interval, job.device_memory_bytes)
+    forward, backward = block_bytes(job.shape, recompute, backend)
+    return max(
+        forward + placed.forward_device_bytes + 2 * _gathered_bytes(job, job.block_parameters),
+        _head_bytes(job) + placed.loss_device_bytes,
+        backward + placed.backward_device_bytes + _block_parameters(job),
     )
 
 
@@ -171,21 +185,22 @@ def _gathered_bytes(job: Job, parameters: int) -> int:
     return HALF * parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
 
 
-def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> int:
-    """Estimate the peak of a streamed block above weights and weight gradients."""
+def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> tuple[int, int]:
+    """Estimate the peaks of a streamed block, forward and backward, above weights, weight gradients and its chunks."""
     hidden, queries, keys = _chunk_bytes(shape)
     workspace = _workspace_bytes(shape, backend)
     products, after_slice = _slice_bytes(shape, recompute)
     started = (4 * hidden + 3 * queries + 2 * keys) if shape.layout.sequence_parallel_size > 1 else 0
-    phases = (
+    backward = (
         5 * hidden + 7 * queries + 7 * keys + workspace,
         3 * hidden + 6 * queries + 10 * keys + workspace,
         4 * hidden + 2 * queries + 4 * keys + after_slice + products,
-        3 * hidden + 5 * queries + 4 * keys + shape.chunk_product_bytes(recompute),
     )
+    forward = 3 * hidden + 5 * queries + 4 * keys + shape.chunk_product_bytes(recompute)
     # With a norm of q and k, the projection of each row in progress is saved; otherwise it is released early.
     projections = _projection_bytes(shape) * shape.qk_layernorm * (2 if started else 1)
-    return max(phases) + started + projections
+    both = started + projections
+    return forward + both, max(backward) + both
 
 
 def activation_bytes(job: Job, backend: str) -> tuple[int, int]:

@@ -57,8 +57,8 @@ class Plan:
 
     @property
     def overlaps_with_link(self) -> bool:
-        """Whether copies and collectives are hidden behind compute."""
-        return self.speed.waiting == 0
+        """Whether copies to and from the host are hidden behind compute."""
+        return self.speed.waiting_for_link == 0
 
     def with_job(self, job: Job) -> Plan:
         """Return the plan of another job with the same machines and kernel."""

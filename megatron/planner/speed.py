@@ -1,12 +1,17 @@
 """Step-time estimates: compute, copies and collectives that are not hidden behind it, and the optimizer.
 
-block, forward     attention 2 S^2 B H D / p at the kernel's rate, products, token-wise kernels by their bytes
-block, backward    attention 5/2 of that, products twice and those recomputed, kernels, sums over tiles
-link               bytes to the host and back, overlapped with compute, so that the longer of the two counts
-exchange           all-to-all of the chunks and ZeRO-3's gathers of weights, overlapped too
-                   (without FPDT neither is overlapped, and checkpointing recomputes the whole forward pass)
+block, forward     attention 2 S^2 B H D / p at the kernel's rate, products, token-wise kernels by their bytes, and the
+                   packing of the all-to-all
+block, backward    attention 5/2 of that, products twice and those recomputed, kernels, sums over tiles, packing
+link               bytes of the chunks that are on the host, out and in, overlapped with compute, so that the longer of
+                   the two counts; and between two blocks the last chunk's way to the host and back, if the next block
+                   needs it at once
+exchange           ZeRO-3's gathers of weights and the all-to-all from tokens to heads, overlapped with compute of the
+                   previous row, so not for the first row; the all-to-all back to tokens is not overlapped
+                   (without FPDT nothing is overlapped, and checkpointing recomputes the whole forward pass)
 head               3 products with the vocabulary
-optimizer          on the GPU bound by its memory, on the host by the host's
+optimizer          on the GPU bound by its memory, on the host by the host's; before it, the gradients' way to
+                   their rank
 """
 
 from __future__ import annotations
@@ -15,16 +20,20 @@ from dataclasses import dataclass
 
 from megatron.config import Recompute
 from megatron.fpdt.loss import TILE_LOGITS
+from megatron.fpdt.placement import HostBytes, place
 from megatron.planner.flops import flops_of_streaming, forward_flops, model_flops
 from megatron.planner.hardware import GB, TERA, Machines
 from megatron.planner.job import HALF, SUM, Job
 
-BOTH_WAYS = 1.3  # link rate of both directions at once over one direction; measured on two H200 together
 STREAMING = 0.7  # fraction of a GPU's memory bandwidth that token-wise kernels reach
-# Passes over a token's hidden states and over its MLP's activations, fitted to a profile of a LLaMA block.
+# Passes over a token's hidden states and over its MLP's activations, fitted to a profile of a LLaMA block in slices of
+# the usual length: the sums of the weights' gradients are in them.
 HIDDEN_PASSES, MLP_PASSES = 45, 6
-# Per parameter: weight, two moments and gradient in fp32, read and written, and the weight in half precision.
-OPTIMIZER_BYTES = 34
+# Per parameter of a rank: Adam reads weight, gradient and two moments in fp32 and writes all but the gradient. Before,
+# the gradient is read for its norm, converted to fp32 and clipped; after, the weight is written in half precision.
+OPTIMIZER_BYTES = 28 + 24 + 6
+# Per parameter of the model: the gradient in fp32 is converted to half precision, copied to a bucket, and reduced.
+GRADIENT_BYTES = 16
 LOGIT_BYTES = 8  # per logit in half precision: written, read twice, its gradient written
 # Parameters that Adam on the host updates per second and rank, measured with 16 cores; and the fixed overhead of a step
 # in seconds, which is assumed.
@@ -39,8 +48,14 @@ class Speed:
     backward: float
     head: float
     optimizer: float
-    waiting: float  # part of `forward` and `backward` that waits for the link or the exchange
+    forward_waiting: float  # part of `forward` that waits for the link or the exchange
+    backward_waiting: float
+    waiting_for_link: float
     model_flops: int
+
+    @property
+    def waiting(self) -> float:
+        return self.forward_waiting + self.backward_waiting
 
     @property
     def step(self) -> float:
@@ -51,23 +66,22 @@ def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, i
     """Estimate the time of one step."""
     gpu, steps, layers = machines.gpu, job.accumulation_steps, job.model.num_layers
     forward, backward = _block_compute(job, machines, backend, recompute, interval)
-    exchange = _exchange_seconds(job, machines, recompute)
     if job.streamed:
-        link = _link_seconds(job, machines, recompute)
-        phases = zip((forward, backward), link, exchange, strict=True)
-        waits = [max(0.0, copying - compute, exchanging - compute) for compute, copying, exchanging in phases]
+        waits = _streamed_waits(job, machines, (forward, backward), recompute, interval)
     else:
-        inputs = job.shape.residual_bytes if job.activations == "recomputed from the host" else 0
-        waits = [exchanging + _link(inputs, 0, machines) for exchanging in exchange]  # not overlapped
+        waits = _plain_waits(job, machines, recompute)
     parameters = job.num_parameters / job.num_gpus
     on_gpu = parameters * OPTIMIZER_BYTES / (gpu.memory_gbps * GB * STREAMING)
+    reduced = steps * job.num_parameters * GRADIENT_BYTES / (gpu.memory_gbps * GB * STREAMING)
     sequences = job.global_tokens // job.model.seq_length
     return Speed(
-        forward=steps * layers * (forward + waits[0]),
-        backward=steps * layers * (backward + waits[1]),
+        forward=steps * (layers * forward + waits.forward),
+        backward=steps * (layers * backward + waits.backward),
         head=steps * _head_seconds(job, machines),
-        optimizer=parameters / HOST_ADAM if job.cpu_optimizer else on_gpu,
-        waiting=steps * layers * sum(waits),
+        optimizer=reduced + (parameters / HOST_ADAM if job.cpu_optimizer else on_gpu),
+        forward_waiting=steps * waits.forward,
+        backward_waiting=steps * waits.backward,
+        waiting_for_link=steps * waits.for_link,
         model_flops=sequences * model_flops(job.model, job.padded_vocab_size, job.model.seq_length),
     )  # fmt: skip
 
@@ -90,14 +104,25 @@ def _block_compute(
     queries = tokens * model.num_attention_heads * model.kv_channels * HALF / chunks
     keys = shape.key_value_elements * HALF / chunks
     tiles = chunks * (chunks - 1) / 2
+    packed = chunks if job.sequence_parallel_size > 1 else 0
     return (
-        attention / rate_forward + products / matmul + token_wise / 3 + tiles * 5 * queries / streaming,
+        attention / rate_forward
+        + products / matmul
+        + token_wise / 3
+        + (tiles * 5 * queries + packed * (4 * queries + 2 * keys)) / streaming,
         2.5 * attention / rate_backward
         + recomputed_attention / rate_forward
         + (2 * products + recomputed) / matmul
         + token_wise * 2 / 3
-        + tiles * 5 * (queries + keys) / streaming,
+        + (tiles * 5 * (queries + keys) + packed * (10 * queries + 6 * keys) + _short_slice_bytes(job)) / streaming,
     )
+
+
+def _short_slice_bytes(job: Job) -> float:
+    """Bytes of the additions to the weights' gradients of one block beyond those in slices of the usual length."""
+    shape = job.shape
+    num_slices = sum(-(-length // shape.slice_length) for length in shape.layout.local_lengths)
+    return (num_slices - shape.layout.local_length / shape.slice_length) * 2 * SUM * job.block_parameters
 
 
 def _recomputed_products(job: Job, interval: int, recompute: Recompute) -> int:
@@ -120,30 +145,93 @@ def _head_seconds(job: Job, machines: Machines) -> float:
     return 2 * product + max(product, sums) + logits * LOGIT_BYTES / streaming
 
 
-def _link_seconds(job: Job, machines: Machines, recompute: Recompute) -> tuple[float, float]:
-    """Estimate the seconds of copying one block's chunks to and from the host, forward and backward."""
-    shape = job.shape
-    hidden, keys = shape.residual_bytes, shape.key_value_bytes
-    attention_and_products = shape.attention_bytes + shape.product_bytes(recompute)
+@dataclass(frozen=True)
+class _Waits:
+    """Seconds in which compute waits, over all blocks of one accumulation step."""
+
+    forward: float
+    backward: float
+    for_link: float
+
+
+def _plain_waits(job: Job, machines: Machines, recompute: Recompute) -> _Waits:
+    """Without FPDT no copy and no collective is overlapped."""
+    inputs = job.shape.residual_bytes if job.activations == "recomputed from the host" else 0
+    to_host, to_gpu = machines.link.seconds(0, inputs), machines.link.seconds(inputs, 0)
+    forward, backward = _exchanges(job, machines, recompute)
+    layers = job.model.num_layers
+    return _Waits(
+        layers * (forward.total + to_host), layers * (backward.total + to_gpu), for_link=layers * (to_host + to_gpu)
+    )
+
+
+def _streamed_waits(
+    job: Job, machines: Machines, compute: tuple[float, float], recompute: Recompute, interval: int
+) -> _Waits:
+    """Compare the compute of each block, forward and backward, with its copies and collectives."""
+    exchanges = _exchanges(job, machines, recompute)
+    waits, for_link = [0.0, 0.0], 0.0
+    for block in place(job.shape, recompute, interval, job.device_memory_bytes).blocks:
+        copies, turns = _copies(job, block, recompute), _turns(job, machines, block, recompute)
+        for phase in (0, 1):
+            copying = max(machines.link.seconds(*copies[phase]) - compute[phase], turns[phase], 0.0)
+            for_link += copying
+            waits[phase] += max(copying, exchanges[phase].overlapped - compute[phase]) + exchanges[phase].exposed
+    forward, backward = waits
+    return _Waits(forward, backward, for_link)
+
+
+Copies = tuple[float, float]  # bytes to the GPU and to the host
+
+
+def _copies(job: Job, block: HostBytes, recompute: Recompute) -> tuple[Copies, Copies]:
+    """Bytes that one block copies, forward and backward."""
+    chunks = job.shape.layout.num_chunks
+    kv_loads = (chunks - 1) / 2  # a column's tiles off the diagonal, on average
+    dkv_loads = kv_loads * (chunks - 2) / chunks  # its first tile loads no sum, and its last stores none
+    saved = block.attention + block.products
     recomputes_kv = not recompute.saves_keys_and_values  # from block inputs, which are copied in a second time
-    chunks = shape.layout.num_chunks
-    others = (chunks - 1) / 2  # tiles off the diagonal per chunk
     return (
-        _link(hidden + others * keys, hidden + keys + attention_and_products, machines),
-        _link(
-            (2 + recomputes_kv) * hidden + attention_and_products + others * 3 * keys + 2 * keys,
-            hidden + others * 2 * keys + recomputes_kv * keys,
-            machines,
+        (block.x + kv_loads * block.kv, block.y + block.kv + saved),
+        (
+            (1 + recomputes_kv) * block.x + block.dy + saved + kv_loads * block.kv_backward + dkv_loads * block.dkv,
+            block.dx + recomputes_kv * block.kv_backward + dkv_loads * block.dkv,
         ),
     )
 
 
-def _link(bytes_in: float, bytes_out: float, machines: Machines) -> float:
-    rate = machines.gpu.link_gbps * GB
-    return max(bytes_in, bytes_out, (bytes_in + bytes_out) / BOTH_WAYS) / rate
+def _turns(job: Job, machines: Machines, block: HostBytes, recompute: Recompute) -> tuple[float, float]:
+    """Seconds in which the block after this one, forward and backward, waits for this block's last chunk.
+
+    The chunk goes to the host and comes back. Forward, the products of its last slice leave before it. With several
+    chunks the row of another one is computed meanwhile, but of two forward rows on several ranks only the projection.
+    """
+    shape, link = job.shape, machines.link
+    chunks = shape.layout.num_chunks
+    if chunks > 2 or (chunks == 2 and job.sequence_parallel_size == 1):
+        return 0.0, 0.0
+    tokens = shape.layout.local_lengths[0] * job.micro_batch_size
+    projection = 2 * tokens * shape.hidden_size * shape.projection_width / (machines.gpu.matmul_tflops * TERA)
+    share = block.products / max(shape.product_bytes(recompute), 1)
+    leaves = share * shape.last_slice_product_bytes(recompute) + block.y / chunks
+    forward = link.seconds(0, leaves) + link.seconds(block.y / chunks, 0)
+    backward = link.seconds(0, block.dx) + link.seconds(block.dx, 0)
+    return (forward, backward) if chunks == 1 else (max(forward - projection, 0.0), 0.0)
 
 
-def _exchange_seconds(job: Job, machines: Machines, recompute: Recompute) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Exchange:
+    """Seconds of one block's collectives: those that compute overlaps with, and those that it waits for."""
+
+    overlapped: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        return self.overlapped + self.exposed
+
+
+def _exchanges(job: Job, machines: Machines, recompute: Recompute) -> tuple[_Exchange, _Exchange]:
     """Estimate the seconds of one block's collectives, forward and backward."""
     shape, p = job.shape, job.sequence_parallel_size
     queries = shape.layout.local_length * job.micro_batch_size * shape.num_heads * shape.head_size * HALF
@@ -154,7 +242,13 @@ def _exchange_seconds(job: Job, machines: Machines, recompute: Recompute) -> tup
         weights = HALF * job.block_parameters * (job.num_gpus - 1) / job.num_gpus
         gather = weights / (machines.exchange_gbps(job.num_gpus) * GB)
     gathers = gather if job.zero_stage == 3 else 0.0
+    recomputed = 0 if recompute.saves_keys_and_values else keys
+    first = 1 / shape.layout.num_chunks  # a row's all-to-all to heads overlaps with the row before
+    forward, backward = queries + keys, 3 * queries + keys
     return (
-        (2 * queries + keys) * all_to_all + gathers,
-        (4 * queries + (2 if recompute.saves_keys_and_values else 3) * keys) * all_to_all + gathers + gather,
+        _Exchange(gathers + (1 - first) * forward * all_to_all, (first * forward + queries) * all_to_all),
+        _Exchange(
+            gathers + gather + ((1 - first) * backward + recomputed) * all_to_all,
+            (first * backward + queries + keys) * all_to_all,
+        ),
     )

@@ -108,8 +108,10 @@ class Seconds:
         forward, backward = attention / forward_rate, 2.5 * attention / backward_rate
         before, last = shape.projection_width, shape.mlp_width
         after = shape.num_heads * shape.head_size + shape.mlp_outputs + last
-        rest_forward = (plan.speed.forward / layers - forward) / chunks / (before + after)
-        rest_backward = (plan.speed.backward / layers - backward) / chunks / (3 * (before + after) - last)
+        speed = plan.speed
+        rest_forward = ((speed.forward - speed.forward_waiting) / layers - forward) / chunks / (before + after)
+        rest_backward = (speed.backward - speed.backward_waiting) / layers - backward
+        rest_backward /= chunks * (3 * (before + after) - last)
         full_tiles = chunks**2 / 2
         return cls(
             tile=(forward / full_tiles, backward / full_tiles),
@@ -117,7 +119,7 @@ class Seconds:
             after=(after * rest_forward, 2 * after * rest_backward),
             before_recomputed=before * rest_backward,
             after_recomputed=(after - last) * rest_backward,
-            per_byte=SCALE / (gpu.link_gbps * GB),
+            per_byte=SCALE / (plan.machines.link.to_gpu * GB),
             per_exchanged_byte=SCALE * (p - 1) / p / (plan.machines.exchange_gbps(p) * GB),
         )
 

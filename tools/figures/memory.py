@@ -116,7 +116,7 @@ def _copies_over_compute(plan: Plan) -> list[float]:
     """Return the ratio for a full tile forward, which loads kv, and backward, which also loads dkv."""
     shape = plan.job.shape
     elements = shape.key_value_elements / shape.layout.num_chunks
-    link = plan.machines.gpu.link_gbps * GB
+    link = plan.machines.link.to_gpu * GB
     copied = (elements * HALF, elements * (HALF + SUM))
     compute = Seconds.of(plan).tile
     return [round(num_bytes / link / seconds, 3) for num_bytes, seconds in zip(copied, compute, strict=True)]

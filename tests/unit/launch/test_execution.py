@@ -126,12 +126,12 @@ def choose_on(monkeypatch):
 
 @pytest.mark.parametrize("flags", [[], ["--ds-sequence-parallel-fpdt-chunk-size", "auto"]])
 def test_a_smaller_gpu_gets_smaller_chunks_and_stores_fewer(choose_on, flags):
-    large, small = (
-        choose_on(gpu_like("NVIDIA H100 80GB HBM3", int(gib * GIB)), *flags, host_gib=300) for gib in (79, 48)
+    large, medium, small = (
+        choose_on(gpu_like("NVIDIA H100 80GB HBM3", int(gib * GIB)), *flags, host_gib=300) for gib in (79, 48, 40)
     )
     assert small.chunk_size < large.chunk_size
     assert large.chunk_size % 4 == small.chunk_size % 4 == 0
-    assert 0 < small.device_budget.total_bytes < large.device_budget.total_bytes < 79 * GIB
+    assert 0 < medium.device_budget.total_bytes < large.device_budget.total_bytes < 79 * GIB
 
 
 def test_a_run_is_streamed_if_chunks_are_asked_for_or_it_does_not_fit_the_gpu_in_one_piece(choose_on):

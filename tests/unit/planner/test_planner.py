@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.common import Geometry
 from megatron.config import Recompute
+from megatron.core.link_rates import LinkRates
 from megatron.fpdt.memory_model import StreamShape
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
@@ -69,6 +70,25 @@ MEASURED_RANKS = {
     ("llama-70b", 32, 1, 4194304, 131072, Recompute.KV, 0): (54.814, 13.84, 14.03),
     ("llama-70b", 32, 2, 4194304, 131072, Recompute.KV, 0): (107.557, 13.88, 18.06),
 }
+# Whole steps of llama-8b on four H200 of one host (docs/performance.md). Tokens, chunk (None: without FPDT, from the
+# host), recompute, interval, GiB of chunks that may stay on the GPU: seconds, and GiB of the GPU's peak if known.
+MEASURED_ON_FOUR = {
+    (65536, 65536, Recompute.MLP, 1, 0): (3.744, 36.6),
+    (65536, 65536, Recompute.MLP, 1, 100): (3.420, 54.3),
+    (65536, 32768, Recompute.MLP, 1, 100): (3.443, 52.3),
+    (65536, 16384, Recompute.MLP, 1, 100): (3.565, 52.3),
+    (131072, 65536, Recompute.MLP, 1, 0): (10.328, 37.4),
+    (131072, 65536, Recompute.KV, 1, 0): (10.464, None),
+    (131072, 65536, Recompute.NONE, 1, 0): (10.92, None),
+    (131072, 65536, Recompute.MLP, 1, 90): (9.947, 72.9),
+    (131072, 65536, Recompute.NONE, 1, 90): (9.635, 100.9),
+    (131072, 32768, Recompute.MLP, 1, 90): (10.105, 68.6),
+    (131072, 16384, Recompute.MLP, 1, 90): (10.446, 68.6),
+    (65536, None, Recompute.ALL, 1, 0): (4.072, 36.9),
+    (131072, None, Recompute.ALL, 1, 0): (12.107, 40.6),
+    # The first step of a run, whose peak is before Adam's moments are allocated: 15.0 GiB.
+    (2097152, 131072, Recompute.KV, 6, 75): (1741, 101.4 + 15.0),
+}
 STEPS = pytest.mark.parametrize("case", MEASURED_STEPS, ids=lambda c: f"{c[0].hidden_size}-{c[1:]}")
 CASES = pytest.mark.parametrize(
     "case", MEASURED, ids=lambda c: f"{c[0].hidden_size}-{c[0].num_key_value_heads}-{c[1:]}"
@@ -78,27 +98,26 @@ CASES = pytest.mark.parametrize(
 @CASES
 def test_memory_of_a_block_is_within_10_percent_of_what_was_measured(case):
     geometry, length, chunk, recompute, backend = case
-    reckoned = block_bytes(StreamShape.of(geometry.model_config(length), chunk, 1, 1, 2), recompute, backend) / GIB
-    assert reckoned == pytest.approx(MEASURED[case][2], rel=0.1)
+    estimated = max(block_bytes(StreamShape.of(geometry.model_config(length), chunk, 1, 1, 2), recompute, backend))
+    assert estimated / GIB == pytest.approx(MEASURED[case][2], rel=0.1)
 
 
 @pytest.mark.parametrize("num_ranks, rows", [(1, 1), (4, 2)])
 def test_norms_of_queries_and_keys_hold_the_projection_of_each_row_under_way(num_ranks, rows):
     model, _ = named_model("llama-8b", 2**18)
     plain, normalised = (
-        block_bytes(StreamShape.of(replace(model, qk_layernorm=norm), 2**16, num_ranks, 1, 2), Recompute.ALL, FA4)
+        max(block_bytes(StreamShape.of(replace(model, qk_layernorm=norm), 2**16, num_ranks, 1, 2), Recompute.ALL, FA4))
         for norm in (False, True)
     )
     assert normalised - plain == rows * 2**16 // num_ranks * (32 + 2 * 8) * 128 * 2
 
 
 @CASES
-def test_time_of_a_block_is_within_15_percent_of_what_was_measured(case):
+def test_time_of_a_block_is_within_10_percent_of_what_was_measured(case):
     geometry, length, chunk, recompute, backend = case
     job = Job(geometry.model_config(length), 0, 1, chunk, 1)
     speed = speed_of(job, H200, backend, recompute, 1)
-    assert (speed.forward, speed.backward) == pytest.approx(MEASURED[case][:2], rel=0.15)
-    assert speed.forward + speed.backward == pytest.approx(sum(MEASURED[case][:2]), rel=0.1)
+    assert (speed.forward, speed.backward) == pytest.approx(MEASURED[case][:2], rel=0.1)
 
 
 def planned(case):
@@ -120,8 +139,8 @@ def test_memory_of_a_step_is_within_10_percent_of_what_was_measured(case):
 
 
 @STEPS
-def test_time_of_a_step_is_within_15_percent_of_what_was_measured(case):
-    assert planned(case).speed.step == pytest.approx(MEASURED_STEPS[case][0], rel=0.15)
+def test_time_of_a_step_is_within_10_percent_of_what_was_measured(case):
+    assert planned(case).speed.step == pytest.approx(MEASURED_STEPS[case][0], rel=0.1)
 
 
 @pytest.mark.parametrize("rank", MEASURED_RANKS, ids=str)
@@ -129,12 +148,51 @@ def test_one_of_several_gpus_is_as_it_was_measured(rank):
     name, num_gpus, num_layers, length, chunk, recompute, gib = rank
     seconds, on_gpu, on_host = MEASURED_RANKS[rank]
     kept = {"recompute": recompute, "checkpoint_interval": 1, "device_memory_bytes": gib * GIB}
-    plan = plan_of(name, num_gpus, length, chunk, Machines(GPUS["H200"], num_gpus, num_gpus, 1), **kept)
+    alone = replace(GPUS["H200"], peer_gbps=2400)  # collectives are copies on the GPU, and no other uses the link
+    machines = Machines(alone, num_gpus, num_gpus, 1, measured_link=alone.link(1))
+    plan = plan_of(name, num_gpus, length, chunk, machines, **kept)
     plan = plan.with_job(replace(plan.job, model=replace(plan.job.model, num_layers=num_layers)))
-    assert plan.speed.step == pytest.approx(seconds, rel=0.15)
+    assert plan.speed.step == pytest.approx(seconds, rel=0.1)
     assert plan.memory.gpu / GIB == pytest.approx(on_gpu, rel=0.1)
     # With chunks on the GPU the measurements are of another placement, which the planner bounds.
     assert plan.memory.host_chunks / GIB == pytest.approx(on_host, rel=0.03 if gib else 0.01)
+
+
+@pytest.mark.parametrize("case", MEASURED_ON_FOUR, ids=str)
+def test_a_step_on_four_gpus_is_within_10_percent_of_what_was_measured(case):
+    length, chunk, recompute, interval, gib = case
+    seconds, on_gpu = MEASURED_ON_FOUR[case]
+    changes = {"recompute": recompute, "checkpoint_interval": interval, "device_memory_bytes": gib * GIB}
+    if chunk is None:
+        changes = {"streamed": False, "activations": "recomputed from the host"}
+    plan = plan_of("llama-8b", 4, length, chunk or length, Machines(GPUS["H200"], 4, 4, 503), **changes)
+    assert plan.speed.step == pytest.approx(seconds, rel=0.1)
+    assert on_gpu is None or plan.memory.gpu / GIB == pytest.approx(on_gpu, rel=0.05)
+
+
+def test_chunks_on_the_gpu_are_not_copied():
+    four = Machines(GPUS["H200"], 4, 4, 503)
+    waits = [
+        plan_of(length=2**16, machines=four, recompute=Recompute.MLP, device_memory_bytes=gib * GIB).speed
+        for gib in (0, 5, 10, 20)
+    ]
+    assert [each.waiting_for_link for each in waits] == sorted((each.waiting_for_link for each in waits), reverse=True)
+    assert waits[0].waiting_for_link > 0.3
+    assert waits[-1].waiting_for_link == 0
+
+
+@pytest.mark.parametrize("num_gpus, known", [(1, 1), (2, 2), (3, 4), (4, 4), (8, 4)])
+def test_the_link_is_that_of_the_next_larger_number_of_gpus_known_unless_it_is_measured(num_gpus, known):
+    h200, measured = GPUS["H200"], LinkRates(30, 31, 32)
+    assert Machines(h200, num_gpus, 8, 1).link == h200.links[known]
+    assert Machines(h200, num_gpus, 8, 1, measured_link=measured).link == measured
+
+
+def test_both_directions_share_the_link():
+    link = LinkRates(40, 20, 50)
+    assert link.seconds(40e9, 0) == link.seconds(0, 20e9) == 1
+    assert link.seconds(40e9, 10e9) == 1
+    assert link.seconds(40e9, 20e9) == 1.2
 
 
 def plan_of(model="llama-8b", num_gpus=4, length=2**18, chunk=2**16, machines=None, **changes):
@@ -193,7 +251,7 @@ def test_chunks_that_stay_on_the_gpu_leave_the_host():
         plan_of(recompute=Recompute.ALL, checkpoint_interval=1, device_memory_bytes=gib * GIB).memory
         for gib in (0, 10, 1000)
     )
-    assert shared.block - on_host.block == 10 * GIB
+    assert 9.4 * GIB < shared.block - on_host.block <= 10 * GIB
     assert 9.4 * GIB < on_host.host_chunks - shared.host_chunks <= 10 * GIB
     assert on_gpu.host_chunks == 0
     assert on_gpu.block - on_host.block == on_host.host_chunks
@@ -211,7 +269,7 @@ def test_a_host_that_is_too_small_is_helped_out_by_a_gpu_that_has_room():
 
 def test_a_slow_link_needs_a_larger_chunk():
     fast = plan_of(model="gpt-6.7b")
-    slow = replace(fast, machines=replace(fast.machines, gpu=replace(fast.machines.gpu, link_gbps=24)))
+    slow = replace(fast, machines=replace(fast.machines, measured_link=LinkRates(24, 24, 24)))
     assert fast.smallest_hiding_chunk() < slow.smallest_hiding_chunk()
     small = slow.with_job(replace(slow.job, chunk_length=4096 * 4))
     assert not small.overlaps_with_link
@@ -233,7 +291,8 @@ def test_chunks_stay_on_the_gpu_as_far_as_it_is_free(length):
     chosen = fastest(plan, Open(chunk=True, device_memory=True))
     memory, stored = chosen.memory, chosen.job.device_memory_bytes
     needed = chosen.job.shape.tier_bytes(memory.checkpoint_interval, memory.recompute)
-    rest = memory.gpu - min(stored, needed)
+    saved = {"recompute": memory.recompute, "checkpoint_interval": memory.checkpoint_interval}
+    rest = plan.with_job(replace(chosen.job, device_memory_bytes=0, **saved)).memory.gpu
     of_the_gpu = ((1.1 * rest + stored) * FRAGMENTATION + OUTSIDE_TORCH) / GIB
     assert of_the_gpu == pytest.approx(chosen.machines.gpu.memory_gib, rel=0.01)
     assert chosen.speed.step < fastest(plan, Open(chunk=True)).speed.step

@@ -105,7 +105,9 @@ def test_the_timeline_computes_as_long_as_the_planner_estimates() -> None:
     lanes, plan = clock(), TOOL.timeline.plan()
     assert plan.overlaps_with_link
     pieces = lanes.timeline_of(plan, num_blocks=3)
-    for phase, estimated in (("forward", plan.speed.forward), ("backward", plan.speed.backward)):
+    speed = plan.speed
+    forward, backward = speed.forward - speed.forward_waiting, speed.backward - speed.backward_waiting
+    for phase, estimated in (("forward", forward), ("backward", backward)):
         own = [piece for piece in pieces if (piece.lane, piece.layer, piece.phase) == (lanes.COMPUTE, 2, phase)]
         computed, elapsed = sum(piece.end - piece.start for piece in own), own[-1].end - own[0].start
         assert computed == pytest.approx(estimated / plan.job.model.num_layers, rel=1e-9)

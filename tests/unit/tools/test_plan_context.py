@@ -42,7 +42,7 @@ def test_flags_of_the_training_program_are_planned_as_they_are(capsys, tmp_path)
     assert plan_context.main([*FOUR_H100, "--json", str(figures), "--", *FLAGS, *kernel]) == 0
     content = json.loads(figures.read_text())
     assert (content["attention_backend"], content["recompute"]) == ("torch-flash", "mlp")
-    assert (content["chunk_length"], content["zero_stage"]) == (65536, 3)
+    assert (content["chunk_length"], content["zero_stage"]) == (32768, 3)
 
 
 def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys):
@@ -85,6 +85,7 @@ def test_a_model_of_any_family_has_its_parameters(tmp_path, config):
     "argv, words",
     [
         (["--model", "llama-8b", "--gpus", "4", "--sequence-parallel", "3"], "use one of 1, 2, 4"),
+        (["--model", "llama-8b", "--link", "40", "30"], "--link takes one rate or three, not 2"),
         (["--model", "nothing"], "is neither a folder, nor a file, nor one of gpt-1.3b"),
         (["--model", "llama-8b", "--backend", "cudnn", "--gpu", "A100-80GB"], "use one of torch-flash"),
         (["--gpus", "4", "--", "--num-layers", "2"], "--hidden-size"),
@@ -123,6 +124,19 @@ def test_a_setting_that_would_not_count_is_refused(argv, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         plan_context.main(argv)
     assert words in capsys.readouterr().err
+
+
+def test_the_link_is_the_gpu_s_or_the_one_given(tmp_path):
+    figures = tmp_path / "plan.json"
+    four = [*FOUR_H100, "--model", "llama-8b", "--seq-length", "65536", "--chunk-size", "65536"]
+    four += ["--device-memory", "0"]
+
+    def waiting(*link):
+        plan_context.main([*four, "--json", str(figures), *link])
+        return json.loads(figures.read_text())["waiting_seconds"]
+
+    assert waiting("--link", "43", "43", "41") == waiting()
+    assert waiting() < waiting("--link", "20") < waiting("--link", "20", "20", "10")
 
 
 def test_the_folder_of_the_figures_is_made(tmp_path):

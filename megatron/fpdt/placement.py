@@ -1,0 +1,153 @@
+"""Placement of a training step's chunks: which are stored on the device, which on the host.
+
+A chunk is stored on the device if the device budget has room for its kind when it is allocated, else on the host. So
+the order in which a step allocates and releases its chunks decides. This module replays that order:
+
+    embedding    x
+    forward      y, kv, o and lse, products; kv is released where it is recomputed, x where it is rebuilt
+    loss         dy beside y, scaled as dy'
+    backward     rebuilt inputs of the chain, dx, dkv, recomputed kv; then all that the block has used is released
+
+Gradients of hidden states are stored with the hidden states, whatever the budget. Products are small beside the rest,
+and counted as one tensor that both may share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron.config import Recompute
+from megatron.fpdt.device_budget import ChunkKind, DeviceBudget, DeviceUse
+from megatron.fpdt.memory_model import StreamShape
+
+
+class HostBytes(NamedTuple):
+    """The bytes of one block's tensors on the host."""
+
+    x: int
+    y: int
+    attention: int  # o and lse
+    products: int
+    kv: int  # of the forward pass
+    kv_backward: int  # the same, unless it is recomputed
+    dkv: int
+    dx: int
+    dy: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The most bytes of chunks by place, on the device by phase, and what each block has on the host."""
+
+    forward_device_bytes: int
+    loss_device_bytes: int
+    backward_device_bytes: int
+    host_bytes: int
+    blocks: tuple[HostBytes, ...]
+
+
+class _Stored(NamedTuple):
+    """The bytes of a tensor by place."""
+
+    kind: ChunkKind
+    on_device: int
+    on_host: int
+
+
+class _Tiers:
+    """The device, within its budget, and the host."""
+
+    def __init__(self, device_budget: DeviceBudget) -> None:
+        self._device = DeviceUse(device_budget)
+        self._on_host = self._most_on_device = self.most_on_host = 0
+
+    def end_of_phase(self) -> int:
+        """Return the most bytes on the device since the last call."""
+        most, self._most_on_device = self._most_on_device, self._device.total_bytes
+        return most
+
+    def store(self, kind: ChunkKind, num_bytes: int) -> _Stored:
+        """Store a tensor as `ChunkStore.empty` does."""
+        return self._add(kind, num_bytes, num_bytes if self._device.has_room(num_bytes, kind) else 0)
+
+    def store_gradient(self, x: _Stored) -> _Stored:
+        """Store a gradient of hidden states with them."""
+        return self._add(ChunkKind.HIDDEN_GRADIENTS, x.on_device + x.on_host, x.on_device)
+
+    def store_products(self, num_bytes: int) -> _Stored:
+        """Store many small tensors: the device takes what it has room for."""
+        room = max(self._device.room_bytes(ChunkKind.PRODUCTS), 0)
+        return self._add(ChunkKind.PRODUCTS, num_bytes, min(num_bytes, room))
+
+    def release(self, tensors: Iterable[_Stored]) -> None:
+        for kind, on_device, on_host in tensors:
+            self._device.add(-on_device, kind)
+            self._on_host -= on_host
+
+    def _add(self, kind: ChunkKind, num_bytes: int, on_device: int) -> _Stored:
+        self._device.add(on_device, kind)
+        self._on_host += num_bytes - on_device
+        self._most_on_device = max(self._most_on_device, self._device.total_bytes)
+        self.most_on_host = max(self.most_on_host, self._on_host)
+        return _Stored(kind, on_device, num_bytes - on_device)
+
+
+class _Block(NamedTuple):
+    """What the forward pass of a block has stored."""
+
+    x: _Stored
+    y: _Stored
+    kv: _Stored
+    attention: _Stored
+    products: _Stored
+
+
+@lru_cache(maxsize=256)
+def place(shape: StreamShape, recompute: Recompute, interval: int, device_bytes: int) -> Placement:
+    """Replay a step that saves the input of every `interval`-th block, with so many bytes for chunks on the device."""
+    tiers = _Tiers(shape.device_budget(device_bytes, interval, recompute))
+    blocks, x = [], tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes)
+    for index in range(shape.num_layers):
+        blocks.append(_forward(tiers, shape, recompute, x))
+        if index % interval:
+            tiers.release([x])
+        x = blocks[-1].y
+    forward = tiers.end_of_phase()
+    unscaled = tiers.store_gradient(x)
+    tiers.release([x])
+    dy = tiers.store_gradient(x)
+    tiers.release([unscaled])
+    loss = tiers.end_of_phase()
+    on_host: list[HostBytes] = []
+    rebuilt: list[_Stored] = []
+    for index in reversed(range(shape.num_layers)):
+        block, position = blocks[index], index % interval
+        missing = range(position - len(rebuilt))
+        rebuilt += [tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes) for _ in missing]
+        x = rebuilt.pop() if position else block.x
+        dx = tiers.store_gradient(block.x)
+        dkv = tiers.store(ChunkKind.KEY_VALUE_GRADIENTS, shape.key_value_gradient_bytes)
+        kv = block.kv
+        if not recompute.saves_keys_and_values:
+            kv = tiers.store(ChunkKind.KEYS_VALUES, shape.key_value_bytes)
+        tiers.release([x, dy, kv, dkv, block.attention, block.products])
+        tensors = (x, block.y, block.attention, block.products, block.kv, kv, dkv, dx, dy)
+        on_host.append(HostBytes(*(each.on_host for each in tensors)))
+        dy = dx
+    return Placement(forward, loss, tiers.end_of_phase(), tiers.most_on_host, tuple(on_host[::-1]))
+
+
+def _forward(tiers: _Tiers, shape: StreamShape, recompute: Recompute, x: _Stored) -> _Block:
+    y = tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes)
+    kv = tiers.store(ChunkKind.KEYS_VALUES, shape.key_value_bytes)
+    o, lse = (
+        tiers.store(ChunkKind.ATTENTION_OUTPUTS, size) for size in (shape.attention_output_bytes, shape.lse_bytes)
+    )
+    products = tiers.store_products(shape.product_bytes(recompute))
+    if not recompute.saves_keys_and_values:
+        tiers.release([kv])
+    attention = _Stored(o.kind, o.on_device + lse.on_device, o.on_host + lse.on_host)
+    return _Block(x, y, kv, attention, products)
