@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
+    from megatron.ranks.supervisor import supervise
 
     end_on_interrupt()
+    record_place = supervise()
 
 from megatron.config import Config, ConfigError
 from megatron.data.batch import Sample
@@ -26,9 +28,9 @@ from megatron.launch.program import SampleSource, leave, run
 from megatron.tokenizer import Tokenizer, tokenizer_of
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], record_place: Callable[[str], object] | None = None) -> int:
     """Run and return the exit code. An error the user can fix is one line on rank 0, before the model is allocated."""
-    return run(argv, check_data, provide_source, separate_conversations)
+    return run(argv, check_data, provide_source, separate_conversations, record_place)
 
 
 def separate_conversations(config: Config) -> Config:
@@ -60,4 +62,4 @@ def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main(sys.argv[1:], record_place))

@@ -7,13 +7,15 @@ deepspeed --num_gpus 4 pretrain_gpt.py --help
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
+    from megatron.ranks.supervisor import supervise
 
     end_on_interrupt()
+    record_place = supervise()
 
 from megatron.config import Config, ConfigError
 from megatron.data.batch import EndOfDocument
@@ -27,9 +29,9 @@ from megatron.training.providers import Datasets
 FINETUNING_FLAGS = ("chat_template", "max_document_mb", "long_samples")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], record_place: Callable[[str], object] | None = None) -> int:
     """Run and return the exit code. An error the user can fix is one line on rank 0, before anything is allocated."""
-    return run(argv, check_data, provide_source)
+    return run(argv, check_data, provide_source, record_place=record_place)
 
 
 def check_data(config: Config, tokenizer: Tokenizer) -> None:
@@ -70,4 +72,4 @@ def datasets(config: Config, num_samples: tuple[int, int, int], vocab_size: int)
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main(sys.argv[1:], record_place))

@@ -77,18 +77,19 @@ def run(
     check_data: DataCheck,
     provide_source: SourceProvider,
     settle: Callable[[Config], Config] = lambda config: config,
+    record_place: Callable[[str], object] | None = None,
 ) -> int:
     """Run and return the exit code. Inputs are checked before anything is allocated.
 
     An error that the user can fix is one line on rank 0.
 
-    `settle` sets what the program does not leave to the flags.
+    `settle` sets what the program does not leave to the flags. `record_place` gets every place that this rank reaches.
     """
     try:
         world = World.from_environment()
     except ConfigError as error:
         return report(error, 0)
-    watchdog = Watchdog(world.rank, world.size)
+    watchdog = Watchdog(world.rank, world.size, record_place=record_place)
     code = 0
     try:
         with interruptible(watchdog):

@@ -89,11 +89,17 @@ class Watchdog:
         world_size: int = 1,
         end: Callable[[Verdict, Watchdog], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        record_place: Callable[[str], object] | None = None,
     ) -> None:
-        """Set up; `end` is called once, in a thread. It should end the process, as the default does."""
+        """Set up; `end` is called once, in a thread. It should end the process, as the default does.
+
+        `record_place` gets every place that this rank reaches.
+        """
         self._rank, self._world_size, self._clock = rank, world_size, clock
         self._end = end or end_process
+        self._record_place = record_place or (lambda place: None)
         self._state = _State()
+        self._record_place(self._state.place)
         self._is_working = False
         self._work_done = work_done()
         self._seen: list[_Seen] = []
@@ -142,6 +148,7 @@ class Watchdog:
         """Record that this rank has reached a place; all ranks reach them in one order. The cost is negligible."""
         self._state.place = place
         self._state.moves += 1
+        self._record_place(place)
 
     def enter(self, place: str) -> None:
         """Record the start of a long operation, and publish it at once."""

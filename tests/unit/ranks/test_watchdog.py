@@ -243,6 +243,15 @@ def test_only_one_of_the_ranks_that_fail_is_the_first() -> None:
     assert Watchdog().fail("was interrupted", 130)
 
 
+def test_every_place_is_recorded() -> None:
+    places: list[str] = []
+    watchdog = Watchdog(record_place=places.append)
+    watchdog.move("iteration 1")
+    with watchdog.working("saving iteration 1"):
+        pass
+    assert places == ["joining", "iteration 1", "saving iteration 1"]
+
+
 def test_work_is_processor_time_of_the_main_thread_and_bytes(tmp_path: Any) -> None:
     before = work_done()
     assert not Work(before.at + 1, before.cpu_seconds + 0.001, before.num_bytes + 100).is_well_past(before)
