@@ -49,7 +49,7 @@ def _settings(plan: Plan, choices: Open) -> list[str]:
     if not job.streamed:
         chosen = ", chosen: the sequence fits the GPU, and is faster in one piece" * choices.plain
         return [f"  without FPDT     activations {job.activations}{chosen}"]
-    every = "" if memory.checkpoint_interval == 1 else f"; inputs saved of every {memory.checkpoint_interval}th block"
+    every = "" if memory.checkpoint_interval == 1 else f"; inputs saved of one block in {memory.checkpoint_interval}"
     return [
         f"  chunk            {job.chunk_length:9,} tokens{', chosen' * choices.chunk}",
         f"  chunks on GPU    {_on_gpu(plan)}{', chosen' * choices.device_memory}",
