@@ -31,4 +31,4 @@ def use_deterministic_kernels(device_type: str) -> None:
                 )
     torch.use_deterministic_algorithms(True)
     # Nothing reads memory that it has not written, so it need not be filled first.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
