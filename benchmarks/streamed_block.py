@@ -6,7 +6,8 @@
 
 Runs one block, Llama-3-8B's by default, forward and backward, every way in one process on one GPU. --blocks runs
 several in a row, so that the copies at the ends of a block overlap with the compute of its neighbors. --profile runs
-each way once more and prints a breakdown of its time. The docstring of benchmarks/block.py defines the ways and the
+each way once more and prints a breakdown of its time. --deterministic-mode off on compares each way without the mode
+of that name and with it. The docstring of benchmarks/block.py defines the ways and the
 FLOPs that count. "x ceiling" is the ratio to the ceiling of the same tokens and kernel. "peak" is all live GPU memory;
 "above" is the peak above weights and their gradients, as defined there too.
 
@@ -17,6 +18,7 @@ and on our side a block with an MLP of width 128 (the smallest possible). Each s
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -53,6 +55,7 @@ from benchmarks.common import (
 )
 from benchmarks.deepspeed_layer import DeepSpeedAttention, kernel_name
 from megatron.config import Recompute
+from megatron.launch.determinism import use_deterministic_kernels
 from megatron.model.builder import Execution
 from megatron.model.layers import attention_request
 from megatron.ops.attention import choose_backend
@@ -67,6 +70,7 @@ COLUMNS = (
     Column("chunk", "chunk"),
     Column("recompute", "recompute"),
     Column("backend", "backend", width=12),
+    Column("deterministic", "deterministic"),
     *SPEED_COLUMNS[:-1],
     Column("times_ceiling", "x ceiling", ".3f"),
     SPEED_COLUMNS[-1],
@@ -90,6 +94,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         "would choose [auto]")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=1,
                         help="stacked blocks, as in a model; times are per block [%(default)s]")  # fmt: skip
+    parser.add_argument("--deterministic-mode", nargs="+", choices=("off", "on"), default=["off"],
+                        help="without deterministic kernels, with them, or both [off]")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="[%(default)s]")
     parser.add_argument("--profile", action="store_true", help="trace one more run of each way")
     add_geometry_flags(parser, Geometry())
@@ -106,6 +112,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         mode = "with" if arguments.attention_only else "without"
         parser.error(f"--ways {unknown[0]} is not there {mode} --attention-only; use {', '.join(possible)}")
+    if "deepspeed" in arguments.ways and "on" in arguments.deterministic_mode:
+        parser.error("--deterministic-mode on is not there for --ways deepspeed; leave one of them out")
     for length in arguments.lengths if "deepspeed" in arguments.ways else ():
         if length % arguments.deepspeed_chunk:
             parser.error(f"--deepspeed-chunk ({arguments.deepspeed_chunk}) must divide --lengths ({length})")
@@ -114,11 +122,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    if "on" in arguments.deterministic_mode:
+        use_deterministic_kernels(arguments.device)
     report = Report(NAME, arguments, COLUMNS)
-    ceilings: dict[tuple[int, str], float] = {}
+    ceilings: dict[tuple[int, str, str], float] = {}
     for row, build in cases(arguments, report.device):
         row |= measure(build, report.device, report.matmul, arguments.repeats, profiled=arguments.profile)
-        key = row["tokens"], row["backend"]
+        key = row["tokens"], row["backend"], row["deterministic"]
         if row["way"] == "ceiling" and "failed" not in row:
             ceilings[key] = row["model_tflops"]
         if key in ceilings and "failed" not in row:
@@ -135,10 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[Row, Callable[[], Contestant]]]:
-    """Yield (row keys, builder of the contestant), the ceiling of a length and kernel before the rest."""
+    """Yield (row keys, builder of the contestant), the ceiling of a length, mode and kernel before the rest.
+
+    Sets torch's mode for the contestant, which has to be built and measured before the next one is asked for.
+    """
     geometry = geometry_of(arguments)
-    for length in arguments.lengths:
-        names = {"tokens": length, "length": thousands(length)}
+    for length, mode in itertools.product(arguments.lengths, arguments.deterministic_mode):
+        torch.use_deterministic_algorithms(mode == "on")
+        names = {"tokens": length, "length": thousands(length), "deterministic": mode}
         for backend in arguments.backends:
             request = attention_request(geometry.model_config(length), device, compute_dtype(device))
             kernel = choose_backend(backend, request).name
@@ -201,8 +215,10 @@ def profile_lines(row: Row) -> Iterator[str]:
 def draw(report: Report) -> None:
     """Plot speed and memory, a bar per row."""
     names = [f"{r['way']}, {r['length']}" + (f" by {r['chunk']}" if r["chunk"] != "-" else "") for r in report.rows]
+    modes = ["" if r["deterministic"] == "off" else ", deterministic" for r in report.rows]
     labels = [
-        f"{name}\n{row['backend']}, recompute {row['recompute']}" for name, row in zip(names, report.rows, strict=True)
+        f"{name}\n{row['backend']}{mode}, recompute {row['recompute']}"
+        for name, mode, row in zip(names, modes, report.rows, strict=True)
     ]
     panels = (("times_matmul", "model FLOP/s, x matmul"), ("above_gib", "peak above weights and their gradients, GiB"))
     with report.picture(2) as axes:

@@ -64,6 +64,7 @@ from megatron.config import Config, Recompute, deepspeed_config, validate
 from megatron.data.batch import Sample, slice_batch
 from megatron.fpdt.stream import Stream
 from megatron.initialize import initialize
+from megatron.launch.determinism import use_deterministic_kernels
 from megatron.launch.execution import choose_execution, plan_of
 from megatron.launch.link import with_measured_link
 from megatron.logging.device_peak import peak_tflops
@@ -132,6 +133,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--as-one-of", type=int, metavar="GPUS", help="simulate one of so many ranks that share a sequence"
     )
     parser.add_argument("--step-only", action="store_true", help="without the block")
+    parser.add_argument("--deterministic-mode", action="store_true", help="deterministic kernels only")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     add_geometry_flags(parser, DEFAULT)
     arguments = parse(parser, argv, QUICK, TINY)
@@ -157,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         init_loopback(num_gpus)
     config = parse_args(training_flags(arguments, num_gpus))
     validate(config, num_gpus, arguments.device)
+    if config.training.deterministic_mode:
+        use_deterministic_kernels(arguments.device)
     if rank:
         measure_steps(config, arguments, num_gpus)
         torch.distributed.destroy_process_group()
@@ -221,8 +225,7 @@ def training_flags(arguments: argparse.Namespace, num_gpus: int = 1) -> list[str
             values["ds_sequence_parallel_fpdt_device_memory"] = arguments.device_memory
     if arguments.device == "cuda":
         switches.append("bf16")
-    if arguments.cpu_optimizer:
-        switches.append("cpu_optimizer")
+    switches += [name for name in ("cpu_optimizer", "deterministic_mode") if getattr(arguments, name)]
     if arguments.recompute:
         values["ds_sequence_parallel_fpdt_recompute"] = arguments.recompute
     if arguments.checkpoint_interval:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from megatron.launch.determinism import use_deterministic_kernels
 from tests.distributed.rank_pool import RankPool
 
 
@@ -33,3 +34,12 @@ def ranks() -> Iterator[RankPool]:
     """Return the pool of gloo ranks that all distributed tests share."""
     with RankPool() as pool:
         yield pool
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Run a test with --deterministic-mode."""
+    use_deterministic_kernels("cuda" if torch.cuda.is_available() else "cpu")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True

@@ -8,8 +8,15 @@ from pathlib import Path
 from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
 from megatron.config import Config, describe_mismatch, zero_stage_run
+from megatron.config.rules.common import flag, listed, shown, value_of
 from megatron.weights.opening import is_layout_free, is_portable
 from megatron.weights.portable import check_portable
+
+# Settings of a run that determine the order of its sums, and so the last bits of its weights.
+ORDER_OF_SUMS = (
+    *("deterministic_mode", "attention_backend", "micro_batch_size", "ds_sequence_parallel_size"),
+    *("ds_sequence_parallel_fpdt", "ds_sequence_parallel_fpdt_chunk_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,28 @@ def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_si
             f"the checkpoint {path} was written with {written.partitioning}, and this run has {own.partitioning}; "
             "add --universal-checkpoint, or start it as it was written."
         )
+
+
+def other_bits(path: Path, config: Config) -> list[str]:
+    """Describe why a run that resumes from `path` ends with other bits than one that was never interrupted.
+
+    Empty unless the checkpoint or this run is in deterministic mode.
+    """
+    if config.checkpoint.finetune or is_portable(path):
+        return []
+    saved = Config.from_dict(read_json(path / "config.json"))
+    names = [name for name in ORDER_OF_SUMS if value_of(saved, name) != value_of(config, name)]
+    if not names or not (saved.training.deterministic_mode or config.training.deterministic_mode):
+        return []
+    before, now = (listed([_setting(each, name) for name in names], "and") for each in (saved, config))
+    return [
+        f"the checkpoint {path} was written {before}, and this run is {now}: its bits will differ from those of a run "
+        "that was never interrupted"
+    ]
+
+
+def _setting(config: Config, name: str) -> str:
+    return f"without {flag(name)}" if value_of(config, name) is False else f"with {shown(config, name)}"
 
 
 def loads_any_layout(path: Path, config: Config) -> bool:

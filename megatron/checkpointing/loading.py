@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron.checkpointing.agreement import on_first_rank
-from megatron.checkpointing.compatibility import loads_any_layout
+from megatron.checkpointing.compatibility import loads_any_layout, other_bits
 from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
 from megatron.checkpointing.random_state import random_state_path, restore_random_state
@@ -33,11 +33,13 @@ def saved_state(path: Path, config: Config) -> TrainState:
 def starting_state(path: Path | None, config: Config, context: Context) -> TrainState:
     """Return the counters to resume from, at this run's batch and length; rank 0 reads. Collective over all ranks.
 
-    Warns of a batch or length that differs from the checkpoint `path`.
+    Warns of a batch or length that differs from the checkpoint `path`, and of settings that change a deterministic run.
     """
-    state = TrainState() if path is None else on_first_rank(lambda: saved_state(path, config))
+    state, differences = TrainState(), list[str]()
+    if path is not None:
+        state, differences = on_first_rank(lambda: (saved_state(path, config), other_bits(path, config)))
     batch_size = global_batch_size(config, context.parallel_state.world_size)
-    for difference in state.start(batch_size, config.model.seq_length):
+    for difference in [*differences, *state.start(batch_size, config.model.seq_length)]:
         context.log.warning("%s", difference)
     return state
 

@@ -26,6 +26,10 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of the weights, of dropout and of the data order."""
 
+    deterministic_mode: bool = False
+    """Use only kernels that give the same bits each time, so that the same run on the same GPUs gives the same weights,
+    also if it is resumed in between. Costs some speed."""
+
     eval_iters: int = 100
     """Batches per evaluation; 0 turns evaluation off."""
 

@@ -25,6 +25,7 @@ from megatron.engine.engine import whole_parameters
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.fpdt.observer import Observer
 from megatron.initialize import Context, device_type, initialize
+from megatron.launch.determinism import use_deterministic_kernels
 from megatron.launch.execution import choose_execution, plan_of_run
 from megatron.launch.link import with_measured_link
 from megatron.launch.preflight import DataCheck, Vocabulary, check_inputs
@@ -95,6 +96,8 @@ def run(
         with interruptible(watchdog):
             config = settle(parse_args(argv))
             validate(config, world.size, device_type())
+            if config.training.deterministic_mode:
+                use_deterministic_kernels(device_type())
             vocabulary = check_inputs(config, world.size, check_data)
             context = with_measured_link(config, initialize(config, watchdog))
             train(config, context, vocabulary.padded_size, provide_source(config, vocabulary))

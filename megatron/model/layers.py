@@ -68,8 +68,9 @@ def attention_variant(config: ModelConfig) -> AttentionVariant:
 
 
 def attention_request(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> AttentionRequest:
-    """Return what the model asks of an attention backend."""
-    return AttentionRequest(device, dtype, config.kv_channels, attention_variant(config))
+    """Return what the model asks of an attention backend; deterministic if torch's algorithms have to be."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return AttentionRequest(device, dtype, config.kv_channels, attention_variant(config), deterministic)
 
 
 class CoreAttention(Protocol):

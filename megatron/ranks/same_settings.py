@@ -37,7 +37,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 PACKAGES = ("torch", "deepspeed", "numpy", "triton", "tokenizers", "sentencepiece", "flash-attn", "flash-attn-4")
 # Libraries read these themselves; they change results.
-VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
+VARIABLES = (
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"),
+    *("NCCL_ALGO", "NCCL_NVLS_ENABLE"),
+)
 
 # A file larger than WHOLE_BYTES is compared by its size and by blocks spread evenly over it: 16 MiB of a terabyte.
 WHOLE_BYTES = 2**26

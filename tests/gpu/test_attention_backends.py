@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.core.documents import Documents
+from megatron.core.documents import WHOLE_TILE, Documents
 from megatron.ops.attention import (
     BACKENDS,
     QKV,
@@ -45,9 +45,9 @@ CASES = [
 ]
 
 
-def skip_unless_served(backend, dtype, head_size):
-    refusal = backend.refusal(request_for(torch.device("cuda", torch.cuda.current_device()), dtype, head_size))
-    if refusal:
+def skip_unless_served(backend, dtype, head_size, deterministic=False):
+    device = torch.device("cuda", torch.cuda.current_device())
+    if refusal := backend.refusal(request_for(device, dtype, head_size, deterministic)):
         pytest.skip(refusal)
 
 
@@ -117,6 +117,38 @@ def test_documents_of_a_tile_err_no_more_than_the_same_precision_reference(backe
 
     exact, same_precision = (results(ReferenceAttention(), dtype) for dtype in (torch.float64, torch.bfloat16))
     assert_errs_like(results(backend, torch.bfloat16), same_precision, exact)
+
+
+REPEATS = 5
+#       query heads, key/value heads, head size; batch; tokens; where documents start
+REPEATED = {
+    "mha, head size 64": ((8, 8, 64), 1, 8192, None),
+    "gqa, head size 128": ((16, 4, 128), 1, 8000, None),
+    "gqa, head size 128, batch of 3": ((8, 2, 128), 3, 2048, None),
+    "documents": ((16, 4, 128), 1, 8192, (0, 1000, 1001, 3000, 3500, 7000)),
+}
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", REPEATED.values(), ids=REPEATED.keys())
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
+def test_the_same_inputs_give_the_same_bits_in_deterministic_mode(backend, shape, causal):
+    (H, K, D), batch, length, starts = shape
+    skip_unless_served(backend, torch.bfloat16, D, deterministic=True)
+    q, k, v, do = (t.bfloat16().cuda() for t in draw((batch, [length], H, K, D)))
+    qkv, variant, regions = QKV(q, *side_by_side(k, v)), AttentionVariant(D**-0.5, causal), WHOLE_TILE
+    if starts is not None:
+        regions = Documents.from_starts([starts], length).regions((0, length), (0, length))
+
+    def results():
+        output = forward_regions(backend, qkv, variant, regions)
+        return *output, *backward_regions(backend, do, qkv, output, variant, regions)
+
+    first = results()
+    for _ in range(REPEATS):
+        again = zip(RESULTS, results(), first, strict=True)
+        assert [name for name, other, one in again if not torch.equal(other, one)] == []
 
 
 @pytest.mark.parametrize("causal", [True, False])

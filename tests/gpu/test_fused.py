@@ -89,6 +89,20 @@ def test_cross_entropy_and_its_gradient(num_tokens, num_classes):
     assert_rounded_once(dlogits, exact)
 
 
+@pytest.mark.usefixtures("deterministic")
+def test_a_deterministic_loss_does_not_depend_on_the_lengths_before():
+    def losses(*lengths):
+        torch._dynamo.reset()
+        results = {}
+        for length in lengths:
+            logits, labels = draw(length, 32000), torch.arange(length, device="cuda")
+            results[length], _ = cross_entropy_with_gradient(logits, labels, torch.ones(length, device="cuda"))
+        return results
+
+    whole, resumed = losses(3000, 1500, 700, 3000, 1500), losses(1500, 3000)
+    assert {length: whole[length] for length in resumed} == resumed
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_are_summed_in_fp32(dtype):
     total, pairs = GradientSum(), [(draw(512, 96, dtype=dtype, seed=s), draw(512, 80, dtype=dtype)) for s in range(4)]

@@ -11,6 +11,7 @@ from megatron.launch.program import NOT_FINITE_EXIT_CODE
 from tests.distributed.launcher import REPOSITORY, launch, run_training
 from tests.gpu.training_flags import KEPT, OFFLOADED, ON_HOST, STREAMED, training_words
 from tests.integration.corpus import write_corpus
+from tests.integration.runs import THRIFTY, read_tensors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,6 +107,61 @@ def test_a_model_that_the_gpu_cannot_hold_is_refused_before_it_is_built(corpus):
     run = launch(REPOSITORY / "pretrain_gpt.py", training_words(corpus, ITERATIONS, "--bf16", *OFFLOADED, *large), 1)
     assert run.exit_codes == [2]
     assert "GiB of GPU memory per rank" in run.outputs[0]
+
+
+# Long enough for blocks of keys to race for the sums of dq.
+LONG = ["--seq-length", "4096", "--ds-sequence-parallel-fpdt-chunk-size", "1536"]
+
+
+@pytest.mark.parametrize(
+    "kernel, flags",
+    [
+        ("auto", ["--zero-stage", "1", "--seq-length", "4096", "--hidden-dropout", "0.1"]),
+        ("auto", ["--zero-stage", "3", *KEPT, *LONG]),
+        ("auto", ["--zero-stage", "3", *KEPT, *LONG, "--reset-position-ids", "--reset-attention-mask"]),
+        ("torch-flash", ["--zero-stage", "3", *KEPT, *LONG]),
+    ],
+    ids=["plain, stage 1", "products kept, stage 3", "documents, stage 3", "torch-flash, stage 3"],
+)
+def test_a_deterministic_run_repeats_every_bit_and_so_does_its_resumption(corpus, tmp_path, kernel, flags):
+    num_ranks = min(torch.cuda.device_count(), 2)
+    if KEPT[0] in flags:
+        flags = [*flags, "--ds-sequence-parallel-size", str(num_ranks)]
+    words = training_words(corpus, 4, "--bf16", "--deterministic-mode", "--attention-backend", kernel, *flags)
+
+    def checkpoints(name, *further):
+        run_training([*words, "--save", str(tmp_path / name), "--save-interval", "2", *further], num_ranks)
+        return {path.name: read_tensors(path) for path in (tmp_path / name).glob("global_step*")}
+
+    whole, first = checkpoints("whole"), checkpoints("parts", "--exit-interval", "2")
+    assert_same_bits(first["global_step2"], whole["global_step2"])
+    resumed = checkpoints("parts", "--load", str(tmp_path / "parts"))
+    assert_same_bits(resumed["global_step4"], whole["global_step4"])
+
+
+def test_what_is_saved_and_where_changes_no_bit_of_a_deterministic_run(corpus, tmp_path):
+    flags = ["--bf16", "--deterministic-mode", "--zero-stage", "3", *OFFLOADED, *LONG]
+    executions = {
+        "kept": ["--ds-sequence-parallel-fpdt-recompute", "none"],
+        "on the GPU": [
+            "--ds-sequence-parallel-fpdt-recompute",
+            "none",
+            "--ds-sequence-parallel-fpdt-device-memory",
+            "1",
+        ],
+        "recomputed": THRIFTY,
+    }
+    tensors = []
+    for name, how in executions.items():
+        run_training(training_words(corpus, 2, *flags, *how, "--save", str(tmp_path / name)), 1)
+        tensors.append(read_tensors(tmp_path / name / "global_step2"))
+    for other in tensors[1:]:
+        assert_same_bits(other, tensors[0])
+
+
+def assert_same_bits(tensors, others):
+    assert tensors.keys() == others.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
 
 
 @pytest.mark.parametrize(

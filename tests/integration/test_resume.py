@@ -24,18 +24,23 @@ class Layout:
     sequence_parallel: int
     zero_stage: int
     execution: list[str]
+    deterministic: bool = False
 
     def __str__(self) -> str:
         execution = "fpdt" if self.execution else "plain"
-        return f"{self.num_ranks}ranks-sp{self.sequence_parallel}-zero{self.zero_stage}-{execution}"
+        name = f"{self.num_ranks}ranks-sp{self.sequence_parallel}-zero{self.zero_stage}-{execution}"
+        return f"{name}-deterministic" if self.deterministic else name
 
     @property
     def flags(self) -> list[str]:
-        return [*self.execution, *ranks(self.sequence_parallel, self.zero_stage)]
+        mode = ["--deterministic-mode"] if self.deterministic else []
+        return [*self.execution, *mode, *ranks(self.sequence_parallel, self.zero_stage)]
 
 
-QUICK = [Layout(1, 1, 0, PLAIN), Layout(2, 2, 3, OFFLOADED)]
+QUICK = [Layout(1, 1, 0, PLAIN), Layout(2, 2, 3, OFFLOADED), Layout(2, 1, 1, PLAIN, deterministic=True)]
 SLOW = [
+    *(Layout(2, size, stage, how, deterministic=True) for size, stage, how in [(2, 1, OFFLOADED), (2, 3, PLAIN)]),
+    Layout(2, 2, 3, OFFLOADED, deterministic=True),
     Layout(1, 1, 3, PLAIN),
     Layout(2, 2, 0, OFFLOADED),
     Layout(2, 1, 1, PLAIN),

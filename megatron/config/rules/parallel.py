@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from megatron.config.parallel import AUTOMATIC_CHUNK
 from megatron.config.rules.common import Rule, Run, divisors, flag, listed, nearest_multiples, shown, value_of
 
 SIZE = "ds_sequence_parallel_size"
@@ -72,6 +73,17 @@ def sequence_parallel_size_divides_chunk(run: Run) -> str | None:
     )
 
 
+def deterministic_chunk_is_given(run: Run) -> str | None:
+    is_given = run.config.parallel.ds_sequence_parallel_fpdt_chunk_size != AUTOMATIC_CHUNK
+    if is_given or not run.config.training.deterministic_mode:
+        return None
+    return (
+        f"{flag(CHUNK)} auto follows the host memory that is free at the start, and another chunk size gives other "
+        f"bits, which --deterministic-mode rules out; use {flag(CHUNK)} N, for example the one that "
+        "tools/plan_context.py proposes"
+    )
+
+
 def _or_another_size(run: Run) -> str:
     sizes = sequence_parallel_sizes(run)
     return f", or {flag(SIZE)} {listed(sizes)}" if sizes else ""
@@ -109,5 +121,6 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     sequence_parallel_size_divides_world,
     sequence_parallel_size_divides_sequence,
     sequence_parallel_size_divides_chunk,
+    deterministic_chunk_is_given,
     global_batch_is_whole_micro_batches,
 )

@@ -48,7 +48,6 @@ _UNUSED: dict[str, Any] = {
     "softcap": 0.0,
     "alibi_slopes": None,
     "return_softmax": False,
-    "deterministic": False,
     **dict.fromkeys(("k_new", "v_new", "qv", "out", "kv_batch_idx", "leftpad_k")),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "max_seqlen_q", "max_seqlen_k")),
     **dict.fromkeys(("seqused_q", "seqused_k", "sequed_q", "sequed_k", "seqlens_rotary")),
@@ -109,7 +108,7 @@ def load(package: Package) -> Kernels | str:
         shared, both = ("q", "k", "v", "softmax_scale", "causal"), package.both_options
         return Kernels(
             _callable_by_our_names(forward, (*shared, *package.forward_options, *both)),
-            _callable_by_our_names(backward, (*shared, "dout", "out", "lse", "dq", "dk", "dv", *both)),
+            _callable_by_our_names(backward, (*shared, "dout", "out", "lse", "dq", "dk", "dv", "deterministic", *both)),
             lse_position=5 if {"window_size", "return_softmax"} <= _parameters(forward).keys() else 1,
         )
     except (AttributeError, TypeError) as error:
@@ -195,8 +194,9 @@ class PackagedAttention(ABC):
         do, q, k, v, o = (t.transpose(0, 1) for t in (do, *qkv, output.o))  # [S, B, H, D] -> [B, S, H, D]
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         self._kernels().backward(
-            dout=do, q=q, k=k, v=v, out=o, lse=output.lse.contiguous(), dq=dq, dk=dk, dv=dv, **_variant_options(variant)
-        )
+            dout=do, q=q, k=k, v=v, out=o, lse=output.lse.contiguous(), dq=dq, dk=dk, dv=dv,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **_variant_options(variant),
+        )  # fmt: skip
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
     def _kernels(self) -> Kernels:
@@ -237,6 +237,12 @@ class FlashAttention3(PackagedAttention):
     def limits(self, request: AttentionRequest) -> CudaLimits:
         return CudaLimits(minimum_capability=(9, 0), largest_head=256, newest_major=9)
 
+    def refusal(self, request: AttentionRequest) -> str | None:
+        reason = super().refusal(request)
+        if reason is None and request.deterministic:
+            return "not every build of it has the deterministic backward that --deterministic-mode needs"
+        return reason
+
 
 class FlashAttention4(PackagedAttention):
     """flash-attn-4, which compiles its kernels on first use: Hopper and Blackwell."""
@@ -255,6 +261,12 @@ class FlashAttention4(PackagedAttention):
             head_multiple=32,  # 80 failed against fp64 on an H200 (4.0.0b36); 64, 96 and 128 did not
         )
 
+    def refusal(self, request: AttentionRequest) -> str | None:
+        reason = super().refusal(request)
+        if reason is None and request.deterministic and capability(request.device) >= (12, 0):
+            return "on compute capability 12.x it lacks the deterministic backward that --deterministic-mode needs"
+        return reason
+
     def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: AttentionVariant) -> AttentionOutput:
         kernels, options = self._kernels(), {**self.package.forward_options, **_variant_options(variant)}
         results = kernels.forward(q=qkv.q, k=qkv.k, v=qkv.v, **options, **_packing_options(packed))
@@ -267,7 +279,8 @@ class FlashAttention4(PackagedAttention):
         do, q, k, v, o = (t.contiguous() for t in (do, *qkv, output.o))
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         self._kernels().backward(
-            dout=do, q=q, k=k, v=v, out=o, lse=output.lse, dq=dq, dk=dk, dv=dv, **_variant_options(variant),
+            dout=do, q=q, k=k, v=v, out=o, lse=output.lse, dq=dq, dk=dk, dv=dv,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **_variant_options(variant),
             **_packing_options(packed),
         )  # fmt: skip
         return dq, dk, dv

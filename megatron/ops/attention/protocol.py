@@ -10,6 +10,9 @@
 `backward` may be called with the `o` and `lse` of a whole row of tiles, of which (k, v) is one. The probabilities
 exp(S - lse) are then those of the whole row, and the gradients of the tiles add up (FlashAttention-2, arXiv 2307.08691,
 section 3). Causal tiles are square and diagonal; tiles below the diagonal are not causal.
+
+Where torch.are_deterministic_algorithms_enabled(), a backend that serves a deterministic request gives the same bits
+for the same inputs on the same device.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ class AttentionRequest(NamedTuple):
     dtype: torch.dtype
     head_size: int
     variant: AttentionVariant
+    deterministic: bool = False
+    """Whether the same inputs must give the same bits each time."""
 
 
 class QKV(NamedTuple):

@@ -1,6 +1,7 @@
 """The attention kernels that come with torch, called through its aten operators (torch 2.8 to 2.13).
 
-Their `is_causal` aligns the mask's triangle at the top left, which suits square tiles.
+Their `is_causal` aligns the mask's triangle at the top left, which suits square tiles. torch's FlashAttention-2 reads
+itself whether its backward must be deterministic.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ class CudnnAttention:
     one_token = TorchFlashAttention()
 
     def refusal(self, request: AttentionRequest) -> str | None:
-        return CudaLimits(minimum_capability=(9, 0), largest_head=128).refusal(request)
+        reason = CudaLimits(minimum_capability=(9, 0), largest_head=128).refusal(request)
+        if reason is None and request.deterministic:
+            return "through torch it lacks the deterministic backward that --deterministic-mode needs"
+        return reason
 
     def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
         if _has_one_token(qkv):

@@ -116,11 +116,25 @@ def test_cases_put_the_ceiling_first_and_name_the_kernel():
     assert {row["backend"] for row in rows} == {"torch-cpu"}
 
 
+@pytest.mark.usefixtures("deterministic")
+def test_deterministic_blocks_are_compared_with_a_deterministic_ceiling(tmp_path):
+    words = ["--ways", "ceiling", "offloaded", "--deterministic-mode", "on", "off"]
+    code, rows = run(streamed_block, tmp_path, *words)
+    assert code == 0
+    assert [row["deterministic"] for row in rows] == ["on", "on", "off", "off"]
+    assert [row["times_ceiling"] for row in rows[::2]] == [1.0, 1.0]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--ways", "deepspeed"], "--ways deepspeed is not there without --attention-only"),
         (["--attention-only", "--ways", "recomputed"], "--ways recomputed is not there with --attention-only"),
+        (
+            ["--attention-only", "--deterministic-mode", "on"],
+            "--deterministic-mode on is not there for --ways deepspeed",
+        ),
         (["--attention-only", "--lengths", "100"], "--deepspeed-chunk (96) must divide --lengths (100)"),
     ],
 )
@@ -143,7 +157,7 @@ def test_streamed_rows_are_compared_with_deepspeed():
 
 
 def test_rows_that_failed_are_drawn(tmp_path):
-    common = {"length": "8", "recompute": "all", "backend": "cudnn"}
+    common = {"length": "8", "recompute": "all", "backend": "cudnn", "deterministic": "on"}
     row = {"way": "offloaded", "chunk": "4", "times_matmul": 0.6, "above_gib": 7.0, **common}
     failed = {"way": "recomputed", "chunk": "-", "failed": "out of GPU memory", **common}
     streamed_block.draw(report_of(streamed_block, tmp_path, [row, failed]))
@@ -222,7 +236,7 @@ def test_fewer_tokens_than_two_samples_are_refused(capsys):
 # training_step
 
 
-@pytest.mark.parametrize("words", [[], ["--on-device", "--zero-stage", "0"]])
+@pytest.mark.parametrize("words", [[], ["--on-device", "--zero-stage", "0", "--deterministic-mode"]])
 def test_training_flags_are_those_of_the_program(words):
     arguments = training_step.parse_arguments([*words, "--device", "cpu"])
     config = parse_args(training_step.training_flags(arguments))
@@ -230,6 +244,7 @@ def test_training_flags_are_those_of_the_program(words):
     assert config.model.kv_channels == 16
     assert config.parallel.ds_sequence_parallel_fpdt_offloading == (not words)
     assert config.deepspeed.zero_stage == (0 if words else 3)
+    assert config.training.deterministic_mode == bool(words)
     assert not config.precision.bf16
 
 

@@ -97,6 +97,43 @@ def test_a_run_starts_with_the_counters_of_rank_0_and_is_warned_of_another_batch
     assert "the global batch (8 sequences) differs from the checkpoint's (4)" in caplog.text
 
 
+ON, FPDT, CHUNK = "--deterministic-mode", "--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-chunk-size"
+
+
+@pytest.mark.parametrize(
+    "before, now, settings",
+    [
+        ([FPDT, CHUNK, "64"], [FPDT, CHUNK, "32"], None),
+        ([ON, FPDT, CHUNK, "64"], [ON, FPDT, CHUNK, "64"], None),
+        ([ON], [ON, "--finetune"], None),
+        ([ON], [], (f"with {ON}", f"without {ON}")),
+        ([], [ON], (f"without {ON}", f"with {ON}")),
+        ([ON, FPDT, CHUNK, "64"], [ON, FPDT, CHUNK, "32"], (f"with {CHUNK} (64)", f"with {CHUNK} (32)")),
+        (
+            [ON],
+            [ON, FPDT, "--micro-batch-size", "2"],
+            (f"with --micro-batch-size (1) and without {FPDT}", f"with --micro-batch-size (2) and with {FPDT}"),
+        ),
+    ],
+)
+def test_a_deterministic_run_that_will_not_repeat_its_bits_is_warned_of(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    before: list[str],
+    now: list[str],
+    settings: tuple[str, str] | None,
+) -> None:
+    monkeypatch.setattr(CONTEXT.log, "propagate", True)
+    path = save(tmp_path, STATE, *before)
+    starting_state(path, config(*now, "--load", str(tmp_path), "--global-batch-size", "4"), CONTEXT)
+    assert caplog.messages == [
+        f"the checkpoint {path} was written {written}, and this run is {running}: its bits will differ from those of a "
+        "run that was never interrupted"
+        for written, running in ([settings] if settings else [])
+    ]
+
+
 @pytest.mark.parametrize("flags", [[], ["--universal-checkpoint", "--no-load-optim", "--no-load-rng"]])
 def test_what_was_verified_when_it_was_chosen_is_not_hashed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]

@@ -57,6 +57,12 @@ CASES = [
     ("--max-position-embeddings 512", 1, "shorten the sequence to 512 or raise --max-position-embeddings to 1024"),
     (f"--max-position-embeddings 512 {ROPE}", 1, "--seq-length (1024) must be at most --max-position-embeddings (512)"),
     ("--fp16 --bf16", 1, "--fp16 and --bf16 exclude each other"),
+    (
+        f"--deterministic-mode {FPDT} {CHUNK} auto",
+        1,
+        f"{CHUNK} auto follows the host memory that is free at the start, and another chunk size gives other bits, "
+        f"which --deterministic-mode rules out; use {CHUNK} N, for example",
+    ),
     ("--attention-backend torch-cpu", 1, "runs on CPUs only, and the device is cuda; use auto"),
     ("--attention-backend cudnn", 1, "computes in bf16 or fp16, and this run is in fp32; add --bf16"),
     ("--attention-backend flash-attn-4", 1, "computes in bf16 or fp16, and this run is in fp32; add --bf16"),

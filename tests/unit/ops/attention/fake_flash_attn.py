@@ -55,7 +55,8 @@ def backward_2_5(
     dout, q, k, v, out, softmax_lse, dq, dk, dv,
     dropout_p, softmax_scale, causal, window_size, alibi_slopes, deterministic, rng_state=None,
 ):  # fmt: skip
-    assert (dropout_p, window_size, alibi_slopes, deterministic, rng_state) == (0.0, (-1, -1), None, False, None)
+    assert (dropout_p, window_size, alibi_slopes, rng_state) == (0.0, (-1, -1), None, None)
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, causal, softmax_scale)
     return dq, dk, dv, rest(q)
 
@@ -73,7 +74,7 @@ def backward_2_6(
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, rng_state=None,
 ):  # fmt: skip
     assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
-    assert not deterministic
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, causal, softmax_scale)
     return dq, dk, dv, rest(q)
 
@@ -99,7 +100,7 @@ def backward_2_7(
     deterministic: bool, rng_state: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
-    assert not deterministic
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, causal, softmax_scale)
     return rest(q)
 
@@ -123,6 +124,7 @@ def backward_3(
     dq, dk, dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False, sm_margin=0,
 ):  # fmt: skip
     assert all(t is None for t in (cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k))
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, causal, softmax_scale)
     return dq, dk, dv, rest(q)
 
@@ -155,6 +157,7 @@ def backward_3_operator(
     softmax_scale: float | None = None, is_causal: bool = False, window_size_left: int = -1,
     window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False, sm_margin: int = 0,
 ) -> Tensor:  # fmt: skip
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, is_causal, softmax_scale)
     return rest(q)
 
@@ -186,6 +189,7 @@ def backward_4(
     learnable_sink=None,
 ):  # fmt: skip
     assert all(t is None for t in (cu_seqlens_q, cu_seqlens_k, window_size_left, window_size_right, dlse))
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     differentiate(dout, q, k, v, out, lse, dq, dk, dv, causal, softmax_scale)
     return dq, dk, dv
 

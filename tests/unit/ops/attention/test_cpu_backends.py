@@ -22,9 +22,9 @@ SHAPES = {
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 
-def request_for(device, dtype, head_size):
+def request_for(device, dtype, head_size, deterministic=False):
     """A request for attention of the usual scale."""
-    return AttentionRequest(device, dtype, head_size, AttentionVariant(head_size**-0.5))
+    return AttentionRequest(device, dtype, head_size, AttentionVariant(head_size**-0.5), deterministic)
 
 
 def draw(shape, dtype=torch.float64, spread=1.0, seed=0):

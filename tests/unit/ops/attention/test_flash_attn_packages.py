@@ -56,6 +56,13 @@ def test_strides_do_not_matter(install, version, causal):
 
 
 @EVERY_VERSION
+@pytest.mark.usefixtures("deterministic")
+def test_the_backward_is_asked_to_be_deterministic_where_torch_has_to_be(install, version):
+    backend = BY_NAME[install(version)]
+    tiled(backend, *draw(SHAPES["mha"]), 0.3, SHAPES["mha"][1])  # the stand-ins compare what they are asked with torch
+
+
+@EVERY_VERSION
 def test_an_installed_package_serves_and_can_be_forced(install, capability, version):
     name = install(version)
     assert choose_backend(name, request_for(CUDA, torch.bfloat16, 128)).name == name

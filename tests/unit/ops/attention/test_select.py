@@ -104,6 +104,47 @@ def test_flash_2_is_refused_with_the_reasons_of_both(capability):
     )
 
 
+@pytest.mark.parametrize(
+    "installed, device_capability, expected",
+    [
+        (["2.8.3", "3.0.0", "4.0.0"], (9, 0), "flash-attn-4"),
+        (["2.8.3", "3.0.0", "4.0.0"], (12, 0), "flash-attn-2"),
+        (["2.8.3", "3.0.0"], (9, 0), "flash-attn-2"),
+        (["3.0.0"], (9, 0), "torch-flash"),
+        ([], (7, 5), "reference"),
+    ],
+)
+def test_auto_is_the_fastest_that_is_deterministic(capability, install, installed, device_capability, expected):
+    for version in installed:
+        install(version)
+    capability[0] = device_capability
+    assert choose_backend("auto", request_for(CUDA, torch.bfloat16, 128, deterministic=True)).name == expected
+
+
+@pytest.mark.parametrize(
+    "name, device_capability, reason",
+    [
+        ("cudnn", (9, 0), "through torch it lacks the deterministic backward that --deterministic-mode needs"),
+        (
+            "flash-attn-3",
+            (9, 0),
+            "not every build of it has the deterministic backward that --deterministic-mode needs",
+        ),
+        ("flash-attn-4", (12, 0), "on compute capability 12.x it lacks the deterministic backward that"),
+    ],
+)
+def test_a_backend_that_is_not_deterministic_is_refused(capability, install, name, device_capability, reason):
+    for version in ("3.0.0", "4.0.0"):
+        install(version)
+    capability[0] = device_capability
+    with pytest.raises(AttentionUnavailable) as error:
+        choose_backend(name, request_for(CUDA, torch.bfloat16, 128, deterministic=True))
+    assert str(error.value).startswith(f"--attention-backend {name}: {reason}")
+    assert "; use one of auto, " in str(error.value)
+    assert f"{name}," not in str(error.value)
+    assert choose_backend(name, request_for(CUDA, torch.bfloat16, 128)).name == name
+
+
 @pytest.mark.parametrize("name", ["torch-cpu", "reference"])
 def test_a_name_forces_a_backend(name):
     assert choose_backend(name, request_for(CPU, torch.float32, 64)).name == name
