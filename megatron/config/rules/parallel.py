@@ -74,13 +74,14 @@ def sequence_parallel_size_divides_chunk(run: Run) -> str | None:
 
 
 def deterministic_chunk_is_given(run: Run) -> str | None:
-    is_given = run.config.parallel.ds_sequence_parallel_fpdt_chunk_size != AUTOMATIC_CHUNK
-    if is_given or not run.config.training.deterministic_mode:
+    parallel = run.config.parallel
+    is_given = parallel.ds_sequence_parallel_fpdt_chunk_size != AUTOMATIC_CHUNK
+    if is_given or not (run.config.training.deterministic_mode and parallel.ds_sequence_parallel_fpdt):
         return None
     return (
-        f"{flag(CHUNK)} auto follows the host memory that is free at the start, and another chunk size gives other "
-        f"bits, which --deterministic-mode rules out; use {flag(CHUNK)} N, for example the one that "
-        "tools/plan_context.py proposes"
+        f"{flag(CHUNK)} auto follows the memory that is free at the start, and another chunk size gives other bits, "
+        f"which --deterministic-mode rules out; use {flag(CHUNK)} N, for example the one that tools/plan_context.py "
+        "proposes"
     )
 
 

@@ -60,7 +60,7 @@ CASES = [
     (
         f"--deterministic-mode {FPDT} {CHUNK} auto",
         1,
-        f"{CHUNK} auto follows the host memory that is free at the start, and another chunk size gives other bits, "
+        f"{CHUNK} auto follows the memory that is free at the start, and another chunk size gives other bits, "
         f"which --deterministic-mode rules out; use {CHUNK} N, for example",
     ),
     ("--attention-backend torch-cpu", 1, "runs on CPUs only, and the device is cuda; use auto"),
