@@ -32,7 +32,7 @@ from megatron.config import OptimizerConfig
 from megatron.core.ranges import named_range
 from megatron.engine.adam import build_adam
 from megatron.engine.checkpoint_files import DurableWriter, SafeReader
-from megatron.engine.state_loading import load_state
+from megatron.engine.state_loading import clear_padding, load_state
 from megatron.weights.deepspeed_checkpoint import PARAMETER_GROUPS, TIED_NAMES
 from megatron.weights.source import StateSource
 
@@ -79,6 +79,8 @@ class Engine:
         if on_host and isinstance(optimizer, torch.optim.AdamW):
             settings["zero_force_ds_cpu_optimizer"] = False
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        if hasattr(self._engine.optimizer, "fp32_partitioned_groups_flat"):
+            clear_padding(self._engine.optimizer)
         self._world_size = dist.get_world_size()
         is_fp32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
         self._measures_norm = self.zero_stage == 0 and is_fp32

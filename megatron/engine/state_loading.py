@@ -94,6 +94,20 @@ def load_state(engine: Any, zero_stage: int, source: StateSource, with_moments: 
         engine.global_samples = engine.global_steps * engine.train_batch_size()
 
 
+@torch.no_grad()
+def clear_padding(optimizer: Any) -> None:
+    """Zero the padding of ZeRO-3's masters, which DeepSpeed (0.19.8) does not initialize. Adam keeps it zero.
+
+    Checkpoints contain it: without this, those of two runs with the same weights would differ.
+    """
+    for group, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        offset = 0
+        for parameter in group:
+            shard = _own_part("", parameter, master, offset)
+            offset += _part_length(parameter)
+            master[shard.offset + shard.count : offset].zero_()
+
+
 def _masters(optimizer: Any, zero_stage: int) -> list[Tensor]:
     """Return the tensors that Adam updates."""
     if zero_stage == 0:

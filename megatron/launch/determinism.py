@@ -1,7 +1,8 @@
 """Deterministic mode: the same run twice on the same GPUs gives the same bits.
 
-The switch is torch's own, which its kernels read, and `megatron.ops` with them. Two libraries have theirs in the
-environment: cuBLAS has a workspace per stream, and NCCL does not sum in the NVLink switch, which adds in any order.
+The switch is torch's own; its kernels read it, and so does `megatron.ops`. Two libraries are set through the
+environment: cuBLAS uses one workspace per stream, and NCCL does not sum in the NVLink switch, whose order of additions
+is not fixed.
 """
 
 from __future__ import annotations
@@ -30,5 +31,5 @@ def use_deterministic_kernels(device_type: str) -> None:
                     "change it, or unset it"
                 )
     torch.use_deterministic_algorithms(True)
-    # Nothing reads memory that it has not written, so it need not be filled first.
+    # Filling costs time, and no result depends on memory that nothing has written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
