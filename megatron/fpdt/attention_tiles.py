@@ -9,13 +9,14 @@ Sums are in fp32, or fp64 for fp64. C tokens of a chunk, B batch, H and K query 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.store import ChunkStore, Prefetch
 from megatron.ops.attention import (
@@ -96,17 +97,17 @@ def _forward_tile(row: TileRow, tile: Tile, q: Tensor, kv: Tensor) -> AttentionO
     return forward_regions(row.attention, QKV(q, *kv.chunk(2, 2)), tile.variant(row.variant), tile.regions)
 
 
-def backward_tile_inputs(tile: Tile, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequence[Tensor]) -> list[Tensor]:
+def backward_tile_inputs(tile: Tile, kv_CBKD: Mapping[int, Tensor], dkv_CBKD: Mapping[int, Tensor]) -> list[Tensor]:
     """Return the chunks that a backward tile off the diagonal loads: kv, and the dkv summed so far if there is one."""
-    return [kv_CBKD[tile.key], *[dkv_CBKD[tile.key]] * (not tile.first_of_column)]
+    kv = kv_CBKD[tile.key]
+    return [kv] if tile.first_of_column else [kv, dkv_CBKD[tile.key]]
 
 
 class BackwardTiles:
     """The tiles of a backward pass: their inputs are prefetched, and dkv is summed on the tier."""
 
-    def __init__(
-        self, store: ChunkStore, plan: ChunkPlan, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, store: ChunkStore, plan: ChunkPlan, kv_CBKD: Mapping[int, Tensor]) -> None:
+        dkv_CBKD: dict[int, Tensor] = {}  # of the columns under way
         self._store, self._dkv_CBKD = store, dkv_CBKD
         tiles = (tile for row in plan.backward_rows() for tile in row if not tile.is_diagonal)
         inputs = (backward_tile_inputs(tile, kv_CBKD, dkv_CBKD) for tile in tiles)
@@ -133,6 +134,8 @@ class BackwardTiles:
             dq, dkv_tile = _backward_tile(row, tile, queries, dq, *inputs)
             if tile is others[-1]:
                 dkv_before = dkv_tile
+            elif tile.first_of_column:
+                self._dkv_CBKD[tile.key] = self._store.add(dkv_tile, ChunkKind.KEY_VALUE_GRADIENTS)
             else:
                 self._store.put(self._dkv_CBKD[tile.key], dkv_tile)
             del inputs, dkv_tile

@@ -37,7 +37,7 @@ from megatron.fpdt.seam import AttentionCall
 from megatron.fpdt.store import Prefetch
 from megatron.fpdt.streamed_layer import SliceKey, StreamedLayer, joined, random_key
 from megatron.ops.attention import AttentionOutput, AttentionVariant
-from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
+from megatron.ops.gradient_sum import GradientSums
 from megatron.ops.linear import LinearTape
 
 # Takes a slice's x, with which its graph begins, and its attention call.
@@ -90,8 +90,7 @@ class BackwardPass:
         lengths = self._layout.local_lengths
         self._dx = store.empty(x.shape, x.dtype, ChunkKind.HIDDEN_GRADIENTS, block.input_is_on_device)
         self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
-        dkv = store.empty(saved.kv_shape, accumulation_dtype(x.dtype), ChunkKind.KEY_VALUE_GRADIENTS)
-        self._kv = saved.kv_CBKD or self._recomputed_keys_and_values(x.dtype)
+        self._kv = saved.kv_CBKD or self._recomputed_keys_and_values()
         self._own_dkv: list[Tensor] = []  # dkv summed so far for the next row's own chunk
         rows = saved.plan.backward_rows()
         chunks = [row[0].query for row in rows]
@@ -99,7 +98,7 @@ class BackwardPass:
         per_row = (self._xs, self._positions, saved.o_cBHD, saved.lse_BHC, dys)
         row_inputs = ([t[i] for t in per_row] for i in chunks)
         self._row_ahead = store.prefetch(row_inputs, ahead=False)
-        self._tiles = BackwardTiles(store, saved.plan, self._kv, dkv.split(self._layout.chunk_lengths))
+        self._tiles = BackwardTiles(store, saved.plan, self._kv)
         before = {i: [product for products in saved.products_before[i] for product in products] for i in chunks}
         groups = (group for i in chunks for group in (*saved.products_after[i][1:], before[i]))
         self._products_ahead = store.prefetch(groups, ahead=False)
@@ -219,19 +218,18 @@ class BackwardPass:
             if dx_before is not None:
                 started.dx[s].add_(dx_before)
 
-    def _recomputed_keys_and_values(self, dtype: torch.dtype) -> Sequence[Tensor]:
+    def _recomputed_keys_and_values(self) -> dict[int, Tensor]:
         """Recompute kv of all chunks that tiles load, from the block's inputs. Collective as the block is.
 
         Saved kv uses as much of the tier as attention outputs, or more where heads are repeated for the ranks.
         Recomputing it costs the products before attention and an all-to-all: little compared with attention.
         """
-        kv = self._store.empty(self._saved.kv_shape, dtype, ChunkKind.KEYS_VALUES)
-        kv_CBKD = kv.split(self._layout.chunk_lengths)
+        kv_CBKD = {}
         chunks = self._saved.plan.loaded_keys()
         inputs_ahead = self._store.prefetch([self._xs[i], self._positions[i]] for i in chunks)
         for i, exchange in zip(chunks, self._stream.started_early(self._projected(inputs_ahead)), strict=True):
             (kv,) = exchange()
-            self._store.put(kv_CBKD[i], kv)
+            kv_CBKD[i] = self._store.add(kv, ChunkKind.KEYS_VALUES)
         return kv_CBKD
 
     @torch.no_grad()

@@ -70,7 +70,12 @@ class DeviceTier:
         return self.adopt(torch.empty(tuple(shape), dtype=dtype, device=self._device), kind)
 
     def adopt(self, tensor: Tensor, kind: ChunkKind) -> Tensor:
-        """Make a device tensor a chunk of this tier, for as long as anything references its storage."""
+        """Make a device tensor a chunk of this tier, for as long as anything references its storage.
+
+        A strided tensor, or a part of another, is copied: the chunk references no more memory than its own.
+        """
+        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
         if self._use is not None:
             self._use.add(tensor.nbytes, kind)
             weakref.finalize(tensor.untyped_storage(), self._use.add, -tensor.nbytes, kind).atexit = False
