@@ -44,27 +44,47 @@ from megatron.ops.linear import LinearTape
 Project = Callable[[Tensor, AttentionCall], None]
 
 
+class _Filled:
+    """Tensors of one chunk, filled slice by slice. A slice that is the whole chunk is taken as it is."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+        self._chunks: list[Tensor] = []
+
+    def add(self, s: slice, parts: Sequence[Tensor]) -> None:
+        """Copy one slice of each tensor. It may be released before the next is computed."""
+        if len(parts[0]) == self._num_tokens:
+            self._chunks = list(parts)
+            return
+        if not self._chunks:
+            self._chunks = [part.new_empty((self._num_tokens, *part.shape[1:])) for part in parts]
+        for chunk, part in zip(self._chunks, parts, strict=True):
+            chunk[s] = part
+
+    def take(self) -> list[Tensor]:
+        """Return the chunks, and hold them no longer."""
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+
 class _Projections:
-    """q and kv of a chunk, filled slice by slice, and the autograd graph of each slice from x to q and kv."""
+    """q and kv of a chunk, and the autograd graph of each slice from x to q and kv."""
 
     variant: AttentionVariant  # of every slice
 
     def __init__(self, num_tokens: int) -> None:
         self.graphs: list[tuple[slice, Tensor, tuple[GradientEdge, GradientEdge]]] = []
-        self._num_tokens = num_tokens
-        self._chunks: list[Tensor | None] = [None, None]
+        self._chunks = _Filled(num_tokens)
 
     def add(self, s: slice, x: Tensor, call: AttentionCall) -> None:
         """Add the attention call of a slice, whose graph begins at x."""
         q, kv, self.variant = call
         self.graphs.append((s, x, (get_gradient_edge(q), get_gradient_edge(kv))))
-        parts = zip(self._chunks, (q.detach(), kv.detach()), strict=True)
-        self._chunks = [_filled(chunk, part, s, self._num_tokens) for chunk, part in parts]
+        self._chunks.add(s, (q.detach(), kv.detach()))
 
     def take(self) -> list[Tensor]:
         """Return q and kv of the whole chunk, and hold them no longer."""
-        chunks, self._chunks = self._chunks, []
-        return [chunk for chunk in chunks if chunk is not None]
+        return self._chunks.take()
 
 
 @dataclass
@@ -125,7 +145,7 @@ class BackwardPass:
         if self._stream.starts_rows_early and chunk == len(self._saved.o_cBHD) - 1:
             self._row_ahead.start()  # the second row starts next, with no attention in between to overlap with
         self._products_ahead.start()
-        dx, do, projections = torch.empty_like(x), torch.empty_like(o), _Projections(len(x))
+        gradients, projections = _Filled(len(x)), _Projections(len(x))
         slices = [*self._stream.numbered_slices(x)]
         runs_once = len(slices) == 1
         for number, s in slices:
@@ -134,8 +154,9 @@ class BackwardPass:
                 self._products_ahead.start()
             project = partial(projections.add, s) if runs_once else None
             inputs = x[s], positions[:, s], o[s], dy[s]
-            dx[s], do[s] = self._output_gradients((chunk, number), inputs, products, project)
+            gradients.add(s, self._output_gradients((chunk, number), inputs, products, project))
         del dy, inputs
+        dx, do = gradients.take()
         if not runs_once:
             products = [*next(self._products_ahead)]
             for number, s in slices:
@@ -215,7 +236,9 @@ class BackwardPass:
                 edges, [x, *self._gradients.parameters], [dq[s], dkv[s]], allow_unused=True
             )
             self._gradients.add(dparameters)
-            if dx_before is not None:
+            if dx_before is not None and len(dx_before) == len(started.dx):
+                started.dx = started.dx + dx_before  # not in place: dx may be the gradient of the block's output itself
+            elif dx_before is not None:
                 started.dx[s].add_(dx_before)
 
     def _recomputed_keys_and_values(self) -> dict[int, Tensor]:
@@ -238,16 +261,3 @@ class BackwardPass:
             slices = [(x[s], positions[:, s]) for _, s in self._stream.numbered_slices(x)]
             kv = joined([self._layer.attention_call(*each, LinearTape()).kv_cBKD for each in slices])
             yield self._stream.start_tokens_to_heads([kv], QUERIES_KEYS_VALUES[1:])
-
-
-def _filled(chunk: Tensor | None, part: Tensor, s: slice, num_tokens: int) -> Tensor:
-    """Copy one slice into its chunk, allocated for the first slice. Return a slice that is the whole chunk as it is.
-
-    A slice is released before the next is computed, so the device holds the chunk and one slice.
-    """
-    if len(part) == num_tokens:
-        return part
-    if chunk is None:
-        chunk = part.new_empty((num_tokens, *part.shape[1:]))
-    chunk[s] = part
-    return chunk
