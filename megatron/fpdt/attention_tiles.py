@@ -9,13 +9,14 @@ Sums are in fp32, or fp64 for fp64. C tokens of a chunk, B batch, H and K query 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.store import ChunkStore, Prefetch
 from megatron.ops.attention import (
@@ -27,7 +28,7 @@ from megatron.ops.attention import (
     forward_regions,
 )
 from megatron.ops.gradient_sum import accumulation_dtype
-from megatron.ops.merge import add_, add_key_value_gradients_, merge, merge_
+from megatron.ops.merge import add_, add_gradients_, add_key_value_gradients_, merge, merge_
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,17 @@ def _forward_tile(row: TileRow, tile: Tile, q: Tensor, kv: Tensor) -> AttentionO
     return forward_regions(row.attention, QKV(q, *kv.chunk(2, 2)), tile.variant(row.variant), tile.regions)
 
 
-def backward_tile_inputs(tile: Tile, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequence[Tensor]) -> list[Tensor]:
+def backward_tile_inputs(tile: Tile, kv_CBKD: Mapping[int, Tensor], dkv_CBKD: Mapping[int, Tensor]) -> list[Tensor]:
     """Return the chunks that a backward tile off the diagonal loads: kv, and the dkv summed so far if there is one."""
-    return [kv_CBKD[tile.key], *[dkv_CBKD[tile.key]] * (not tile.first_of_column)]
+    kv = kv_CBKD[tile.key]
+    return [kv] if tile.first_of_column else [kv, dkv_CBKD[tile.key]]
 
 
 class BackwardTiles:
     """The tiles of a backward pass: their inputs are prefetched, and dkv is summed on the tier."""
 
-    def __init__(
-        self, store: ChunkStore, plan: ChunkPlan, kv_CBKD: Sequence[Tensor], dkv_CBKD: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, store: ChunkStore, plan: ChunkPlan, kv_CBKD: Mapping[int, Tensor]) -> None:
+        dkv_CBKD: dict[int, Tensor] = {}  # of the columns under way
         self._store, self._dkv_CBKD = store, dkv_CBKD
         tiles = (tile for row in plan.backward_rows() for tile in row if not tile.is_diagonal)
         inputs = (backward_tile_inputs(tile, kv_CBKD, dkv_CBKD) for tile in tiles)
@@ -121,18 +122,23 @@ class BackwardTiles:
         one. `row_ahead` prefetches the inputs of the next row.
         """
         diagonal, *others = row.tiles
-        dtype = queries.q.dtype
+        dtype, sum_dtype = queries.q.dtype, accumulation_dtype(queries.q.dtype)
         (self._ahead if others else row_ahead).start()
         dq, dkv_row = _backward_tile(row, diagonal, queries, None, *_popped(own))
         dkv_row = dkv_row.to(dtype)
+        if others:
+            dq = dq.to(sum_dtype)
         dkv_before = None
         for tile in others:
             inputs = next(self._ahead)
             # During the last tile there is no next tile to prefetch; the next row's inputs are prefetched instead.
             (row_ahead if tile is others[-1] else self._ahead).start()
             dq, dkv_tile = _backward_tile(row, tile, queries, dq, *inputs)
+            dkv_tile = dkv_tile.to(sum_dtype)
             if tile is others[-1]:
                 dkv_before = dkv_tile
+            elif tile.first_of_column:
+                self._dkv_CBKD[tile.key] = self._store.add(dkv_tile, ChunkKind.KEY_VALUE_GRADIENTS)
             else:
                 self._store.put(self._dkv_CBKD[tile.key], dkv_tile)
             del inputs, dkv_tile
@@ -153,17 +159,14 @@ def _backward_tile(
     kv: Tensor,
     dkv_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (dq, dkv) of one tile, added to the sums so far if there are any."""
+    """Compute (dq, dkv) of one tile, added to the sums so far; in the dtype of q where there is no sum."""
     q, output, do = queries
     qkv, variant = QKV(q, *kv.chunk(2, 2)), tile.variant(row.variant)
     dq, dk, dv = backward_regions(row.attention, do, qkv, output, variant, tile.regions)
-    sum_dtype = accumulation_dtype(q.dtype)
-    if dq_sum is None:
-        dq_sum = dq.to(sum_dtype)
-    else:
+    if dq_sum is not None and dkv_sum is not None:
+        add_gradients_(dq_sum, dkv_sum, dq, dk, dv)
+    elif dq_sum is not None:
         add_(dq_sum, dq)
-    if dkv_sum is None:
-        dkv_sum = torch.cat([dk, dv], 2).to(sum_dtype)
-    else:
+    elif dkv_sum is not None:
         add_key_value_gradients_(dkv_sum, dk, dv)
-    return dq_sum, dkv_sum
+    return dq if dq_sum is None else dq_sum, torch.cat([dk, dv], 2) if dkv_sum is None else dkv_sum

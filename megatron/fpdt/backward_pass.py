@@ -37,34 +37,54 @@ from megatron.fpdt.seam import AttentionCall
 from megatron.fpdt.store import Prefetch
 from megatron.fpdt.streamed_layer import SliceKey, StreamedLayer, joined, random_key
 from megatron.ops.attention import AttentionOutput, AttentionVariant
-from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
+from megatron.ops.gradient_sum import GradientSums
 from megatron.ops.linear import LinearTape
 
 # Takes a slice's x, with which its graph begins, and its attention call.
 Project = Callable[[Tensor, AttentionCall], None]
 
 
+class _Filled:
+    """Tensors of one chunk, filled slice by slice. A slice that is the whole chunk is taken as it is."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+        self._chunks: list[Tensor] = []
+
+    def add(self, s: slice, parts: Sequence[Tensor]) -> None:
+        """Copy one slice of each tensor. It may be released before the next is computed."""
+        if len(parts[0]) == self._num_tokens:
+            self._chunks = list(parts)
+            return
+        if not self._chunks:
+            self._chunks = [part.new_empty((self._num_tokens, *part.shape[1:])) for part in parts]
+        for chunk, part in zip(self._chunks, parts, strict=True):
+            chunk[s] = part
+
+    def take(self) -> list[Tensor]:
+        """Return the chunks, and hold them no longer."""
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+
 class _Projections:
-    """q and kv of a chunk, filled slice by slice, and the autograd graph of each slice from x to q and kv."""
+    """q and kv of a chunk, and the autograd graph of each slice from x to q and kv."""
 
     variant: AttentionVariant  # of every slice
 
     def __init__(self, num_tokens: int) -> None:
         self.graphs: list[tuple[slice, Tensor, tuple[GradientEdge, GradientEdge]]] = []
-        self._num_tokens = num_tokens
-        self._chunks: list[Tensor | None] = [None, None]
+        self._chunks = _Filled(num_tokens)
 
     def add(self, s: slice, x: Tensor, call: AttentionCall) -> None:
         """Add the attention call of a slice, whose graph begins at x."""
         q, kv, self.variant = call
         self.graphs.append((s, x, (get_gradient_edge(q), get_gradient_edge(kv))))
-        parts = zip(self._chunks, (q.detach(), kv.detach()), strict=True)
-        self._chunks = [_filled(chunk, part, s, self._num_tokens) for chunk, part in parts]
+        self._chunks.add(s, (q.detach(), kv.detach()))
 
     def take(self) -> list[Tensor]:
         """Return q and kv of the whole chunk, and hold them no longer."""
-        chunks, self._chunks = self._chunks, []
-        return [chunk for chunk in chunks if chunk is not None]
+        return self._chunks.take()
 
 
 @dataclass
@@ -90,8 +110,7 @@ class BackwardPass:
         lengths = self._layout.local_lengths
         self._dx = store.empty(x.shape, x.dtype, ChunkKind.HIDDEN_GRADIENTS, block.input_is_on_device)
         self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
-        dkv = store.empty(saved.kv_shape, accumulation_dtype(x.dtype), ChunkKind.KEY_VALUE_GRADIENTS)
-        self._kv = saved.kv_CBKD or self._recomputed_keys_and_values(x.dtype)
+        self._kv = saved.kv_CBKD or self._recomputed_keys_and_values()
         self._own_dkv: list[Tensor] = []  # dkv summed so far for the next row's own chunk
         rows = saved.plan.backward_rows()
         chunks = [row[0].query for row in rows]
@@ -99,7 +118,7 @@ class BackwardPass:
         per_row = (self._xs, self._positions, saved.o_cBHD, saved.lse_BHC, dys)
         row_inputs = ([t[i] for t in per_row] for i in chunks)
         self._row_ahead = store.prefetch(row_inputs, ahead=False)
-        self._tiles = BackwardTiles(store, saved.plan, self._kv, dkv.split(self._layout.chunk_lengths))
+        self._tiles = BackwardTiles(store, saved.plan, self._kv)
         before = {i: [product for products in saved.products_before[i] for product in products] for i in chunks}
         groups = (group for i in chunks for group in (*saved.products_after[i][1:], before[i]))
         self._products_ahead = store.prefetch(groups, ahead=False)
@@ -126,7 +145,7 @@ class BackwardPass:
         if self._stream.starts_rows_early and chunk == len(self._saved.o_cBHD) - 1:
             self._row_ahead.start()  # the second row starts next, with no attention in between to overlap with
         self._products_ahead.start()
-        dx, do, projections = torch.empty_like(x), torch.empty_like(o), _Projections(len(x))
+        gradients, projections = _Filled(len(x)), _Projections(len(x))
         slices = [*self._stream.numbered_slices(x)]
         runs_once = len(slices) == 1
         for number, s in slices:
@@ -135,8 +154,9 @@ class BackwardPass:
                 self._products_ahead.start()
             project = partial(projections.add, s) if runs_once else None
             inputs = x[s], positions[:, s], o[s], dy[s]
-            dx[s], do[s] = self._output_gradients((chunk, number), inputs, products, project)
+            gradients.add(s, self._output_gradients((chunk, number), inputs, products, project))
         del dy, inputs
+        dx, do = gradients.take()
         if not runs_once:
             products = [*next(self._products_ahead)]
             for number, s in slices:
@@ -216,22 +236,23 @@ class BackwardPass:
                 edges, [x, *self._gradients.parameters], [dq[s], dkv[s]], allow_unused=True
             )
             self._gradients.add(dparameters)
-            if dx_before is not None:
+            if dx_before is not None and len(dx_before) == len(started.dx):
+                started.dx = started.dx + dx_before  # not in place: dx may be the gradient of the block's output itself
+            elif dx_before is not None:
                 started.dx[s].add_(dx_before)
 
-    def _recomputed_keys_and_values(self, dtype: torch.dtype) -> Sequence[Tensor]:
+    def _recomputed_keys_and_values(self) -> dict[int, Tensor]:
         """Recompute kv of all chunks that tiles load, from the block's inputs. Collective as the block is.
 
         Saved kv uses as much of the tier as attention outputs, or more where heads are repeated for the ranks.
         Recomputing it costs the products before attention and an all-to-all: little compared with attention.
         """
-        kv = self._store.empty(self._saved.kv_shape, dtype, ChunkKind.KEYS_VALUES)
-        kv_CBKD = kv.split(self._layout.chunk_lengths)
+        kv_CBKD = {}
         chunks = self._saved.plan.loaded_keys()
         inputs_ahead = self._store.prefetch([self._xs[i], self._positions[i]] for i in chunks)
         for i, exchange in zip(chunks, self._stream.started_early(self._projected(inputs_ahead)), strict=True):
             (kv,) = exchange()
-            self._store.put(kv_CBKD[i], kv)
+            kv_CBKD[i] = self._store.add(kv, ChunkKind.KEYS_VALUES)
         return kv_CBKD
 
     @torch.no_grad()
@@ -240,16 +261,3 @@ class BackwardPass:
             slices = [(x[s], positions[:, s]) for _, s in self._stream.numbered_slices(x)]
             kv = joined([self._layer.attention_call(*each, LinearTape()).kv_cBKD for each in slices])
             yield self._stream.start_tokens_to_heads([kv], QUERIES_KEYS_VALUES[1:])
-
-
-def _filled(chunk: Tensor | None, part: Tensor, s: slice, num_tokens: int) -> Tensor:
-    """Copy one slice into its chunk, allocated for the first slice. Return a slice that is the whole chunk as it is.
-
-    A slice is released before the next is computed, so the device holds the chunk and one slice.
-    """
-    if len(part) == num_tokens:
-        return part
-    if chunk is None:
-        chunk = part.new_empty((num_tokens, *part.shape[1:]))
-    chunk[s] = part
-    return chunk

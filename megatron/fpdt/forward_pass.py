@@ -27,7 +27,6 @@ from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.random_state import RandomStates
 from megatron.fpdt.saved import Products, Saved
 from megatron.fpdt.streamed_layer import StartedSlice, StreamedLayer, joined, random_key
-from megatron.ops.gradient_sum import accumulation_dtype
 
 
 @dataclass
@@ -52,8 +51,8 @@ class ForwardPass:
         self._started: list[StartedSlice] = []
         self._save = save
         self._trace: LayerTrace | None = None  # known from the first slice on, if the pass saves
-        # Chunks on the tier, allocated with the first row, which gives their shapes.
-        self._kv: list[Tensor] = []
+        # Chunks on the tier.
+        self._kv: dict[int, Tensor] = {}
         self._o: list[Tensor] = []
         self._lse: list[Tensor] = []
         xs = x_SBh.split(self._layout.local_lengths)
@@ -110,9 +109,8 @@ class ForwardPass:
         """Return the block's output for one query chunk."""
         store, stream, layer_number, i = self._store, self._stream, self._layer.layer_number, row[0].query
         q, kv = started.exchange()
-        if i == 0:
-            self._allocate(q, kv)
-        store.put(self._kv[i], kv)
+        if self._plan.is_loaded(i):
+            self._kv[i] = store.add(kv, ChunkKind.KEYS_VALUES)
         with named_range(ATTENTION):
             tiles = TileRow(stream.attention, started.slices[0].call.variant, row)
             o_heads, lse = attend(tiles, q, kv, self._kv_ahead)
@@ -122,8 +120,8 @@ class ForwardPass:
         (o,) = stream.heads_to_tokens([o_heads])
         del o_heads
         if self._save:
-            store.put(self._o[i], o)
-            store.put(self._lse[i], lse)
+            self._o.append(store.add(o, ChunkKind.ATTENTION_OUTPUTS))
+            self._lse.append(store.add(lse, ChunkKind.ATTENTION_OUTPUTS))
         return stream.noted("forward", OUTPUT, layer_number, i, self._finish_slices(i, started.slices, o))
 
     def _finish_slices(self, chunk: int, slices: list[StartedSlice], o: Tensor) -> Tensor:
@@ -145,19 +143,6 @@ class ForwardPass:
     def _save_products(self, layer: StartedSlice) -> list[Tensor]:
         return [self._store.save(output, ChunkKind.PRODUCTS) for output in layer.take_outputs()]
 
-    def _allocate(self, q_CBHD: Tensor, kv_CBKD: Tensor) -> None:
-        _, B, H, D = q_CBHD.shape
-        store, layout, dtype, lengths = self._store, self._layout, q_CBHD.dtype, self._layout.chunk_lengths
-        kv_shape = (layout.sequence_length, *kv_CBKD.shape[1:])
-        self._kv += store.empty(kv_shape, dtype, ChunkKind.KEYS_VALUES).split(lengths)
-        if self._save:
-            all_heads = H * self._stream.parallel_state.sequence_parallel_size
-            o_shape, lse_length = (layout.local_length, B, all_heads, D), layout.sequence_length * B * H
-            self._o += store.empty(o_shape, dtype, ChunkKind.ATTENTION_OUTPUTS).split(layout.local_lengths)
-            flat = store.empty((lse_length,), accumulation_dtype(dtype), ChunkKind.ATTENTION_OUTPUTS)
-            parts = flat.split([length * B * H for length in lengths])
-            self._lse += [part.view(B, H, -1) for part in parts]
-
     def _saved(self) -> Saved:
         assert self._trace is not None, "rows have run, and were to be saved"
         return Saved(
@@ -169,6 +154,5 @@ class ForwardPass:
             products_after=self._products_after,
             o_cBHD=self._o,
             lse_BHC=self._lse,
-            kv_CBKD=self._kv if self._stream.recompute.saves_keys_and_values else [],
-            kv_shape=(self._layout.sequence_length, *self._kv[0].shape[1:]),
+            kv_CBKD=self._kv if self._stream.recompute.saves_keys_and_values else {},
         )

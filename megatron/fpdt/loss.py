@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron.core.ranges import LOSS, named_range
 from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, Stream
+from megatron.fpdt.streamed_layer import joined
 from megatron.ops.cross_entropy import cross_entropy_with_gradient, token_losses
 from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
 
@@ -78,7 +79,7 @@ class _StreamedLoss(torch.autograd.Function):
                 for losses, _ in results:
                     stream.observer.note_token_losses(losses)
             if dxs is not None:
-                dx_i = torch.cat([tile_dx for _, tile_dx in results if tile_dx is not None])
+                dx_i = joined([tile_dx for _, tile_dx in results if tile_dx is not None])
                 store.put(dxs[i], stream.noted("backward", "output of the last layer", None, i, dx_i))
                 del dx_i
         if save:
@@ -97,7 +98,8 @@ class _StreamedLoss(torch.autograd.Function):
         scaled_dx = store.empty(dx.shape, dx.dtype, ChunkKind.HIDDEN_GRADIENTS, store.is_on_device(dx))
         ahead = store.prefetch([chunk] for chunk in dx.split(lengths))
         for target, (chunk,) in zip(scaled_dx.split(lengths), ahead, strict=True):
-            store.put(target, (chunk.to(scale.dtype) * scale).to(dx.dtype))
+            # A scalar would be rounded to the dtype of dx first; as a vector it makes the product one in fp32.
+            store.put(target, torch.mul(chunk, scale.view(1), out=torch.empty_like(chunk)))
         return None, None, scaled_dx, None, None, None, *gradients.result(scale)
 
 

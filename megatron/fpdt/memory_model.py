@@ -5,19 +5,22 @@ Per rank, for S/p of its own tokens, K' = lcm(K, p) key/value heads after replic
     x         e S/p B h            input of every k-th block, and k-1 more while the inputs of a chain are rebuilt
     o         e S/p B H D          every block
     lse       4 S/p B H            every block
-    K, V      2 e S/p B K' D       every block, or only the block in its backward pass, if they are recomputed
+    K, V      2 e S1/p B K' D      every block, or only the block in its backward pass, if they are recomputed;
+                                   S1 leaves out the last chunk, which only its own row reads
     products  outputs of linear layers that are not recomputed, every block:
                 e S/p B (H + 2K) D  of the projection before attention
                 e S'/p B h          of the projection after it, except with a parallel residual
                 e S'/p B f          of the MLP's first layer, f outputs
               S' leaves out the first slice of each chunk
-    dK, dV    8 S/p B K' D         the block in its backward pass
+    dK, dV    8 S2/p B K' D        the block in its backward pass; S2 leaves out the last two chunks, whose sums stay on
+                                   the device
     dy, dx    e S/p B h each       the block in its backward pass
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import lcm
 
 from megatron.config import ModelConfig, Recompute
@@ -104,30 +107,36 @@ class StreamShape:
         """Bytes of x, dx or dy of one block."""
         return self._local_tokens * self.hidden_size * self.element_size
 
-    @property
-    def attention_output_bytes(self) -> int:
-        """Bytes of o of one block."""
-        return self._local_tokens * self.num_heads * self.head_size * self.element_size
+    @cached_property
+    def attention_chunks(self) -> tuple[int, ...]:
+        """Bytes of o and of lse of each chunk of one block, as they are stored."""
+        elements = [tokens * self.batch_size * self.num_heads for tokens in self.layout.local_lengths]
+        return tuple(size for n in elements for size in (n * self.head_size * self.element_size, n * self._sum_size))
 
-    @property
-    def lse_bytes(self) -> int:
-        """Bytes of lse of one block."""
-        return self._local_tokens * self.num_heads * self._sum_size
+    @cached_property
+    def key_value_chunks(self) -> tuple[int, ...]:
+        """Bytes of K and V of each chunk of one block that is stored: the last is read by its own row only."""
+        return tuple(n * self.element_size for n in self._key_value_elements[:-1])
+
+    @cached_property
+    def key_value_gradient_chunks(self) -> tuple[int, ...]:
+        """Bytes of dK and dV of each chunk of one block that is stored: the last two stay where they are computed."""
+        return tuple(n * self._sum_size for n in self._key_value_elements[:-2])
 
     @property
     def attention_bytes(self) -> int:
         """Bytes of o and lse of one block."""
-        return self.attention_output_bytes + self.lse_bytes
+        return sum(self.attention_chunks)
 
     @property
     def key_value_bytes(self) -> int:
-        """Bytes of K and V of one block."""
-        return self.key_value_elements * self.element_size
+        """Bytes of K and V of one block that are stored."""
+        return sum(self.key_value_chunks)
 
     @property
     def key_value_gradient_bytes(self) -> int:
-        """Bytes of dK and dV of one block."""
-        return self.key_value_elements * self._sum_size
+        """Bytes of dK and dV of one block that are stored."""
+        return sum(self.key_value_gradient_chunks)
 
     def saved_bytes(self, recompute: Recompute) -> int:
         """Return the bytes that one block saves for backward, without its input."""
@@ -137,8 +146,13 @@ class StreamShape:
     @property
     def key_value_elements(self) -> int:
         """Elements of K and V of one block, or of dK and dV."""
+        return sum(self._key_value_elements)
+
+    @property
+    def _key_value_elements(self) -> list[int]:
+        """Elements of K and V of each chunk."""
         heads = lcm(self.num_key_value_heads, self.layout.sequence_parallel_size)
-        return self._local_tokens * 2 * heads * self.head_size
+        return [tokens * self.batch_size * 2 * heads * self.head_size for tokens in self.layout.local_lengths]
 
     def product_bytes(self, recompute: Recompute) -> int:
         """Return the bytes of the saved outputs of linear layers of one block."""
@@ -202,9 +216,9 @@ class StreamShape:
         """
         product = max(self.projection_width, self.mlp_outputs) * self.slice_length * self.batch_size * self.element_size
         unit = {
-            ChunkKind.KEY_VALUE_GRADIENTS: self.key_value_gradient_bytes,
-            ChunkKind.KEYS_VALUES: self.key_value_bytes,
-            ChunkKind.ATTENTION_OUTPUTS: self.attention_bytes,
+            ChunkKind.KEY_VALUE_GRADIENTS: max(self.key_value_gradient_chunks, default=0),
+            ChunkKind.KEYS_VALUES: max(self.key_value_chunks, default=0),
+            ChunkKind.ATTENTION_OUTPUTS: max(self.attention_chunks),
             ChunkKind.PRODUCTS: product,
             ChunkKind.HIDDEN_GRADIENTS: 0,
             ChunkKind.HIDDEN_STATES: self.residual_bytes,
@@ -233,7 +247,7 @@ class StreamShape:
         attention = 2 * self.layout.sequence_length * self.num_heads * self.head_size
         weights = self.projection_width + self.num_heads * self.head_size + self.mlp_outputs + self.mlp_width
         flops = self._local_tokens * (attention + 2 * self.hidden_size * weights)
-        loads = (self.layout.num_chunks - 1) / 2  # of each chunk of keys and values
+        loads = self.layout.num_chunks / 2  # of each stored chunk of keys and values
         bytes_in = self.residual_bytes + loads * self.key_value_bytes
         bytes_out = self.residual_bytes + self.saved_bytes(recompute)
         in_copies = max(flops_per_byte.to_host * bytes_out, flops_per_byte.both_ways * (bytes_in + bytes_out))

@@ -6,7 +6,7 @@ the order in which a step allocates and releases its chunks decides. This module
     embedding    x
     forward      y, kv, o and lse, products; kv is released where it is recomputed, x where it is rebuilt
     loss         dy beside y, scaled as dy'
-    backward     rebuilt inputs of the chain, dx, dkv, recomputed kv; then all that the block has used is released
+    backward     rebuilt inputs of the chain, dx, recomputed kv, dkv; then all that the block has used is released
 
 Gradients of hidden states are stored with the hidden states, whatever the budget. Products are small beside the rest,
 and counted as one tensor that both may share.
@@ -14,7 +14,7 @@ and counted as one tensor that both may share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -77,6 +77,14 @@ class _Tiers:
         """Store a gradient of hidden states with them."""
         return self._add(ChunkKind.HIDDEN_GRADIENTS, x.on_device + x.on_host, x.on_device)
 
+    def store_chunks(self, kind: ChunkKind, chunks: Sequence[int]) -> _Stored:
+        """Store chunks, of these bytes each, as `ChunkStore.add` does."""
+        room = max(self._device.room_bytes(kind), 0)
+        on_device, needed = 0, sum(chunks)
+        for chunk in chunks if needed > room else ():
+            on_device += chunk if on_device + chunk <= room else 0
+        return self._add(kind, needed, needed if needed <= room else on_device)
+
     def store_products(self, num_bytes: int) -> _Stored:
         """Store many small tensors: the device takes what it has room for."""
         room = max(self._device.room_bytes(ChunkKind.PRODUCTS), 0)
@@ -129,10 +137,10 @@ def place(shape: StreamShape, recompute: Recompute, interval: int, device_bytes:
         rebuilt += [tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes) for _ in missing]
         x = rebuilt.pop() if position else block.x
         dx = tiers.store_gradient(block.x)
-        dkv = tiers.store(ChunkKind.KEY_VALUE_GRADIENTS, shape.key_value_gradient_bytes)
         kv = block.kv
         if not recompute.saves_keys_and_values:
-            kv = tiers.store(ChunkKind.KEYS_VALUES, shape.key_value_bytes)
+            kv = tiers.store_chunks(ChunkKind.KEYS_VALUES, shape.key_value_chunks)
+        dkv = tiers.store_chunks(ChunkKind.KEY_VALUE_GRADIENTS, shape.key_value_gradient_chunks)
         tiers.release([x, dy, kv, dkv, block.attention, block.products])
         tensors = (x, block.y, block.attention, block.products, block.kv, kv, dkv, dx, dy)
         on_host.append(HostBytes(*(each.on_host for each in tensors)))
@@ -142,12 +150,9 @@ def place(shape: StreamShape, recompute: Recompute, interval: int, device_bytes:
 
 def _forward(tiers: _Tiers, shape: StreamShape, recompute: Recompute, x: _Stored) -> _Block:
     y = tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes)
-    kv = tiers.store(ChunkKind.KEYS_VALUES, shape.key_value_bytes)
-    o, lse = (
-        tiers.store(ChunkKind.ATTENTION_OUTPUTS, size) for size in (shape.attention_output_bytes, shape.lse_bytes)
-    )
+    kv = tiers.store_chunks(ChunkKind.KEYS_VALUES, shape.key_value_chunks)
+    attention = tiers.store_chunks(ChunkKind.ATTENTION_OUTPUTS, shape.attention_chunks)
     products = tiers.store_products(shape.product_bytes(recompute))
     if not recompute.saves_keys_and_values:
         tiers.release([kv])
-    attention = _Stored(o.kind, o.on_device + lse.on_device, o.on_host + lse.on_host)
     return _Block(x, y, kv, attention, products)

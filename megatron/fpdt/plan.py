@@ -59,6 +59,7 @@ class ChunkPlan:
         self._documents = documents
         self._first_keys = [self._first_key_chunk(i) for i in range(len(self._chunks))]
         self._rows = [self._row(i) for i in range(len(self._chunks))]
+        self._loaded_keys = {tile.key for row in self._rows for tile in row if not tile.is_diagonal}
 
     def forward_rows(self) -> list[list[Tile]]:
         """Return the rows in order of execution, each with its tiles in order of execution."""
@@ -70,7 +71,11 @@ class ChunkPlan:
 
     def loaded_keys(self) -> list[int]:
         """Return the chunks, ascending, whose keys and values a tile loads: those of all tiles off the diagonal."""
-        return sorted({tile.key for row in self._rows for tile in row if not tile.is_diagonal})
+        return sorted(self._loaded_keys)
+
+    def is_loaded(self, chunk: int) -> bool:
+        """Whether a tile loads the keys and values of a chunk; that of its own row has them already."""
+        return chunk in self._loaded_keys
 
     def _row(self, i: int) -> list[Tile]:
         first_keys, others = self._first_keys, range(self._first_keys[i], i)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,5 +28,4 @@ class Saved:
     products_after: Products
     o_cBHD: Sequence[Tensor]  # this rank's tokens, all heads
     lse_BHC: Sequence[Tensor]  # all tokens of the chunk, this rank's heads
-    kv_CBKD: Sequence[Tensor]  # all tokens of the chunk, this rank's heads; empty if kv is recomputed
-    kv_shape: Sequence[int]  # of all chunks of kv together
+    kv_CBKD: Mapping[int, Tensor]  # of the chunks that tiles load, all tokens, this rank's heads; or kv is recomputed

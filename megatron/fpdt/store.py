@@ -74,11 +74,19 @@ class ChunkStore:
             return self.device_tier.empty(shape, dtype, kind)
         return self._empty_offloaded(shape, dtype, kind)
 
-    def save(self, value: Tensor, kind: ChunkKind = ChunkKind.HIDDEN_STATES) -> Tensor:
-        """Store a contiguous device tensor as a chunk of its own. It must not be written to afterwards.
+    def add(self, value: Tensor, kind: ChunkKind) -> Tensor:
+        """Store a device tensor as a chunk of its own: the tensor itself if it stays on the device, else as `put` does.
 
-        Until `release_sent` it stays on the device too, and so do all others.
+        It must not be written to afterwards.
         """
+        if self.device_tier.has_room(value.nbytes, kind):
+            return self.device_tier.adopt(value, kind)
+        chunk = self._empty_offloaded(value.shape, value.dtype, kind)
+        self.put(chunk, value)
+        return chunk
+
+    def save(self, value: Tensor, kind: ChunkKind = ChunkKind.HIDDEN_STATES) -> Tensor:
+        """Store a contiguous device tensor as `add` does, but until `release_sent` hold it and all others."""
         if self.device_tier.has_room(value.nbytes, kind):
             return self.device_tier.adopt(value, kind)
         chunk = self._empty_offloaded(value.shape, value.dtype, kind)

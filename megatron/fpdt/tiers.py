@@ -70,7 +70,12 @@ class DeviceTier:
         return self.adopt(torch.empty(tuple(shape), dtype=dtype, device=self._device), kind)
 
     def adopt(self, tensor: Tensor, kind: ChunkKind) -> Tensor:
-        """Make a device tensor a chunk of this tier, for as long as anything references its storage."""
+        """Make a device tensor a chunk of this tier, for as long as anything references its storage.
+
+        A strided tensor, or a part of another, is copied: the chunk references no more memory than its own.
+        """
+        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
         if self._use is not None:
             self._use.add(tensor.nbytes, kind)
             weakref.finalize(tensor.untyped_storage(), self._use.add, -tensor.nbytes, kind).atexit = False
@@ -98,7 +103,9 @@ class HostTier:
         if self._uses_streams:
             self.copy_in_stream = torch.cuda.Stream(device)
             self.copy_out_stream = torch.cuda.Stream(device)
+            self._computed = torch.cuda.Event()  # recorded for every copy, as a wait is for the last record before it
         self._stored: dict[int, torch.cuda.Event] = {}  # by host address: when the copy-out of the chunk there ends
+        self._read: dict[int, torch.cuda.Event] = {}  # by address of the slab: when its last copy-in ends
 
     def has_room(self, num_bytes: int, kind: ChunkKind) -> bool:
         budget = self.pool.budget_bytes
@@ -106,9 +113,9 @@ class HostTier:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, kind: ChunkKind) -> Tensor:
         tensor = self.pool.empty(tuple(shape), dtype)
-        if self._uses_streams:
-            # A copy-in of the slab's previous tensor may still be reading it.
-            self.copy_out_stream.wait_stream(self.copy_in_stream)
+        read = self._read.pop(tensor.data_ptr(), None)
+        if read is not None:  # a copy-in of the slab's previous tensor may still be under way
+            self.copy_out_stream.wait_event(read)
         return tensor
 
     def owns(self, chunk: Tensor) -> bool:
@@ -122,22 +129,29 @@ class HostTier:
         if not chunk.is_contiguous():  # torch would copy it through memory that is not pinned
             chunk = chunk.contiguous().pin_memory()
         arriving = torch.empty(chunk.shape, dtype=chunk.dtype, device=self._device)
-        self.copy_in_stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._wait_for_compute(self.copy_in_stream)
         stored = self._stored.get(chunk.data_ptr())
         if stored is not None:
             self.copy_in_stream.wait_event(stored)
-        with torch.cuda.stream(self.copy_in_stream), named_range(COPY_IN):
+        with self.copy_in_stream, named_range(COPY_IN):
             arriving.copy_(chunk, non_blocking=True)
-            return arriving, self.copy_in_stream.record_event()
+        arrived = self.copy_in_stream.record_event()
+        if self.pool.owns(chunk):
+            self._read[chunk.untyped_storage().data_ptr()] = arrived
+        return arriving, arrived
 
     def copy_out(self, chunk: Tensor, value: Tensor) -> Event:
         if not self._uses_streams:
             with named_range(COPY_OUT):
                 chunk.copy_(value)
             return None
-        self.copy_out_stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self.copy_out_stream), named_range(COPY_OUT):
+        self._wait_for_compute(self.copy_out_stream)
+        with self.copy_out_stream, named_range(COPY_OUT):
             chunk.copy_(value, non_blocking=True)
-            stored = self.copy_out_stream.record_event()
-        self._stored[chunk.data_ptr()] = stored
+        stored = self._stored[chunk.data_ptr()] = self.copy_out_stream.record_event()
         return stored
+
+    def _wait_for_compute(self, stream: torch.cuda.Stream) -> None:
+        """Make a copy stream wait for the compute queued so far."""
+        self._computed.record(torch.cuda.current_stream(self._device))
+        stream.wait_event(self._computed)

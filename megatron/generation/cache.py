@@ -59,9 +59,7 @@ class KeyValueCache:
         self._chunks, self._buffers, self._num_buffered = [[] for _ in range(num_layers)], [None] * num_layers, 0
 
     def _add_chunk(self, layer: int, kv_C1KD: Tensor) -> None:
-        chunk = self._store.empty(kv_C1KD.shape, kv_C1KD.dtype, ChunkKind.KEYS_VALUES)
-        self._store.put(chunk, kv_C1KD)
-        self._chunks[layer].append(chunk)
+        self._chunks[layer].append(self._store.add(kv_C1KD, ChunkKind.KEYS_VALUES))
 
     def _empty_buffers(self) -> None:
         for layer, buffer in enumerate(self._buffers):

@@ -128,7 +128,8 @@ class SelfAttention(nn.Module):
         Queries and keys are normalized if the model has QK norm, and rotated by their positions if it has RoPE.
         """
         per_group = self.num_heads // self.num_key_value_heads
-        qkv = self.query_key_value(x_SBh).unflatten(2, (self.num_key_value_heads, per_group + 2, self.head_size))
+        qkv = self.query_key_value(x_SBh)
+        qkv = qkv.view(*qkv.shape[:2], self.num_key_value_heads, per_group + 2, self.head_size)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k, v = qkv.split([per_group, 1, 1], 3)
             qkv = torch.cat([self.q_layernorm(q), self.k_layernorm(k), v], 3)

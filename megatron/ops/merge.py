@@ -28,16 +28,12 @@ def merge(results: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return (o_NSBHD * weights_NSBH.unsqueeze(-1)).sum(0)
 
 
+@fused
 def merge_(o_SBHD: Tensor, lse_BHS: Tensor, other_o_SBHD: Tensor, other_lse_BHS: Tensor) -> None:
     """Merge `other` into (o, lse) in place. o [S, B, H, D] and lse [B, H, S] are fp32 or fp64; lse is finite."""
-    weight_SBH = torch.sigmoid(other_lse_BHS - lse_BHS).permute(2, 0, 1).contiguous()
-    _interpolate_(o_SBHD, other_o_SBHD, weight_SBH)
-    torch.logaddexp(lse_BHS, other_lse_BHS, out=lse_BHS)
-
-
-@fused
-def _interpolate_(o_SBHD: Tensor, other_SBHD: Tensor, weight_SBH: Tensor) -> None:
-    o_SBHD.lerp_(other_SBHD.to(o_SBHD.dtype), weight_SBH.unsqueeze(-1))
+    weight_SBH = torch.sigmoid(other_lse_BHS - lse_BHS).permute(2, 0, 1)
+    o_SBHD.lerp_(other_o_SBHD.to(o_SBHD.dtype), weight_SBH.unsqueeze(-1))
+    lse_BHS.copy_(torch.logaddexp(lse_BHS, other_lse_BHS))
 
 
 @fused
@@ -49,5 +45,16 @@ def add_(total: Tensor, part: Tensor) -> None:
 @fused
 def add_key_value_gradients_(dkv_SBKD: Tensor, dk_SBKD: Tensor, dv_SBKD: Tensor) -> None:
     """Add a tile's dk and dv [S, B, K, D] to the sum [S, B, 2K, D], dk first, in fp32 or fp64."""
-    for total, part in zip(dkv_SBKD.chunk(2, 2), (dk_SBKD, dv_SBKD), strict=True):
+    _add_to_halves_(dkv_SBKD, dk_SBKD, dv_SBKD)
+
+
+@fused
+def add_gradients_(dq_sum: Tensor, dkv_sum: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Add a tile's dq as `add_` does, and its dk and dv as `add_key_value_gradients_` does, in one call."""
+    dq_sum.add_(dq)
+    _add_to_halves_(dkv_sum, dk, dv)
+
+
+def _add_to_halves_(dkv: Tensor, dk: Tensor, dv: Tensor) -> None:
+    for total, part in zip(dkv.chunk(2, 2), (dk, dv), strict=True):
         total.add_(part)

@@ -37,12 +37,12 @@ class RotaryEmbedding:
 
     def cos_sin(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Compute cos and sin, each [S, B, 1, rotary_size/2], fp32 (fp64 for fp64), on the positions' device."""
-        angles = positions_BS.T.to(torch.float64)[..., None, None] * _frequencies(self, positions_BS.device)
+        angles = positions_BS.T[..., None, None] * _frequencies(self, positions_BS.device)
         dtype, factor = torch.promote_types(dtype, torch.float32), self.attention_factor
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = (torch.empty_like(angles, dtype=dtype) for _ in range(2))
         if factor != 1:
-            cos, sin = cos * factor, sin * factor
-        return cos.to(dtype), sin.to(dtype)
+            return torch.mul(angles.cos(), factor, out=cos), torch.mul(angles.sin(), factor, out=sin)
+        return torch.cos(angles, out=cos), torch.sin(angles, out=sin)  # computed in fp64, rounded as it is written
 
 
 @functools.cache

@@ -187,8 +187,8 @@ Copies = tuple[float, float]  # bytes to the GPU and to the host
 def _copies(job: Job, block: HostBytes, recompute: Recompute) -> tuple[Copies, Copies]:
     """Bytes that one block copies, forward and backward."""
     chunks = job.shape.layout.num_chunks
-    kv_loads = (chunks - 1) / 2  # a column's tiles off the diagonal, on average
-    dkv_loads = kv_loads * (chunks - 2) / chunks  # its first tile loads no sum, and its last stores none
+    # A column's tiles off the diagonal, on average; its first tile loads no sum, and its last stores none.
+    kv_loads, dkv_loads = chunks / 2, (chunks - 1) / 2
     saved = block.attention + block.products
     recomputes_kv = not recompute.saves_keys_and_values  # from block inputs, which are copied in a second time
     return (

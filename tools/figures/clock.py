@@ -131,16 +131,18 @@ class TimedTier(HostTier):
         super().__init__(torch.device("cpu"))
         self._clock, self._per_byte, self._kind_of = clock, seconds.per_byte, kind_of
         self._complete: dict[int, float] = {}  # by host address: when the chunk there is complete
+        self._read_until: dict[int, float] = {}  # by address of the slab
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, kind: ChunkKind) -> Tensor:
-        free = self._clock.free
-        free[COPY_OUT] = max(free[COPY_OUT], free[COPY_IN])
-        return super().empty(shape, dtype, kind)
+        tensor, free = super().empty(shape, dtype, kind), self._clock.free
+        free[COPY_OUT] = max(free[COPY_OUT], self._read_until.pop(tensor.data_ptr(), 0.0))
+        return tensor
 
     def copy_in(self, chunk: Tensor) -> Any:
         arriving, _ = super().copy_in(chunk)
         queued = max(self._clock.free[COMPUTE], self._complete.get(chunk.data_ptr(), 0.0))
-        return arriving, self._copy(COPY_IN, chunk, queued)
+        arrived = self._read_until[chunk.untyped_storage().data_ptr()] = self._copy(COPY_IN, chunk, queued)
+        return arriving, arrived
 
     def copy_out(self, chunk: Tensor, value: Tensor) -> Any:
         super().copy_out(chunk, value)

@@ -14,6 +14,7 @@ from benchmarks import (
     data_loader,
     documents,
     generation,
+    host_cost,
     memory_over_length,
     planner,
     streamed_block,
@@ -388,3 +389,24 @@ def test_prompts_are_read_and_gone_on_from(tmp_path):
     assert first["gigabytes_per_second"] == pytest.approx(
         first["cache_gib"] * 2**30 / first["token_milliseconds"] / 1e6
     )
+
+
+# host_cost
+
+
+def test_the_host_launches_more_for_more_chunks_and_plain_execution_has_none(tmp_path):
+    code, rows = run(host_cost, tmp_path)
+    assert code == 0
+    launches = {(row["way"], row["chunks"]): row["forward_launches"] + row["backward_launches"] for row in rows}
+    assert launches["plain", 1] == launches["plain", 2]
+    for way in ("on-device", "offloaded"):
+        assert launches["plain", 1] < launches[way, 1] < launches[way, 2] < 2.5 * launches[way, 1]
+    assert [row["tiles"] for row in rows if row["way"] != "plain"] == [1, 1, 3, 3]
+    assert all(row["us_per_tile"] * row["tiles"] > row["backward_us"] > 0 for row in rows)
+
+
+def test_views_and_allocations_are_no_launches():
+    x = torch.ones(2, 3)
+    with host_cost.Launches() as launches:
+        torch.empty_like(x).copy_(x.view(3, 2).T.reshape(6)[:3])
+    assert launches.number == 2  # the copy of the transposed tensor, and into the new one

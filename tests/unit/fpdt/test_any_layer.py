@@ -64,8 +64,9 @@ class GatedAttention(OneFactor):
 @pytest.mark.parametrize("recompute", list(Recompute))
 def test_any_module_that_calls_attention_once_can_be_streamed(execution, kind, slice_length, recompute):
     stream = one_layer(replace(execution, recompute=recompute, slice_length=slice_length))[0].stream
-    layer, x = kind(), residual().requires_grad_()
-    StreamedBlock(stream, layer, BlockChain(stream))(x, positions()).backward(residual(seed=2))
+    layer, x, dy = kind(), residual().requires_grad_(), residual(seed=2)
+    StreamedBlock(stream, layer, BlockChain(stream))(x, positions()).backward(dy)
+    assert torch.equal(dy, residual(seed=2))
     leaf, want = residual().requires_grad_(), kind()
     want.core_attention = plain_attention
     want(leaf, positions()).backward(residual(seed=2))

@@ -87,13 +87,17 @@ def test_device_memory_is_given_first_to_what_is_copied_most_often(recompute):
 
 
 def test_llama_3_8b_at_a_million_tokens_on_four_gpus():
-    """Per token and layer: x and o 8192 bytes each, lse 128, K and V 4096; dK and dV of one layer 8192."""
+    """Per token and layer: x and o 8192 bytes each, lse 128, K and V 4096; dK and dV of one layer 8192.
+
+    Of the 8 chunks, K and V of the last are not stored, nor dK and dV of the last two.
+    """
     tokens = 2**18
+    keys_and_values, gradients = 4096 * 7 // 8, 8192 * 6 // 8
     assert SHAPE.residual_bytes == 8192 * tokens
-    assert SHAPE.saved_bytes(Recompute.ALL) == (8192 + 128 + 4096) * tokens
+    assert SHAPE.saved_bytes(Recompute.ALL) == (8192 + 128 + keys_and_values) * tokens
     assert SHAPE.saved_bytes(Recompute.KV) == (8192 + 128) * tokens
-    assert SHAPE.tier_bytes(1) == tokens * (32 * (8192 + 128 + 4096) + 34 * 8192 + 8192)
-    assert SHAPE.tier_bytes(1, Recompute.KV) == tokens * (32 * (8192 + 128) + 4096 + 34 * 8192 + 8192)
+    assert SHAPE.tier_bytes(1) == tokens * (32 * (8192 + 128 + keys_and_values) + 34 * 8192 + gradients)
+    assert SHAPE.tier_bytes(1, Recompute.KV) == tokens * (32 * (8192 + 128) + keys_and_values + 34 * 8192 + gradients)
 
 
 def test_products_of_llama_3_8b():
@@ -144,7 +148,7 @@ def test_if_nothing_fits_the_choice_is_the_lowest_memory():
     assert least_bytes(SHAPE) == min(
         SHAPE.tier_bytes(k, each) for k in range(1, 33) for each in (Recompute.KV, Recompute.ALL)
     )
-    assert least_bytes(SHAPE) < 0.53 * SHAPE.tier_bytes(1)
+    assert least_bytes(SHAPE) < 0.54 * SHAPE.tier_bytes(1)
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,26 @@ def test_a_value_saved_on_the_device_is_the_value_itself_within_the_budget():
     assert store.device_tier.used_bytes == 0
 
 
+def test_an_added_value_is_stored_as_it_is_on_the_device_and_copied_to_the_host():
+    store = ChunkStore(CPU, offloading=True, device_budget=DeviceBudget(16))
+    first, second = torch.ones(4), torch.full((4,), 2.0)
+    chunks = [store.add(value, ChunkKind.KEYS_VALUES) for value in (first, second)]
+    assert chunks[0] is first
+    assert store.pool.owns(chunks[1])
+    assert [chunk[0].item() for (chunk,) in store.prefetch([c] for c in chunks)] == [1, 2]
+    assert (store.device_tier.used_bytes, store.copied.bytes_out) == (16, 16)
+
+
+@pytest.mark.parametrize("part", [lambda t: t[:2], lambda t: t.T], ids=["a part", "strided"])
+def test_an_added_view_holds_no_memory_but_its_own(part):
+    whole = torch.arange(12.0).view(4, 3)
+    chunk = ChunkStore(CPU, offloading=False).add(part(whole), ChunkKind.KEYS_VALUES)
+    assert torch.equal(chunk, part(whole))
+    assert chunk.is_contiguous()
+    assert chunk.untyped_storage().nbytes() == chunk.nbytes
+    assert chunk.data_ptr() != whole.data_ptr()
+
+
 def test_a_tensor_can_be_allocated_on_either_tier_for_any_budget():
     store = ChunkStore(CPU, offloading=True, device_budget=DeviceBudget(16))
     on_host = store.empty((2,), torch.float32, on_device=False)

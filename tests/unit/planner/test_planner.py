@@ -130,12 +130,23 @@ def planned(case):
     return Plan(replace(job, **changes), H200, backend)
 
 
+def no_longer_stored(plan):
+    """Return GiB of K, V, dK and dV that no tile loads. They were stored when the rows were measured."""
+    if not plan.job.streamed:
+        return 0
+    shape, recompute = plan.job.shape, plan.job.recompute
+    kv = shape.key_value_elements * shape.element_size - shape.key_value_bytes
+    dkv = shape.key_value_elements * 4 - shape.key_value_gradient_bytes
+    return (kv * (shape.num_layers if recompute.saves_keys_and_values else 1) + dkv) / GIB
+
+
 @STEPS
 def test_memory_of_a_step_is_within_10_percent_of_what_was_measured(case):
     _, gpu, chunks, process = MEASURED_STEPS[case]
-    memory = planned(case).memory
-    assert [memory.gpu / GIB, memory.host / GIB] == pytest.approx([gpu, process], rel=0.1)
-    assert chunks is None or memory.host_chunks / GIB == pytest.approx(chunks, rel=0.1)
+    plan = planned(case)
+    memory, more = plan.memory, no_longer_stored(plan)
+    assert [memory.gpu / GIB, memory.host / GIB + more] == pytest.approx([gpu, process], rel=0.1)
+    assert chunks is None or memory.host_chunks / GIB + more == pytest.approx(chunks, rel=0.1)
 
 
 @STEPS
@@ -155,7 +166,8 @@ def test_one_of_several_gpus_is_as_it_was_measured(rank):
     assert plan.speed.step == pytest.approx(seconds, rel=0.1)
     assert plan.memory.gpu / GIB == pytest.approx(on_gpu, rel=0.1)
     # With chunks on the GPU the measurements are of another placement, which the planner bounds.
-    assert plan.memory.host_chunks / GIB == pytest.approx(on_host, rel=0.03 if gib else 0.01)
+    measured = pytest.approx(on_host, rel=0.03 if gib else 0.01)
+    assert plan.memory.host_chunks / GIB + no_longer_stored(plan) == measured
 
 
 @pytest.mark.parametrize("case", MEASURED_ON_FOUR, ids=str)
@@ -222,7 +234,7 @@ def test_gpu_memory_does_not_depend_on_the_length_and_host_memory_does():
         plan_of(length=length, recompute=Recompute.ALL, checkpoint_interval=1).memory for length in (2**18, 2**20)
     )
     assert short.gpu == long.gpu
-    assert long.host_chunks == 4 * short.host_chunks
+    assert long.host_chunks == pytest.approx(4.1 * short.host_chunks, rel=0.02)  # the keys of one chunk less in both
 
 
 @pytest.mark.parametrize(
