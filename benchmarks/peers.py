@@ -41,6 +41,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, count
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -69,6 +70,7 @@ from megatron.arguments import parse_args
 from megatron.config import validate
 from megatron.core.host_memory import available_host_bytes
 from megatron.fpdt.host_pool import HostMemoryError
+from megatron.launch.program import leave
 from megatron.ranks.world import World
 
 NAME = "peers"
@@ -139,7 +141,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.worker:
-        return work(arguments)
+        work(arguments)
     deadline = time.monotonic() + (arguments.time_limit or float("inf"))
     device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
     header = describe_run(NAME, arguments, device)
@@ -275,7 +277,7 @@ def row_of_ranks(codes: Sequence[int | None], folder: Path) -> Row:
     return rows[0] | highest
 
 
-def work(arguments: argparse.Namespace) -> int:
+def work(arguments: argparse.Namespace) -> NoReturn:
     """Measure one case on one rank and write its row. Leaves at once when memory runs out, as others may be waiting."""
     rank, num_ranks = World.from_environment().rank, World.from_environment().size
     path = arguments.output / f"rank{rank}.json"
@@ -291,7 +293,7 @@ def work(arguments: argparse.Namespace) -> int:
         os._exit(OUT_OF_MEMORY)
     path.write_text(json.dumps(row))
     torch.distributed.destroy_process_group()
-    return 0
+    leave(0)
 
 
 def reason_of(error: BaseException) -> str | None:

@@ -172,7 +172,8 @@ def test_memory_runs_at_both_widths(tmp_path):
     code, rows = run(memory_over_length, tmp_path)
     assert code == 0
     assert [(row["width"], row["tokens"]) for row in rows] == [("full", 64), ("full", 128), ("narrow", 128)]
-    assert rows[0]["host_bytes_per_token"] == pytest.approx(rows[1]["host_bytes_per_token"])
+    short, long = (row["host_bytes_per_token"] for row in rows[:2])
+    assert 0.8 * long < short < long  # keys and values of the last chunk are not stored, nor gradients of the last two
 
 
 def test_growth_compares_the_longest_with_the_shortest(tmp_path):
