@@ -60,7 +60,7 @@ class DeviceUse:
 
     def has_room(self, num_bytes: int, kind: ChunkKind) -> bool:
         """Whether the budget has room for a tensor of a kind."""
-        return num_bytes <= self.room_bytes(kind)
+        return num_bytes <= self._budget.total_bytes and num_bytes <= self.room_bytes(kind)
 
     def add(self, num_bytes: int, kind: ChunkKind) -> None:
         self._bytes[kind] += num_bytes

@@ -72,7 +72,7 @@ class HostPool:
         self.used_bytes += num_bytes
         self.peak_used_bytes = max(self.peak_used_bytes, self.used_bytes)
         # The storage references this view of the slab: when the last tensor on the storage goes, so does the view.
-        view = (ctypes.c_char * num_bytes).from_buffer(slab.memory)
+        view = memoryview(slab.memory)
         weakref.finalize(view, self._release, slab).atexit = False
         return torch.frombuffer(view, dtype=dtype, count=num_elements).view(shape)
 

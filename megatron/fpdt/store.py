@@ -99,8 +99,9 @@ class ChunkStore:
         num_bytes, last = prod(shape) * dtype.itemsize, self.offload_tiers[-1]
         tier = next((tier for tier in self.offload_tiers if tier.has_room(num_bytes, kind)), last)
         tensor = tier.empty(shape, dtype, kind)
-        first = tensor.data_ptr()
-        self._drop_expected([address for address in self._expected if first <= address < first + tensor.nbytes])
+        if self._expected:
+            first = tensor.data_ptr()
+            self._drop_expected([address for address in self._expected if first <= address < first + tensor.nbytes])
         return tensor
 
     def _tier_of(self, chunk: Tensor) -> Tier:
@@ -130,7 +131,8 @@ class ChunkStore:
     def _send_out(self, tier: Tier, chunk: Tensor, value: Tensor) -> CopyOut | None:
         """Start the copy out. Return what must be held until it is over, if it is not over yet."""
         self.copied.bytes_out += chunk.nbytes
-        self._drop_expected([chunk.data_ptr()])
+        if self._expected:
+            self._drop_expected([chunk.data_ptr()])
         event = tier.copy_out(chunk, value)
         return None if event is None else (value, event)
 
