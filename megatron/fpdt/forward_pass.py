@@ -2,10 +2,15 @@
 
     copy-in            compute                                        communication         copy-out
     x[i+1]             layer(x[i]) up to its attention call: q, kv    tokens -> heads       kv[i]
-    kv[0], kv[1], ..   (o, lse) merged over tiles (i, j), j <= i
-                       the rest of layer(x[i]): y[i]                  heads -> tokens       o[i], lse[i], y[i]
+    kv[0], kv[1], ..   (o, lse) merged over tiles (i, j), j <= i      heads -> tokens
+                       the rest of layer(x[i]): y[i]                                        o[i], lse[i], y[i]
 
-With several ranks a row starts before the previous row is finished, so its all-to-all is overlapped with attention.
+A row has three stages: start, attend, finish. The first two end with an all-to-all. With several ranks, each is hidden
+behind a stage of another row; the compute queue for four chunks is
+
+    start 0, start 1, attend 0, start 2, attend 1, finish 0, start 3, attend 2, finish 1, attend 3, finish 2, finish 3
+
+With one chunk, and with one rank, a row's stages follow each other.
 """
 
 from __future__ import annotations
@@ -30,11 +35,12 @@ from megatron.fpdt.streamed_layer import StartedSlice, StreamedLayer, joined, ra
 
 
 @dataclass
-class _StartedRow:
-    """A query chunk whose layer is suspended at attention, and whose all-to-all to heads has started."""
+class _SuspendedRow:
+    """A query chunk whose layer is suspended at attention, and its all-to-all in progress, to heads or to tokens."""
 
     slices: list[StartedSlice]
     exchange: Exchange
+    lse: Tensor | None = None  # once its tiles have run
 
 
 class ForwardPass:
@@ -68,29 +74,30 @@ class ForwardPass:
         y = self._store.empty(self._x.shape, self._x.dtype, ChunkKind.HIDDEN_STATES)
         ys = y.split(self._layout.local_lengths)
         rows = self._plan.forward_rows()
+        started = self._stream.one_row_ahead(self._start_row(row[0].query) for row in rows)
+        attended = self._stream.one_row_ahead(self._attend_row(row, next(started)) for row in rows)
         try:
-            started = self._stream.started_early(self._start_row(row[0].query) for row in rows)
             for row in rows:
                 i = row[0].query
                 with self._stream.chunk("forward", self._layer.layer_number, i):
                     if row is rows[-1]:
                         self._store.expect(ys[:i][:1])  # the block above begins with this chunk
-                    self._store.put(ys[i], self._finish_row(row, next(started)))
+                    self._store.put(ys[i], self._finish_row(i, next(attended)))
         finally:
             for each in self._started:
                 each.close()
         return y, self._saved() if self._save else None
 
-    # One function per row: its locals die on return, so a chunk's buffers are free before the next prefetch. The device
-    # holds the chunk in use and the prefetched one.
+    # One function per stage of a row: its locals die on return, so a chunk's buffers are free before the next prefetch.
+    # The device holds the chunk in use and the prefetched one.
 
-    def _start_row(self, chunk: int) -> _StartedRow:
+    def _start_row(self, chunk: int) -> _SuspendedRow:
         x, positions = next(self._x_ahead)
         slices = [self._start_slice(chunk, number, x, positions, s) for number, s in self._stream.numbered_slices(x)]
         projected = [joined([each.call.q_cBHD for each in slices]), joined([each.call.kv_cBKD for each in slices])]
         for what, value in zip(PROJECTED, projected, strict=True):
             self._stream.observer.note("forward", what, self._layer.layer_number, chunk, value)
-        return _StartedRow(slices, self._stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES))
+        return _SuspendedRow(slices, self._stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES))
 
     def _start_slice(self, chunk: int, number: int, x: Tensor, positions: Tensor, s: slice) -> StartedSlice:
         x, positions = x[s], positions[:, s]
@@ -105,24 +112,31 @@ class ForwardPass:
         self._products_before[chunk].append(self._save_products(started))
         return started
 
-    def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
-        """Return the block's output for one query chunk."""
-        store, stream, layer_number, i = self._store, self._stream, self._layer.layer_number, row[0].query
-        q, kv = started.exchange()
+    def _attend_row(self, row: list[Tile], suspended: _SuspendedRow) -> _SuspendedRow:
+        """Run the attention tiles of one query chunk, and start the all-to-all of their output."""
+        store, stream, i = self._store, self._stream, row[0].query
+        q, kv = suspended.exchange()
         if self._plan.is_loaded(i):
             self._kv[i] = store.add(kv, ChunkKind.KEYS_VALUES)
         with named_range(ATTENTION):
-            tiles = TileRow(stream.attention, started.slices[0].call.variant, row)
+            tiles = TileRow(stream.attention, suspended.slices[0].call.variant, row)
             o_heads, lse = attend(tiles, q, kv, self._kv_ahead)
-        del q, kv, started.exchange
-        stream.observer.note("forward", ATTENTION_OUTPUT, layer_number, i, o_heads)
+        del q, kv, suspended.exchange
+        stream.observer.note("forward", ATTENTION_OUTPUT, self._layer.layer_number, i, o_heads)
         store.release_sent()  # the previous row's chunks, copied out by now
-        (o,) = stream.heads_to_tokens([o_heads])
-        del o_heads
+        suspended.exchange, suspended.lse = stream.start_heads_to_tokens([o_heads]), lse
+        return suspended
+
+    def _finish_row(self, chunk: int, suspended: _SuspendedRow) -> Tensor:
+        """Return the block's output for one query chunk."""
+        (o,) = suspended.exchange()
+        del suspended.exchange
         if self._save:
-            self._o.append(store.add(o, ChunkKind.ATTENTION_OUTPUTS))
-            self._lse.append(store.add(lse, ChunkKind.ATTENTION_OUTPUTS))
-        return stream.noted("forward", OUTPUT, layer_number, i, self._finish_slices(i, started.slices, o))
+            assert suspended.lse is not None, "its tiles have run"
+            self._o.append(self._store.add(o, ChunkKind.ATTENTION_OUTPUTS))
+            self._lse.append(self._store.add(suspended.lse, ChunkKind.ATTENTION_OUTPUTS))
+        y = self._finish_slices(chunk, suspended.slices, o)
+        return self._stream.noted("forward", OUTPUT, self._layer.layer_number, chunk, y)
 
     def _finish_slices(self, chunk: int, slices: list[StartedSlice], o: Tensor) -> Tensor:
         outputs = o.split(self._stream.slice_length)

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor, nn
 
 from megatron.config import Recompute
-from megatron.core.collectives import Exchange, heads_to_tokens, start_tokens_to_heads
+from megatron.core.collectives import Exchange, start_heads_to_tokens, start_tokens_to_heads
 from megatron.core.parallel_state import ParallelState
 from megatron.core.ranges import named_range
 from megatron.core.sequence_layout import SequenceLayout
@@ -100,21 +100,21 @@ class Stream:
         """Start the Ulysses all-to-all of one chunk from tokens to heads."""
         return start_tokens_to_heads(tensors, self.parallel_state.sequence_parallel_group, parts)
 
-    def heads_to_tokens(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> list[Tensor]:
-        """Run the Ulysses all-to-all of one chunk from heads back to tokens."""
-        return heads_to_tokens(tensors, self.parallel_state.sequence_parallel_group, parts)
+    def start_heads_to_tokens(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
+        """Start the Ulysses all-to-all of one chunk from heads back to tokens."""
+        return start_heads_to_tokens(tensors, self.parallel_state.sequence_parallel_group, parts)
 
-    def started_early(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Yield rows of tiles as they start: with more than one rank, each before the previous row is executed.
+    def one_row_ahead(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Yield the rows that a stage of a pass has executed: with more than one rank, each after the stage's next row.
 
-        The all-to-all of a row is then hidden behind the attention of the previous row. A single rank has no all-to-all
-        to hide, and saves the memory.
+        An all-to-all that the stage starts for a row is then hidden behind compute of the next row. A single rank has
+        no all-to-all to hide, and saves the memory.
         """
-        return _one_early(rows) if self.starts_rows_early else rows
+        return _one_ahead(rows) if self.overlaps_rows else rows
 
     @property
-    def starts_rows_early(self) -> bool:
-        """Whether `started_early` starts a row before the previous row is executed."""
+    def overlaps_rows(self) -> bool:
+        """Whether a row is executed stage by stage, between the stages of other rows."""
         return self.parallel_state.sequence_parallel_group is not None
 
     def on_device(self, tensor: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _layout(sequence_length: int, chunk_length: int, sequence_parallel_size: int
     return SequenceLayout(sequence_length, min(chunk_length, sequence_length), sequence_parallel_size)
 
 
-def _one_early(rows: Iterator[Row]) -> Iterator[Row]:
+def _one_ahead(rows: Iterator[Row]) -> Iterator[Row]:
     ahead = deque(islice(rows, 1))
     while ahead:
         ahead.extend(islice(rows, 1))

@@ -192,10 +192,14 @@ class TimedStream(Stream):
 
         return finish
 
-    def heads_to_tokens(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> list[Tensor]:
-        p = self.parallel_state.sequence_parallel_size
-        self.clock.wait(self._exchange(tensors))
-        return [t[: len(t) // p].repeat(1, 1, p, 1) for t in tensors]
+    def start_heads_to_tokens(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
+        p, done = self.parallel_state.sequence_parallel_size, self._exchange(tensors)
+
+        def finish() -> list[Tensor]:
+            self.clock.wait(done)
+            return [t[: len(t) // p].repeat(1, 1, p, 1) for t in tensors]
+
+        return finish
 
     def _exchange(self, tensors: Sequence[Tensor]) -> float:
         seconds = sum(t.nbytes for t in tensors) * self.per_exchanged_byte
