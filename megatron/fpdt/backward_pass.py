@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
+from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange, SharesToTokens
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.attention_tiles import BackwardTiles, QueryChunk, TileRow
 from megatron.fpdt.block_chain import ChainedBlock
@@ -91,12 +91,15 @@ class _Projections:
 
 @dataclass
 class _StartedRow:
-    """A query chunk whose gradients reach attention, and its all-to-all in progress, to heads or to tokens."""
+    """A query chunk whose gradients reach attention, and its all-to-alls in progress.
+
+    They are those of the shares of its heads, then the one back to tokens.
+    """
 
     dx: Tensor  # without the contribution through attention
     projections: _Projections
     lse: Tensor  # until its tiles have run
-    exchange: Exchange
+    exchanges: list[Exchange]
 
 
 class BackwardPass:
@@ -175,8 +178,9 @@ class BackwardPass:
             for number, s in slices:
                 self._project((chunk, number), x[s], positions[:, s], products, partial(projections.add, s))
         self._stream.observer.note("backward", ATTENTION_OUTPUT, self._layer.layer_number, chunk, do)
-        sent = [*projections.take(), o, do]
-        return _StartedRow(dx, projections, lse, self._stream.start_tokens_to_heads(sent, (*QUERIES_KEYS_VALUES, 1, 1)))
+        sent, parts = [*projections.take(), o, do], (*QUERIES_KEYS_VALUES, 1, 1)
+        num_shares = self._stream.num_head_shares(len(self._saved.o_cBHD), sent[1])
+        return _StartedRow(dx, projections, lse, self._stream.start_tokens_to_heads(sent, parts, num_shares))
 
     def _output_gradients(
         self, key: SliceKey, inputs: tuple[Tensor, ...], products: list[Tensor], project: Project | None = None
@@ -224,30 +228,36 @@ class BackwardPass:
 
     def _attend_row(self, row: list[Tile], started: _StartedRow) -> _StartedRow:
         """Run the attention tiles of one query chunk, and start the all-to-all of the gradients of q and kv."""
-        stream, layer_number, chunk = self._stream, self._layer.layer_number, row[0].query
-        if stream.overlaps_rows and chunk == 0:
+        stream, exchanges = self._stream, started.exchanges
+        if stream.overlaps_rows and row[0].query == 0:
             self._expect_first_loads_below()  # the tiles of the last row hide these copies, and no later stage does
         else:
             self._store.release_sent()  # an earlier row's dx, copied out by now: a row has started since
-        q, kv, o, do = started.exchange()
-        queries, own = QueryChunk(q, AttentionOutput(o, started.lse), do), [kv, *self._own_dkv]
+        tiles = TileRow(stream.attention, started.projections.variant, row)
+        to_tokens = stream.shares_to_tokens(QUERIES_KEYS_VALUES, len(exchanges))
+        for lse in started.lse.chunk(len(exchanges), 1):
+            self._attend_share(tiles, exchanges.pop(0), lse.contiguous(), to_tokens)
+        del started.lse
+        exchanges.append(to_tokens)
+        return started
+
+    def _attend_share(self, row: TileRow, exchange: Exchange, lse: Tensor, to_tokens: SharesToTokens) -> None:
+        """Run the tiles on a share of the heads, and start the all-to-all of the gradients."""
+        q, kv, o, do = exchange()
+        queries, own = QueryChunk(q, AttentionOutput(o, lse), do), [kv, *self._own_dkv]
         self._own_dkv.clear()
-        # Only `own` references kv now, until the first tile takes it.
-        del kv, started.exchange, started.lse
+        del kv, exchange  # only `own` references kv now, until the first tile takes it
         with named_range(ATTENTION):
-            tiles = TileRow(stream.attention, started.projections.variant, row)
-            dq, dkv_row, dkv_before = self._tiles.attend(tiles, queries, own, self._row_ahead)
+            dq, dkv_row, dkv_before = self._tiles.attend(row, queries, own, self._row_ahead)
         for what, value in zip(PROJECTED, (dq, dkv_row), strict=True):
-            stream.observer.note("backward", what, layer_number, chunk, value)
+            self._stream.observer.note("backward", what, self._layer.layer_number, row.tiles[0].query, value)
         self._own_dkv.extend([] if dkv_before is None else [dkv_before])
         del q, o, do, queries
-        started.exchange = stream.start_heads_to_tokens((dq, dkv_row), QUERIES_KEYS_VALUES)
-        return started
+        to_tokens.start((dq, dkv_row))
 
     def _finish_row(self, chunk: int, started: _StartedRow) -> Tensor:
         """Return the gradient of the block's input for one query chunk; add the parameters' gradients to their sums."""
-        dprojected = started.exchange()
-        del started.exchange
+        dprojected = started.exchanges.pop()()
         with named_range(TOKEN_WISE):
             self._add_input_gradients(started, *dprojected)
         return self._stream.noted("backward", INPUT, self._layer.layer_number, chunk, started.dx)
@@ -283,4 +293,4 @@ class BackwardPass:
         for x, positions in inputs_ahead:
             slices = [(x[s], positions[:, s]) for _, s in self._stream.numbered_slices(x)]
             kv = joined([self._layer.attention_call(*each, LinearTape()).kv_cBKD for each in slices])
-            yield self._stream.start_tokens_to_heads([kv], QUERIES_KEYS_VALUES[1:])
+            yield from self._stream.start_tokens_to_heads([kv], QUERIES_KEYS_VALUES[1:])

@@ -10,19 +10,21 @@ behind a stage of another row; the compute queue for four chunks is
 
     start 0, start 1, attend 0, start 2, attend 1, finish 0, start 3, attend 2, finish 1, attend 3, finish 2, finish 3
 
-With one chunk, and with one rank, a row's stages follow each other.
+With one rank a row's stages follow each other. With several ranks and one chunk its heads are exchanged in two shares:
+attention of the first runs while the second is on its way to heads, and that of the second while the output of the
+first is on its way to tokens.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
+from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange, SharesToTokens
 from megatron.core.ranges import ATTENTION, named_range
 from megatron.fpdt.attention_tiles import TileRow, attend
 from megatron.fpdt.device_budget import ChunkKind
@@ -36,11 +38,14 @@ from megatron.fpdt.streamed_layer import StartedSlice, StreamedLayer, joined, ra
 
 @dataclass
 class _SuspendedRow:
-    """A query chunk whose layer is suspended at attention, and its all-to-all in progress, to heads or to tokens."""
+    """A query chunk whose layer is suspended at attention, and its all-to-alls in progress.
+
+    They are those of the shares of its heads, then the one back to tokens.
+    """
 
     slices: list[StartedSlice]
-    exchange: Exchange
-    lse: Tensor | None = None  # once its tiles have run
+    exchanges: list[Exchange]
+    lse: list[Tensor] = field(default_factory=list)  # of the shares whose tiles have run
 
 
 class ForwardPass:
@@ -97,7 +102,8 @@ class ForwardPass:
         projected = [joined([each.call.q_cBHD for each in slices]), joined([each.call.kv_cBKD for each in slices])]
         for what, value in zip(PROJECTED, projected, strict=True):
             self._stream.observer.note("forward", what, self._layer.layer_number, chunk, value)
-        return _SuspendedRow(slices, self._stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES))
+        num_shares = self._stream.num_head_shares(len(self._plan.forward_rows()), projected[1])
+        return _SuspendedRow(slices, self._stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES, num_shares))
 
     def _start_slice(self, chunk: int, number: int, x: Tensor, positions: Tensor, s: slice) -> StartedSlice:
         x, positions = x[s], positions[:, s]
@@ -114,27 +120,34 @@ class ForwardPass:
 
     def _attend_row(self, row: list[Tile], suspended: _SuspendedRow) -> _SuspendedRow:
         """Run the attention tiles of one query chunk, and start the all-to-all of their output."""
-        store, stream, i = self._store, self._stream, row[0].query
-        q, kv = suspended.exchange()
+        call, exchanges = suspended.slices[0].call, suspended.exchanges
+        tiles = TileRow(self._stream.attention, call.variant, row)
+        to_tokens = self._stream.shares_to_tokens(num_shares=len(exchanges))
+        while exchanges:
+            suspended.lse.append(self._attend_share(tiles, exchanges.pop(0), to_tokens))
+        exchanges.append(to_tokens)
+        return suspended
+
+    def _attend_share(self, row: TileRow, exchange: Exchange, to_tokens: SharesToTokens) -> Tensor:
+        """Run the tiles on a share of the heads, and start the all-to-all of the output; return lse."""
+        store, i = self._store, row.tiles[0].query
+        q, kv = exchange()
         if self._plan.is_loaded(i):
             self._kv[i] = store.add(kv, ChunkKind.KEYS_VALUES)
         with named_range(ATTENTION):
-            tiles = TileRow(stream.attention, suspended.slices[0].call.variant, row)
-            o_heads, lse = attend(tiles, q, kv, self._kv_ahead)
-        del q, kv, suspended.exchange
-        stream.observer.note("forward", ATTENTION_OUTPUT, self._layer.layer_number, i, o_heads)
+            o_heads, lse = attend(row, q, kv, self._kv_ahead)
+        del q, kv, exchange
+        self._stream.observer.note("forward", ATTENTION_OUTPUT, self._layer.layer_number, i, o_heads)
         store.release_sent()  # the previous row's chunks, copied out by now
-        suspended.exchange, suspended.lse = stream.start_heads_to_tokens([o_heads]), lse
-        return suspended
+        to_tokens.start([o_heads])
+        return lse
 
     def _finish_row(self, chunk: int, suspended: _SuspendedRow) -> Tensor:
         """Return the block's output for one query chunk."""
-        (o,) = suspended.exchange()
-        del suspended.exchange
+        (o,) = suspended.exchanges.pop()()
         if self._save:
-            assert suspended.lse is not None, "its tiles have run"
             self._o.append(self._store.add(o, ChunkKind.ATTENTION_OUTPUTS))
-            self._lse.append(self._store.add(suspended.lse, ChunkKind.ATTENTION_OUTPUTS))
+            self._lse.append(self._store.add(joined(suspended.lse, 1), ChunkKind.ATTENTION_OUTPUTS))
         y = self._finish_slices(chunk, suspended.slices, o)
         return self._stream.noted("forward", OUTPUT, self._layer.layer_number, chunk, y)
 

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor, nn
 
 from megatron.config import Recompute
-from megatron.core.collectives import Exchange, start_heads_to_tokens, start_tokens_to_heads
+from megatron.core.collectives import Exchange, SharesToTokens, start_shares_to_heads
 from megatron.core.parallel_state import ParallelState
 from megatron.core.ranges import named_range
 from megatron.core.sequence_layout import SequenceLayout
@@ -96,13 +96,25 @@ class Stream:
         """Return the layout of a sequence of so many global tokens."""
         return _layout(sequence_length, self.chunk_length, self.parallel_state.sequence_parallel_size)
 
-    def start_tokens_to_heads(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
-        """Start the Ulysses all-to-all of one chunk from tokens to heads."""
-        return start_tokens_to_heads(tensors, self.parallel_state.sequence_parallel_group, parts)
+    def start_tokens_to_heads(
+        self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None, num_shares: int = 1
+    ) -> list[Exchange]:
+        """Start the Ulysses all-to-all of one chunk from tokens to heads, share by share of a rank's heads."""
+        return start_shares_to_heads(tensors, self.parallel_state.sequence_parallel_group, parts, num_shares)
 
-    def start_heads_to_tokens(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
-        """Start the Ulysses all-to-all of one chunk from heads back to tokens."""
-        return start_heads_to_tokens(tensors, self.parallel_state.sequence_parallel_group, parts)
+    def shares_to_tokens(self, parts: Sequence[int] | None = None, num_shares: int = 1) -> SharesToTokens:
+        """Prepare the Ulysses all-to-all of one chunk from heads back to tokens."""
+        return SharesToTokens(self.parallel_state.sequence_parallel_group, parts, num_shares)
+
+    def num_head_shares(self, num_rows: int, kv_cBKD: Tensor) -> int:
+        """Return in how many shares the heads of a row are exchanged: two if no other row could hide the all-to-alls.
+
+        A chunk of less than a slice is left whole: its kernels are short, and more of them would only take the host
+        longer to launch.
+        """
+        is_alone = self.overlaps_rows and num_rows == 1 and len(kv_cBKD) >= self.slice_length
+        num_key_value_heads = kv_cBKD.shape[2] // 2 // self.parallel_state.sequence_parallel_size
+        return 2 if is_alone and num_key_value_heads % 2 == 0 else 1
 
     def one_row_ahead(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Yield the rows that a stage of a pass has executed: with more than one rank, each after the stage's next row.
