@@ -42,16 +42,35 @@ def start_tokens_to_heads(
     tensors_cBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
 ) -> Exchange:
     """Start `tokens_to_heads` asynchronously: compute queued before the result is called overlaps with it."""
+    (exchange,) = start_shares_to_heads(tensors_cBHD, group, parts)
+    return exchange
+
+
+def start_shares_to_heads(
+    tensors_cBHD: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
+    parts: Sequence[int] | None = None,
+    num_shares: int = 1,
+) -> list[Exchange]:
+    """Start `tokens_to_heads` as one all-to-all for each of `num_shares` equal shares of every rank's heads.
+
+    Attention of one share can run while the next is exchanged. The results have the heads of their share. A rank's
+    heads, and those of each part, must be a multiple of `num_shares`; without a group it is 1.
+    """
     if group is None:
-        return lambda: list(tensors_cBHD)
+        return [lambda: list(tensors_cBHD)]
     p = dist.get_world_size(group)
     parts = parts or [1] * len(tensors_cBHD)
-    heads = [t.shape[2] // p for t in tensors_cBHD]
+    heads = [t.shape[2] // (p * num_shares) for t in tensors_cBHD]
     c, B, _, D = tensors_cBHD[0].shape
-    send_pcBHD = tensors_cBHD[0].new_empty(p, c, B, sum(heads), D)
-    for target, t, n in zip(send_pcBHD.split(heads, 3), tensors_cBHD, parts, strict=True):
-        by_rank_pcBnHD = t.unflatten(2, (n, p, -1)).permute(3, 0, 1, 2, 4, 5)  # [c, B, n*p*H, D] -> [p, c, B, n, H, D]
-        target.unflatten(3, (n, -1)).copy_(by_rank_pcBnHD)
+    send_gpcBHD = tensors_cBHD[0].new_empty(num_shares, p, c, B, sum(heads), D)
+    for target, t, n in zip(send_gpcBHD.split(heads, 4), tensors_cBHD, parts, strict=True):
+        # [c, B, n*p*g*H, D] -> [g, p, c, B, n, H, D]
+        target.unflatten(4, (n, -1)).copy_(t.unflatten(2, (n, p, num_shares, -1)).permute(4, 3, 0, 1, 2, 5, 6))
+    return [_start_to_heads(send_pcBHD, heads, group) for send_pcBHD in send_gpcBHD]
+
+
+def _start_to_heads(send_pcBHD: Tensor, heads: Sequence[int], group: dist.ProcessGroup) -> Exchange:
     received = torch.empty_like(send_pcBHD)
     with named_range(ALL_TO_ALL):
         work = dist.all_to_all_single(received, send_pcBHD, group=group, async_op=True)
@@ -75,26 +94,51 @@ def start_heads_to_tokens(
     tensors_SBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
 ) -> Exchange:
     """Start `heads_to_tokens` asynchronously: compute queued before the result is called overlaps with it."""
-    if group is None:
-        return lambda: list(tensors_SBHD)
-    p = dist.get_world_size(group)
-    parts = parts or [1] * len(tensors_SBHD)
-    heads = [t.shape[2] for t in tensors_SBHD]
-    send_SBHD = torch.cat(list(tensors_SBHD), 2) if len(heads) > 1 else tensors_SBHD[0].contiguous()
-    received_SBHD = torch.empty_like(send_SBHD)
-    with named_range(ALL_TO_ALL):
-        work = dist.all_to_all_single(received_SBHD, send_SBHD, group=group, async_op=True)
+    exchange = SharesToTokens(group, parts)
+    exchange.start(tensors_SBHD)
+    return exchange
 
-    def finish() -> list[Tensor]:
+
+class SharesToTokens:
+    """The exchange `heads_to_tokens` as one all-to-all per share of every rank's heads.
+
+    It is the inverse of `start_shares_to_heads`. Calling it waits for all of them, and returns the heads of all shares.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, parts: Sequence[int] | None = None, num_shares: int = 1
+    ) -> None:
+        self._group, self._parts, self._num_shares = group, parts, num_shares
+        self._tensors: list[Tensor] = []  # those of the last share
+        self._received_gSBHD: Tensor | None = None
+        self._works: list[Any] = []
+
+    def start(self, tensors_SBHD: Sequence[Tensor]) -> None:
+        """Start the all-to-all of the next share."""
+        if self._group is None:
+            self._tensors = list(tensors_SBHD)
+            return
+        self._heads = [t.shape[2] for t in tensors_SBHD]
+        send_SBHD = torch.cat(list(tensors_SBHD), 2) if len(self._heads) > 1 else tensors_SBHD[0].contiguous()
+        if self._received_gSBHD is None:
+            self._received_gSBHD = send_SBHD.new_empty(self._num_shares, *send_SBHD.shape)
+        received = self._received_gSBHD[len(self._works)]
         with named_range(ALL_TO_ALL):
-            work.wait()
-        by_rank_pcBHD = received_SBHD.unflatten(0, (p, -1)).split(heads, 3)  # [p*c, B, H, D] -> [p, c, B, H, D]
-        return [
-            t.unflatten(3, (n, -1)).permute(1, 2, 3, 0, 4, 5).flatten(2, 4)  # [p, c, B, n, H, D] -> [c, B, n*p*H, D]
-            for t, n in zip(by_rank_pcBHD, parts, strict=True)
-        ]
+            self._works.append(dist.all_to_all_single(received, send_SBHD, group=self._group, async_op=True))
 
-    return finish
+    def __call__(self) -> list[Tensor]:
+        if self._received_gSBHD is None:
+            return self._tensors
+        with named_range(ALL_TO_ALL):
+            for work in self._works:
+                work.wait()
+        p = dist.get_world_size(self._group)
+        by_rank_gpcBHD = self._received_gSBHD.unflatten(1, (p, -1)).split(self._heads, 4)
+        # [g, p, c, B, n*H, D] -> [c, B, n*p*g*H, D]
+        return [
+            t.unflatten(4, (n, -1)).permute(2, 3, 4, 1, 0, 5, 6).flatten(2, 5)
+            for t, n in zip(by_rank_gpcBHD, self._parts or [1] * len(self._heads), strict=True)
+        ]
 
 
 def repeat_key_value_heads(kv_SBKD: Tensor, sequence_parallel_size: int) -> Tensor:

@@ -42,18 +42,33 @@ class ParallelState:
             )
         sp = sequence_parallel_size
         dp = world_size // sp
-        sp_group = _own_group(rank, [list(range(d * sp, (d + 1) * sp)) for d in range(dp)], timeout)
+        sequences = [list(range(d * sp, (d + 1) * sp)) for d in range(dp)]
+        sp_group = _own_group(rank, sequences, timeout, hidden_behind_compute=True)
         dp_group = _own_group(rank, [list(range(s, world_size, sp)) for s in range(sp)], timeout)
         return cls(world_size, rank, sp, rank % sp, sp_group, dp, rank // sp, dp_group)
 
 
-def _own_group(rank: int, groups: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup | None:
+def _own_group(
+    rank: int, groups: list[list[int]], timeout: timedelta | None, hidden_behind_compute: bool = False
+) -> dist.ProcessGroup | None:
     """Return the group of `rank`; every rank takes part in creating every group. Groups of one need no communicator."""
     own = None
     for ranks in groups:
         if len(ranks) == 1:
             continue
-        group = dist.new_group(ranks, timeout)
+        options = _high_priority(timeout) if hidden_behind_compute and dist.get_backend() == "nccl" else None
+        group = dist.new_group(ranks, timeout, pg_options=options)
         if rank in ranks:
             own = group
     return own
+
+
+def _high_priority(timeout: timedelta | None) -> dist.ProcessGroupNCCL.Options:
+    """Return options of a group whose kernels take the next free multiprocessors.
+
+    Without priority, a collective that is started while a long kernel runs waits for the last blocks of that kernel.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:
+        options._timeout = timeout
+    return options

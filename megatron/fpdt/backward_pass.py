@@ -9,6 +9,8 @@
     x, o, lse, dy[i-1] dq, dkv from tile (i, i-1): dq[i] now final    heads -> tokens
                        dx, dW += vjp of q, kv at x[i]                                       dx[i]
 
+A row has three stages: start, attend, finish, as in the forward pass (megatron.fpdt.forward_pass), in the same order.
+
 The layer runs slice by slice, twice. The first run takes the saved attention output and gives the gradients of y. The
 second run stops at the attention call and gives q and kv; its graph is held until the tiles are done. One run serves
 both if the chunk is one slice; else the graphs of the first slices would use device memory during the MLP of the last.
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
+from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange, SharesToTokens
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.attention_tiles import BackwardTiles, QueryChunk, TileRow
 from megatron.fpdt.block_chain import ChainedBlock
@@ -89,12 +91,15 @@ class _Projections:
 
 @dataclass
 class _StartedRow:
-    """A query chunk whose all-to-all from tokens to heads has started."""
+    """A query chunk whose gradients reach attention, and its all-to-alls in progress.
+
+    They are those of the shares of its heads, then the one back to tokens.
+    """
 
     dx: Tensor  # without the contribution through attention
     projections: _Projections
-    lse: Tensor
-    exchange: Exchange
+    lse: Tensor  # until its tiles have run
+    exchanges: list[Exchange]
 
 
 class BackwardPass:
@@ -112,6 +117,7 @@ class BackwardPass:
         self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
         self._kv = saved.kv_CBKD or self._recomputed_keys_and_values()
         self._own_dkv: list[Tensor] = []  # dkv summed so far for the next row's own chunk
+        self._finished: list[Tensor] = []  # chunks of dx, those of the last row first
         rows = saved.plan.backward_rows()
         chunks = [row[0].query for row in rows]
         # The generators reference no `self`: a cycle would hold chunks until garbage is collected.
@@ -127,22 +133,32 @@ class BackwardPass:
         """Return the gradients of the block's input, on the tier, and of the parameters."""
         saved, dxs = self._saved, self._dx.split(self._layout.local_lengths)
         rows = saved.plan.backward_rows()
-        started = self._stream.started_early(self._start_row(row[0].query) for row in rows)
+        started = self._stream.one_row_ahead(self._start_row(row[0].query) for row in rows)
+        attended: Iterator[_StartedRow] = (self._attend_row(row, next(started)) for row in rows)
+        # The block below begins with the chunk of dx that is finished first. Of two rows, the first is finished before
+        # the tiles of the second if they have to hide the chunk's way to the host and back.
+        if len(rows) != 2 or self._store.is_on_device(self._dx):
+            attended = self._stream.one_row_ahead(attended)
         self._row_ahead.start()
         for row in rows:
             i = row[0].query
             with self._stream.chunk("backward", self._layer.layer_number, i):
-                if row is rows[-1] and (below := self._block.below()) is not None:
-                    # The block below begins with these chunks: prefetch them.
-                    self._store.expect([*below.first_loads, *dxs[i + 1 :][-1:]])
-                self._store.put(dxs[i], self._finish_row(row, next(started)))
+                if row is rows[-1]:
+                    self._expect_first_loads_below()
+                self._store.put(dxs[i], self._finish_row(i, next(attended)))
+                self._finished.append(dxs[i])
         return self._dx, self._gradients.result()
 
-    # One function per row, as in the forward pass: its locals die on return.
+    def _expect_first_loads_below(self) -> None:
+        """Prefetch the chunks that the block below begins with, as far as they are finished."""
+        if (below := self._block.below()) is not None:
+            self._store.expect([*below.first_loads, *self._finished[:1]])
+
+    # One function per stage of a row, as in the forward pass: its locals die on return.
 
     def _start_row(self, chunk: int) -> _StartedRow:
         x, positions, o, lse, dy = next(self._row_ahead)
-        if self._stream.starts_rows_early and chunk == len(self._saved.o_cBHD) - 1:
+        if self._stream.overlaps_rows and chunk == len(self._saved.o_cBHD) - 1:
             self._row_ahead.start()  # the second row starts next, with no attention in between to overlap with
         self._products_ahead.start()
         gradients, projections = _Filled(len(x)), _Projections(len(x))
@@ -162,8 +178,9 @@ class BackwardPass:
             for number, s in slices:
                 self._project((chunk, number), x[s], positions[:, s], products, partial(projections.add, s))
         self._stream.observer.note("backward", ATTENTION_OUTPUT, self._layer.layer_number, chunk, do)
-        sent = [*projections.take(), o, do]
-        return _StartedRow(dx, projections, lse, self._stream.start_tokens_to_heads(sent, (*QUERIES_KEYS_VALUES, 1, 1)))
+        sent, parts = [*projections.take(), o, do], (*QUERIES_KEYS_VALUES, 1, 1)
+        num_shares = self._stream.num_head_shares(len(self._saved.o_cBHD), sent[1])
+        return _StartedRow(dx, projections, lse, self._stream.start_tokens_to_heads(sent, parts, num_shares))
 
     def _output_gradients(
         self, key: SliceKey, inputs: tuple[Tensor, ...], products: list[Tensor], project: Project | None = None
@@ -209,25 +226,41 @@ class BackwardPass:
         with torch.enable_grad(), self._saved.random_states.replay(random_key(key, "before")):
             project(x, self._layer.attention_call(x, positions, tape))
 
-    def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
-        """Return the gradient of the block's input for one query chunk; add the parameters' gradients to their sums."""
-        stream, layer_number, chunk = self._stream, self._layer.layer_number, row[0].query
-        self._store.release_sent()  # the previous row's dx, copied out by now
-        q, kv, o, do = started.exchange()
-        queries, own = QueryChunk(q, AttentionOutput(o, started.lse), do), [kv, *self._own_dkv]
+    def _attend_row(self, row: list[Tile], started: _StartedRow) -> _StartedRow:
+        """Run the attention tiles of one query chunk, and start the all-to-all of the gradients of q and kv."""
+        stream, exchanges = self._stream, started.exchanges
+        if stream.overlaps_rows and row[0].query == 0:
+            self._expect_first_loads_below()  # the tiles of the last row hide these copies, and no later stage does
+        else:
+            self._store.release_sent()  # an earlier row's dx, copied out by now: a row has started since
+        tiles = TileRow(stream.attention, started.projections.variant, row)
+        to_tokens = stream.shares_to_tokens(QUERIES_KEYS_VALUES, len(exchanges))
+        for lse in started.lse.chunk(len(exchanges), 1):
+            self._attend_share(tiles, exchanges.pop(0), lse.contiguous(), to_tokens)
+        del started.lse
+        exchanges.append(to_tokens)
+        return started
+
+    def _attend_share(self, row: TileRow, exchange: Exchange, lse: Tensor, to_tokens: SharesToTokens) -> None:
+        """Run the tiles on a share of the heads, and start the all-to-all of the gradients."""
+        q, kv, o, do = exchange()
+        queries, own = QueryChunk(q, AttentionOutput(o, lse), do), [kv, *self._own_dkv]
         self._own_dkv.clear()
-        del kv, started.exchange  # only `own` references kv now, until the first tile takes it
+        del kv, exchange  # only `own` references kv now, until the first tile takes it
         with named_range(ATTENTION):
-            tiles = TileRow(stream.attention, started.projections.variant, row)
-            dq, dkv_row, dkv_before = self._tiles.attend(tiles, queries, own, self._row_ahead)
+            dq, dkv_row, dkv_before = self._tiles.attend(row, queries, own, self._row_ahead)
         for what, value in zip(PROJECTED, (dq, dkv_row), strict=True):
-            stream.observer.note("backward", what, layer_number, chunk, value)
+            self._stream.observer.note("backward", what, self._layer.layer_number, row.tiles[0].query, value)
         self._own_dkv.extend([] if dkv_before is None else [dkv_before])
         del q, o, do, queries
-        dprojected = stream.heads_to_tokens((dq, dkv_row), QUERIES_KEYS_VALUES)
+        to_tokens.start((dq, dkv_row))
+
+    def _finish_row(self, chunk: int, started: _StartedRow) -> Tensor:
+        """Return the gradient of the block's input for one query chunk; add the parameters' gradients to their sums."""
+        dprojected = started.exchanges.pop()()
         with named_range(TOKEN_WISE):
             self._add_input_gradients(started, *dprojected)
-        return stream.noted("backward", INPUT, layer_number, chunk, started.dx)
+        return self._stream.noted("backward", INPUT, self._layer.layer_number, chunk, started.dx)
 
     def _add_input_gradients(self, started: _StartedRow, dq: Tensor, dkv: Tensor) -> None:
         """Backpropagate through the projections of each slice."""
@@ -250,7 +283,7 @@ class BackwardPass:
         kv_CBKD = {}
         chunks = self._saved.plan.loaded_keys()
         inputs_ahead = self._store.prefetch([self._xs[i], self._positions[i]] for i in chunks)
-        for i, exchange in zip(chunks, self._stream.started_early(self._projected(inputs_ahead)), strict=True):
+        for i, exchange in zip(chunks, self._stream.one_row_ahead(self._projected(inputs_ahead)), strict=True):
             (kv,) = exchange()
             kv_CBKD[i] = self._store.add(kv, ChunkKind.KEYS_VALUES)
         return kv_CBKD
@@ -260,4 +293,4 @@ class BackwardPass:
         for x, positions in inputs_ahead:
             slices = [(x[s], positions[:, s]) for _, s in self._stream.numbered_slices(x)]
             kv = joined([self._layer.attention_call(*each, LinearTape()).kv_cBKD for each in slices])
-            yield self._stream.start_tokens_to_heads([kv], QUERIES_KEYS_VALUES[1:])
+            yield from self._stream.start_tokens_to_heads([kv], QUERIES_KEYS_VALUES[1:])

@@ -2,22 +2,29 @@
 
     copy-in            compute                                        communication         copy-out
     x[i+1]             layer(x[i]) up to its attention call: q, kv    tokens -> heads       kv[i]
-    kv[0], kv[1], ..   (o, lse) merged over tiles (i, j), j <= i
-                       the rest of layer(x[i]): y[i]                  heads -> tokens       o[i], lse[i], y[i]
+    kv[0], kv[1], ..   (o, lse) merged over tiles (i, j), j <= i      heads -> tokens
+                       the rest of layer(x[i]): y[i]                                        o[i], lse[i], y[i]
 
-With several ranks a row starts before the previous row is finished, so its all-to-all is overlapped with attention.
+A row has three stages: start, attend, finish. The first two end with an all-to-all. With several ranks, each is hidden
+behind a stage of another row; the compute queue for four chunks is
+
+    start 0, start 1, attend 0, start 2, attend 1, finish 0, start 3, attend 2, finish 1, attend 3, finish 2, finish 3
+
+With one rank a row's stages follow each other. With several ranks and one chunk its heads are exchanged in two shares:
+attention of the first runs while the second is on its way to heads, and that of the second while the output of the
+first is on its way to tokens.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange
+from megatron.core.collectives import QUERIES_KEYS_VALUES, Exchange, SharesToTokens
 from megatron.core.ranges import ATTENTION, named_range
 from megatron.fpdt.attention_tiles import TileRow, attend
 from megatron.fpdt.device_budget import ChunkKind
@@ -30,11 +37,15 @@ from megatron.fpdt.streamed_layer import StartedSlice, StreamedLayer, joined, ra
 
 
 @dataclass
-class _StartedRow:
-    """A query chunk whose layer is suspended at attention, and whose all-to-all to heads has started."""
+class _SuspendedRow:
+    """A query chunk whose layer is suspended at attention, and its all-to-alls in progress.
+
+    They are those of the shares of its heads, then the one back to tokens.
+    """
 
     slices: list[StartedSlice]
-    exchange: Exchange
+    exchanges: list[Exchange]
+    lse: list[Tensor] = field(default_factory=list)  # of the shares whose tiles have run
 
 
 class ForwardPass:
@@ -68,29 +79,31 @@ class ForwardPass:
         y = self._store.empty(self._x.shape, self._x.dtype, ChunkKind.HIDDEN_STATES)
         ys = y.split(self._layout.local_lengths)
         rows = self._plan.forward_rows()
+        started = self._stream.one_row_ahead(self._start_row(row[0].query) for row in rows)
+        attended = self._stream.one_row_ahead(self._attend_row(row, next(started)) for row in rows)
         try:
-            started = self._stream.started_early(self._start_row(row[0].query) for row in rows)
             for row in rows:
                 i = row[0].query
                 with self._stream.chunk("forward", self._layer.layer_number, i):
                     if row is rows[-1]:
                         self._store.expect(ys[:i][:1])  # the block above begins with this chunk
-                    self._store.put(ys[i], self._finish_row(row, next(started)))
+                    self._store.put(ys[i], self._finish_row(i, next(attended)))
         finally:
             for each in self._started:
                 each.close()
         return y, self._saved() if self._save else None
 
-    # One function per row: its locals die on return, so a chunk's buffers are free before the next prefetch. The device
-    # holds the chunk in use and the prefetched one.
+    # One function per stage of a row: its locals die on return, so a chunk's buffers are free before the next prefetch.
+    # The device holds the chunk in use and the prefetched one.
 
-    def _start_row(self, chunk: int) -> _StartedRow:
+    def _start_row(self, chunk: int) -> _SuspendedRow:
         x, positions = next(self._x_ahead)
         slices = [self._start_slice(chunk, number, x, positions, s) for number, s in self._stream.numbered_slices(x)]
         projected = [joined([each.call.q_cBHD for each in slices]), joined([each.call.kv_cBKD for each in slices])]
         for what, value in zip(PROJECTED, projected, strict=True):
             self._stream.observer.note("forward", what, self._layer.layer_number, chunk, value)
-        return _StartedRow(slices, self._stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES))
+        num_shares = self._stream.num_head_shares(len(self._plan.forward_rows()), projected[1])
+        return _SuspendedRow(slices, self._stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES, num_shares))
 
     def _start_slice(self, chunk: int, number: int, x: Tensor, positions: Tensor, s: slice) -> StartedSlice:
         x, positions = x[s], positions[:, s]
@@ -105,24 +118,38 @@ class ForwardPass:
         self._products_before[chunk].append(self._save_products(started))
         return started
 
-    def _finish_row(self, row: list[Tile], started: _StartedRow) -> Tensor:
-        """Return the block's output for one query chunk."""
-        store, stream, layer_number, i = self._store, self._stream, self._layer.layer_number, row[0].query
-        q, kv = started.exchange()
+    def _attend_row(self, row: list[Tile], suspended: _SuspendedRow) -> _SuspendedRow:
+        """Run the attention tiles of one query chunk, and start the all-to-all of their output."""
+        call, exchanges = suspended.slices[0].call, suspended.exchanges
+        tiles = TileRow(self._stream.attention, call.variant, row)
+        to_tokens = self._stream.shares_to_tokens(num_shares=len(exchanges))
+        while exchanges:
+            suspended.lse.append(self._attend_share(tiles, exchanges.pop(0), to_tokens))
+        exchanges.append(to_tokens)
+        return suspended
+
+    def _attend_share(self, row: TileRow, exchange: Exchange, to_tokens: SharesToTokens) -> Tensor:
+        """Run the tiles on a share of the heads, and start the all-to-all of the output; return lse."""
+        store, i = self._store, row.tiles[0].query
+        q, kv = exchange()
         if self._plan.is_loaded(i):
             self._kv[i] = store.add(kv, ChunkKind.KEYS_VALUES)
         with named_range(ATTENTION):
-            tiles = TileRow(stream.attention, started.slices[0].call.variant, row)
-            o_heads, lse = attend(tiles, q, kv, self._kv_ahead)
-        del q, kv, started.exchange
-        stream.observer.note("forward", ATTENTION_OUTPUT, layer_number, i, o_heads)
+            o_heads, lse = attend(row, q, kv, self._kv_ahead)
+        del q, kv, exchange
+        self._stream.observer.note("forward", ATTENTION_OUTPUT, self._layer.layer_number, i, o_heads)
         store.release_sent()  # the previous row's chunks, copied out by now
-        (o,) = stream.heads_to_tokens([o_heads])
-        del o_heads
+        to_tokens.start([o_heads])
+        return lse
+
+    def _finish_row(self, chunk: int, suspended: _SuspendedRow) -> Tensor:
+        """Return the block's output for one query chunk."""
+        (o,) = suspended.exchanges.pop()()
         if self._save:
-            self._o.append(store.add(o, ChunkKind.ATTENTION_OUTPUTS))
-            self._lse.append(store.add(lse, ChunkKind.ATTENTION_OUTPUTS))
-        return stream.noted("forward", OUTPUT, layer_number, i, self._finish_slices(i, started.slices, o))
+            self._o.append(self._store.add(o, ChunkKind.ATTENTION_OUTPUTS))
+            self._lse.append(self._store.add(joined(suspended.lse, 1), ChunkKind.ATTENTION_OUTPUTS))
+        y = self._finish_slices(chunk, suspended.slices, o)
+        return self._stream.noted("forward", OUTPUT, self._layer.layer_number, chunk, y)
 
     def _finish_slices(self, chunk: int, slices: list[StartedSlice], o: Tensor) -> Tensor:
         outputs = o.split(self._stream.slice_length)

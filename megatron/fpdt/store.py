@@ -159,10 +159,11 @@ class ChunkStore:
     def expect(self, chunks: Iterable[Tensor]) -> None:
         """Prefetch now the chunks that a later `Prefetch` will begin with: the first chunks of the next block.
 
-        They are held until they are asked for or put again, or until the next call of `expect`.
+        They are held until they are asked for or put again, or until the next call of `expect` that leaves them out.
         """
+        expected = {chunk.data_ptr(): self._start(chunk) for chunk in chunks if not self.is_on_device(chunk)}
         self._drop_expected(list(self._expected))
-        self._expected = {chunk.data_ptr(): self._start(chunk) for chunk in chunks if not self.is_on_device(chunk)}
+        self._expected = expected
 
     def _drop_expected(self, addresses: Iterable[int]) -> None:
         """Drop the expected chunks at these addresses once their copies are over, as the memory will be reused."""

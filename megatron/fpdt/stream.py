@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor, nn
 
 from megatron.config import Recompute
-from megatron.core.collectives import Exchange, heads_to_tokens, start_tokens_to_heads
+from megatron.core.collectives import Exchange, SharesToTokens, start_shares_to_heads
 from megatron.core.parallel_state import ParallelState
 from megatron.core.ranges import named_range
 from megatron.core.sequence_layout import SequenceLayout
@@ -96,25 +96,37 @@ class Stream:
         """Return the layout of a sequence of so many global tokens."""
         return _layout(sequence_length, self.chunk_length, self.parallel_state.sequence_parallel_size)
 
-    def start_tokens_to_heads(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
-        """Start the Ulysses all-to-all of one chunk from tokens to heads."""
-        return start_tokens_to_heads(tensors, self.parallel_state.sequence_parallel_group, parts)
+    def start_tokens_to_heads(
+        self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None, num_shares: int = 1
+    ) -> list[Exchange]:
+        """Start the Ulysses all-to-all of one chunk from tokens to heads, share by share of a rank's heads."""
+        return start_shares_to_heads(tensors, self.parallel_state.sequence_parallel_group, parts, num_shares)
 
-    def heads_to_tokens(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> list[Tensor]:
-        """Run the Ulysses all-to-all of one chunk from heads back to tokens."""
-        return heads_to_tokens(tensors, self.parallel_state.sequence_parallel_group, parts)
+    def shares_to_tokens(self, parts: Sequence[int] | None = None, num_shares: int = 1) -> SharesToTokens:
+        """Prepare the Ulysses all-to-all of one chunk from heads back to tokens."""
+        return SharesToTokens(self.parallel_state.sequence_parallel_group, parts, num_shares)
 
-    def started_early(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Yield rows of tiles as they start: with more than one rank, each before the previous row is executed.
+    def num_head_shares(self, num_rows: int, kv_cBKD: Tensor) -> int:
+        """Return in how many shares the heads of a row are exchanged: two if no other row could hide the all-to-alls.
 
-        The all-to-all of a row is then hidden behind the attention of the previous row. A single rank has no all-to-all
-        to hide, and saves the memory.
+        A chunk of less than a slice is left whole: its kernels are short, and more of them would only take the host
+        longer to launch.
         """
-        return _one_early(rows) if self.starts_rows_early else rows
+        is_alone = self.overlaps_rows and num_rows == 1 and len(kv_cBKD) >= self.slice_length
+        num_key_value_heads = kv_cBKD.shape[2] // 2 // self.parallel_state.sequence_parallel_size
+        return 2 if is_alone and num_key_value_heads % 2 == 0 else 1
+
+    def one_row_ahead(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Yield the rows that a stage of a pass has executed: with more than one rank, each after the stage's next row.
+
+        An all-to-all that the stage starts for a row is then hidden behind compute of the next row. A single rank has
+        no all-to-all to hide, and saves the memory.
+        """
+        return _one_ahead(rows) if self.overlaps_rows else rows
 
     @property
-    def starts_rows_early(self) -> bool:
-        """Whether `started_early` starts a row before the previous row is executed."""
+    def overlaps_rows(self) -> bool:
+        """Whether a row is executed stage by stage, between the stages of other rows."""
         return self.parallel_state.sequence_parallel_group is not None
 
     def on_device(self, tensor: Tensor) -> Tensor:
@@ -133,7 +145,7 @@ def _layout(sequence_length: int, chunk_length: int, sequence_parallel_size: int
     return SequenceLayout(sequence_length, min(chunk_length, sequence_length), sequence_parallel_size)
 
 
-def _one_early(rows: Iterator[Row]) -> Iterator[Row]:
+def _one_ahead(rows: Iterator[Row]) -> Iterator[Row]:
     ahead = deque(islice(rows, 1))
     while ahead:
         ahead.extend(islice(rows, 1))

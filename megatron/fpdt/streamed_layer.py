@@ -93,6 +93,6 @@ class StartedSlice:
         self._run.close()
 
 
-def joined(parts: list[Tensor]) -> Tensor:
-    """Concatenate slices to one chunk."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def joined(parts: list[Tensor], dimension: int = 0) -> Tensor:
+    """Concatenate slices to one chunk, or parts along another dimension."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dimension)

@@ -12,9 +12,13 @@ GPU: the model states that DeepSpeed keeps there, plus the peak of a streamed bl
     after, backward             4 X + 2 Q + 4 K + slice + prefetched products
     forward                     3 X + 5 Q + 4 K + products of a chunk
 
-With several ranks per sequence a row starts before the previous one is finished. Without FPDT the sequence is one
-chunk, and the estimate counts what autograd saves for backward. docs/planner.md compares the estimates with
-measurements.
+With several ranks per sequence, two other rows are in progress while a row's tiles run:
+
+    the next row, started       4 X + 3 Q + 2 K        x, dx, norm; q, kv, o, do in the all-to-all
+    the previous row            3 X + Q + K            x, dx, norm; dq, dkv in the all-to-all; from three chunks on
+
+Without FPDT the sequence is one chunk, and the estimate counts what autograd saves for backward. docs/planner.md
+compares the estimates with measurements.
 """
 
 from __future__ import annotations
@@ -190,7 +194,8 @@ def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> tuple
     hidden, queries, keys = _chunk_bytes(shape)
     workspace = _workspace_bytes(shape, backend)
     products, after_slice = _slice_bytes(shape, recompute)
-    started = (4 * hidden + 3 * queries + 2 * keys) if shape.layout.sequence_parallel_size > 1 else 0
+    others = 0 if shape.layout.sequence_parallel_size == 1 else 1 if shape.layout.num_chunks < 3 else 2
+    in_progress = (0, 4 * hidden + 3 * queries + 2 * keys, 7 * hidden + 4 * queries + 3 * keys)[others]
     backward = (
         5 * hidden + 7 * queries + 7 * keys + workspace,
         3 * hidden + 6 * queries + 10 * keys + workspace,
@@ -198,8 +203,8 @@ def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> tuple
     )
     forward = 3 * hidden + 5 * queries + 4 * keys + shape.chunk_product_bytes(recompute)
     # With a norm of q and k, the projection of each row in progress is saved; otherwise it is released early.
-    projections = _projection_bytes(shape) * shape.qk_layernorm * (2 if started else 1)
-    both = started + projections
+    projections = _projection_bytes(shape) * shape.qk_layernorm * (1 + others)
+    both = in_progress + projections
     return forward + both, max(backward) + both
 
 

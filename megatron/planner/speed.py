@@ -7,7 +7,8 @@ link               bytes of the chunks that are on the host, out and in, overlap
                    the two counts; and between two blocks the last chunk's way to the host and back, if the next block
                    needs it at once
 exchange           ZeRO-3's gathers of weights and the all-to-all from tokens to heads, overlapped with compute of the
-                   previous row, so not for the first row; the all-to-all back to tokens is not overlapped
+                   previous row, so not for the first row; the all-to-all back to tokens counts as exposed: the rates
+                   come from steps in which it was, and no step was measured since rows hide it
                    (without FPDT nothing is overlapped, and checkpointing recomputes the whole forward pass)
 head               3 products with the vocabulary
 optimizer          on the GPU bound by its memory, on the host by the host's; before it, the gradients' way to

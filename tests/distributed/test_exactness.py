@@ -96,6 +96,16 @@ CORNERS = {
         slice_length=3,
         offloading=True,
     ),
+    # The heads of a rank are exchanged in two shares.
+    "one chunk of several slices": replace(
+        LLAMA, chunk_length=48, sequence_parallel_size=2, batch_size=3, slice_length=5, offloading=True
+    ),
+    "one chunk of several slices, multi-head": replace(
+        GPT, chunk_length=48, sequence_parallel_size=4, slice_length=5, recompute=Recompute.NONE
+    ),
+    "one chunk of several slices, with recomputed keys and values": replace(
+        LLAMA, chunk_length=48, sequence_parallel_size=2, slice_length=24, recompute=Recompute.KV
+    ),
     "the reference attention kernel": replace(
         LLAMA, chunk_length=20, sequence_parallel_size=2, attention_backend="reference", offloading=True
     ),
@@ -122,6 +132,7 @@ DOCUMENT_EXECUTIONS = [
     replace(LLAMA, chunk_length=20, sequence_parallel_size=2, num_key_value_heads=1, offloading=True),
     replace(LLAMA, chunk_length=16, sequence_parallel_size=4, num_key_value_heads=2, positions=0.25),
     replace(LLAMA, chunk_length=16, sequence_parallel_size=2, recompute=Recompute.KV, slice_length=3, offloading=True),
+    replace(LLAMA, chunk_length=48, sequence_parallel_size=2, slice_length=7, offloading=True),
 ]
 SEQUENCES_OF_DOCUMENTS = [
     ("one", "of one token", "padding behind"),

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from megatron.core.collectives import Exchange
+from megatron.core.collectives import Exchange, SharesToTokens
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.block import StreamedBlock
@@ -183,23 +184,40 @@ class TimedStream(Stream):
     clock: Clock = field(default_factory=Clock)
     per_exchanged_byte: float = 0.0
 
-    def start_tokens_to_heads(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> Exchange:
-        p, done = self.parallel_state.sequence_parallel_size, self._exchange(tensors)
-
-        def finish() -> list[Tensor]:
-            self.clock.wait(done)
-            return [t.repeat(p, 1, 1, 1)[:, :, : t.shape[2] // p].contiguous() for t in tensors]
-
-        return finish
-
-    def heads_to_tokens(self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None) -> list[Tensor]:
+    def start_tokens_to_heads(
+        self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None, num_shares: int = 1
+    ) -> list[Exchange]:
         p = self.parallel_state.sequence_parallel_size
-        self.clock.wait(self._exchange(tensors))
-        return [t[: len(t) // p].repeat(1, 1, p, 1) for t in tensors]
+        shares = [t[:, :, : t.shape[2] // num_shares] for t in tensors]
 
-    def _exchange(self, tensors: Sequence[Tensor]) -> float:
+        def finish(done: float) -> list[Tensor]:
+            self.clock.wait(done)
+            return [t.repeat(p, 1, 1, 1)[:, :, : t.shape[2] // p].contiguous() for t in shares]
+
+        return [partial(finish, self.exchange(shares)) for _ in range(num_shares)]
+
+    def shares_to_tokens(self, parts: Sequence[int] | None = None, num_shares: int = 1) -> SharesToTokens:
+        return TimedSharesToTokens(self, num_shares)
+
+    def exchange(self, tensors: Sequence[Tensor]) -> float:
         seconds = sum(t.nbytes for t in tensors) * self.per_exchanged_byte
         return self.clock.run(ALL_TO_ALL, ALL_TO_ALL, "", seconds, self.clock.free[COMPUTE])
+
+
+class TimedSharesToTokens(SharesToTokens):
+    """The all-to-alls of the shares of a timed stream back to tokens."""
+
+    def __init__(self, stream: TimedStream, num_shares: int) -> None:
+        super().__init__(None)
+        self._stream, self._num_copies = stream, stream.parallel_state.sequence_parallel_size * num_shares
+
+    def start(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._done = list(tensors), self._stream.exchange(tensors)
+
+    def __call__(self) -> list[Tensor]:
+        self._stream.clock.wait(self._done)
+        p = self._stream.parallel_state.sequence_parallel_size
+        return [t[: len(t) // p].repeat(1, 1, self._num_copies, 1) for t in self._tensors]
 
 
 @dataclass(frozen=True)
@@ -208,6 +226,7 @@ class TimedAttention:
 
     clock: Clock
     seconds: Seconds
+    num_heads: int  # of a rank
     name: str = "timed"
 
     def refusal(self, request: AttentionRequest) -> str | None:
@@ -228,7 +247,8 @@ class TimedAttention:
 
     def _run(self, qkv: QKV, variant: AttentionVariant, seconds: float) -> None:
         label = f"{chunk_of(qkv.q)},{chunk_of(qkv.k)}"
-        self.clock.run(COMPUTE, TILE, label, seconds / 2 if variant.causal else seconds)
+        share = qkv.q.shape[2] / self.num_heads
+        self.clock.run(COMPUTE, TILE, label, seconds * share / 2 if variant.causal else seconds * share)
 
 
 class _Timed(torch.autograd.Function):
@@ -306,7 +326,7 @@ def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> 
     # The group only makes the stream see several ranks; nothing is sent to it.
     state = ParallelState(p, 0, p, 0, sequence_parallel_group=object())  # type: ignore[arg-type]
     stream = TimedStream(
-        store, TimedAttention(clock, seconds), state, layout.chunk_length, SLICE_LENGTH // SCALE,
+        store, TimedAttention(clock, seconds, heads // p), state, layout.chunk_length, SLICE_LENGTH // SCALE,
         observer=clock, clock=clock, per_exchanged_byte=seconds.per_exchanged_byte,
     )  # fmt: skip
     chunks = torch.arange(layout.local_length).view(-1, 1, 1) // local_chunk

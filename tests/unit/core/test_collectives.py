@@ -6,10 +6,12 @@ from torch import Tensor
 
 from megatron.core.collectives import (
     QUERIES_KEYS_VALUES,
+    SharesToTokens,
     differentiable_heads_to_tokens,
     differentiable_tokens_to_heads,
     heads_to_tokens,
     repeat_key_value_heads,
+    start_shares_to_heads,
     tokens_to_heads,
 )
 from megatron.core.parallel_state import ParallelState
@@ -72,6 +74,26 @@ def scatter_parts() -> bool:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_keys_and_values_in_one_tensor_are_scattered_each_by_themselves(ranks: RankPool, size: int) -> None:
     assert ranks.run(scatter_parts, num_ranks=size) == [True] * size
+
+
+def scatter_shares() -> bool:
+    """Send two shares of the heads there and back; whether each held its half of each part's heads."""
+    state = ParallelState.create(torch.distributed.get_world_size())
+    rank, size, group = state.rank, state.world_size, state.sequence_parallel_group
+    queries, keys, values = whole(16), whole(8) + 1000, whole(8) + 2000
+    local = [t.chunk(size)[rank] for t in (queries, torch.cat([keys, values], 2))]
+    back, there = SharesToTokens(group, QUERIES_KEYS_VALUES, 2), True
+    for share, exchange in enumerate(start_shares_to_heads(local, group, QUERIES_KEYS_VALUES, 2)):
+        gathered = exchange()
+        wanted = torch.cat([t.chunk(size, 2)[rank].chunk(2, 2)[share] for t in (queries, keys, values)], 2)
+        there = there and torch.equal(torch.cat(gathered, 2), wanted)
+        back.start(gathered)
+    return there and all(torch.equal(r, t) for r, t in zip(back(), local, strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_heads_travel_in_shares(ranks: RankPool, size: int) -> None:
+    assert ranks.run(scatter_shares, num_ranks=size) == [True] * size
 
 
 @pytest.mark.parametrize("size", [1, 2])

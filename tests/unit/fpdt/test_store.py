@@ -158,6 +158,15 @@ def test_an_expected_chunk_is_copied_once_for_any_later_prefetch():
     assert store.copied.bytes_in == 3 * chunks[1].nbytes
 
 
+def test_a_chunk_expected_again_is_not_copied_again():
+    store = ChunkStore(CPU, offloading=True)
+    chunks = numbered_chunks(store, 3)
+    store.expect(chunks[:2])
+    store.expect(chunks)
+    assert store.copied.bytes_in == 3 * chunks[0].nbytes
+    assert [chunk[0].item() for (chunk,) in store.prefetch([c] for c in chunks)] == [0, 1, 2]
+
+
 def test_putting_a_chunk_again_drops_its_expected_copy():
     store = ChunkStore(CPU, offloading=True)
     chunks = numbered_chunks(store, 2)

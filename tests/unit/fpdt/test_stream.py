@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,6 +25,21 @@ def test_slices_cover_a_chunk_in_order_without_gap_or_overlap(num_tokens, slice_
     assert numbers == tuple(range(len(parts)))
     assert torch.equal(torch.cat(parts), tokens)
     assert all(0 < len(part) <= slice_length for part in parts)
+
+
+@pytest.mark.parametrize(
+    "num_ranks, num_rows, num_tokens, num_key_value_heads, shares",
+    [(4, 1, 8, 8, 2), (4, 2, 8, 8, 1), (1, 1, 8, 8, 1), (4, 1, 7, 8, 1), (4, 1, 8, 4, 1), (2, 1, 8, 6, 1)],
+    ids=["alone", "with another row", "one rank", "short", "one head per rank", "odd heads per rank"],
+)
+def test_only_a_row_that_is_alone_exchanges_its_heads_in_shares(
+    num_ranks, num_rows, num_tokens, num_key_value_heads, shares
+):
+    group = object() if num_ranks > 1 else None
+    state = ParallelState(sequence_parallel_size=num_ranks, sequence_parallel_group=group)
+    stream = replace(stream_of(64, slice_length=8), parallel_state=state)
+    kv = torch.empty(num_tokens, 1, 2 * num_key_value_heads, 1)
+    assert stream.num_head_shares(num_rows, kv) == shares
 
 
 def test_layout_counts_the_tokens_of_all_ranks():

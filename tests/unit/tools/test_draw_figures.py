@@ -114,6 +114,20 @@ def test_the_timeline_computes_as_long_as_the_planner_estimates() -> None:
         assert elapsed < 1.04 * computed
 
 
+@pytest.mark.parametrize("num_chunks, exposed", [(1, 0.5), (3, 0.0), (5, 0.0)])
+def test_half_of_the_all_to_alls_of_an_only_chunk_is_exposed_and_none_of_several(
+    num_chunks: int, exposed: float
+) -> None:
+    lanes, plan = clock(), plan_with(num_chunks, 32768)
+    seconds = replace(lanes.Seconds.of(plan), per_byte=0.0)
+    own = [piece for piece in lanes.timeline_of(plan, 3, seconds) if piece.layer == 2]
+    for phase in ("forward", "backward"):
+        computing = [piece for piece in own if (piece.lane, piece.phase) == (lanes.COMPUTE, phase)]
+        exchanged = sum(p.end - p.start for p in own if (p.lane, p.phase) == (lanes.ALL_TO_ALL, phase))
+        waited = sum(after.start - before.end for before, after in pairwise(computing))
+        assert waited == pytest.approx(exposed * exchanged, abs=1e-9)
+
+
 def test_copies_slower_than_the_arithmetic_show_in_the_timeline() -> None:
     seconds = clock().Seconds.of(TOOL.timeline.plan())
     slower = replace(seconds, per_byte=10 * seconds.per_byte)
