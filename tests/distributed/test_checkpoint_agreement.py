@@ -106,4 +106,5 @@ def test_all_ranks_start_with_the_counters_that_rank_0_read(ranks: RankPool, tmp
         path = tmp_path / str(rank) / "global_step2"
         path.mkdir(parents=True)
         (path / "train_state.json").write_text(json.dumps(TrainState(iteration=2 + rank).to_dict()))
+        (path / "config.json").write_text(json.dumps(config().to_dict()))
     assert ranks.run(_starting_iteration, tmp_path, num_ranks=3) == [2] * 3
