@@ -186,12 +186,12 @@ def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Open]:
     if backend is None:
         known = ", ".join(gpu.attention)
         raise ConfigError(f"--backend ({asked}) has no rates for the {gpu.name} here; use one of {known}")
-    heads, shared = job.model.num_attention_heads, job.sequence_parallel_size
-    if heads % shared or job.num_gpus % shared:
-        allowed = [n for n in range(1, job.num_gpus + 1) if heads % n == 0 and job.num_gpus % n == 0]
+    shared = job.sequence_parallel_size
+    if job.num_gpus % shared:
+        allowed = [n for n in range(1, job.num_gpus + 1) if job.num_gpus % n == 0]
         raise ConfigError(
-            f"--sequence-parallel ({shared}) must divide the {heads} query heads and the {job.num_gpus} GPUs; "
-            f"use one of {', '.join(map(str, allowed))}"
+            f"--sequence-parallel ({shared}) must divide the {job.num_gpus} GPUs; use one of "
+            f"{', '.join(map(str, allowed))}"
         )
     plan = Plan(job, machines, backend)
     if not job.streamed:
@@ -299,11 +299,12 @@ def headline(plan: Plan) -> str:
 
 def lines_of(plan: Plan, choices: Open) -> list[str]:
     """Format the estimates as lines of text."""
-    job, hiding = plan.job, plan.smallest_hiding_chunk()
+    job, hiding, heads = plan.job, plan.smallest_hiding_chunk(), plan.job.shape.heads
     lines = [
         headline(plan),
         "",
         *execution_lines(plan, choices),
+        *[f"  attention           {heads}"] * bool(heads.num_heads % heads.num_ranks),
         "",
         f"longest context  {plan.longest_context():9,} tokens",
     ]

@@ -20,7 +20,8 @@ class ParallelConfig:
     """
 
     ds_sequence_parallel_size: int = 1
-    """Ranks that share one sequence (Ulysses); divides the query heads, the sequence length and the world size."""
+    """Ranks that share one sequence (Ulysses); divides the sequence length and the world size. It need not divide the
+    query heads, and may be larger."""
 
     ds_sequence_parallel_fpdt: bool = False
     """Stream every block chunk by chunk (Fully Pipelined Distributed Transformer, Ulysses-Offload)."""

@@ -1,22 +1,26 @@
-"""Ulysses all-to-all: tokens scattered and heads whole  <->  tokens whole and heads scattered.
+"""The all-to-all of a chunk: tokens scattered and heads whole  <->  tokens gathered and heads scattered.
 
     c tokens of this rank, S = p c tokens of all, B batch, H heads, D head size, p ranks, r this rank
     tokens_to_heads   [c, B, H, D] -> [S, B, H/p, D]     rank r receives heads [r H/p, (r+1) H/p)
     heads_to_tokens   [S, B, H/p, D] -> [c, B, H, D]     the inverse
 
-Several tensors travel in one message. Source: DeepSpeed-Ulysses, arXiv 2309.14509.
+Where p does not divide H, ranks receive different numbers of heads, or some rows of the queries only
+(megatron.core.head_layout). Several tensors travel in one message; keys and values have one of their own where queries
+have fewer rows. Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import lcm
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.head_layout import HeadLayout
+from megatron.core.head_messages import Message, plan_messages
 from megatron.core.ranges import ALL_TO_ALL, named_range
 
 # An all-to-all in progress. Calling it waits, on the device where there is one, and returns its result.
@@ -27,74 +31,102 @@ QUERIES_KEYS_VALUES = (1, 2)
 
 
 def tokens_to_heads(
-    tensors_cBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+    tensors_cBHD: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
+    heads: HeadLayout,
+    parts: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Gather tokens and scatter heads; one all-to-all for all tensors, which may differ in H only.
+    """Gather tokens and scatter heads.
 
-    In a tensor of several `parts` (kv: 2) the heads of each part are scattered separately.
-    Collective: every rank of `group` calls it with the same shapes. The results are views of one buffer, side by side
-    along the head dimension. Without a group the tensors are returned unchanged.
+    A tensor of one of the `parts`, the default, has the heads of queries: q, o and their gradients. A tensor of two has
+    keys, then values, repeated as `heads` says. Collective: every rank of `group` calls it with the same shapes. The
+    results are views, side by side along the head dimension of a buffer. Without a group the tensors are returned
+    unchanged.
     """
-    return start_tokens_to_heads(tensors_cBHD, group, parts)()
+    return start_tokens_to_heads(tensors_cBHD, group, heads, parts)()
 
 
 def start_tokens_to_heads(
-    tensors_cBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+    tensors_cBHD: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
+    heads: HeadLayout,
+    parts: Sequence[int] | None = None,
 ) -> Exchange:
     """Start `tokens_to_heads` asynchronously: compute queued before the result is called overlaps with it."""
-    (exchange,) = start_shares_to_heads(tensors_cBHD, group, parts)
+    (exchange,) = start_shares_to_heads(tensors_cBHD, group, heads, parts)
     return exchange
 
 
 def start_shares_to_heads(
     tensors_cBHD: Sequence[Tensor],
     group: dist.ProcessGroup | None,
+    heads: HeadLayout,
     parts: Sequence[int] | None = None,
     num_shares: int = 1,
 ) -> list[Exchange]:
     """Start `tokens_to_heads` as one all-to-all for each of `num_shares` equal shares of every rank's heads.
 
-    Attention of one share can run while the next is exchanged. The results have the heads of their share. A rank's
+    Attention of one share can run while the next is exchanged. The results have the heads of their share. Every rank's
     heads, and those of each part, must be a multiple of `num_shares`; without a group it is 1.
     """
     if group is None:
         return [lambda: list(tensors_cBHD)]
-    p = dist.get_world_size(group)
-    parts = parts or [1] * len(tensors_cBHD)
-    heads = [t.shape[2] // (p * num_shares) for t in tensors_cBHD]
-    c, B, _, D = tensors_cBHD[0].shape
-    send_gpcBHD = tensors_cBHD[0].new_empty(num_shares, p, c, B, sum(heads), D)
-    for target, t, n in zip(send_gpcBHD.split(heads, 4), tensors_cBHD, parts, strict=True):
-        # [c, B, n*p*g*H, D] -> [g, p, c, B, n, H, D]
-        target.unflatten(4, (n, -1)).copy_(t.unflatten(2, (n, p, num_shares, -1)).permute(4, 3, 0, 1, 2, 5, 6))
-    return [_start_to_heads(send_pcBHD, heads, group) for send_pcBHD in send_gpcBHD]
+    parts = tuple(parts or (1,) * len(tensors_cBHD))
+    messages = plan_messages(heads, group.rank(), len(tensors_cBHD[0]), parts, num_shares)
+
+    def start(share: int) -> Exchange:
+        exchanges = [_start_to_heads(tensors_cBHD, group, message, share) for message in messages]
+        return exchanges[0] if len(exchanges) == 1 else partial(_finish_all, messages, exchanges)
+
+    return [start(share) for share in range(num_shares)]
 
 
-def _start_to_heads(send_pcBHD: Tensor, heads: Sequence[int], group: dist.ProcessGroup) -> Exchange:
-    received = torch.empty_like(send_pcBHD)
-    with named_range(ALL_TO_ALL):
-        work = dist.all_to_all_single(received, send_pcBHD, group=group, async_op=True)
+def _start_to_heads(
+    all_tensors_cBHD: Sequence[Tensor], group: dist.ProcessGroup, message: Message, share: int
+) -> Exchange:
+    tensors_cBHD = [all_tensors_cBHD[i] for i in message.tensors]
+    _, B, _, D = tensors_cBHD[0].shape
+    send = tensors_cBHD[0].new_empty(message.sent_size * B * D)
+    for place, part in _places(message, send, tensors_cBHD, share):
+        place.copy_(part)
+    received_SBHD = send.new_empty(message.num_rows, B, sum(message.widths), D)
+    sent_sizes, received_sizes = _split_sizes(message, B * D)
+    work = _all_to_all(received_SBHD, received_sizes, send, sent_sizes, group)
 
     def finish() -> list[Tensor]:
         with named_range(ALL_TO_ALL):
             work.wait()
-        return list(received.flatten(0, 1).split(heads, 2))
+        return list(received_SBHD.split(message.widths, 2))
 
     return finish
 
 
+def _finish_all(messages: Sequence[Message], exchanges: Sequence[Exchange]) -> list[Tensor]:
+    """Wait for several messages; return their tensors by number."""
+    tensors: dict[int, Tensor] = {}
+    for message, exchange in zip(messages, exchanges, strict=True):
+        tensors.update(zip(message.tensors, exchange(), strict=True))
+    return [tensors[i] for i in range(len(tensors))]
+
+
 def heads_to_tokens(
-    tensors_SBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+    tensors_SBHD: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
+    heads: HeadLayout,
+    parts: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Scatter tokens and gather heads: the inverse of `tokens_to_heads`, with the same rules."""
-    return start_heads_to_tokens(tensors_SBHD, group, parts)()
+    return start_heads_to_tokens(tensors_SBHD, group, heads, parts)()
 
 
 def start_heads_to_tokens(
-    tensors_SBHD: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+    tensors_SBHD: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
+    heads: HeadLayout,
+    parts: Sequence[int] | None = None,
 ) -> Exchange:
     """Start `heads_to_tokens` asynchronously: compute queued before the result is called overlaps with it."""
-    exchange = SharesToTokens(group, parts)
+    exchange = SharesToTokens(group, heads, parts)
     exchange.start(tensors_SBHD)
     return exchange
 
@@ -106,83 +138,142 @@ class SharesToTokens:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, parts: Sequence[int] | None = None, num_shares: int = 1
+        self,
+        group: dist.ProcessGroup | None,
+        heads: HeadLayout,
+        parts: Sequence[int] | None = None,
+        num_shares: int = 1,
     ) -> None:
-        self._group, self._parts, self._num_shares = group, parts, num_shares
-        self._tensors: list[Tensor] = []  # those of the last share
-        self._received_gSBHD: Tensor | None = None
-        self._works: list[Any] = []
+        self._group, self._heads, self._parts, self._num_shares = group, heads, parts, num_shares
+        self._tensors: list[Tensor] = []  # without a group
+        self._messages: tuple[Message, ...] = ()  # of each share
+        self._received: list[Tensor] = []  # of all messages started
+        self._works: list[dist.Work] = []
+        self._shape_cBD = (0, 0, 0)
 
     def start(self, tensors_SBHD: Sequence[Tensor]) -> None:
         """Start the all-to-all of the next share."""
         if self._group is None:
             self._tensors = list(tensors_SBHD)
             return
-        self._heads = [t.shape[2] for t in tensors_SBHD]
-        send_SBHD = torch.cat(list(tensors_SBHD), 2) if len(self._heads) > 1 else tensors_SBHD[0].contiguous()
-        if self._received_gSBHD is None:
-            self._received_gSBHD = send_SBHD.new_empty(self._num_shares, *send_SBHD.shape)
-        received = self._received_gSBHD[len(self._works)]
-        with named_range(ALL_TO_ALL):
-            self._works.append(dist.all_to_all_single(received, send_SBHD, group=self._group, async_op=True))
+        parts = tuple(self._parts or (1,) * len(tensors_SBHD))
+        S, B, _, D = tensors_SBHD[0].shape
+        c = S // (self._heads.num_groups if parts[0] == 1 else self._heads.num_ranks)
+        self._shape_cBD = c, B, D
+        self._messages = plan_messages(self._heads, self._group.rank(), c, parts, self._num_shares)
+        for message in self._messages:
+            own = [tensors_SBHD[i] for i in message.tensors]
+            send_SBHD = torch.cat(own, 2) if len(own) > 1 else own[0].contiguous()
+            self._received.append(send_SBHD.new_empty(message.sent_size * B * D))
+            received_sizes, sent_sizes = _split_sizes(message, B * D)  # the other way
+            work = _all_to_all(self._received[-1], received_sizes, send_SBHD, sent_sizes, self._group)
+            self._works.append(work)
 
     def __call__(self) -> list[Tensor]:
-        if self._received_gSBHD is None:
+        if self._group is None:
             return self._tensors
         with named_range(ALL_TO_ALL):
             for work in self._works:
                 work.wait()
-        p = dist.get_world_size(self._group)
-        by_rank_gpcBHD = self._received_gSBHD.unflatten(1, (p, -1)).split(self._heads, 4)
-        # [g, p, c, B, n*H, D] -> [c, B, n*p*g*H, D]
-        return [
-            t.unflatten(4, (n, -1)).permute(2, 3, 4, 1, 0, 5, 6).flatten(2, 5)
-            for t, n in zip(by_rank_gpcBHD, self._parts or [1] * len(self._heads), strict=True)
-        ]
+        c, B, D = self._shape_cBD
+        tensors = {
+            i: self._received[0].new_empty(c, B, num_heads, D)
+            for message in self._messages
+            for i, num_heads in zip(message.tensors, message.num_heads, strict=True)
+        }
+        for number, received in enumerate(self._received):
+            share, kind = divmod(number, len(self._messages))
+            message = self._messages[kind]
+            for place, part in _places(message, received, [tensors[i] for i in message.tensors], share):
+                part.copy_(place)
+        return [tensors[i] for i in range(len(tensors))]
 
 
-def repeat_key_value_heads(kv_SBKD: Tensor, sequence_parallel_size: int) -> Tensor:
-    """Repeat each key/value head until the sequence-parallel size p divides them.
+def _places(
+    message: Message, flat: Tensor, tensors_cBHD: Sequence[Tensor], share: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """View the flat message and a share of the tensors [c, B, n H, D], of n parts, in pairs.
 
-    kv [S, B, 2K, D] -> [S, B, 2 lcm(K, p), D], keys first. A rank then holds exactly the heads that its query heads
-    read, for every p that divides the query heads. Differentiable: the gradients of the copies are summed.
+    Each is [ranks, rows, B, n, heads, D].
     """
-    num_heads = kv_SBKD.shape[2] // 2
-    copies = lcm(num_heads, sequence_parallel_size) // num_heads
-    return kv_SBKD if copies == 1 else kv_SBKD.repeat_interleave(copies, 2)
+    c, B, _, D = tensors_cBHD[0].shape
+    runs, num_shares = message.runs, message.num_shares
+    blocks = [flat] if message.is_even else flat.split([run.size * B * D for run in runs])
+    for run, block in zip(runs, blocks, strict=True):
+        m, rows = run.num_ranks, run.num_rows
+        places = block.view(m, rows, B, -1, D).split(run.widths, 3)
+        for place, t, n, heads in zip(places, tensors_cBHD, message.parts, run.heads, strict=True):
+            if not run.is_everything:
+                t = t.view(c, B, n, -1, D)[run.rows, :, :, heads]
+            if num_shares > 1:
+                t = t.view(rows, B, n, m, num_shares, -1, D)[:, :, :, :, share]
+            else:
+                t = t.view(rows, B, n, m, -1, D)
+            yield place.view(m, rows, B, n, -1, D), t.permute(3, 0, 1, 2, 4, 5)
+
+
+def _split_sizes(message: Message, num_elements: int) -> tuple[list[int] | None, list[int] | None]:
+    """Return the elements (sent to, received from) each rank, None if they are equal."""
+    if message.is_even:
+        return None, None
+    return [n * num_elements for n in message.sent_sizes], [n * num_elements for n in message.received_sizes]
+
+
+def _all_to_all(
+    received: Tensor,
+    received_sizes: list[int] | None,
+    sent: Tensor,
+    sent_sizes: list[int] | None,
+    group: dist.ProcessGroup,
+) -> dist.Work:
+    with named_range(ALL_TO_ALL):
+        work = dist.all_to_all_single(
+            received.view(-1), sent.view(-1), received_sizes, sent_sizes, group=group, async_op=True
+        )
+    assert work is not None, "it is asynchronous"
+    return work
 
 
 class _TokensToHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, group: dist.ProcessGroup | None, parts: Sequence[int] | None, *tensors: Tensor
+        ctx: Any,
+        group: dist.ProcessGroup,
+        heads: HeadLayout,
+        parts: Sequence[int] | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.group, ctx.parts = group, parts
-        return tuple(t.contiguous() for t in tokens_to_heads(tensors, group, parts))
+        ctx.group, ctx.heads, ctx.parts = group, heads, parts
+        return tuple(t.contiguous() for t in tokens_to_heads(tensors, group, heads, parts))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *heads_to_tokens(grads, ctx.group, ctx.parts)
+        return None, None, None, *heads_to_tokens(grads, ctx.group, ctx.heads, ctx.parts)
 
 
 class _HeadsToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(t.contiguous() for t in heads_to_tokens(tensors, group))
+    def forward(ctx: Any, group: dist.ProcessGroup, heads: HeadLayout, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.heads = group, heads
+        return tuple(t.contiguous() for t in heads_to_tokens(tensors, group, heads))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *tokens_to_heads(grads, ctx.group)
+        return None, None, *tokens_to_heads(grads, ctx.group, ctx.heads)
 
 
 def differentiable_tokens_to_heads(
-    tensors: Sequence[Tensor], group: dist.ProcessGroup | None, parts: Sequence[int] | None = None
+    tensors: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
+    heads: HeadLayout,
+    parts: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Differentiable `tokens_to_heads`: one all-to-all forward and one backward, on every rank of the group."""
-    return tuple(tensors) if group is None else _TokensToHeads.apply(group, parts, *tensors)
+    """Differentiable `tokens_to_heads`: as many all-to-alls backward as forward, on every rank of the group."""
+    return tuple(tensors) if group is None else _TokensToHeads.apply(group, heads, parts, *tensors)
 
 
-def differentiable_heads_to_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
-    """Differentiable `heads_to_tokens`: one all-to-all forward and one backward, on every rank of the group."""
-    return tuple(tensors) if group is None else _HeadsToTokens.apply(group, *tensors)
+def differentiable_heads_to_tokens(
+    tensors: Sequence[Tensor], group: dist.ProcessGroup | None, heads: HeadLayout
+) -> tuple[Tensor, ...]:
+    """Differentiable `heads_to_tokens`: as many all-to-alls backward as forward, on every rank of the group."""
+    return tuple(tensors) if group is None else _HeadsToTokens.apply(group, heads, *tensors)

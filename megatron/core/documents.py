@@ -7,7 +7,9 @@ contiguous it has all from its beginning to the end of the keys, and all from th
     keys of the tile       . . . [s . . . . .|              s where the document begins, e where it ends
     queries of the tile                      |. . . . e] . .
 
-so the tile shrinks to a rectangle without a mask. On the diagonal each document leaves a causal square.
+so the tile shrinks to a rectangle without a mask. On the diagonal each document leaves a causal square. A rank that has
+only some rows of the chunk does the same for each span of them; a span on the diagonal has a rectangle too, the keys of
+its chunk before it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 Span = tuple[int, int]  # first position, one past the last
 
@@ -30,6 +32,8 @@ class Region:
     sequences: Span = EVERYTHING
     queries: Span = EVERYTHING
     keys: Span = EVERYTHING
+    merged: bool = False
+    """Whether it shares queries or keys with regions before it. All its keys then precede its queries."""
 
     @property
     def in_queries(self) -> tuple[slice, slice]:
@@ -87,6 +91,38 @@ class Documents:
         if len(found) == len(self.spans) and all((q, k) == (queries, keys) for _, q, k in found):
             return WHOLE_TILE
         return tuple(Region((row, row + 1), _shifted(q, queries[0]), _shifted(k, keys[0])) for row, q, k in found)
+
+
+def tile_regions(documents: Documents | None, rows: Sequence[Span], keys: Span) -> tuple[Region, ...]:
+    """Return the regions of a tile whose queries are some spans of rows of a chunk, one after the other.
+
+    On the diagonal each span leaves a causal square, and the rectangle of the chunk's keys before it.
+    """
+    if keys[0] <= rows[0][0] < keys[1]:
+        alone = [(row, row) for row in rows]
+        merged = [(row, (keys[0], row[0])) for row in rows if row[0] > keys[0]]
+    else:
+        alone, merged = [(rows[0], keys)], [(row, keys) for row in rows[1:]]
+    pieces = [*alone, *merged]
+    found = [WHOLE_TILE if documents is None else documents.regions(*piece) for piece in pieces]
+    if all(piece_keys == keys for _, piece_keys in pieces) and (len(rows) == 1 or set(found) == {WHOLE_TILE}):
+        return found[0]
+    starts = dict(zip(rows, accumulate((end - start for start, end in rows), initial=0), strict=False))
+    return tuple(
+        Region(
+            region.sequences,
+            _placed(region.queries, row, starts[row]),
+            _placed(region.keys, piece_keys, piece_keys[0] - keys[0]),
+            merged=number >= len(alone),
+        )
+        for number, ((row, piece_keys), regions) in enumerate(zip(pieces, found, strict=True))
+        for region in regions
+    )
+
+
+def _placed(span: Span, piece: Span, start: int) -> Span:
+    """Return a span counted from the beginning of a piece as one of the tile, in which the piece starts at `start`."""
+    return start + span[0], start + min(span[1], piece[1] - piece[0])
 
 
 def _overlapping(spans: Sequence[Span], positions: Span) -> Sequence[Span]:

@@ -179,7 +179,7 @@ class BackwardPass:
                 self._project((chunk, number), x[s], positions[:, s], products, partial(projections.add, s))
         self._stream.observer.note("backward", ATTENTION_OUTPUT, self._layer.layer_number, chunk, do)
         sent, parts = [*projections.take(), o, do], (*QUERIES_KEYS_VALUES, 1, 1)
-        num_shares = self._stream.num_head_shares(len(self._saved.o_cBHD), sent[1])
+        num_shares = self._stream.num_head_shares(len(self._saved.o_cBHD), len(x))
         return _StartedRow(dx, projections, lse, self._stream.start_tokens_to_heads(sent, parts, num_shares))
 
     def _output_gradients(

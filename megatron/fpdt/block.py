@@ -53,7 +53,7 @@ class _StreamedBlock(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         layer = block.layer
-        plan = chunk_plan(layer.stream.layout(x).chunk_lengths, documents)
+        plan = chunk_plan(layer.stream.layout(x).chunk_lengths, documents, layer.stream.rows)
         y, saved = ForwardPass(layer, plan, x, positions, save).run()
         if saved is not None:
             ctx.block = block.chain.append(layer, saved, x, y)

@@ -102,7 +102,7 @@ class ForwardPass:
         projected = [joined([each.call.q_cBHD for each in slices]), joined([each.call.kv_cBKD for each in slices])]
         for what, value in zip(PROJECTED, projected, strict=True):
             self._stream.observer.note("forward", what, self._layer.layer_number, chunk, value)
-        num_shares = self._stream.num_head_shares(len(self._plan.forward_rows()), projected[1])
+        num_shares = self._stream.num_head_shares(len(self._plan.forward_rows()), len(projected[0]))
         return _SuspendedRow(slices, self._stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES, num_shares))
 
     def _start_slice(self, chunk: int, number: int, x: Tensor, positions: Tensor, s: slice) -> StartedSlice:

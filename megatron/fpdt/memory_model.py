@@ -1,10 +1,11 @@
 """Estimate of the bytes that a training step offloads, and the choice of what each block saves for backward.
 
-Per rank, for S/p of its own tokens, K' = lcm(K, p) key/value heads after replication and element size e:
+Per rank, for S/p of its own tokens and element size e. H' and K' are p times the query and key/value heads of the
+largest rank, rows shared and copies counted; H and lcm(K, p) where p divides H (megatron.core.head_layout):
 
     x         e S/p B h            input of every k-th block, and k-1 more while the inputs of a chain are rebuilt
     o         e S/p B H D          every block
-    lse       4 S/p B H            every block
+    lse       4 S/p B H'           every block
     K, V      2 e S1/p B K' D      every block, or only the block in its backward pass, if they are recomputed;
                                    S1 leaves out the last chunk, which only its own row reads
     products  outputs of linear layers that are not recomputed, every block:
@@ -21,9 +22,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import lcm
 
 from megatron.config import ModelConfig, Recompute
+from megatron.core.head_layout import HeadLayout
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.device_budget import ChunkKind, DeviceBudget
 from megatron.fpdt.stream import SLICE_LENGTH
@@ -93,6 +94,11 @@ class StreamShape:
             qk_layernorm=model.qk_layernorm,
         )
 
+    @cached_property
+    def heads(self) -> HeadLayout:
+        """The heads over the ranks."""
+        return HeadLayout(self.num_heads, self.num_key_value_heads, self.layout.sequence_parallel_size)
+
     @property
     def _local_tokens(self) -> int:
         return self.layout.local_length * self.batch_size
@@ -110,8 +116,9 @@ class StreamShape:
     @cached_property
     def attention_chunks(self) -> tuple[int, ...]:
         """Bytes of o and of lse of each chunk of one block, as they are stored."""
-        elements = [tokens * self.batch_size * self.num_heads for tokens in self.layout.local_lengths]
-        return tuple(size for n in elements for size in (n * self.head_size * self.element_size, n * self._sum_size))
+        o, lse = self.num_heads * self.head_size * self.element_size, self.heads.largest_num_heads * self._sum_size
+        lengths = self.layout.local_lengths
+        return tuple(tokens * self.batch_size * size for tokens in lengths for size in (o, lse))
 
     @cached_property
     def key_value_chunks(self) -> tuple[int, ...]:
@@ -151,7 +158,7 @@ class StreamShape:
     @property
     def _key_value_elements(self) -> list[int]:
         """Elements of K and V of each chunk."""
-        heads = lcm(self.num_key_value_heads, self.layout.sequence_parallel_size)
+        heads = self.heads.largest_num_key_value_heads
         return [tokens * self.batch_size * 2 * heads * self.head_size for tokens in self.layout.local_lengths]
 
     def product_bytes(self, recompute: Recompute) -> int:

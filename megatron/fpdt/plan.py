@@ -14,7 +14,8 @@ always be prefetched one tile ahead of compute.
 
 If documents share the sequence, row i begins with the chunk in which the document of its first token begins, and a tile
 is reduced to the regions that documents leave of it (megatron.core.documents). A document is contiguous, so the tiles
-of a column belong to consecutive rows from the diagonal on, and all of the above holds.
+of a column belong to consecutive rows from the diagonal on, and all of the above holds. If ranks share the rows of a
+chunk, a row of tiles has this rank's queries only, and all keys.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from megatron.core.documents import WHOLE_TILE, Documents, Region
+from megatron.core.documents import WHOLE_TILE, Documents, Region, tile_regions
+from megatron.core.head_layout import ALL_ROWS, RowShare
 from megatron.ops.attention import AttentionVariant
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Query chunk `query` against key/value chunk `key`, or only the `regions` that documents leave of it.
+    """Query chunk `query` against key/value chunk `key`, or only the `regions` that are computed of it.
 
     `first_of_column`: in the backward pass there is no gradient of `key` yet. `next_is_stored`: in the forward pass the
     keys of the next tile off the diagonal, which may be in another row, are already on the tier.
@@ -52,11 +54,16 @@ class Tile:
 
 
 class ChunkPlan:
-    """Tiles of a causal sequence in chunks of these lengths; each of the `documents` attends to itself only."""
+    """Tiles of a causal sequence in chunks of these lengths, with this rank's `rows` of each.
 
-    def __init__(self, chunk_lengths: Sequence[int], documents: Documents | None = None) -> None:
+    Each of the `documents` attends to itself only.
+    """
+
+    def __init__(
+        self, chunk_lengths: Sequence[int], documents: Documents | None = None, rows: RowShare = ALL_ROWS
+    ) -> None:
         self._chunks = list(pairwise(accumulate(chunk_lengths, initial=0)))
-        self._documents = documents
+        self._documents, self._query_rows = documents, rows
         self._first_keys = [self._first_key_chunk(i) for i in range(len(self._chunks))]
         self._rows = [self._row(i) for i in range(len(self._chunks))]
         self._loaded_keys = {tile.key for row in self._rows for tile in row if not tile.is_diagonal}
@@ -100,10 +107,16 @@ class ChunkPlan:
         return next(j for j, (_, end) in enumerate(self._chunks) if first < end)
 
     def _regions(self, i: int, j: int) -> tuple[Region, ...]:
-        return WHOLE_TILE if self._documents is None else self._documents.regions(self._chunks[i], self._chunks[j])
+        if self._documents is None and (i > j or self._query_rows == ALL_ROWS):
+            return WHOLE_TILE
+        start, end = self._chunks[i]
+        rows = [(start + first, start + last) for first, last in self._query_rows.spans(end - start)]
+        return tile_regions(self._documents, rows, self._chunks[j])
 
 
 @lru_cache(maxsize=2)
-def chunk_plan(chunk_lengths: tuple[int, ...], documents: Documents | None = None) -> ChunkPlan:
+def chunk_plan(
+    chunk_lengths: tuple[int, ...], documents: Documents | None = None, rows: RowShare = ALL_ROWS
+) -> ChunkPlan:
     """Return the plan, shared by all blocks that run on the same documents."""
-    return ChunkPlan(chunk_lengths, documents)
+    return ChunkPlan(chunk_lengths, documents, rows)

@@ -27,5 +27,5 @@ class Saved:
     products_before: Products  # of the attention call
     products_after: Products
     o_cBHD: Sequence[Tensor]  # this rank's tokens, all heads
-    lse_BHC: Sequence[Tensor]  # all tokens of the chunk, this rank's heads
+    lse_BHC: Sequence[Tensor]  # this rank's heads, and its rows of the chunk
     kv_CBKD: Mapping[int, Tensor]  # of the chunks that tiles load, all tokens, this rank's heads; or kv is recomputed

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Protocol, TypeVar
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron.config import Recompute
 from megatron.core.collectives import Exchange, SharesToTokens, start_shares_to_heads
+from megatron.core.head_layout import HeadLayout, RowShare
 from megatron.core.parallel_state import ParallelState
 from megatron.core.ranges import named_range
 from megatron.core.sequence_layout import SequenceLayout
@@ -62,15 +63,17 @@ class Layer(Protocol):
 class Stream:
     """How chunks are executed. `chunk_length` counts global tokens, `slice_length` this rank's.
 
-    Token-wise work on a chunk runs in slices, so that the widest activation (the MLP's) is bounded independently of the
-    chunk. The input of every `checkpoint_interval`-th block is saved for backward; `recompute` says which of a block's
-    matrix products are recomputed there. Within `whole_parameters`, partitioned parameters are gathered, even if their
-    block is neither in its forward nor in its backward pass. The `observer` sees the values that are computed.
+    With several ranks, `heads` are those of every layer. Token-wise work on a chunk runs in slices, so that the widest
+    activation (the MLP's) is bounded independently of the chunk. The input of every `checkpoint_interval`-th block is
+    saved for backward; `recompute` says which of a block's matrix products are recomputed there. Within
+    `whole_parameters`, partitioned parameters are gathered, even if their block is neither in its forward nor in its
+    backward pass. The `observer` sees the values that are computed.
     """
 
     store: ChunkStore
     attention: AttentionBackend
     parallel_state: ParallelState
+    heads: HeadLayout
     chunk_length: int
     slice_length: int = SLICE_LENGTH
     checkpoint_interval: int = 1
@@ -100,21 +103,26 @@ class Stream:
         self, tensors: Sequence[Tensor], parts: Sequence[int] | None = None, num_shares: int = 1
     ) -> list[Exchange]:
         """Start the Ulysses all-to-all of one chunk from tokens to heads, share by share of a rank's heads."""
-        return start_shares_to_heads(tensors, self.parallel_state.sequence_parallel_group, parts, num_shares)
+        group = self.parallel_state.sequence_parallel_group
+        return start_shares_to_heads(tensors, group, self.heads, parts, num_shares)
 
     def shares_to_tokens(self, parts: Sequence[int] | None = None, num_shares: int = 1) -> SharesToTokens:
         """Prepare the Ulysses all-to-all of one chunk from heads back to tokens."""
-        return SharesToTokens(self.parallel_state.sequence_parallel_group, parts, num_shares)
+        return SharesToTokens(self.parallel_state.sequence_parallel_group, self.heads, parts, num_shares)
 
-    def num_head_shares(self, num_rows: int, kv_cBKD: Tensor) -> int:
+    @cached_property
+    def rows(self) -> RowShare:
+        """The rows of every chunk that this rank attends with."""
+        return self.heads.rows(self.parallel_state.sequence_parallel_rank)
+
+    def num_head_shares(self, num_rows: int, num_tokens: int) -> int:
         """Return in how many shares the heads of a row are exchanged: two if no other row could hide the all-to-alls.
 
         A chunk of less than a slice is left whole: its kernels are short, and more of them would only take the host
         longer to launch.
         """
-        is_alone = self.overlaps_rows and num_rows == 1 and len(kv_cBKD) >= self.slice_length
-        num_key_value_heads = kv_cBKD.shape[2] // 2 // self.parallel_state.sequence_parallel_size
-        return 2 if is_alone and num_key_value_heads % 2 == 0 else 1
+        is_alone = self.overlaps_rows and num_rows == 1 and num_tokens >= self.slice_length
+        return 2 if is_alone and self.heads.divisible_by(2) else 1
 
     def one_row_ahead(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Yield the rows that a stage of a pass has executed: with more than one rank, each after the stage's next row.

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron.core.collectives import repeat_key_value_heads
 from megatron.core.ranges import TOKEN_WISE, named_range
 from megatron.fpdt.layer_trace import LayerTrace, trace_layer
 from megatron.fpdt.random_state import RandomStates
@@ -57,8 +56,8 @@ class StreamedLayer:
         return started.call
 
     def repeated_heads(self, kv_cBKD: Tensor) -> Tensor:
-        """Repeat the heads of keys and values if there are fewer than ranks."""
-        return repeat_key_value_heads(kv_cBKD, self.stream.parallel_state.sequence_parallel_size)
+        """Repeat the heads of keys and values for the ranks that read them."""
+        return self.stream.heads.repeated_keys_and_values(kv_cBKD)
 
     def trace(self, x_cBh: Tensor, positions_Bc: Tensor) -> LayerTrace:
         """Trace what the backward pass needs by a run of this slice, once for each choice of trained parameters."""

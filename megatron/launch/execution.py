@@ -19,7 +19,7 @@ from megatron.fpdt.memory_model import (
 )
 from megatron.initialize import Context
 from megatron.model.builder import Execution
-from megatron.model.layers import attention_request
+from megatron.model.layers import attention_request, head_layout
 from megatron.ops.attention import choose_backend
 from megatron.planner.hardware import GIB, Gpu, Machines, gpu_like
 from megatron.planner.job import HALF, Job
@@ -51,6 +51,9 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
     Raises:
         ConfigError: the run does not fit host memory or, as far as the planner can tell, GPU memory.
     """
+    heads = head_layout(config.model, config.parallel.ds_sequence_parallel_size)
+    if heads.num_heads % heads.num_ranks:
+        context.log.info("attention: %s", heads)
     plain = Execution(
         activation_checkpointing=config.deepspeed.deepspeed_activation_checkpointing,
         checkpoint_in_cpu=config.deepspeed.checkpoint_in_cpu,

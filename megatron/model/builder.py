@@ -13,7 +13,7 @@ from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import SLICE_LENGTH, Stream, WholeParameters, already_whole
 from megatron.model.initialization import Initialization
-from megatron.model.layers import attention_request
+from megatron.model.layers import attention_request, head_layout
 from megatron.model.plain import PlainExecution
 from megatron.model.streamed import StreamedExecution
 from megatron.model.transformer import GPTModel
@@ -53,9 +53,10 @@ def build_execution(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PlainExecution | StreamedExecution:
-    """Choose the attention backend and the execution. AttentionUnavailable if the backend cannot serve."""
+    """Choose the attention backend and the execution. AttentionUnavailable if none can serve."""
     if execution.fpdt and config.attention_dropout:
         raise ValueError(f"--attention-dropout ({config.attention_dropout}) cannot be replayed by FPDT; use 0")
+    heads = head_layout(config, parallel_state.sequence_parallel_size)
     request = attention_request(config, device, dtype)
     attention = choose_backend(config.attention_backend, request, execution.documents)
     offloading = execution.fpdt and execution.offloading
@@ -65,6 +66,7 @@ def build_execution(
         store,
         attention,
         parallel_state,
+        heads,
         chunk_length,
         execution.slice_length,
         execution.checkpoint_interval,

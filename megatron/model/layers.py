@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from megatron.config import ModelConfig
 from megatron.config.model import Activation
 from megatron.core.documents import Documents
+from megatron.core.head_layout import HeadLayout
 from megatron.model.initialization import Initializer
 from megatron.model.rotary import build_rotary
-from megatron.ops.attention import AttentionRequest, AttentionVariant
+from megatron.ops.attention import AttentionRequest, AttentionUnavailable, AttentionVariant
 from megatron.ops.linear import linear
 from megatron.ops.rope import split_and_rotate
 from megatron.ops.swiglu import swiglu
@@ -71,6 +72,19 @@ def attention_request(config: ModelConfig, device: torch.device, dtype: torch.dt
     """Return what the model asks of an attention backend; deterministic if torch's algorithms have to be."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     return AttentionRequest(device, dtype, config.kv_channels, attention_variant(config), deterministic)
+
+
+def head_layout(config: ModelConfig, num_ranks: int) -> HeadLayout:
+    """Return the heads over the ranks of a sequence. AttentionUnavailable if ranks share rows that have dropout."""
+    heads = HeadLayout(config.num_attention_heads, config.num_key_value_heads, num_ranks)
+    if config.attention_dropout and heads.num_row_shares > 1:
+        sizes = [str(size) for size in range(1, heads.num_heads + 1) if heads.num_heads % size == 0]
+        raise AttentionUnavailable(
+            f"--attention-dropout ({config.attention_dropout:g}) must be 0 where ranks share the rows of a head, as "
+            f"{num_ranks} ranks do with --num-attention-heads ({heads.num_heads}); use --attention-dropout 0, or "
+            f"--ds-sequence-parallel-size {', '.join(sizes)}"
+        )
+    return heads
 
 
 class CoreAttention(Protocol):

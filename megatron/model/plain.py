@@ -18,9 +18,8 @@ from megatron.core.collectives import (
     QUERIES_KEYS_VALUES,
     differentiable_heads_to_tokens,
     differentiable_tokens_to_heads,
-    repeat_key_value_heads,
 )
-from megatron.core.documents import WHOLE_TILE, Documents, Region
+from megatron.core.documents import Documents, Region, tile_regions
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.loss import stream_loss
 from megatron.fpdt.observer import ATTENTION_OUTPUT, INPUT, OUTPUT, PROJECTED
@@ -100,13 +99,12 @@ class UlyssesAttention:
         documents: Documents | None,
     ) -> Tensor:
         """Attend as megatron.model.layers.CoreAttention says."""
-        parallel_state = self._stream.parallel_state
-        group, size = parallel_state.sequence_parallel_group, parallel_state.sequence_parallel_size
-        sequence = (0, len(q_SBHD) * size)
-        regions = WHOLE_TILE if documents is None else documents.regions(sequence, sequence)
+        group, heads = self._stream.parallel_state.sequence_parallel_group, self._stream.heads
+        length = len(q_SBHD) * heads.num_ranks
+        regions = tile_regions(documents, self._stream.rows.spans(length), (0, length))
         self._note(PROJECTED, q_SBHD, kv_SBKD)
-        projected = [q_SBHD, repeat_key_value_heads(kv_SBKD, size)]
-        q, kv = differentiable_tokens_to_heads(projected, group, QUERIES_KEYS_VALUES)
+        projected = [q_SBHD, heads.repeated_keys_and_values(kv_SBKD)]
+        q, kv = differentiable_tokens_to_heads(projected, group, heads, QUERIES_KEYS_VALUES)
         qkv = QKV(q, *kv.chunk(2, 2))
         o = (
             _attention_with_dropout(qkv, dropout, variant, regions)
@@ -114,7 +112,7 @@ class UlyssesAttention:
             else _Attention.apply(*qkv, self._stream.attention, variant, regions)
         )
         self._note((ATTENTION_OUTPUT,), o)
-        return differentiable_heads_to_tokens([o], group)[0]
+        return differentiable_heads_to_tokens([o], group, heads)[0]
 
     def _note(self, names: Sequence[str], *values: Tensor) -> None:
         """Show the values to the observer, and their gradients once they are computed."""
@@ -155,6 +153,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         with named_range(ATTENTION):
             o, lse = forward_regions(backend, QKV(q, k, v), variant, regions)
+        o = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.backend, ctx.variant, ctx.regions = backend, variant, regions
         return o
@@ -166,4 +165,4 @@ class _Attention(torch.autograd.Function):
             grads = backward_regions(
                 ctx.backend, grads[0], QKV(q, k, v), AttentionOutput(o, lse), ctx.variant, ctx.regions
             )
-        return *grads, None, None, None
+        return *(grad.to(q.dtype) for grad in grads), None, None, None

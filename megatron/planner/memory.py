@@ -239,19 +239,19 @@ def _mlp_bytes(shape: StreamShape) -> tuple[int, int]:
 def _workspace_bytes(shape: StreamShape, backend: str) -> int:
     """Bytes of the workspace that the backward of the attention kernel allocates."""
     _, queries, keys = _chunk_bytes(shape)
-    if shape.num_heads == shape.num_key_value_heads:
+    if shape.heads.queries_per_key == 1:
         return 2 * queries
     # Sums of dk and dv in fp32, or dk and dv of every query head in half precision.
     return 2 * queries + (2 * keys if backend.startswith("flash-attn-4") else 2 * queries)
 
 
 def _chunk_bytes(shape: StreamShape) -> tuple[int, int, int]:
-    """(hidden states, queries, keys and values) of one chunk on one rank."""
+    """(hidden states, queries, keys and values) of one chunk on the rank with the most heads."""
     tokens = shape.layout.local_lengths[0] * shape.batch_size
     share = shape.layout.local_length * shape.batch_size / tokens
     keys = int(shape.key_value_elements / share) * shape.element_size
     size = shape.element_size
-    return tokens * shape.hidden_size * size, tokens * shape.num_heads * shape.head_size * size, keys
+    return tokens * shape.hidden_size * size, tokens * shape.heads.largest_num_heads * shape.head_size * size, keys
 
 
 def _projection_bytes(shape: StreamShape) -> int:

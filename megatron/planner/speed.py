@@ -95,6 +95,7 @@ def _block_compute(
     share = job.micro_batch_size / job.sequence_parallel_size
     flops = forward_flops(model, 0, model.seq_length)
     attention, products = (share * part / model.num_layers for part in (flops.attention, flops.token_wise))
+    attention *= shape.heads.largest_num_heads / model.num_attention_heads  # the others wait
     recomputed = share * _recomputed_products(job, interval, recompute) / model.num_layers
     recomputed_attention = attention if job.activations != "kept" and not job.streamed else 0.0
     rate_forward, rate_backward = (rate * TERA for rate in gpu.attention[backend])
@@ -102,7 +103,7 @@ def _block_compute(
     tokens = shape.layout.local_length * job.micro_batch_size
     token_wise = tokens * HALF * (HIDDEN_PASSES * model.hidden_size + MLP_PASSES * shape.mlp_outputs) / streaming
     chunks = shape.layout.num_chunks
-    queries = tokens * model.num_attention_heads * model.kv_channels * HALF / chunks
+    queries = tokens * shape.heads.largest_num_heads * model.kv_channels * HALF / chunks
     keys = shape.key_value_elements * HALF / chunks
     tiles = chunks * (chunks - 1) / 2
     packed = chunks if job.sequence_parallel_size > 1 else 0
@@ -235,7 +236,7 @@ class _Exchange:
 def _exchanges(job: Job, machines: Machines, recompute: Recompute) -> tuple[_Exchange, _Exchange]:
     """Estimate the seconds of one block's collectives, forward and backward."""
     shape, p = job.shape, job.sequence_parallel_size
-    queries = shape.layout.local_length * job.micro_batch_size * shape.num_heads * shape.head_size * HALF
+    queries = shape.layout.local_length * job.micro_batch_size * shape.heads.largest_num_heads * shape.head_size * HALF
     keys = shape.key_value_elements * HALF
     all_to_all = (p - 1) / p / (machines.exchange_gbps(p) * GB)
     gather = 0.0

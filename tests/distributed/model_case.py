@@ -66,6 +66,7 @@ class Case:
     activation_checkpointing: bool = False
     checkpoint_in_cpu: bool = False
     recompute: Recompute = Recompute.ALL
+    checkpoint_interval: int = 1
     slice_length: int = SLICE_LENGTH
     documents: tuple[tuple[Span, ...], ...] = ()
 
@@ -131,6 +132,7 @@ def build(case: Case, observer: Observer | None = None) -> tuple[nn.Module, Para
         activation_checkpointing=case.activation_checkpointing,
         checkpoint_in_cpu=case.checkpoint_in_cpu,
         recompute=case.recompute,
+        checkpoint_interval=case.checkpoint_interval,
         slice_length=case.slice_length,
         observer=observer or Observer(),
     )
@@ -228,6 +230,7 @@ def reference(case: Case) -> Result:
             activation_checkpointing=False,
             checkpoint_in_cpu=False,
             recompute=Recompute.ALL,
+            checkpoint_interval=1,
             slice_length=SLICE_LENGTH,
             attention_backend="auto",
         )

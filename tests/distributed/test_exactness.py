@@ -146,6 +146,43 @@ DATA_PARALLEL = [
     replace(GPT, data_parallel_size=4, chunk_length=16),
 ]
 
+
+def with_documents(execution: Case, names: tuple[str, ...]) -> Case:
+    """Return the case with a sequence of each of these documents."""
+    return replace(execution, documents=tuple(tuple(DOCUMENTS[name]) for name in names), batch_size=len(names))
+
+
+# What a rank has: 4 or 3 of 28 heads on 8; 7 of 28 over 4 key/value heads, 1 of 4, and 2 or 1 of 7 on 8, with half
+# of the rows; 4 or 3 of 14 over 7 on 4; all 5 over 1 on 3, with a third of the rows.
+UNEVEN = replace(LLAMA, sequence_parallel_size=8, num_heads=28, num_key_value_heads=28, batch_size=2)
+SHARED = replace(UNEVEN, num_key_value_heads=4)
+FEW = replace(GPT, sequence_parallel_size=8, num_heads=4, num_key_value_heads=4)
+ANY_NUMBER_OF_RANKS = {
+    "uneven, plain": UNEVEN,
+    "uneven": replace(UNEVEN, chunk_length=32, offloading=True, recompute=Recompute.NONE, slice_length=3),
+    "uneven, with documents": with_documents(replace(UNEVEN, chunk_length=16), SEQUENCES_OF_DOCUMENTS[0]),
+    "uneven and grouped": replace(
+        LLAMA, sequence_parallel_size=4, num_heads=14, num_key_value_heads=7, chunk_length=20, recompute=Recompute.KV
+    ),
+    "shared rows, plain": replace(SHARED, activation_checkpointing=True),
+    "shared rows": replace(SHARED, chunk_length=32, offloading=True, recompute=Recompute.KV, slice_length=3),
+    "shared rows, with documents": with_documents(replace(SHARED, chunk_length=24), SEQUENCES_OF_DOCUMENTS[1]),
+    "more ranks than heads, plain": with_documents(FEW, SEQUENCES_OF_DOCUMENTS[2]),
+    "more ranks than heads": replace(
+        FEW, chunk_length=8, num_layers=3, checkpoint_interval=2, recompute=Recompute.KV, offloading=True
+    ),
+    "more ranks than heads, with documents": with_documents(
+        replace(FEW, num_key_value_heads=1, chunk_length=32, offloading=True), SEQUENCES_OF_DOCUMENTS[0]
+    ),
+    "uneven with shared rows": replace(
+        LLAMA, sequence_parallel_size=8, num_heads=7, num_key_value_heads=7, chunk_length=16, batch_size=3
+    ),
+    "all heads": with_documents(
+        replace(LLAMA, sequence_parallel_size=3, num_heads=5, num_key_value_heads=1, chunk_length=21),
+        SEQUENCES_OF_DOCUMENTS[1],
+    ),
+}
+
 GRID = [
     Case(
         family=family,
@@ -185,13 +222,17 @@ def test_every_architecture_is_exact(ranks: RankPool, name: str, execution: dict
 @pytest.mark.parametrize("execution", DOCUMENT_EXECUTIONS, ids=str)
 @pytest.mark.parametrize("names", [*((name,) for name in DOCUMENTS), *SEQUENCES_OF_DOCUMENTS], ids=" and ".join)
 def test_documents_see_themselves_alone(ranks: RankPool, execution: Case, names: tuple[str, ...]) -> None:
-    documents = tuple(tuple(DOCUMENTS[name]) for name in names)
-    assert_exact(ranks, replace(execution, documents=documents, batch_size=len(names)))
+    assert_exact(ranks, with_documents(execution, names))
 
 
 @pytest.mark.parametrize("name", CORNERS)
 def test_fpdt_is_exact_at_corners(ranks: RankPool, name: str) -> None:
     assert_exact(ranks, CORNERS[name])
+
+
+@pytest.mark.parametrize("name", ANY_NUMBER_OF_RANKS)
+def test_any_number_of_ranks_is_exact(ranks: RankPool, name: str) -> None:
+    assert_exact(ranks, ANY_NUMBER_OF_RANKS[name])
 
 
 @pytest.mark.parametrize("case", DATA_PARALLEL, ids=str)

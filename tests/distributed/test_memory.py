@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from megatron.config import Recompute
+from megatron.fpdt.memory_model import StreamShape
 from tests.distributed.live_bytes import LiveBytesMeter, OperationNames
-from tests.distributed.model_case import Case, build, local_inputs
+from tests.distributed.model_case import Case, build, local_inputs, model_config
 from tests.distributed.rank_pool import RankPool
 
 CHUNK = 16
@@ -46,6 +48,14 @@ def operations_on_the_host_tier(case: Case) -> set[str]:
     with OperationNames(model.execution.store.pool.owns) as operations:
         model(*local_inputs(case, parallel_state.data_parallel_rank, positions)).backward()
     return operations.names
+
+
+def peak_bytes_of_the_host_tier(case: Case) -> int:
+    """Return the peak bytes of this rank's host pool in one step."""
+    model, parallel_state, layout = build(case)
+    positions = layout.owned_positions(parallel_state.sequence_parallel_rank)
+    model(*local_inputs(case, parallel_state.data_parallel_rank, positions)).backward()
+    return int(model.execution.store.pool.peak_used_bytes)
 
 
 def peaks_at_both_lengths(ranks: RankPool, case: Case) -> tuple[int, int]:
@@ -89,6 +99,20 @@ def test_norms_of_queries_and_keys_hold_the_projection_of_each_row_under_way(
     )
     projections = rows * (chunk // num_ranks) * (8 + 2 * 2) * 16 * 8
     assert 1 <= (normalised - plain) / projections < 1.2
+
+
+@pytest.mark.parametrize("recompute", [Recompute.ALL, Recompute.KV])
+@pytest.mark.parametrize("num_heads, num_key_value_heads", [(7, 7), (14, 7), (6, 2), (2, 1)])
+def test_the_largest_of_ranks_that_do_not_divide_the_heads_stores_what_the_model_estimates(
+    ranks: RankPool, num_heads: int, num_key_value_heads: int, recompute: Recompute
+) -> None:
+    case = replace(
+        LLAMA, num_heads=num_heads, num_key_value_heads=num_key_value_heads, sequence_parallel_size=4,
+        chunk_length=CHUNK, offloading=True, recompute=recompute,
+    )  # fmt: skip
+    shape = StreamShape.of(model_config(case), CHUNK, 4, case.batch_size, element_size=8)
+    used = ranks.run(peak_bytes_of_the_host_tier, case, num_ranks=4)
+    assert max(used) == pytest.approx(shape.tier_bytes(1, recompute), rel=0.01)
 
 
 @pytest.mark.parametrize("chunk_length", [0, CHUNK], ids=["plain", "fpdt without offloading"])

@@ -121,10 +121,11 @@ def test_a_mistake_ends_in_one_clear_line_and_nothing_is_written(corpus: Path, t
 SPREAD = ["--train-iters", "2", "--ds-sequence-parallel-size", "2"]
 
 
-def test_heads_that_two_ranks_cannot_share_are_reported_by_the_first_one_alone(corpus: Path, tmp_path: Path) -> None:
-    flags = [*SPREAD, "--num-attention-heads", "5", "--kv-channels", "8", "--save", str(tmp_path / "saved")]
-    first, second = run_into_error([*base_flags(corpus, GPT), *flags], num_ranks=2)
-    assert_one_clear_line(first, ["--num-attention-heads (5) must be a multiple of --ds-sequence-parallel-size (2)"])
+def test_dropout_of_rows_that_two_ranks_share_is_reported_by_the_first_one_alone(corpus: Path, tmp_path: Path) -> None:
+    flags = [*SPREAD, "--num-attention-heads", "5", "--kv-channels", "8", "--attention-dropout", "0.1"]
+    saved = ["--save", str(tmp_path / "saved")]
+    first, second = run_into_error([*base_flags(corpus, GPT), *flags, *saved], num_ranks=2)
+    assert_one_clear_line(first, ["--attention-dropout (0.1) must be 0", "use --attention-dropout 0, or"])
     assert second.exit_code == 2
     assert not any(line.startswith("error: ") for line in second.stderr.splitlines())
     assert files_below(tmp_path) == set()

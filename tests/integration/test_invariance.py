@@ -58,6 +58,11 @@ def test_a_subset_of_all_layouts_arrives_at_the_golden_losses(
     train_and_compare(corpus, tmp_path, model, world, zero_stage, execution)
 
 
+@pytest.mark.slow
+def test_more_ranks_than_heads_arrive_at_the_golden_losses(corpus: Path, tmp_path: Path) -> None:
+    train_and_compare(corpus, tmp_path, "llama", (1, 8), 3, "offloaded")
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("model, world, zero_stage, execution", GRID)
 def test_every_layout_arrives_at_the_golden_losses(

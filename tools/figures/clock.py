@@ -208,7 +208,7 @@ class TimedSharesToTokens(SharesToTokens):
     """The all-to-alls of the shares of a timed stream back to tokens."""
 
     def __init__(self, stream: TimedStream, num_shares: int) -> None:
-        super().__init__(None)
+        super().__init__(None, stream.heads)
         self._stream, self._num_copies = stream, stream.parallel_state.sequence_parallel_size * num_shares
 
     def start(self, tensors: Sequence[Tensor]) -> None:
@@ -326,7 +326,8 @@ def timeline_of(plan: Plan, num_blocks: int, seconds: Seconds | None = None) -> 
     # The group only makes the stream see several ranks; nothing is sent to it.
     state = ParallelState(p, 0, p, 0, sequence_parallel_group=object())  # type: ignore[arg-type]
     stream = TimedStream(
-        store, TimedAttention(clock, seconds, heads // p), state, layout.chunk_length, SLICE_LENGTH // SCALE,
+        store, TimedAttention(clock, seconds, heads // p), state, plan.job.shape.heads, layout.chunk_length,
+        SLICE_LENGTH // SCALE,
         observer=clock, clock=clock, per_exchanged_byte=seconds.per_exchanged_byte,
     )  # fmt: skip
     chunks = torch.arange(layout.local_length).view(-1, 1, 1) // local_chunk

@@ -31,18 +31,6 @@ def sequence_parallel_size_divides_world(run: Run) -> str | None:
     )
 
 
-def sequence_parallel_size_divides_heads(run: Run) -> str | None:
-    size, heads = run.config.parallel.ds_sequence_parallel_size, run.config.model.num_attention_heads
-    if heads % size == 0:
-        return None
-    sizes = sequence_parallel_sizes(run)
-    advice = f"use {flag(SIZE)} {listed(sizes)}" if sizes else f"the head count admits sizes {listed(divisors(heads))}"
-    return (
-        f"{shown(run.config, 'num_attention_heads')} must be a multiple of {shown(run.config, SIZE)}, as each rank "
-        f"takes equally many heads; {advice}"
-    )
-
-
 def sequence_parallel_size_divides_sequence(run: Run) -> str | None:
     size, length = run.config.parallel.ds_sequence_parallel_size, run.config.model.seq_length
     if length % size == 0:
@@ -91,9 +79,9 @@ def _or_another_size(run: Run) -> str:
 
 
 def sequence_parallel_sizes(run: Run) -> list[int]:
-    """Return every sequence-parallel size that this run's heads, tokens, ranks and batch allow."""
+    """Return every sequence-parallel size that this run's tokens, ranks and batch allow."""
     config = run.config
-    common = math.gcd(run.world_size, config.model.num_attention_heads, config.model.seq_length)
+    common = math.gcd(run.world_size, config.model.seq_length)
     if config.parallel.ds_sequence_parallel_fpdt:
         common = math.gcd(common, config.parallel.ds_sequence_parallel_fpdt_chunk_size)
     batch, micro_batch = config.training.global_batch_size, config.training.micro_batch_size
@@ -118,7 +106,6 @@ def global_batch_is_whole_micro_batches(run: Run) -> str | None:
 PARALLEL_RULES: tuple[Rule, ...] = (
     partial(only_one, "tensor_model_parallel_size", "tensor"),
     partial(only_one, "pipeline_model_parallel_size", "pipeline"),
-    sequence_parallel_size_divides_heads,
     sequence_parallel_size_divides_world,
     sequence_parallel_size_divides_sequence,
     sequence_parallel_size_divides_chunk,

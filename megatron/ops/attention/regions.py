@@ -2,7 +2,8 @@
 
 The kernel is called once for each region, or once for many adjacent documents on the diagonal if the backend supports
 that. Shapes and dtypes are those of the protocol. The regions of a tile share no query and no key, so results and
-gradients are written without conflicts. A query that sees no key of the tile has the output 0. Off the diagonal its
+gradients are written without conflicts; those that do share some are merged into the others, and the results are then
+in fp32 (fp64 for fp64). A query that sees no key of the tile has the output 0. Off the diagonal its
 log-sum-exp is -inf, that of an empty set; on the diagonal, where others are merged into it, it is 0.
 """
 
@@ -22,6 +23,7 @@ from megatron.ops.attention.protocol import (
     PackedSequences,
     PacksDocuments,
 )
+from megatron.ops.merge import merge_
 
 # Fewer documents are as fast one by one.
 PACKED_FROM = 4
@@ -35,10 +37,10 @@ def forward_regions(
     """Compute o and lse of a tile; `variant` is that of the tile and of each of its regions."""
     if regions == WHOLE_TILE:
         return backend.forward(qkv, variant)
-    q = qkv.q
-    o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    q, merged = qkv.q, [region for region in regions if region.merged]
     S, B, H, _ = q.shape
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
+    o = torch.zeros(q.shape, dtype=sum_dtype if merged else q.dtype, device=q.device)
     lse = torch.full((B, H, S), 0.0 if variant.causal else -torch.inf, dtype=sum_dtype, device=q.device)
     for run in _runs(backend, variant, regions):
         whole = _whole(run)
@@ -49,6 +51,9 @@ def forward_regions(
             o[whole.in_queries], lse[whole.in_lse] = part.unsqueeze(1), part_lse.unsqueeze(0)
         else:
             o[whole.in_queries], lse[whole.in_lse] = backend.forward(own, variant)
+    for region in merged:
+        part, part_lse = backend.forward(region_of(qkv, region), variant.below_diagonal)
+        merge_(o[region.in_queries], lse[region.in_lse], part, part_lse)
     return AttentionOutput(o, lse)
 
 
@@ -63,18 +68,31 @@ def backward_regions(
     """Compute (dq, dk, dv) of a tile, given the output of the tile's whole row."""
     if regions == WHOLE_TILE:
         return backend.backward(do, qkv, output, variant)
-    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in qkv)
+    merged = [region for region in regions if region.merged]
+    dtype = torch.promote_types(do.dtype, torch.float32) if merged else do.dtype
+    dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in qkv)
     for run in _runs(backend, variant, regions):
         whole = _whole(run)
-        queries, keys = whole.in_queries, whole.in_keys
-        own_output = AttentionOutput(output.o[queries], output.lse[whole.in_lse].contiguous())
-        inputs = do[queries], region_of(qkv, whole), own_output
+        inputs = _backward_inputs(do, qkv, output, whole)
         if isinstance(backend, PacksDocuments) and len(run) > 1:
             grads = _backward_packed(backend, *inputs, _packed(run, do.device), variant)
         else:
             grads = backend.backward(*inputs, variant)
-        dq[queries], dk[keys], dv[keys] = grads
+        dq[whole.in_queries], dk[whole.in_keys], dv[whole.in_keys] = grads
+    for region in merged:
+        grads = backend.backward(*_backward_inputs(do, qkv, output, region), variant.below_diagonal)
+        for total, where, part in zip((dq, dk, dv), (region.in_queries, *[region.in_keys] * 2), grads, strict=True):
+            total[where].add_(part)
     return dq, dk, dv
+
+
+def _backward_inputs(
+    do: Tensor, qkv: QKV, output: AttentionOutput, region: Region
+) -> tuple[Tensor, QKV, AttentionOutput]:
+    """Return what the backward pass of a region reads."""
+    queries = region.in_queries
+    own_output = AttentionOutput(output.o[queries], output.lse[region.in_lse].contiguous())
+    return do[queries], region_of(qkv, region), own_output
 
 
 def region_of(qkv: QKV, region: Region) -> QKV:
@@ -98,8 +116,8 @@ def _backward_packed(
 
 
 def _runs(backend: AttentionBackend, variant: AttentionVariant, regions: Sequence[Region]) -> Iterator[Run]:
-    """Yield the regions, grouped by the kernel call that serves them."""
-    for run in _adjacent(regions):
+    """Yield the regions that are not merged, grouped by the kernel call that serves them."""
+    for run in _adjacent([region for region in regions if not region.merged]):
         if variant.causal and len(run) >= PACKED_FROM and isinstance(backend, PacksDocuments):
             yield run
         else:
@@ -111,11 +129,19 @@ def _adjacent(regions: Sequence[Region]) -> list[Run]:
     runs: list[Run] = []
     for region in regions:
         last = runs[-1][-1] if runs else None
-        if last and (last.sequences, last.queries[1]) == (region.sequences, region.queries[0]):
+        if last and (last.sequences, _end(last)) == (region.sequences, _start(region)):
             runs[-1].append(region)
         else:
             runs.append([region])
     return runs
+
+
+def _start(region: Region) -> tuple[int, int]:
+    return region.queries[0], region.keys[0]
+
+
+def _end(region: Region) -> tuple[int, int]:
+    return region.queries[1], region.keys[1]
 
 
 def _whole(run: Run) -> Region:

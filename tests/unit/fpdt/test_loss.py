@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron.core.head_layout import HeadLayout
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import loss as loss_module
 from megatron.fpdt.loss import stream_loss
@@ -33,7 +34,7 @@ class Head(nn.Module):
 
 def stream_of(chunk_length=16, offloading=False):
     store = ChunkStore(torch.device("cpu"), offloading)
-    return Stream(store, ReferenceAttention(), ParallelState(), chunk_length)
+    return Stream(store, ReferenceAttention(), ParallelState(), HeadLayout(1, 1), chunk_length)
 
 
 def inputs(length=40, batch=3, dtype=torch.float64, classes=CLASSES):

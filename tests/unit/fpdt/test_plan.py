@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron.core.documents import Documents
+from megatron.core.head_layout import RowShare
 from megatron.fpdt.plan import ChunkPlan, Tile
 from megatron.fpdt.store import ChunkStore
 from megatron.ops.attention import AttentionVariant
@@ -144,19 +145,22 @@ DOCUMENTS = pytest.mark.parametrize(
 
 
 @DOCUMENTS
-def test_regions_of_all_tiles_are_what_documents_see_and_none_is_empty(documents):
+@pytest.mark.parametrize("num_shares", [1, 2, 3])
+def test_regions_of_all_tiles_are_what_documents_see_and_none_is_empty(documents, num_shares):
     starts = np.cumsum([0, *LENGTHS])
-    for rows in (ChunkPlan(LENGTHS, documents).forward_rows(), ChunkPlan(LENGTHS, documents).backward_rows()):
-        masks = np.zeros((2, sum(LENGTHS), sum(LENGTHS)), dtype=int)
-        for tile in (tile for row in rows for tile in row):
-            view = masks[:, starts[tile.query] : starts[tile.query + 1], starts[tile.key] : starts[tile.key + 1]]
-            assert tile.is_diagonal or tile.regions
+    masks = np.zeros((2, sum(LENGTHS), sum(LENGTHS)), dtype=int)
+    for share in (RowShare(share, num_shares) for share in range(num_shares)):
+        for tile in (tile for row in ChunkPlan(LENGTHS, documents, share).forward_rows() for tile in row):
+            own = [starts[tile.query] + n for span in share.spans(LENGTHS[tile.query]) for n in range(*span)]
+            view = masks[:, own, starts[tile.key] : starts[tile.key + 1]]
+            assert tile.is_diagonal or tile.regions or num_shares > 1
             for region in tile.regions:
                 rectangle = view.transpose(1, 2, 0)[region.in_queries[0], region.in_keys[0], region.in_queries[1]]
                 assert rectangle.size
-                square = np.tri(*rectangle.shape[:2], dtype=int) if tile.is_diagonal else 1
-                rectangle += square[..., None] if tile.is_diagonal else square
-        assert [masks[row].tolist() for row in (0, 1)] == [seen(documents, row).tolist() for row in (0, 1)]
+                has_mask = tile.is_diagonal and not region.merged
+                rectangle += np.tri(*rectangle.shape[:2], dtype=int)[..., None] if has_mask else 1
+            masks[:, own, starts[tile.key] : starts[tile.key + 1]] = view
+    assert [masks[row].tolist() for row in (0, 1)] == [seen(documents, row).tolist() for row in (0, 1)]
 
 
 @DOCUMENTS

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron.core.head_layout import HeadLayout
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import Stream
@@ -13,7 +14,7 @@ from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
 def stream_of(chunk_length, slice_length=8192, sequence_parallel_size=1):
     state = ParallelState(sequence_parallel_size=sequence_parallel_size)
     store = ChunkStore(torch.device("cpu"), offloading=False)
-    return Stream(store, ReferenceAttention(), state, chunk_length, slice_length)
+    return Stream(store, ReferenceAttention(), state, HeadLayout(1, 1), chunk_length, slice_length)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 64])
@@ -37,9 +38,9 @@ def test_only_a_row_that_is_alone_exchanges_its_heads_in_shares(
 ):
     group = object() if num_ranks > 1 else None
     state = ParallelState(sequence_parallel_size=num_ranks, sequence_parallel_group=group)
-    stream = replace(stream_of(64, slice_length=8), parallel_state=state)
-    kv = torch.empty(num_tokens, 1, 2 * num_key_value_heads, 1)
-    assert stream.num_head_shares(num_rows, kv) == shares
+    heads = HeadLayout(2 * num_key_value_heads, num_key_value_heads, num_ranks)
+    stream = replace(stream_of(64, slice_length=8), parallel_state=state, heads=heads)
+    assert stream.num_head_shares(num_rows, num_tokens) == shares
 
 
 def test_layout_counts_the_tokens_of_all_ranks():

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron.core.head_layout import HeadLayout
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import Stream
@@ -37,7 +38,11 @@ def tokens_and_positions():
 
 def stream_of(chunk_length=8, offloading=False):
     return Stream(
-        ChunkStore(torch.device("cpu"), offloading), ReferenceAttention(), ParallelState(), chunk_length=chunk_length
+        ChunkStore(torch.device("cpu"), offloading),
+        ReferenceAttention(),
+        ParallelState(),
+        HeadLayout(1, 1),
+        chunk_length=chunk_length,
     )
 
 

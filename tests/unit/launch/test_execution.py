@@ -48,6 +48,14 @@ def test_with_little_host_memory_kv_is_recomputed_before_block_inputs():
         assert (execution.checkpoint_interval > 1) is rebuilds_inputs
 
 
+def test_heads_that_the_ranks_do_not_divide_are_logged(caplog):
+    with caplog.at_level("INFO"):
+        choose("--ds-sequence-parallel-size", "32", host_gib=1000)
+        assert not any("heads" in line for line in caplog.messages)
+        choose("--ds-sequence-parallel-size", "64", host_gib=1000)
+    assert "attention: 32 heads over 64 ranks: 1 on each, with 1/2 of each chunk's queries" in caplog.messages
+
+
 def test_explicit_flags_are_honored():
     execution = choose("--ds-sequence-parallel-fpdt-recompute", "mlp", host_gib=1000)
     assert (execution.recompute, execution.checkpoint_interval) == (Recompute.MLP, 1)

@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron.model.initialization import Initializer
-from megatron.model.layers import MLP, Linear, SelfAttention, build_norm
+from megatron.model.layers import MLP, Linear, SelfAttention, build_norm, head_layout
 from megatron.model.rotary import rotary_size
+from megatron.ops.attention import AttentionUnavailable
 from tests.unit.model.small_model import small_config
 
 
@@ -121,3 +122,10 @@ def test_without_rotary_positions_nothing_turns():
     q, _ = attention.project(x, torch.tensor([[0, 7]]))
     assert attention.rotary is None
     assert torch.equal(q[0], q[1])
+
+
+def test_attention_dropout_is_refused_where_ranks_share_the_rows_of_a_head():
+    config = small_config(num_attention_heads=6, num_key_value_heads=2, attention_dropout=0.1)
+    assert head_layout(config, 3).num_heads == 6
+    with pytest.raises(AttentionUnavailable, match=r"--attention-dropout \(0.1\) .* as 4 ranks do .*-size 1, 2, 3, 6$"):
+        head_layout(config, 4)

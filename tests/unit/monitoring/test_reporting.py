@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.checkpointing.train_state import TrainState
+from megatron.core.head_layout import HeadLayout
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import Stream
@@ -49,7 +50,7 @@ def reporter_of(flags=""):
     context = SimpleNamespace(
         device=device, log=logging.getLogger("reporting test"), parallel_state=SimpleNamespace(world_size=1)
     )
-    stream = Stream(ChunkStore(device, offloading=True), ReferenceAttention(), ParallelState(), 8)
+    stream = Stream(ChunkStore(device, offloading=True), ReferenceAttention(), ParallelState(), HeadLayout(1, 1), 8)
     stream.store.kept = stream.store.empty((2**28,), torch.float32)  # type: ignore[attr-defined]
     writer, config = Writer(), parsed(flags)
     losses = LossWindow(config.logging.loss_spike_factor)

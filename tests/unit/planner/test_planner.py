@@ -221,6 +221,11 @@ def test_llama_3b_has_its_parameters():
     assert plan_of("llama-3b").job.num_parameters == pytest.approx(3_212_749_824, rel=1e-4)
 
 
+def test_ranks_wait_for_those_with_more_heads():
+    even, uneven = (plan_of("gpt-30b", num_gpus, 2**21, 2**18).speed for num_gpus in (8, 16))
+    assert 2 * uneven.forward / even.forward == pytest.approx(64 / 56, rel=0.02)
+
+
 def test_the_longest_context_fits_and_a_longer_one_does_not():
     plan = plan_of()
     longest = plan.longest_context()

@@ -36,6 +36,12 @@ def test_a_model_that_does_not_fit_ends_with_what_would(capsys):
     assert "it does not fit the host:\n  - --seq-length" in capsys.readouterr().out
 
 
+def test_heads_that_the_gpus_do_not_divide_are_reported(capsys):
+    plan_context.main(["--model", "gpt-30b", "--gpus", "16"])
+    shared = "56 heads over 16 ranks: 4 on 8 ranks, 3 on 8; 12.5% of attention's time is lost"
+    assert f"\n  attention           {shared}\n" in capsys.readouterr().out
+
+
 def test_flags_of_the_training_program_are_planned_as_they_are(capsys, tmp_path):
     figures = tmp_path / "plan.json"
     kernel = ["--use-flash-attn-v2", "--ds-sequence-parallel-fpdt-recompute", "mlp"]
