@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from megatron.core.documents import WHOLE_TILE, Documents
+from megatron.core.documents import WHOLE_TILE, Documents, tile_regions
 from megatron.ops.attention import (
     BACKENDS,
     QKV,
+    AttentionOutput,
     AttentionUnavailable,
     AttentionVariant,
     backward_regions,
@@ -101,19 +102,24 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("names", [("many",), ("gaps",), ("two",), ("many", "two", "gaps")], ids=" and ".join)
-@pytest.mark.parametrize("backend", [b for b in CUDA_BACKENDS if b.name not in NOT_FOR_DOCUMENTS], ids=lambda b: b.name)
-def test_documents_of_a_tile_err_no_more_than_the_same_precision_reference(backend, names):
+@pytest.mark.parametrize("rows", [[(0, 512)], [(0, 120), (392, 512)], [(120, 392)]], ids=str)
+@pytest.mark.parametrize("names", [(), ("many",), ("gaps",), ("two",), ("many", "two", "gaps")], ids=" and ".join)
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
+def test_regions_of_a_tile_err_no_more_than_the_same_precision_reference(backend, names, rows):
     skip_unless_served(backend, torch.bfloat16, 128)
-    regions = Documents(tuple(DOCUMENTS[name] for name in names)).regions((0, 512), (0, 512))
-    tensors = [t.cuda() for t in draw((len(names), [512], 8, 2, 128), torch.bfloat16)]
+    if names and backend.name in NOT_FOR_DOCUMENTS:
+        pytest.skip(NOT_FOR_DOCUMENTS[backend.name])
+    documents = Documents(tuple(DOCUMENTS[name] for name in names)) if names else None
+    regions, own = tile_regions(documents, rows, (0, 512)), torch.cat([torch.arange(*span) for span in rows])
+    tensors = [t.cuda() for t in draw((max(len(names), 1), [512], 8, 2, 128), torch.bfloat16)]
 
     def results(by, dtype):
         q, k, v, do = (t.to(dtype) for t in tensors)
         k, v = side_by_side(k, v)
-        qkv, variant = QKV(q, k, v), AttentionVariant(0.1)
-        output = forward_regions(by, qkv, variant, regions)
-        return *output, *backward_regions(by, do, qkv, output, variant, regions)
+        qkv, variant = QKV(q[own], k, v), AttentionVariant(0.1)
+        o, lse = forward_regions(by, qkv, variant, regions)
+        output = AttentionOutput(o.to(dtype), lse)
+        return *output, *backward_regions(by, do[own], qkv, output, variant, regions)
 
     exact, same_precision = (results(ReferenceAttention(), dtype) for dtype in (torch.float64, torch.bfloat16))
     assert_errs_like(results(backend, torch.bfloat16), same_precision, exact)

@@ -83,11 +83,22 @@ def test_two_ranks_that_share_a_sequence_tell_the_story_of_one(corpus, exact, st
     ],
     ids=["2, stage 3, products kept", "4, stage 3, offloaded", "2 x 2, stage 2, streamed", "4, stage 1, plain"],
 )
-def test_ranks_over_nccl_tell_the_story_of_one(corpus, exact, num_ranks, flags):
+def test_ranks_on_one_gpu_tell_the_story_of_one(corpus, exact, num_ranks, flags):
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
     losses = _losses(corpus, "--attention-backend", "reference", *flags, num_ranks=num_ranks)
     assert all(abs(losses[i] - exact[i]) < 2e-4 for i in exact)
+
+
+@pytest.mark.parametrize("num_heads, num_key_value_heads", [(7, 7), (2, 1)], ids=["uneven heads", "shared rows"])
+@pytest.mark.parametrize("flags", [["--zero-stage", "1"], KEPT], ids=["plain", "offloaded"])
+def test_four_ranks_that_do_not_divide_the_heads_tell_the_story_of_one(corpus, num_heads, num_key_value_heads, flags):
+    heads = ["--num-attention-heads", str(num_heads), "--num-key-value-heads", str(num_key_value_heads)]
+    exact = _losses(corpus, "--attention-backend", "reference", *heads, "--kv-channels", "64")
+    on_one_gpu = {} if torch.cuda.device_count() >= 4 else {"script": Path(__file__).with_name("ranks_on_one_gpu.py")}
+    flags = ["--bf16", "--ds-sequence-parallel-size", "4", *flags, *heads, "--kv-channels", "64"]
+    losses = _losses(corpus, *flags, num_ranks=4, **on_one_gpu)
+    assert all(abs(losses[i] - exact[i]) < TOLERANCE["--bf16"] for i in exact)
 
 
 @pytest.mark.parametrize("left_open", ["chunk-size", "device-memory"])
