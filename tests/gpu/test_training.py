@@ -83,7 +83,7 @@ def test_two_ranks_that_share_a_sequence_tell_the_story_of_one(corpus, exact, st
     ],
     ids=["2, stage 3, products kept", "4, stage 3, offloaded", "2 x 2, stage 2, streamed", "4, stage 1, plain"],
 )
-def test_ranks_on_one_gpu_tell_the_story_of_one(corpus, exact, num_ranks, flags):
+def test_ranks_over_nccl_tell_the_story_of_one(corpus, exact, num_ranks, flags):
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
     losses = _losses(corpus, "--attention-backend", "reference", *flags, num_ranks=num_ranks)
