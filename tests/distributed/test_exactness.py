@@ -153,7 +153,7 @@ def with_documents(execution: Case, names: tuple[str, ...]) -> Case:
 
 
 # What a rank has: 4 or 3 of 28 heads on 8; 7 of 28 over 4 key/value heads, 1 of 4, and 2 or 1 of 7 on 8, with half
-# of the rows; 4 or 3 of 14 over 7 on 4; all 5 over 1 on 3, with a third of the rows.
+# of the rows; 4 or 3 of 14 over 7 on 4; 4 of 8 over 4 on 6, and all 5 over 1 on 3, with a third of the rows.
 UNEVEN = replace(LLAMA, sequence_parallel_size=8, num_heads=28, num_key_value_heads=28, batch_size=2)
 SHARED = replace(UNEVEN, num_key_value_heads=4)
 FEW = replace(GPT, sequence_parallel_size=8, num_heads=4, num_key_value_heads=4)
@@ -176,6 +176,9 @@ ANY_NUMBER_OF_RANKS = {
     ),
     "uneven with shared rows": replace(
         LLAMA, sequence_parallel_size=8, num_heads=7, num_key_value_heads=7, chunk_length=16, batch_size=3
+    ),
+    "shared rows of one chunk, whose heads travel in two shares": replace(
+        LLAMA, sequence_parallel_size=6, num_key_value_heads=4, chunk_length=48, batch_size=2, slice_length=3
     ),
     "all heads": with_documents(
         replace(LLAMA, sequence_parallel_size=3, num_heads=5, num_key_value_heads=1, chunk_length=21),
