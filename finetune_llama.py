@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 if __name__ == "__main__":  # the imports below take seconds
+    from megatron.launch.gpu_allocator import use_expandable_segments
     from megatron.ranks.interrupts import end_on_interrupt
     from megatron.ranks.supervisor import supervise
 
     end_on_interrupt()
     record_place = supervise()
+    use_expandable_segments(os.environ)
 
 from megatron.config import Config, ConfigError
 from megatron.data.batch import Sample
