@@ -19,7 +19,7 @@ from megatron.fpdt.memory_model import (
 )
 from megatron.initialize import Context
 from megatron.model.builder import Execution
-from megatron.model.layers import attention_request, head_layout
+from megatron.model.layers import attention_request, has_short_tiles, head_layout
 from megatron.ops.attention import choose_backend
 from megatron.planner.hardware import GIB, Gpu, Machines, gpu_like
 from megatron.planner.job import HALF, Job
@@ -154,7 +154,8 @@ def plan_of_run(config: Config, context: Context, padded_vocab_size: int, host_m
         return None
     gpu = gpu_like(torch.cuda.get_device_name(context.device), context.device_memory_bytes)
     request = attention_request(model, context.device, context.dtype)
-    kernel = choose_backend(model.attention_backend, request, config.data.reset_attention_mask)
+    short_tiles = has_short_tiles(model, parallel.ds_sequence_parallel_size, config.data.reset_attention_mask)
+    kernel = choose_backend(model.attention_backend, request, short_tiles)
     plan = plan_of(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size, kernel.name)
     return replace(plan, machines=replace(plan.machines, measured_link=context.link))
 

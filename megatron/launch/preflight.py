@@ -18,7 +18,7 @@ from megatron.data.splits import parse_data_paths
 from megatron.data.vocabulary import check_document_ends, check_vocabulary
 from megatron.initialize import device_type, number_format
 from megatron.logging.writers import require_writer_packages
-from megatron.model.layers import attention_request, head_layout
+from megatron.model.layers import attention_request, has_short_tiles
 from megatron.ops.attention import choose_backend
 from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.tokenizer import Tokenizer, pad_vocab_size, tokenizer_of
@@ -49,8 +49,8 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
     LearningRateSchedule.from_config(config.optimizer, config.training, state.course)
     device, dtype = torch.device(device_type()), number_format(config)
     request = attention_request(model, device, dtype)
-    choose_backend(model.attention_backend, request, config.data.reset_attention_mask)
-    head_layout(model, config.parallel.ds_sequence_parallel_size)
+    num_ranks, documents = config.parallel.ds_sequence_parallel_size, config.data.reset_attention_mask
+    choose_backend(model.attention_backend, request, has_short_tiles(model, num_ranks, documents))
     tokenizer = tokenizer_of(config.tokenizer)
     check_data(config, tokenizer)
     padded_vocab_size = pad_vocab_size(tokenizer.vocab_size, model.make_vocab_size_divisible_by)

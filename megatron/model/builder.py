@@ -13,7 +13,7 @@ from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import SLICE_LENGTH, Stream, WholeParameters, already_whole
 from megatron.model.initialization import Initialization
-from megatron.model.layers import attention_request, head_layout
+from megatron.model.layers import attention_request, has_short_tiles, head_layout
 from megatron.model.plain import PlainExecution
 from megatron.model.streamed import StreamedExecution
 from megatron.model.transformer import GPTModel
@@ -58,7 +58,9 @@ def build_execution(
         raise ValueError(f"--attention-dropout ({config.attention_dropout}) cannot be replayed by FPDT; use 0")
     heads = head_layout(config, parallel_state.sequence_parallel_size)
     request = attention_request(config, device, dtype)
-    attention = choose_backend(config.attention_backend, request, execution.documents)
+    attention = choose_backend(
+        config.attention_backend, request, has_short_tiles(config, heads.num_ranks, execution.documents)
+    )
     offloading = execution.fpdt and execution.offloading
     store = ChunkStore(device, offloading, execution.device_budget, execution.host_memory_bytes)
     chunk_length = execution.chunk_size if execution.fpdt else config.seq_length

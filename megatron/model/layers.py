@@ -87,6 +87,11 @@ def head_layout(config: ModelConfig, num_ranks: int) -> HeadLayout:
     return heads
 
 
+def has_short_tiles(config: ModelConfig, num_ranks: int, documents: bool) -> bool:
+    """Whether attention has tiles of any length: of documents, or of the rows that ranks share."""
+    return documents or head_layout(config, num_ranks).num_row_shares > 1
+
+
 class CoreAttention(Protocol):
     """Attention between the projections: Ulysses (megatron.model.plain) or FPDT (megatron.fpdt.seam)."""
 

@@ -14,7 +14,7 @@ from megatron.ops.attention import (
     forward_regions,
 )
 from megatron.ops.attention.reference import ReferenceAttention
-from megatron.ops.attention.select import NOT_FOR_DOCUMENTS
+from megatron.ops.attention.select import NOT_FOR_SHORT_TILES
 from tests.unit.ops.attention.test_cpu_backends import draw, errors, request_for, tiled, truth
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -107,8 +107,8 @@ DOCUMENTS = {
 @pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
 def test_regions_of_a_tile_err_no_more_than_the_same_precision_reference(backend, names, rows):
     skip_unless_served(backend, torch.bfloat16, 128)
-    if names and backend.name in NOT_FOR_DOCUMENTS:
-        pytest.skip(NOT_FOR_DOCUMENTS[backend.name])
+    if names and backend.name in NOT_FOR_SHORT_TILES:
+        pytest.skip(NOT_FOR_SHORT_TILES[backend.name])
     documents = Documents(tuple(DOCUMENTS[name] for name in names)) if names else None
     regions, own = tile_regions(documents, rows, (0, 512)), torch.cat([torch.arange(*span) for span in rows])
     tensors = [t.cuda() for t in draw((max(len(names), 1), [512], 8, 2, 128), torch.bfloat16)]

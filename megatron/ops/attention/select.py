@@ -29,18 +29,20 @@ FAMILIES = {
 FOR_FEW_QUERIES: tuple[AttentionBackend, ...] = (TorchFlashAttention(), TorchCpuAttention(), ReferenceAttention())
 
 # On an H200, cuDNN 9.19 crashed the process in its backward on documents of few tokens.
-NOT_FOR_DOCUMENTS = {"cudnn": "its backward crashes on short documents, which --reset-attention-mask separates"}
+NOT_FOR_SHORT_TILES = {
+    "cudnn": "its backward crashes on short tiles, of documents (--reset-attention-mask) or of rows that ranks share"
+}
 
 
-def choose_backend(name: str, request: AttentionRequest, documents: bool = False) -> AttentionBackend:
+def choose_backend(name: str, request: AttentionRequest, short_tiles: bool = False) -> AttentionBackend:
     """Return the backend called `name`, or the fastest of a family ("auto", "flash-2") that can serve.
 
-    With `documents` it must serve tiles of any length. Raises AttentionUnavailable for an unknown name and for a
+    With `short_tiles` it must serve tiles of any length. Raises AttentionUnavailable for an unknown name and for a
     backend that cannot serve the request.
     """
 
     def refusal_of(backend: AttentionBackend) -> str | None:
-        reason = NOT_FOR_DOCUMENTS.get(backend.name) if documents else None
+        reason = NOT_FOR_SHORT_TILES.get(backend.name) if short_tiles else None
         return reason or backend.refusal(request)
 
     names = FAMILIES.get(name, (name,))

@@ -185,9 +185,9 @@ def test_a_refusal_on_a_gpu_says_why(capability, name, device_capability, dtype,
 def test_documents_are_not_left_to_a_kernel_that_crashes_on_short_ones(monkeypatch):
     monkeypatch.setattr("megatron.ops.attention.select.BACKENDS", (Always("cudnn"), Always("torch-flash")))
     assert choose_backend("auto", request_for(CPU, torch.bfloat16, 64)).name == "cudnn"
-    assert choose_backend("auto", request_for(CPU, torch.bfloat16, 64), documents=True).name == "torch-flash"
+    assert choose_backend("auto", request_for(CPU, torch.bfloat16, 64), short_tiles=True).name == "torch-flash"
     with pytest.raises(AttentionUnavailable, match=r"cudnn: its backward crashes .* use one of auto, torch-flash\."):
-        choose_backend("cudnn", request_for(CPU, torch.bfloat16, 64), documents=True)
+        choose_backend("cudnn", request_for(CPU, torch.bfloat16, 64), short_tiles=True)
 
 
 class Always:
