@@ -21,7 +21,7 @@ from megatron.ranks.world import World, join, local_rank, local_world_size
 
 GIB = 2**30
 SAME_SIZE = 0.95  # GPUs of one kind differ by what their drivers reserve
-OUTSIDE_TORCH = 2 * GIB  # what CUDA and NCCL use for a process at most, before torch allocates anything
+OWN_USE = 2 * GIB  # what CUDA and NCCL use for a process at most, before torch allocates anything
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _start_process_group(
 
 def usable_device_bytes(free: int, total: int) -> int:
     """Return the memory of a GPU without what other processes use; CUDA's own use for this process does not count."""
-    return min(total, free + OUTSIDE_TORCH)
+    return min(total, free + OWN_USE)
 
 
 def least_over_ranks(host_bytes: int, device_bytes: int, device: torch.device) -> tuple[int, int, int]:

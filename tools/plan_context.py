@@ -266,7 +266,7 @@ def vocabulary_of(tokenizer: TokenizerConfig) -> int:
 def figures_of(plan: Plan, choices: Open) -> dict[str, Any]:
     """Return all estimates by name; memory in GiB per GPU."""
     job, memory, speed = plan.job, plan.memory, plan.speed
-    quickest = fastest(plan, replace(choices, chunk=True))
+    with_any_chunk = fastest(plan, replace(choices, chunk=True))
     return {
         "gpu": plan.machines.gpu.name, "gpus": job.num_gpus, "parameters": job.num_parameters,
         "seq_length": job.model.seq_length, "chunk_length": job.chunk_length,
@@ -281,7 +281,7 @@ def figures_of(plan: Plan, choices: Open) -> dict[str, Any]:
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu, "mfu": plan.mfu,
         "fits_gpu": plan.fits_gpu, "fits_host": plan.fits_host, "longest_context": plan.longest_context(),
         "smallest_hiding_chunk": plan.smallest_hiding_chunk(),
-        "fastest_chunk": None if quickest is None else quickest.job.chunk_length,
+        "fastest_chunk": None if with_any_chunk is None else with_any_chunk.job.chunk_length,
         "advice": plan.advice(),
     }  # fmt: skip
 

@@ -300,10 +300,10 @@ def lowest_memory(shape: StreamShape) -> tuple[Recompute, int]:
     return choose_saved_activations(shape, TierBudget(0))
 
 
-def least_bytes(shape: StreamShape) -> int:
-    """Estimate the peak bytes per rank of the training step that uses the least memory."""
+def least_bytes(shape: StreamShape, device_bytes: int = 0) -> int:
+    """Estimate the peak bytes on the host, per rank, of the training step that uses the least memory."""
     recompute, interval = lowest_memory(shape)
-    return shape.tier_bytes(interval, recompute)
+    return shape.host_bytes(device_bytes, interval, recompute)
 
 
 def longest_sequence(shape: StreamShape, budget: TierBudget) -> int:
@@ -313,8 +313,7 @@ def longest_sequence(shape: StreamShape, budget: TierBudget) -> int:
     def fits(num_tokens: int) -> bool:
         chunk_length = min(layout.chunk_length, num_tokens)
         at = replace(shape, layout=SequenceLayout(num_tokens, chunk_length, shortest))
-        recompute, interval = lowest_memory(at)
-        return at.host_bytes(budget.device_bytes, interval, recompute) <= budget.host_bytes
+        return least_bytes(at, budget.device_bytes) <= budget.host_bytes
 
     low, high = 0, layout.sequence_length // shortest
     while high - low > 1:

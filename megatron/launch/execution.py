@@ -14,8 +14,8 @@ from megatron.fpdt.memory_model import (
     StreamShape,
     TierBudget,
     choose_saved_activations,
+    least_bytes,
     longest_sequence,
-    lowest_memory,
 )
 from megatron.initialize import Context
 from megatron.model.builder import Execution
@@ -86,10 +86,8 @@ def _unplanned(config: Config, context: Context, host_memory: int) -> _Streaming
     parallel = config.parallel
     chunk = parallel.ds_sequence_parallel_fpdt_chunk_size or default_chunk(parallel.ds_sequence_parallel_size)
     device_bytes = int((parallel.ds_sequence_parallel_fpdt_device_memory or 0) * GIB)
-    recompute, interval = (
-        parallel.ds_sequence_parallel_fpdt_recompute,
-        parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
-    )
+    recompute = parallel.ds_sequence_parallel_fpdt_recompute
+    interval = parallel.ds_sequence_parallel_fpdt_checkpoint_interval
     streaming = _Streaming(chunk, device_bytes, recompute or Recompute.ALL, interval or 1)
     if parallel.ds_sequence_parallel_fpdt_offloading:
         shape, budget = _shape(config, context, streaming), TierBudget(host_memory, device_bytes)
@@ -195,9 +193,7 @@ def _check_host_memory(
     needed = shape.host_bytes(device, *how)
     if needed <= host_memory:
         return
-    budget = TierBudget(host_memory, device)
-    recompute, interval = lowest_memory(shape)
-    least = shape.host_bytes(device, interval, recompute)
+    least = least_bytes(shape, device)
     is_free_memory = config.parallel.ds_sequence_parallel_fpdt_host_memory is None
     if least <= host_memory:
         advice = (
@@ -205,11 +201,11 @@ def _check_host_memory(
             "that they are chosen to fit"
         )
     else:
-        longest = longest_sequence(shape, budget)
-        on_device = next(n for n in count(device, _STEP) if shape.host_bytes(n, interval, recompute) <= host_memory)
+        longest = longest_sequence(shape, TierBudget(host_memory, device))
         ways = [f"use --seq-length {longest} or less"] * bool(longest)
         ways.append(f"raise --ds-sequence-parallel-size ({shape.layout.sequence_parallel_size})")
         if not device_is_full:
+            on_device = next(n for n in count(device, _STEP) if least_bytes(shape, n) <= host_memory)
             ways.append(f"raise --ds-sequence-parallel-fpdt-device-memory to {_gib_up(on_device)}")
         if not is_free_memory:
             ways.append(f"raise --ds-sequence-parallel-fpdt-host-memory to {_gib_up(least)}")

@@ -31,10 +31,8 @@ class Open:
     def of(cls, config: Config) -> Open:
         """Return what the flags of a run leave open. With none of FPDT's settings given, FPDT itself is."""
         parallel = config.parallel
-        chunk, device_memory = (
-            not parallel.ds_sequence_parallel_fpdt_chunk_size,
-            (parallel.ds_sequence_parallel_fpdt_device_memory is None),
-        )
+        chunk = not parallel.ds_sequence_parallel_fpdt_chunk_size
+        device_memory = parallel.ds_sequence_parallel_fpdt_device_memory is None
         others = (
             parallel.ds_sequence_parallel_fpdt_host_memory,
             parallel.ds_sequence_parallel_fpdt_recompute,
