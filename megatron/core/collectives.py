@@ -43,18 +43,8 @@ def tokens_to_heads(
     results are views, side by side along the head dimension of a buffer. Without a group the tensors are returned
     unchanged.
     """
-    return start_tokens_to_heads(tensors_cBHD, group, heads, parts)()
-
-
-def start_tokens_to_heads(
-    tensors_cBHD: Sequence[Tensor],
-    group: dist.ProcessGroup | None,
-    heads: HeadLayout,
-    parts: Sequence[int] | None = None,
-) -> Exchange:
-    """Start `tokens_to_heads` asynchronously: compute queued before the result is called overlaps with it."""
     (exchange,) = start_shares_to_heads(tensors_cBHD, group, heads, parts)
-    return exchange
+    return exchange()
 
 
 def start_shares_to_heads(
@@ -116,19 +106,9 @@ def heads_to_tokens(
     parts: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Scatter tokens and gather heads: the inverse of `tokens_to_heads`, with the same rules."""
-    return start_heads_to_tokens(tensors_SBHD, group, heads, parts)()
-
-
-def start_heads_to_tokens(
-    tensors_SBHD: Sequence[Tensor],
-    group: dist.ProcessGroup | None,
-    heads: HeadLayout,
-    parts: Sequence[int] | None = None,
-) -> Exchange:
-    """Start `heads_to_tokens` asynchronously: compute queued before the result is called overlaps with it."""
     exchange = SharesToTokens(group, heads, parts)
     exchange.start(tensors_SBHD)
-    return exchange
+    return exchange()
 
 
 class SharesToTokens:
