@@ -244,13 +244,11 @@ def _exchanges(job: Job, machines: Machines, recompute: Recompute) -> tuple[_Exc
         weights = HALF * job.block_parameters * (job.num_gpus - 1) / job.num_gpus
         gather = weights / (machines.exchange_gbps(job.num_gpus) * GB)
     gathers = gather if job.zero_stage == 3 else 0.0
-    recomputed = 0 if recompute.saves_keys_and_values else keys
-    first = 1 / shape.layout.num_chunks  # a row's all-to-all to heads overlaps with the row before
-    forward, backward = queries + keys, 3 * queries + keys
+    # An all-to-all overlaps with another row, and in an only row that of half the heads with the tiles of the others.
+    exposed = 0.5 if shape.layout.num_chunks == 1 else 0.0
+    forward, backward = ((sent + queries) * all_to_all for sent in (queries + keys, 3 * queries + 2 * keys))
+    recomputed = 0 if recompute.saves_keys_and_values else keys * all_to_all
     return (
-        _Exchange(gathers + (1 - first) * forward * all_to_all, (first * forward + queries) * all_to_all),
-        _Exchange(
-            gathers + gather + ((1 - first) * backward + recomputed) * all_to_all,
-            (first * backward + queries + keys) * all_to_all,
-        ),
+        _Exchange(gathers + (1 - exposed) * forward, exposed * forward),
+        _Exchange(gathers + gather + recomputed + (1 - exposed) * backward, exposed * backward),
     )

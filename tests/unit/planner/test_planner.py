@@ -89,6 +89,13 @@ MEASURED_ON_FOUR = {
     # The first step of a run, whose peak is before Adam's moments are allocated: 15.0 GiB.
     (2097152, 131072, Recompute.KV, 6, 75): (1741, 101.4 + 15.0),
 }
+# The same on one and two H200, with eight layers: GPUs, tokens, chunk, GiB of chunks that may stay on a GPU.
+MEASURED_ON_TWO = {
+    (1, 131072, 32768, 74): (9.724, 122.6),
+    (2, 65536, 65536, 38): (1.723, 46.6),
+    (2, 65536, 32768, 38): (1.756, 43.0),
+    (2, 131072, 32768, 38): (5.079, 59.4),
+}
 STEPS = pytest.mark.parametrize("case", MEASURED_STEPS, ids=lambda c: f"{c[0].hidden_size}-{c[1:]}")
 CASES = pytest.mark.parametrize(
     "case", MEASURED, ids=lambda c: f"{c[0].hidden_size}-{c[0].num_key_value_heads}-{c[1:]}"
@@ -178,8 +185,20 @@ def test_a_step_on_four_gpus_is_within_10_percent_of_what_was_measured(case):
     if chunk is None:
         changes = {"streamed": False, "activations": "recomputed from the host"}
     plan = plan_of("llama-8b", 4, length, chunk or length, Machines(GPUS["H200"], 4, 4, 503), **changes)
-    assert plan.speed.step == pytest.approx(seconds, rel=0.1)
+    # With FPDT the GPUs waited for all-to-alls, 2% to 5% of these steps, that have been hidden behind compute since.
+    least = 0.85 if plan.job.streamed else 0.9
+    assert least * seconds < plan.speed.step < 1.1 * seconds
     assert on_gpu is None or plan.memory.gpu / GIB == pytest.approx(on_gpu, rel=0.05)
+
+
+@pytest.mark.parametrize("case", MEASURED_ON_TWO, ids=str)
+def test_a_step_on_two_gpus_is_within_10_percent_of_what_was_measured(case):
+    num_gpus, length, chunk, gib = case
+    machines = Machines(GPUS["H200"], num_gpus, num_gpus, 240)
+    plan = plan_of("llama-8b", num_gpus, length, chunk, machines, device_memory_bytes=gib * GIB)
+    plan = plan.with_job(replace(plan.job, model=replace(plan.job.model, num_layers=8)))
+    assert plan.memory.recompute is Recompute.NONE
+    assert [plan.speed.step, plan.memory.gpu / GIB] == pytest.approx(MEASURED_ON_TWO[case], rel=0.1)
 
 
 def test_chunks_on_the_gpu_are_not_copied():
