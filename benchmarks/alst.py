@@ -67,13 +67,14 @@ from benchmarks.common import (
     wall_seconds,
 )
 from megatron.config import Config, ModelConfig, deepspeed_config
+from megatron.core.documents import Mask
 from megatron.core.parallel_state import ParallelState
 from megatron.engine.adam import build_adam
 from megatron.initialize import Context, initialize
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
 from megatron.model.layers import attention_request
-from megatron.ops.attention import QKV, AttentionBackend, AttentionOutput, AttentionVariant, choose_backend
+from megatron.ops.attention import QKV, AttentionBackend, AttentionOutput, KernelVariant, choose_backend
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.planner.flops import model_flops
 from megatron.tokenizer import pad_vocab_size
@@ -89,7 +90,7 @@ class KernelAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend, scale: float) -> Tensor:
-        qkv, ctx.variant = QKV(*(_sequence_first(t) for t in (q, k, v))), AttentionVariant(scale, causal=True)
+        qkv, ctx.variant = QKV(*(_sequence_first(t) for t in (q, k, v))), KernelVariant(scale, Mask.CAUSAL)
         o, lse = backend.forward(qkv, ctx.variant)
         ctx.save_for_backward(*qkv, o, lse)
         ctx.backend = backend

@@ -39,7 +39,8 @@ from benchmarks.common import (
     thousands,
     token_axis,
 )
-from megatron.ops.attention import BACKENDS, QKV, AttentionBackend, AttentionRequest, AttentionVariant
+from megatron.core.documents import Mask
+from megatron.ops.attention import BACKENDS, QKV, AttentionBackend, AttentionRequest, AttentionVariant, KernelVariant
 
 NAME = "attention_tiles"
 BACKWARD_PRODUCTS = 2.5
@@ -89,7 +90,7 @@ def serving_backends(arguments: argparse.Namespace, device: torch.device) -> lis
     """Return the available backends that the flags ask for; print why the others are not available."""
     serving = []
     size = arguments.head_size
-    request = AttentionRequest(device, compute_dtype(device), size, AttentionVariant(size**-0.5))
+    request = AttentionRequest(device, compute_dtype(device), size, (AttentionVariant(size**-0.5),))
     for backend in BACKENDS:
         if backend.name not in (arguments.backends or [backend.name]):
             continue
@@ -123,7 +124,7 @@ def measure(backend: AttentionBackend, tile: int, causal: bool, arguments: argpa
 
     q, do = random(arguments.heads), random(arguments.heads)
     qkv = QKV(q, random(arguments.key_value_heads), random(arguments.key_value_heads))
-    variant = AttentionVariant(head_size**-0.5, causal)
+    variant = KernelVariant(head_size**-0.5, Mask.CAUSAL if causal else Mask.FULL)
     output = backend.forward(qkv, variant)
     forward = kernel_seconds(lambda: backend.forward(qkv, variant), device, arguments.repeats)
     backward = kernel_seconds(lambda: backend.backward(do, qkv, output, variant), device, arguments.repeats)

@@ -45,14 +45,14 @@ from benchmarks.common import (
     wall_seconds,
 )
 from megatron.config import ModelConfig, Recompute
-from megatron.core.documents import Documents
+from megatron.core.documents import Documents, Mask
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.memory_model import StreamShape, TierBudget, choose_saved_activations
 from megatron.fpdt.store import ChunkStore
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
-from megatron.model.layers import attention_request
+from megatron.model.layers import attention_request, attention_variant
 from megatron.monitoring.kernel_times import kernels_of, seconds_by_kind, seconds_by_name
 from megatron.ops.attention import QKV, AttentionOutput, choose_backend
 from megatron.planner.flops import model_flops
@@ -183,7 +183,7 @@ class Ceiling:
         g, config, dtype = geometry, geometry.model_config(length), compute_dtype(device)
         random = partial(torch.randn, device=device, dtype=dtype)
         request = attention_request(config, device, dtype)
-        self._attention, self._variant = choose_backend(backend, request), request.variant
+        self._attention, self._variant = choose_backend(backend, request), attention_variant(config).kernel(Mask.CAUSAL)
         q_width, kv_width = g.num_attention_heads * g.kv_channels, g.num_key_value_heads * g.kv_channels
         q, self._do = (random(length, 1, g.num_attention_heads, g.kv_channels) for _ in range(2))
         self._qkv = QKV(q, *(random(length, 1, g.num_key_value_heads, g.kv_channels) for _ in range(2)))

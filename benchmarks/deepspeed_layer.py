@@ -22,12 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.block import NO_VOCABULARY, GraphContestant, random_
 from benchmarks.common import Geometry, compute_dtype
+from megatron.core.documents import Mask
 from megatron.ops.attention import (
     QKV,
     AttentionBackend,
     AttentionOutput,
     AttentionRequest,
     AttentionVariant,
+    KernelVariant,
     choose_backend,
 )
 from megatron.planner.flops import model_flops
@@ -80,7 +82,7 @@ def load_fpdt_layer(device: torch.device) -> Any:
     deepspeed.init_distributed(auto_mpi_discovery=False)
     if fpdt_layer._flash_attn_forward is None:
         name = "torch-flash" if device.type == "cuda" else "torch-cpu"
-        request = AttentionRequest(device, compute_dtype(device), 128, AttentionVariant(128**-0.5))
+        request = AttentionRequest(device, compute_dtype(device), 128, (AttentionVariant(128**-0.5),))
         kernel = choose_backend(name, request)
         fpdt_layer._flash_attn_forward, fpdt_layer._flash_attn_backward = flash_attention_2(kernel)
         fpdt_layer.flash_attn_version = version.parse(FLASH_ATTENTION_2_7)
@@ -103,7 +105,7 @@ def flash_attention_2(backend: AttentionBackend) -> tuple[Callable[..., Any], Ca
     def forward(*args: Any, causal: bool, **others: Any) -> tuple[Tensor, Tensor, None, None]:
         q, k, v, _dropout_p, softmax_scale = args
         qkv = QKV(*(t.transpose(0, 1) for t in (q, k, v)))
-        out, lse = backend.forward(qkv, AttentionVariant(softmax_scale, causal))
+        out, lse = backend.forward(qkv, KernelVariant(softmax_scale, Mask.CAUSAL if causal else Mask.FULL))
         return out.transpose(0, 1), lse, None, None
 
     def backward(*args: Any, rng_state: Any = None) -> None:
@@ -111,7 +113,10 @@ def flash_attention_2(backend: AttentionBackend) -> tuple[Callable[..., Any], Ca
         for unused in (dq, dk, dv):
             unused.data = unused.new_empty(0)
         dout, q, k, v, out = (t.transpose(0, 1) for t in (dout, q, k, v, out))
-        output, variant = AttentionOutput(out, softmax_lse), AttentionVariant(softmax_scale, causal)
+        output, variant = (
+            AttentionOutput(out, softmax_lse),
+            KernelVariant(softmax_scale, Mask.CAUSAL if causal else Mask.FULL),
+        )
         gradients = backend.backward(dout, QKV(q, k, v), output, variant)
         for target, gradient in zip((dq, dk, dv), gradients, strict=True):
             target.data = gradient.transpose(0, 1)

@@ -18,11 +18,25 @@ import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import accumulate, pairwise
 
 Span = tuple[int, int]  # first position, one past the last
 
 EVERYTHING: Span = (0, sys.maxsize)
+
+
+class Mask(Enum):
+    """The keys j that query i sees, both counted from the beginning of a region. All but FULL are of squares."""
+
+    FULL = "full"
+    """All."""
+
+    CAUSAL = "causal"
+    """j <= i."""
+
+    UPPER = "upper"
+    """j >= i."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +46,17 @@ class Region:
     sequences: Span = EVERYTHING
     queries: Span = EVERYTHING
     keys: Span = EVERYTHING
+    mask: Mask = Mask.FULL
     merged: bool = False
-    """Whether it shares queries or keys with regions before it. All its keys then precede its queries."""
+    """Whether it shares queries or keys with regions before it."""
+
+    window: int | None = None
+    """Of a causal region: query i sees only the last `window` keys up to its own, j > i - window."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole tile, which has no other region then."""
+        return self.keys == self.queries == self.sequences == EVERYTHING
 
     @property
     def in_queries(self) -> tuple[slice, slice]:
@@ -51,7 +74,8 @@ class Region:
         return slice(*self.sequences), slice(None), slice(*self.queries)
 
 
-WHOLE_TILE = (Region(),)
+FULL_TILE = (Region(),)
+CAUSAL_TILE = (Region(mask=Mask.CAUSAL),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +105,8 @@ class Documents:
 
     def regions(self, queries: Span, keys: Span) -> tuple[Region, ...]:
         """Return the regions of a tile to compute: causal squares on the diagonal, rectangles below it."""
-        across = queries if queries == keys else (queries[0], queries[0] + 1)
+        mask = Mask.CAUSAL if queries == keys else Mask.FULL
+        across = queries if mask is Mask.CAUSAL else (queries[0], queries[0] + 1)
         found = [
             (row, _shared(span, queries), _shared(span, keys))
             for row, spans in enumerate(self.spans)
@@ -89,8 +114,12 @@ class Documents:
             if span[0] < keys[1]
         ]
         if len(found) == len(self.spans) and all((q, k) == (queries, keys) for _, q, k in found):
-            return WHOLE_TILE
-        return tuple(Region((row, row + 1), _shifted(q, queries[0]), _shifted(k, keys[0])) for row, q, k in found)
+            return _whole_tile(queries, keys)
+        return tuple(Region((row, row + 1), _shifted(q, queries[0]), _shifted(k, keys[0]), mask) for row, q, k in found)
+
+
+def _whole_tile(queries: Span, keys: Span) -> tuple[Region, ...]:
+    return CAUSAL_TILE if queries == keys else FULL_TILE
 
 
 def tile_regions(documents: Documents | None, rows: Sequence[Span], keys: Span) -> tuple[Region, ...]:
@@ -104,8 +133,8 @@ def tile_regions(documents: Documents | None, rows: Sequence[Span], keys: Span) 
     else:
         alone, merged = [(rows[0], keys)], [(row, keys) for row in rows[1:]]
     pieces = [*alone, *merged]
-    found = [WHOLE_TILE if documents is None else documents.regions(*piece) for piece in pieces]
-    if all(piece_keys == keys for _, piece_keys in pieces) and (len(rows) == 1 or set(found) == {WHOLE_TILE}):
+    found = [_whole_tile(*piece) if documents is None else documents.regions(*piece) for piece in pieces]
+    if all(piece_keys == keys for _, piece_keys in pieces) and (len(rows) == 1 or set(found) == {FULL_TILE}):
         return found[0]
     starts = dict(zip(rows, accumulate((end - start for start, end in rows), initial=0), strict=False))
     return tuple(
@@ -113,6 +142,7 @@ def tile_regions(documents: Documents | None, rows: Sequence[Span], keys: Span) 
             region.sequences,
             _placed(region.queries, row, starts[row]),
             _placed(region.keys, piece_keys, piece_keys[0] - keys[0]),
+            region.mask,
             merged=number >= len(alone),
         )
         for number, ((row, piece_keys), regions) in enumerate(zip(pieces, found, strict=True))

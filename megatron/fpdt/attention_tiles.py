@@ -94,7 +94,7 @@ def _start(kv_ahead: Prefetch, tile: Tile) -> None:
 
 
 def _forward_tile(row: TileRow, tile: Tile, q: Tensor, kv: Tensor) -> AttentionOutput:
-    return forward_regions(row.attention, QKV(q, *kv.chunk(2, 2)), tile.variant(row.variant), tile.regions)
+    return forward_regions(row.attention, QKV(q, *kv.chunk(2, 2)), row.variant, tile.regions)
 
 
 def backward_tile_inputs(tile: Tile, kv_CBKD: Mapping[int, Tensor], dkv_CBKD: Mapping[int, Tensor]) -> list[Tensor]:
@@ -161,8 +161,8 @@ def _backward_tile(
 ) -> tuple[Tensor, Tensor]:
     """Compute (dq, dkv) of one tile, added to the sums so far; in the dtype of q where there is no sum."""
     q, output, do = queries
-    qkv, variant = QKV(q, *kv.chunk(2, 2)), tile.variant(row.variant)
-    dq, dk, dv = backward_regions(row.attention, do, qkv, output, variant, tile.regions)
+    qkv = QKV(q, *kv.chunk(2, 2))
+    dq, dk, dv = backward_regions(row.attention, do, qkv, output, row.variant, tile.regions)
     if dq_sum is not None and dkv_sum is not None:
         add_gradients_(dq_sum, dkv_sum, dq, dk, dv)
     elif dq_sum is not None:

@@ -25,14 +25,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from megatron.core.documents import WHOLE_TILE, Documents, Region, tile_regions
+from megatron.core.documents import CAUSAL_TILE, FULL_TILE, Documents, Region, tile_regions
 from megatron.core.head_layout import ALL_ROWS, RowShare
-from megatron.ops.attention import AttentionVariant
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Query chunk `query` against key/value chunk `key`, or only the `regions` that are computed of it.
+    """Query chunk `query` against key/value chunk `key`, of which the `regions` are computed.
 
     `first_of_column`: in the backward pass there is no gradient of `key` yet. `next_is_stored`: in the forward pass the
     keys of the next tile off the diagonal, which may be in another row, are already on the tier.
@@ -40,17 +39,13 @@ class Tile:
 
     query: int
     key: int
+    regions: tuple[Region, ...]
     first_of_column: bool = False
     next_is_stored: bool = True
-    regions: tuple[Region, ...] = WHOLE_TILE
 
     @property
     def is_diagonal(self) -> bool:
         return self.query == self.key
-
-    def variant(self, whole: AttentionVariant) -> AttentionVariant:
-        """Return how the tile's queries attend to its keys, in a sequence that attends as `whole` says."""
-        return whole if self.is_diagonal else whole.below_diagonal
 
 
 class ChunkPlan:
@@ -93,9 +88,9 @@ class ChunkPlan:
             Tile(
                 i,
                 j,
+                self._regions(i, j),
                 first_of_column=j < first_below,
                 next_is_stored=j != last or first_after <= i,
-                regions=self._regions(i, j),
             )
             for j in (i, *others)
         ]
@@ -108,7 +103,7 @@ class ChunkPlan:
 
     def _regions(self, i: int, j: int) -> tuple[Region, ...]:
         if self._documents is None and (i > j or self._query_rows == ALL_ROWS):
-            return WHOLE_TILE
+            return CAUSAL_TILE if i == j else FULL_TILE
         start, end = self._chunks[i]
         rows = [(start + first, start + last) for first, last in self._query_rows.spans(end - start)]
         return tile_regions(self._documents, rows, self._chunks[j])

@@ -23,6 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from megatron.core.documents import CAUSAL_TILE, FULL_TILE
 from megatron.fpdt.attention_tiles import TileRow, attend, attend_one_token
 from megatron.fpdt.block import StreamedBlock
 from megatron.fpdt.plan import Tile
@@ -53,7 +54,7 @@ class CachedModel:
         weight, layer = model.embedding.word_embeddings.weight, cast(TransformerLayer, model.layers[0])
         attention = layer.self_attention
         self.short_attention = choose_backend_for_few_queries(
-            AttentionRequest(weight.device, weight.dtype, attention.head_size, attention.variant)
+            AttentionRequest(weight.device, weight.dtype, attention.head_size, (attention.variant,))
         )
 
     @property
@@ -154,7 +155,7 @@ class CachedModel:
 
 def _tiles(num_parts: int) -> list[Tile]:
     """Return the tiles of the new tokens against themselves and against each cached part."""
-    return [Tile(num_parts, key) for key in (num_parts, *range(num_parts))]
+    return [Tile(num_parts, num_parts, CAUSAL_TILE), *(Tile(num_parts, key, FULL_TILE) for key in range(num_parts))]
 
 
 def check_prompt(prompt: Sequence[int], num_new_tokens: int, num_ids: int, max_length: int | None) -> None:

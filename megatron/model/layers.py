@@ -71,7 +71,7 @@ def attention_variant(config: ModelConfig) -> AttentionVariant:
 def attention_request(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> AttentionRequest:
     """Return what the model asks of an attention backend; deterministic if torch's algorithms have to be."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return AttentionRequest(device, dtype, config.kv_channels, attention_variant(config), deterministic)
+    return AttentionRequest(device, dtype, config.kv_channels, (attention_variant(config),), deterministic)
 
 
 def head_layout(config: ModelConfig, num_ranks: int) -> HeadLayout:

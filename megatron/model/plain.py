@@ -19,7 +19,7 @@ from megatron.core.collectives import (
     differentiable_heads_to_tokens,
     differentiable_tokens_to_heads,
 )
-from megatron.core.documents import Documents, Region, tile_regions
+from megatron.core.documents import Documents, Mask, Region, tile_regions
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.loss import stream_loss
 from megatron.fpdt.observer import ATTENTION_OUTPUT, INPUT, OUTPUT, PROJECTED
@@ -134,7 +134,7 @@ def _attention_with_dropout(qkv: QKV, dropout: float, variant: AttentionVariant,
         inputs = region_of(qkv, region)
         q, k, v = (t.permute(1, 2, 0, 3) for t in inputs)  # [S, B, H, D] -> [B, H, S, D]
         o = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=variant.causal, scale=variant.scale, enable_gqa=True
+            q, k, v, dropout_p=dropout, is_causal=region.mask is Mask.CAUSAL, scale=variant.scale, enable_gqa=True
         )
         o_SBHD[region.in_queries] = o.permute(2, 0, 1, 3)
     return o_SBHD

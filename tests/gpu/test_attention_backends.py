@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from megatron.core.documents import WHOLE_TILE, Documents, tile_regions
+from megatron.core.documents import CAUSAL_TILE, FULL_TILE, Documents, Mask, tile_regions
 from megatron.ops.attention import (
     BACKENDS,
     QKV,
     AttentionOutput,
     AttentionUnavailable,
     AttentionVariant,
+    KernelVariant,
     backward_regions,
     forward_regions,
 )
@@ -143,7 +144,7 @@ def test_the_same_inputs_give_the_same_bits_in_deterministic_mode(backend, shape
     (H, K, D), batch, length, starts = shape
     skip_unless_served(backend, torch.bfloat16, D, deterministic=True)
     q, k, v, do = (t.bfloat16().cuda() for t in draw((batch, [length], H, K, D)))
-    qkv, variant, regions = QKV(q, *side_by_side(k, v)), AttentionVariant(D**-0.5, causal), WHOLE_TILE
+    qkv, variant, regions = QKV(q, *side_by_side(k, v)), AttentionVariant(D**-0.5), CAUSAL_TILE if causal else FULL_TILE
     if starts is not None:
         regions = Documents.from_starts([starts], length).regions((0, length), (0, length))
 
@@ -157,12 +158,12 @@ def test_the_same_inputs_give_the_same_bits_in_deterministic_mode(backend, shape
         assert [name for name, other, one in again if not torch.equal(other, one)] == []
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask", [Mask.CAUSAL, Mask.FULL])
 @pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
-def test_results_have_the_shapes_and_dtypes_of_the_protocol_and_inputs_are_not_written_to(backend, causal):
+def test_results_have_the_shapes_and_dtypes_of_the_protocol_and_inputs_are_not_written_to(backend, mask):
     skip_unless_served(backend, torch.bfloat16, 128)
     q, k, v, do = (t.bfloat16().cuda() for t in draw((3, [256], 8, 2, 128)))
-    qkv, variant = QKV(q, k, v), AttentionVariant(0.1, causal)
+    qkv, variant = QKV(q, k, v), KernelVariant(0.1, mask)
     o, lse = output = backend.forward(qkv, variant)
     assert (o.shape, o.dtype) == (q.shape, q.dtype)
     assert (lse.shape, lse.dtype) == ((3, 8, 256), torch.float32)
@@ -201,7 +202,7 @@ def test_more_than_two_to_the_31_elements(backend, size):
     q, do = draw_on_device(4 * K), draw_on_device(4 * K)
     k, v = side_by_side(draw_on_device(K), draw_on_device(K))
     assert q.numel() > 2**31
-    qkv, variant = QKV(q, k, v), AttentionVariant(scale)
+    qkv, variant = QKV(q, k, v), KernelVariant(scale, Mask.CAUSAL)
     try:
         o, lse = output = backend.forward(qkv, variant)
     except AttentionUnavailable as refusal:

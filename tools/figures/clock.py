@@ -30,7 +30,7 @@ from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import SLICE_LENGTH, Stream
 from megatron.fpdt.streamed_layer import StreamedLayer
 from megatron.fpdt.tiers import HostTier
-from megatron.ops.attention import QKV, AttentionOutput, AttentionRequest, AttentionVariant
+from megatron.ops.attention import QKV, AttentionOutput, AttentionRequest, AttentionVariant, KernelVariant
 from megatron.planner.flops import forward_flops
 from megatron.planner.hardware import GB, TERA
 from megatron.planner.plan import Plan
@@ -232,23 +232,23 @@ class TimedAttention:
     def refusal(self, request: AttentionRequest) -> str | None:
         return None
 
-    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+    def forward(self, qkv: QKV, variant: KernelVariant) -> AttentionOutput:
         self._run(qkv, variant, self.seconds.tile[0])
         q = qkv.q
         lse = q.new_zeros(q.shape[1], q.shape[2], q.shape[0], dtype=torch.float32)
         return AttentionOutput(torch.zeros_like(q), lse)
 
     def backward(
-        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
         self._run(qkv, variant, self.seconds.tile[1])
         dq, dk, dv = (torch.zeros_like(t) for t in qkv)
         return dq, dk, dv
 
-    def _run(self, qkv: QKV, variant: AttentionVariant, seconds: float) -> None:
+    def _run(self, qkv: QKV, variant: KernelVariant, seconds: float) -> None:
         label = f"{chunk_of(qkv.q)},{chunk_of(qkv.k)}"
         share = qkv.q.shape[2] / self.num_heads
-        self.clock.run(COMPUTE, TILE, label, seconds * share / 2 if variant.causal else seconds * share)
+        self.clock.run(COMPUTE, TILE, label, seconds * share / 2 if variant.is_causal else seconds * share)
 
 
 class _Timed(torch.autograd.Function):

@@ -7,6 +7,7 @@ from megatron.ops.attention.protocol import (
     AttentionRequest,
     AttentionUnavailable,
     AttentionVariant,
+    KernelVariant,
 )
 from megatron.ops.attention.regions import backward_regions, forward_regions, region_of
 from megatron.ops.attention.select import BACKENDS, choose_backend, choose_backend_for_few_queries
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionRequest",
     "AttentionUnavailable",
     "AttentionVariant",
+    "KernelVariant",
     "backward_regions",
     "choose_backend",
     "choose_backend_for_few_queries",

@@ -32,7 +32,7 @@ from megatron.ops.attention.protocol import (
     AttentionOutput,
     AttentionRequest,
     AttentionUnavailable,
-    AttentionVariant,
+    KernelVariant,
     PackedSequences,
 )
 
@@ -182,14 +182,14 @@ class PackagedAttention(ABC):
     def limits(self, request: AttentionRequest) -> CudaLimits:
         """Return the limits of the kernels on the device of the request."""
 
-    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+    def forward(self, qkv: QKV, variant: KernelVariant) -> AttentionOutput:
         q, k, v = (t.transpose(0, 1) for t in qkv)  # [S, B, H, D] -> [B, S, H, D]
         kernels, options = self._kernels(), {**self.package.forward_options, **_variant_options(variant)}
         results = kernels.forward(q=q, k=k, v=v, **options)
         return AttentionOutput(results[0].transpose(0, 1), results[kernels.lse_position])
 
     def backward(
-        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
         do, q, k, v, o = (t.transpose(0, 1) for t in (do, *qkv, output.o))  # [S, B, H, D] -> [B, S, H, D]
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
@@ -223,7 +223,7 @@ class FlashAttention2(PackagedAttention):
             return 'flash-attn before 2.7.4 has no kernels for Blackwell (pip install "flash-attn>=2.7.4")'
         return reason
 
-    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+    def forward(self, qkv: QKV, variant: KernelVariant) -> AttentionOutput:
         refuse_more_than_31_bits_count(self.name, qkv.q)
         return super().forward(qkv, variant)
 
@@ -267,13 +267,13 @@ class FlashAttention4(PackagedAttention):
             return "on compute capability 12.x it lacks the deterministic backward that --deterministic-mode needs"
         return reason
 
-    def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: AttentionVariant) -> AttentionOutput:
+    def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: KernelVariant) -> AttentionOutput:
         kernels, options = self._kernels(), {**self.package.forward_options, **_variant_options(variant)}
         results = kernels.forward(q=qkv.q, k=qkv.k, v=qkv.v, **options, **_packing_options(packed))
         return AttentionOutput(results[0], results[kernels.lse_position])
 
     def backward_packed(
-        self, do: Tensor, qkv: QKV, output: AttentionOutput, packed: PackedSequences, variant: AttentionVariant
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, packed: PackedSequences, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Large strides are reported to give silent errors.
         do, q, k, v, o = (t.contiguous() for t in (do, *qkv, output.o))
@@ -286,8 +286,8 @@ class FlashAttention4(PackagedAttention):
         return dq, dk, dv
 
 
-def _variant_options(variant: AttentionVariant) -> dict[str, Any]:
-    return {"softmax_scale": variant.scale, "causal": variant.causal}
+def _variant_options(variant: KernelVariant) -> dict[str, Any]:
+    return {"softmax_scale": variant.scale, "causal": variant.is_causal}
 
 
 def _packing_options(packed: PackedSequences) -> dict[str, Any]:

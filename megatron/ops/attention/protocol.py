@@ -1,6 +1,6 @@
 """The interface of an attention backend.
 
-    S = scale q k^T  (causal: the top-left aligned lower triangle)     lse = logsumexp(S)     o = exp(S - lse) v
+    S = scale q k^T, masked     lse = logsumexp(S)     o = exp(S - lse) v
 
     q       [Sq, B, H, D]     any strides, the last dimension contiguous
     k, v    [Sk, B, K, D]     K divides H: query head h reads key/value head h // (H/K)
@@ -9,7 +9,7 @@
 
 `backward` may be called with the `o` and `lse` of a whole row of tiles, of which (k, v) is one. The probabilities
 exp(S - lse) are then those of the whole row, and the gradients of the tiles add up (FlashAttention-2, arXiv 2307.08691,
-section 3). Causal tiles are square and diagonal; tiles below the diagonal are not causal.
+section 3). Masks are top-left aligned, and of square tiles.
 
 Where torch.are_deterministic_algorithms_enabled(), a backend that serves a deterministic request gives the same bits
 for the same inputs on the same device.
@@ -17,35 +17,56 @@ for the same inputs on the same device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from megatron.core.documents import Mask
 
 
 class AttentionUnavailable(ValueError):
     """A backend cannot serve a request; the message says why, and which can."""
 
 
-@dataclass(frozen=True)
-class AttentionVariant:
-    """How queries attend to keys: the scores before the softmax, and the mask.
-
-    A layer's variant is that of the whole sequence. A tile below the diagonal has the variant `below_diagonal`.
-    """
+class KernelVariant(NamedTuple):
+    """How the queries of a tile attend to its keys."""
 
     scale: float
     """Factor of the scores."""
 
-    causal: bool = True
-    """Whether a query attends only to keys up to its own position in the tile."""
+    mask: Mask
+    softcap: float | None = None
+    """Bound of the scores: softcap tanh(scale q k^T / softcap)."""
 
-    @cached_property
-    def below_diagonal(self) -> AttentionVariant:
-        """The same without a mask: all keys of the tile precede its queries."""
-        return replace(self, causal=False)
+    window: int | None = None
+    """Of a causal tile: a query sees only the last `window` keys up to its own, itself included."""
+
+    @property
+    def is_causal(self) -> bool:
+        return self.mask is Mask.CAUSAL
+
+
+@dataclass(frozen=True)
+class AttentionVariant:
+    """How the tokens of a layer's sequence attend: each to itself and those before it, within the limits given."""
+
+    scale: float
+    """Factor of the scores."""
+
+    softcap: float | None = None
+    """Bound of the scores: softcap tanh(scale q k^T / softcap)."""
+
+    window: int | None = None
+    """A token sees the last `window` tokens up to itself, itself included."""
+
+    local_block: int | None = None
+    """A token at p sees the tokens from floor(p / local_block) local_block on."""
+
+    def kernel(self, mask: Mask, window: int | None = None) -> KernelVariant:
+        """Return how a part of the sequence attends to another, whose mask and window are those of both."""
+        return KernelVariant(self.scale, mask, self.softcap, window)
 
 
 class AttentionRequest(NamedTuple):
@@ -54,7 +75,9 @@ class AttentionRequest(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     head_size: int
-    variant: AttentionVariant
+    variants: tuple[AttentionVariant, ...]
+    """Those of the model's layers, all of which one backend serves."""
+
     deterministic: bool = False
     """Whether the same inputs must give the same bits each time."""
 
@@ -93,12 +116,12 @@ class AttentionBackend(Protocol):
         """Return why this backend cannot serve the request, or None if it can."""
         ...
 
-    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+    def forward(self, qkv: QKV, variant: KernelVariant) -> AttentionOutput:
         """Compute o and lse of one tile."""
         ...
 
     def backward(
-        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute (dq, dk, dv) of one tile, given the output of the tile's whole row."""
         ...
@@ -111,12 +134,12 @@ class PacksDocuments(Protocol):
     q, o, do [T, H, D], k, v [T, K, D] and lse [H, T] hold all documents. The variant applies within each of them.
     """
 
-    def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: AttentionVariant) -> AttentionOutput:
+    def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: KernelVariant) -> AttentionOutput:
         """Compute o and lse of all documents."""
         ...
 
     def backward_packed(
-        self, do: Tensor, qkv: QKV, output: AttentionOutput, packed: PackedSequences, variant: AttentionVariant
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, packed: PackedSequences, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute (dq, dk, dv) of all documents, given the output over all their keys."""
         ...

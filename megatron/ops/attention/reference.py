@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.ops.attention.protocol import QKV, AttentionOutput, AttentionRequest, AttentionVariant
+from megatron.ops.attention.protocol import QKV, AttentionOutput, AttentionRequest, KernelVariant
 
 _BLOCK_ROWS = 512
 
@@ -19,7 +19,7 @@ class ReferenceAttention:
     def refusal(self, request: AttentionRequest) -> str | None:
         return None
 
-    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+    def forward(self, qkv: QKV, variant: KernelVariant) -> AttentionOutput:
         q, k, v = qkv
         k_BHSD, v_BHSD = (_heads_first(t, q.shape[2]) for t in (k, v))
         o, lse = [], []
@@ -31,7 +31,7 @@ class ReferenceAttention:
         return AttentionOutput(torch.cat(o, 2).permute(2, 0, 1, 3).to(q.dtype), torch.cat(lse, 2))
 
     def backward(
-        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
         (q, k, v), (o, lse) = qkv, output
         H, K = q.shape[2], k.shape[2]
@@ -56,9 +56,9 @@ def _heads_first(t_SBKD: Tensor, num_heads: int) -> Tensor:
     return t.repeat_interleave(num_heads // t.shape[1], 1)
 
 
-def _scores(q_BHSD: Tensor, k_BHSD: Tensor, first_row: int, variant: AttentionVariant) -> Tensor:
+def _scores(q_BHSD: Tensor, k_BHSD: Tensor, first_row: int, variant: KernelVariant) -> Tensor:
     scores = q_BHSD @ k_BHSD.mT * variant.scale
-    if variant.causal:
+    if variant.is_causal:
         rows = torch.arange(first_row, first_row + q_BHSD.shape[2], device=scores.device)
         columns = torch.arange(k_BHSD.shape[2], device=scores.device)
         scores = scores.masked_fill(columns > rows[:, None], float("-inf"))

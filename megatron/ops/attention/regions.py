@@ -3,8 +3,8 @@
 The kernel is called once for each region, or once for many adjacent documents on the diagonal if the backend supports
 that. Shapes and dtypes are those of the protocol. The regions of a tile share no query and no key, so results and
 gradients are written without conflicts; those that do share some are merged into the others, and the results are then
-in fp32 (fp64 for fp64). A query that sees no key of the tile has the output 0. Off the diagonal its
-log-sum-exp is -inf, that of an empty set; on the diagonal, where others are merged into it, it is 0.
+in fp32 (fp64 for fp64). A query that sees no key of the tile has the output 0. Its log-sum-exp is the
+lowest number of the format: finite, so that it can be merged, and as -inf, that of an empty set, against any other.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron.core.documents import WHOLE_TILE, Region
+from megatron.core.documents import Mask, Region
 from megatron.ops.attention.protocol import (
     QKV,
     AttentionBackend,
     AttentionOutput,
     AttentionVariant,
+    KernelVariant,
     PackedSequences,
     PacksDocuments,
 )
@@ -32,27 +33,27 @@ Run = list[Region]
 
 
 def forward_regions(
-    backend: AttentionBackend, qkv: QKV, variant: AttentionVariant, regions: Sequence[Region] = WHOLE_TILE
+    backend: AttentionBackend, qkv: QKV, variant: AttentionVariant, regions: Sequence[Region]
 ) -> AttentionOutput:
-    """Compute o and lse of a tile; `variant` is that of the tile and of each of its regions."""
-    if regions == WHOLE_TILE:
-        return backend.forward(qkv, variant)
+    """Compute o and lse of a tile in a sequence that attends as `variant` says."""
+    if regions and regions[0].is_whole:
+        return backend.forward(qkv, variant.kernel(regions[0].mask))
     q, merged = qkv.q, [region for region in regions if region.merged]
     S, B, H, _ = q.shape
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     o = torch.zeros(q.shape, dtype=sum_dtype if merged else q.dtype, device=q.device)
-    lse = torch.full((B, H, S), 0.0 if variant.causal else -torch.inf, dtype=sum_dtype, device=q.device)
-    for run in _runs(backend, variant, regions):
-        whole = _whole(run)
+    lse = torch.full((B, H, S), torch.finfo(sum_dtype).min, dtype=sum_dtype, device=q.device)
+    for run in _runs(backend, regions):
+        whole, kernel = _whole(run), variant.kernel(run[0].mask)
         own = region_of(qkv, whole)
         if isinstance(backend, PacksDocuments) and len(run) > 1:
             own = QKV(*(t.squeeze(1) for t in own))
-            part, part_lse = backend.forward_packed(own, _packed(run, q.device), variant)
+            part, part_lse = backend.forward_packed(own, _packed(run, q.device), kernel)
             o[whole.in_queries], lse[whole.in_lse] = part.unsqueeze(1), part_lse.unsqueeze(0)
         else:
-            o[whole.in_queries], lse[whole.in_lse] = backend.forward(own, variant)
+            o[whole.in_queries], lse[whole.in_lse] = backend.forward(own, kernel)
     for region in merged:
-        part, part_lse = backend.forward(region_of(qkv, region), variant.below_diagonal)
+        part, part_lse = backend.forward(region_of(qkv, region), variant.kernel(region.mask))
         merge_(o[region.in_queries], lse[region.in_lse], part, part_lse)
     return AttentionOutput(o, lse)
 
@@ -63,24 +64,25 @@ def backward_regions(
     qkv: QKV,
     output: AttentionOutput,
     variant: AttentionVariant,
-    regions: Sequence[Region] = WHOLE_TILE,
+    regions: Sequence[Region],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (dq, dk, dv) of a tile, given the output of the tile's whole row."""
-    if regions == WHOLE_TILE:
-        return backend.backward(do, qkv, output, variant)
+    if regions and regions[0].is_whole:
+        return backend.backward(do, qkv, output, variant.kernel(regions[0].mask))
     merged = [region for region in regions if region.merged]
     dtype = torch.promote_types(do.dtype, torch.float32) if merged else do.dtype
     dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in qkv)
-    for run in _runs(backend, variant, regions):
-        whole = _whole(run)
+    for run in _runs(backend, regions):
+        whole, kernel = _whole(run), variant.kernel(run[0].mask)
         inputs = _backward_inputs(do, qkv, output, whole)
         if isinstance(backend, PacksDocuments) and len(run) > 1:
-            grads = _backward_packed(backend, *inputs, _packed(run, do.device), variant)
+            grads = _backward_packed(backend, *inputs, _packed(run, do.device), kernel)
         else:
-            grads = backend.backward(*inputs, variant)
+            grads = backend.backward(*inputs, kernel)
         dq[whole.in_queries], dk[whole.in_keys], dv[whole.in_keys] = grads
     for region in merged:
-        grads = backend.backward(*_backward_inputs(do, qkv, output, region), variant.below_diagonal)
+        inputs = _backward_inputs(do, qkv, output, region)
+        grads = backend.backward(*inputs, variant.kernel(region.mask))
         for total, where, part in zip((dq, dk, dv), (region.in_queries, *[region.in_keys] * 2), grads, strict=True):
             total[where].add_(part)
     return dq, dk, dv
@@ -106,7 +108,7 @@ def _backward_packed(
     qkv: QKV,
     output: AttentionOutput,
     packed: PackedSequences,
-    variant: AttentionVariant,
+    variant: KernelVariant,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (dq, dk, dv) of documents in one sequence, in the shapes of the protocol."""
     do, qkv = do.squeeze(1), QKV(*(t.squeeze(1) for t in qkv))
@@ -115,10 +117,10 @@ def _backward_packed(
     return dq, dk, dv
 
 
-def _runs(backend: AttentionBackend, variant: AttentionVariant, regions: Sequence[Region]) -> Iterator[Run]:
+def _runs(backend: AttentionBackend, regions: Sequence[Region]) -> Iterator[Run]:
     """Yield the regions that are not merged, grouped by the kernel call that serves them."""
     for run in _adjacent([region for region in regions if not region.merged]):
-        if variant.causal and len(run) >= PACKED_FROM and isinstance(backend, PacksDocuments):
+        if run[0].mask is Mask.CAUSAL and len(run) >= PACKED_FROM and isinstance(backend, PacksDocuments):
             yield run
         else:
             yield from ([region] for region in run)
@@ -129,7 +131,7 @@ def _adjacent(regions: Sequence[Region]) -> list[Run]:
     runs: list[Run] = []
     for region in regions:
         last = runs[-1][-1] if runs else None
-        if last and (last.sequences, _end(last)) == (region.sequences, _start(region)):
+        if last and (last.sequences, last.mask, _end(last)) == (region.sequences, region.mask, _start(region)):
             runs[-1].append(region)
         else:
             runs.append([region])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.attention.cuda_limits import CudaLimits, refuse_more_than_31_bits_count
-from megatron.ops.attention.protocol import QKV, AttentionOutput, AttentionRequest, AttentionVariant, PackedSequences
+from megatron.ops.attention.protocol import QKV, AttentionOutput, AttentionRequest, KernelVariant, PackedSequences
 
 aten = torch.ops.aten
 
@@ -24,17 +24,17 @@ class TorchCpuAttention:
         kind = request.device.type
         return None if kind == "cpu" else f"it runs on CPUs, and the tensors are on {kind}"
 
-    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+    def forward(self, qkv: QKV, variant: KernelVariant) -> AttentionOutput:
         q, k, v = (_heads_first(t) for t in qkv)
-        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, variant.causal, scale=variant.scale)
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, variant.is_causal, scale=variant.scale)
         return AttentionOutput(_sequence_first(o), lse)
 
     def backward(
-        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
         do, q, k, v, o = (_heads_first(t) for t in (do, *qkv, output.o))
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, q, k, v, o, output.lse, 0.0, variant.causal, scale=variant.scale
+            do, q, k, v, o, output.lse, 0.0, variant.is_causal, scale=variant.scale
         )
         dq, dk, dv = (_sequence_first(t) for t in grads)
         return dq, dk, dv
@@ -48,40 +48,40 @@ class TorchFlashAttention:
     def refusal(self, request: AttentionRequest) -> str | None:
         return CudaLimits(minimum_capability=(8, 0), largest_head=256).refusal(request)
 
-    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+    def forward(self, qkv: QKV, variant: KernelVariant) -> AttentionOutput:
         refuse_more_than_31_bits_count(self.name, qkv.q)
         q, k, v = (t.transpose(0, 1) for t in qkv)  # [S, B, H, D] -> [B, S, H, D]
         out = aten._flash_attention_forward(
-            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, variant.causal, False, scale=variant.scale
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, variant.is_causal, False, scale=variant.scale
         )
         return AttentionOutput(out[0].transpose(0, 1), out[1])
 
     def backward(
-        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
         do, q, k, v, o = (t.transpose(0, 1) for t in (do, *qkv, output.o))
         # Without dropout the kernel does not read the random state.
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = aten._flash_attention_backward(
-            do, q, k, v, o, output.lse, None, None, q.shape[1], k.shape[1], 0.0, variant.causal, unused, unused,
+            do, q, k, v, o, output.lse, None, None, q.shape[1], k.shape[1], 0.0, variant.is_causal, unused, unused,
             scale=variant.scale,
         )  # fmt: skip
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
-    def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: AttentionVariant) -> AttentionOutput:
+    def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: KernelVariant) -> AttentionOutput:
         starts, longest = packed
         out = aten._flash_attention_forward(
-            *qkv, starts, starts, longest, longest, 0.0, variant.causal, False, scale=variant.scale
+            *qkv, starts, starts, longest, longest, 0.0, variant.is_causal, False, scale=variant.scale
         )
         return AttentionOutput(out[0], out[1])
 
     def backward_packed(
-        self, do: Tensor, qkv: QKV, output: AttentionOutput, packed: PackedSequences, variant: AttentionVariant
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, packed: PackedSequences, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
         starts, longest = packed
         unused = torch.empty(2, dtype=torch.uint64, device=do.device)
         grads = aten._flash_attention_backward(
-            do, *qkv, *output, starts, starts, longest, longest, 0.0, variant.causal, unused, unused,
+            do, *qkv, *output, starts, starts, longest, longest, 0.0, variant.is_causal, unused, unused,
             scale=variant.scale,
         )  # fmt: skip
         return grads[0], grads[1], grads[2]
@@ -103,18 +103,18 @@ class CudnnAttention:
             return "through torch it lacks the deterministic backward that --deterministic-mode needs"
         return reason
 
-    def forward(self, qkv: QKV, variant: AttentionVariant) -> AttentionOutput:
+    def forward(self, qkv: QKV, variant: KernelVariant) -> AttentionOutput:
         if _has_one_token(qkv):
             return self.one_token.forward(qkv, variant)
         refuse_more_than_31_bits_count(self.name, qkv.q)
         q, k, v = (_heads_first(t) for t in qkv)
         out = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, variant.causal, False, scale=variant.scale
+            q, k, v, None, True, 0.0, variant.is_causal, False, scale=variant.scale
         )
         return AttentionOutput(_sequence_first(out[0]), out[1].view(q.shape[:3]))
 
     def backward(
-        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: AttentionVariant
+        self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
         if _has_one_token(qkv):
             return self.one_token.backward(do, qkv, output, variant)
@@ -123,7 +123,7 @@ class CudnnAttention:
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             do, q, k, v, o, output.lse.unsqueeze(-1), unused, unused, None, None, None,
-            q.shape[2], k.shape[2], 0.0, variant.causal, scale=variant.scale,
+            q.shape[2], k.shape[2], 0.0, variant.is_causal, scale=variant.scale,
         )  # fmt: skip
         dq, dk, dv = (_sequence_first(t) for t in grads)
         return dq, dk, dv

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import TINY_GEOMETRY, Geometry
-from megatron.ops.attention import QKV, AttentionOutput, AttentionVariant
+from megatron.core.documents import Mask
+from megatron.ops.attention import QKV, AttentionOutput, KernelVariant
 from megatron.ops.attention.reference import ReferenceAttention
 
 deepspeed_layer = pytest.importorskip("benchmarks.deepspeed_layer")
@@ -42,7 +43,7 @@ def layer(monkeypatch):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):
-        o, lse = ReferenceAttention().forward(QKV(q, k, v), AttentionVariant(scale))
+        o, lse = ReferenceAttention().forward(QKV(q, k, v), KernelVariant(scale, Mask.CAUSAL))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale = scale
         return o
@@ -50,7 +51,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        variant = AttentionVariant(ctx.scale)
+        variant = KernelVariant(ctx.scale, Mask.CAUSAL)
         return *ReferenceAttention().backward(do, QKV(q, k, v), AttentionOutput(o, lse), variant), None
 
 
@@ -89,7 +90,7 @@ def test_the_kernel_is_named_after_what_serves(layer, monkeypatch):
 def test_gradients_take_the_place_of_the_zeros_they_were_given():
     _, backward = deepspeed_layer.flash_attention_2(ReferenceAttention())
     q, k, v, do = (torch.randn(1, 8, 2, 4) for _ in range(4))
-    qkv, variant = QKV(*(t.transpose(0, 1) for t in (q, k, v))), AttentionVariant(0.5)
+    qkv, variant = QKV(*(t.transpose(0, 1) for t in (q, k, v))), KernelVariant(0.5, Mask.CAUSAL)
     o, lse = output = ReferenceAttention().forward(qkv, variant)
     dq, dk, dv = (torch.zeros_like(q) for _ in range(3))
     backward(do, q, k, v, o.transpose(0, 1), lse, dq, dk, dv, 0.0, 0.5, True, -1, -1, 0.0, None, False, rng_state=None)

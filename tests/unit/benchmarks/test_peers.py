@@ -150,7 +150,7 @@ def test_hugging_face_models_can_call_our_kernel():
         torch.randn(2, heads, 40, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4)
     )  # fmt: skip
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    backend = choose_backend("auto", AttentionRequest(q.device, q.dtype, 16, AttentionVariant(0.25)))
+    backend = choose_backend("auto", AttentionRequest(q.device, q.dtype, 16, (AttentionVariant(0.25),)))
     o = KernelAttention.apply(*inputs, backend, 0.25)
     gradients = torch.autograd.grad(o, inputs, do.transpose(1, 2))
     expected = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.25, enable_gqa=True)

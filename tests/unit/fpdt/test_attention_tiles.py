@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.core.documents import CAUSAL_TILE, FULL_TILE
 from megatron.fpdt.attention_tiles import TileRow, attend_one_token
 from megatron.fpdt.plan import Tile
 from megatron.fpdt.store import ChunkStore
@@ -37,7 +38,8 @@ def attended(backend: AttentionBackend, q: Tensor, parts: list[Tensor], offloadi
     chunks = [store.empty(part.shape, part.dtype) for part in cached]
     for chunk, part in zip(chunks, cached, strict=True):
         store.put(chunk, part)
-    tiles = [Tile(len(cached), key) for key in (len(cached), *range(len(cached)))]
+    n = len(cached)
+    tiles = [Tile(n, n, CAUSAL_TILE), *(Tile(n, key, FULL_TILE) for key in range(n))]
     row = TileRow(backend, AttentionVariant(scale_of(q)), tiles)
     return attend_one_token(row, q, own, store.prefetch([[c] for c in chunks], ahead=False))
 

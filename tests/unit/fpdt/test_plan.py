@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.core.documents import Documents
+from megatron.core.documents import Documents, Mask
 from megatron.core.head_layout import RowShare
-from megatron.fpdt.plan import ChunkPlan, Tile
+from megatron.fpdt.plan import ChunkPlan
 from megatron.fpdt.store import ChunkStore
-from megatron.ops.attention import AttentionVariant
 
 COUNTS = range(1, 13)
 
@@ -157,8 +156,7 @@ def test_regions_of_all_tiles_are_what_documents_see_and_none_is_empty(documents
             for region in tile.regions:
                 rectangle = view.transpose(1, 2, 0)[region.in_queries[0], region.in_keys[0], region.in_queries[1]]
                 assert rectangle.size
-                has_mask = tile.is_diagonal and not region.merged
-                rectangle += np.tri(*rectangle.shape[:2], dtype=int)[..., None] if has_mask else 1
+                rectangle += np.tri(*rectangle.shape[:2], dtype=int)[..., None] if region.mask is Mask.CAUSAL else 1
             masks[:, own, starts[tile.key] : starts[tile.key + 1]] = view
     assert [masks[row].tolist() for row in (0, 1)] == [seen(documents, row).tolist() for row in (0, 1)]
 
@@ -198,8 +196,6 @@ def test_documents_of_a_chunk_each_leave_the_diagonal_alone():
 
 
 def test_a_tile_below_the_diagonal_attends_without_a_mask():
-    whole = AttentionVariant(0.25)
-    below = Tile(2, 1).variant(whole)
-    assert below == AttentionVariant(0.25, causal=False)
-    assert Tile(1, 0).variant(whole) is below
-    assert Tile(1, 1).variant(whole) is whole
+    for row in ChunkPlan(LENGTHS).forward_rows():
+        for tile in row:
+            assert [region.mask for region in tile.regions] == [Mask.CAUSAL if tile.is_diagonal else Mask.FULL]

@@ -9,14 +9,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron.ops.attention import QKV, AttentionOutput, AttentionVariant
+from megatron.core.documents import Mask
+from megatron.ops.attention import QKV, AttentionOutput, KernelVariant
 from megatron.ops.attention.reference import ReferenceAttention
 
 
 def attend(q, k, v, causal, scale):
     """(o, lse)"""
     check_layout(q, k, v)
-    o, lse = ReferenceAttention().forward(QKV(*(t.transpose(0, 1) for t in (q, k, v))), AttentionVariant(scale, causal))
+    o, lse = ReferenceAttention().forward(
+        QKV(*(t.transpose(0, 1) for t in (q, k, v))), KernelVariant(scale, Mask.CAUSAL if causal else Mask.FULL)
+    )
     return o.transpose(0, 1).contiguous(), lse.contiguous()
 
 
@@ -25,7 +28,7 @@ def differentiate(do, q, k, v, o, lse, dq, dk, dv, causal, scale):
     check_layout(do, q, k, v, o, dq, dk, dv)
     assert lse.is_contiguous()
     do, q, k, v, o = (t.transpose(0, 1) for t in (do, q, k, v, o))
-    variant = AttentionVariant(scale, causal)
+    variant = KernelVariant(scale, Mask.CAUSAL if causal else Mask.FULL)
     gradients = ReferenceAttention().backward(do, QKV(q, k, v), AttentionOutput(o, lse), variant)
     for target, gradient in zip((dq, dk, dv), gradients, strict=True):
         target.copy_(gradient.transpose(0, 1))

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from megatron.ops.attention import BACKENDS, QKV, AttentionOutput, AttentionRequest, AttentionVariant, reference
+from megatron.core.documents import Mask
+from megatron.ops.attention import (
+    BACKENDS,
+    QKV,
+    AttentionOutput,
+    AttentionRequest,
+    AttentionVariant,
+    KernelVariant,
+    reference,
+)
 from megatron.ops.merge import merge_
 
 CPU = torch.device("cpu")
@@ -24,7 +33,7 @@ ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys()
 
 def request_for(device, dtype, head_size, deterministic=False):
     """A request for attention of the usual scale."""
-    return AttentionRequest(device, dtype, head_size, AttentionVariant(head_size**-0.5), deterministic)
+    return AttentionRequest(device, dtype, head_size, (AttentionVariant(head_size**-0.5),), deterministic)
 
 
 def draw(shape, dtype=torch.float64, spread=1.0, seed=0):
@@ -53,17 +62,18 @@ def tiled(backend, q, k, v, do, scale, lengths):
     """The same by tiles, as the stream runs them: sums of tile gradients in at least fp32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     qs, ks, vs, dos = (t.split(lengths) for t in (q, k, v, do))
-    os, lses, variant = [], [], AttentionVariant(scale)
+    os, lses = [], []
+    causal, full = (KernelVariant(scale, mask) for mask in (Mask.CAUSAL, Mask.FULL))
     dq, dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (q, k, v))
     for i in range(len(lengths)):
-        o, lse = backend.forward(QKV(qs[i], ks[i], vs[i]), variant)
+        o, lse = backend.forward(QKV(qs[i], ks[i], vs[i]), causal)
         o = o.to(wide)
         for j in range(i):
-            merge_(o, lse, *backend.forward(QKV(qs[i], ks[j], vs[j]), variant.below_diagonal))
+            merge_(o, lse, *backend.forward(QKV(qs[i], ks[j], vs[j]), full))
         o = o.to(q.dtype)
         for j in range(i + 1):
             qkv, output = QKV(qs[i], ks[j], vs[j]), AttentionOutput(o, lse)
-            grads = backend.backward(dos[i], qkv, output, variant if i == j else variant.below_diagonal)
+            grads = backend.backward(dos[i], qkv, output, causal if i == j else full)
             for total, chunk, gradient in zip((dq, dk, dv), (i, j, j), grads, strict=True):
                 total.split(lengths)[chunk].add_(gradient)
         os.append(o)
@@ -103,7 +113,7 @@ def test_the_torch_kernel_errs_no_more_than_the_reference_in_the_same_precision(
 def test_results_have_the_shapes_and_dtypes_of_the_protocol(backend, dtype):
     q, do = torch.randn(2, 5, 3, 4, 8).to(dtype)
     k, v = torch.randn(2, 7, 3, 2, 8).to(dtype)
-    qkv, variant = QKV(q, k, v), AttentionVariant(0.5, causal=False)
+    qkv, variant = QKV(q, k, v), KernelVariant(0.5, Mask.FULL)
     o, lse = output = backend.forward(qkv, variant)
     assert (o.shape, o.dtype) == (q.shape, dtype)
     assert (lse.shape, lse.dtype) == ((3, 4, 5), torch.promote_types(dtype, torch.float32))
@@ -126,10 +136,10 @@ def batch_first(q, k, v):
 
 @CPU_BACKENDS
 @pytest.mark.parametrize("layout", [packed, heads_first, batch_first])
-@pytest.mark.parametrize("causal", [True, False])
-def test_strides_do_not_matter(backend, layout, causal):
+@pytest.mark.parametrize("mask", [Mask.CAUSAL, Mask.FULL])
+def test_strides_do_not_matter(backend, layout, mask):
     q, k, v, do = draw((3, [37], 4, 2, 16))
-    qkv, variant = QKV(q, k, v), AttentionVariant(0.25, causal)
+    qkv, variant = QKV(q, k, v), KernelVariant(0.25, mask)
     o, lse = output = backend.forward(qkv, variant)
     want = [o, lse, *backend.backward(do, qkv, output, variant)]
     strided = QKV(*layout(q, k, v))
@@ -141,10 +151,10 @@ def test_strides_do_not_matter(backend, layout, causal):
 
 
 @CPU_BACKENDS
-@pytest.mark.parametrize("causal", [True, False])
-def test_inputs_are_not_written_to(backend, causal):
+@pytest.mark.parametrize("mask", [Mask.CAUSAL, Mask.FULL])
+def test_inputs_are_not_written_to(backend, mask):
     q, k, v, do = draw((2, [20], 4, 2, 8))
-    qkv, variant = QKV(q, k, v), AttentionVariant(0.3, causal)
+    qkv, variant = QKV(q, k, v), KernelVariant(0.3, mask)
     o, lse = output = backend.forward(qkv, variant)
     tensors = [q, k, v, do, o, lse]
     originals = [t.clone() for t in tensors]

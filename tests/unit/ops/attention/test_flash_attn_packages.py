@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 
+from megatron.core.documents import Mask
 from megatron.ops.attention import (
     BACKENDS,
     QKV,
     AttentionOutput,
     AttentionUnavailable,
-    AttentionVariant,
+    KernelVariant,
     choose_backend,
     cuda_limits,
 )
@@ -41,11 +42,11 @@ def test_tiles_add_up_to_attention_over_the_whole(install, version, shape, dtype
 
 
 @EVERY_VERSION
-@pytest.mark.parametrize("causal", [True, False])
-def test_strides_do_not_matter(install, version, causal):
+@pytest.mark.parametrize("mask", [Mask.CAUSAL, Mask.FULL])
+def test_strides_do_not_matter(install, version, mask):
     backend = BY_NAME[install(version)]
     q, k, v, do = draw((3, [21], 4, 2, 8))
-    qkv, variant, reference = QKV(q, k, v), AttentionVariant(0.3, causal), BY_NAME["reference"]
+    qkv, variant, reference = QKV(q, k, v), KernelVariant(0.3, mask), BY_NAME["reference"]
     o, lse = output = reference.forward(qkv, variant)
     want = [o, lse, *reference.backward(do, qkv, output, variant)]
     views = QKV(*packed(q, k, v))
@@ -76,9 +77,9 @@ def test_importing_the_backends_imports_no_package():
 def test_a_package_is_imported_and_inspected_once(install, monkeypatch):
     backend = BY_NAME[install("2.8.3")]
     q, k, v, _ = draw((1, [4], 2, 2, 8))
-    backend.forward(QKV(q, k, v), AttentionVariant(0.3))
+    backend.forward(QKV(q, k, v), KernelVariant(0.3, Mask.CAUSAL))
     monkeypatch.setattr(inspect, "signature", None)
-    backend.forward(QKV(q, k, v), AttentionVariant(0.3))
+    backend.forward(QKV(q, k, v), KernelVariant(0.3, Mask.CAUSAL))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_package_that_is_not_installed_is_refused_with_the_way_to_install_it(
 def test_a_tile_of_a_package_that_is_not_installed_says_so():
     q, k, v, _ = draw((1, [4], 2, 2, 8))
     with pytest.raises(AttentionUnavailable, match="--attention-backend flash-attn-4: its package is not installed"):
-        BY_NAME["flash-attn-4"].forward(QKV(q, k, v), AttentionVariant(0.3))
+        BY_NAME["flash-attn-4"].forward(QKV(q, k, v), KernelVariant(0.3, Mask.CAUSAL))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_more_elements_than_a_kernel_counts_are_refused(install, name):
     q = torch.empty(1, dtype=torch.bfloat16).expand(2**18, 1, 64, 128)
     message = f"{name}: 262144 tokens x 1 sequences x 64 heads of 128 are 2147483648 elements"
     with pytest.raises(AttentionUnavailable, match=message):
-        BY_NAME[name].forward(QKV(q, q, q), AttentionVariant(0.3))
+        BY_NAME[name].forward(QKV(q, q, q), KernelVariant(0.3, Mask.CAUSAL))
 
 
 @pytest.mark.parametrize(
