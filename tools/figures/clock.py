@@ -228,6 +228,7 @@ class TimedAttention:
     seconds: Seconds
     num_heads: int  # of a rank
     name: str = "timed"
+    has_windows: bool = True
 
     def refusal(self, request: AttentionRequest) -> str | None:
         return None

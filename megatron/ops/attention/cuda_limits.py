@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.ops.attention.protocol import AttentionRequest, AttentionUnavailable
+from megatron.ops.attention.protocol import NO_SOFTCAP, AttentionRequest, AttentionUnavailable
 
 
 @dataclass(frozen=True)
 class CudaLimits:
-    """The devices and head sizes that a bf16 and fp16 kernel serves."""
+    """The devices, head sizes and scores that a bf16 and fp16 kernel serves."""
 
     minimum_capability: tuple[int, int]
     largest_head: int
     newest_major: int | None = None
     head_multiple: int = 8
+    softcap: bool = False
 
     def refusal(self, request: AttentionRequest) -> str | None:
         """Return why the kernel cannot serve the request, or None if it can."""
@@ -33,7 +34,7 @@ class CudaLimits:
             return f"it computes in bf16 and fp16, and the tensors are {request.dtype}"
         if head_size % self.head_multiple or not 0 < head_size <= self.largest_head:
             return f"head size {head_size} is not a multiple of {self.head_multiple} up to {self.largest_head}"
-        return None
+        return None if self.softcap or not request.has_softcap else NO_SOFTCAP
 
 
 def capability(device: torch.device) -> tuple[int, int]:

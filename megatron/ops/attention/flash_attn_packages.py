@@ -1,14 +1,15 @@
 """FlashAttention backends from the flash-attn packages, with the argument names of each version mapped to ours.
 
-    package              module                       forward returns                       window of the mask
+    package              module                       forward returns                       window, left and right
     flash-attn 2.5, 2.6  flash_attn                   o, q, k, v, padded o, lse, ...        window_size
     flash-attn 2.7, 2.8  flash_attn                   o, lse, ...                           window_size_left, _right
     FlashAttention-3     flash_attn_interface         o, lse, ...                           either of the two
-    flash-attn-4         flash_attn.cute              o, lse, ...                           not needed
+    flash-attn-4         flash_attn.cute              o, lse, ...                           window_size_left, _right
 
 All take [B, S, H, D] with grouped key/value heads, return lse [B, H, S] in natural logarithm, and write the gradients
-into the dq, dk and dv that are passed to their backward. Differences are read from the signatures once, when a package
-is first used; nothing is imported before.
+into the dq, dk and dv that are passed to their backward. All but flash-attn 2.5 take a softcap. Only the left side of a
+window is passed to them: the right side is unbounded, or 0 where `causal`. Differences are read from the signatures
+once, when a package is first used; nothing is imported before.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from megatron.ops.attention.cuda_limits import CudaLimits, capability, refuse_more_than_31_bits_count
 from megatron.ops.attention.protocol import (
+    NO_SOFTCAP,
     QKV,
     AttentionOutput,
     AttentionRequest,
@@ -36,8 +38,12 @@ from megatron.ops.attention.protocol import (
     PackedSequences,
 )
 
-# Other names of our arguments.
-_SPELLINGS = {"causal": ("causal", "is_causal"), "lse": ("softmax_lse", "lse")}
+# Other names of our arguments. `window_size` is a pair.
+_SPELLINGS = {
+    "causal": ("causal", "is_causal"),
+    "lse": ("softmax_lse", "lse"),
+    "window_size_left": ("window_size_left", "window_size"),
+}
 
 # Arguments that some versions require, and the value that disables each.
 _UNUSED: dict[str, Any] = {
@@ -78,6 +84,7 @@ class Kernels:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     lse_position: int
+    softcap: bool
 
 
 FLASH_ATTN_2 = Package('pip install "flash-attn>=2.5" --no-build-isolation', ("flash_attn.flash_attn_interface",))
@@ -105,10 +112,13 @@ def load(package: Package) -> Kernels | str:
         return module
     try:
         forward, backward = getattr(module, package.forward), getattr(module, package.backward)
-        shared, both = ("q", "k", "v", "softmax_scale", "causal"), package.both_options
+        softcap = all("softcap" in _parameters(function) for function in (forward, backward))
+        both = ("q", "k", "v", "softmax_scale", "causal", *package.both_options, "window_size_left")
+        both = (*both, "softcap") if softcap else both
         return Kernels(
-            _callable_by_our_names(forward, (*shared, *package.forward_options, *both)),
-            _callable_by_our_names(backward, (*shared, "dout", "out", "lse", "dq", "dk", "dv", "deterministic", *both)),
+            _callable_by_our_names(forward, (*package.forward_options, *both)),
+            _callable_by_our_names(backward, ("dout", "out", "lse", "dq", "dk", "dv", "deterministic", *both)),
+            softcap=softcap,
             lse_position=5 if {"window_size", "return_softmax"} <= _parameters(forward).keys() else 1,
         )
     except (AttributeError, TypeError) as error:
@@ -141,13 +151,15 @@ def _callable_by_our_names(function: Callable[..., Any], names: Iterable[str]) -
             raise TypeError(f"{_name(function)} has no argument {name}")
         theirs[name] = spellings[0]
     required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
-    required -= set(theirs.values())
-    if unknown := sorted(required - _UNUSED.keys()):
+    if unknown := sorted(required - set(theirs.values()) - _UNUSED.keys()):
         raise TypeError(f"{_name(function)} needs {', '.join(unknown)}")
-    unused = {name: _UNUSED[name] for name in required}
+    unused = {name: _UNUSED[name] for name in required & _UNUSED.keys()}
 
     def call(**arguments: Any) -> Any:
-        return function(**{theirs[name]: value for name, value in arguments.items()}, **unused)
+        given = {theirs[name]: value for name, value in arguments.items()}
+        if "window_size" in given:
+            given["window_size"] = (given["window_size"], -1)
+        return function(**(unused | given))
 
     return call
 
@@ -169,6 +181,7 @@ class PackagedAttention(ABC):
     """The protocol on top of a package; a subclass has the limits of its kernels."""
 
     name: str
+    has_windows = True
     package: ClassVar[Package]
 
     def refusal(self, request: AttentionRequest) -> str | None:
@@ -176,7 +189,9 @@ class PackagedAttention(ABC):
         if reason is not None:
             return reason
         kernels = load(self.package)
-        return kernels if isinstance(kernels, str) else None
+        if isinstance(kernels, str):
+            return kernels
+        return NO_SOFTCAP if request.has_softcap and not kernels.softcap else None
 
     @abstractmethod
     def limits(self, request: AttentionRequest) -> CudaLimits:
@@ -215,7 +230,7 @@ class FlashAttention2(PackagedAttention):
     def limits(self, request: AttentionRequest) -> CudaLimits:
         # 2.5 has no backward for larger heads on the smaller Ampere chips and on Ada.
         small = (8, 0) < capability(request.device) < (9, 0)
-        return CudaLimits(minimum_capability=(8, 0), largest_head=192 if small else 256)
+        return CudaLimits(minimum_capability=(8, 0), largest_head=192 if small else 256, softcap=True)
 
     def refusal(self, request: AttentionRequest) -> str | None:
         reason = super().refusal(request)
@@ -235,7 +250,7 @@ class FlashAttention3(PackagedAttention):
     package = FLASH_ATTN_3
 
     def limits(self, request: AttentionRequest) -> CudaLimits:
-        return CudaLimits(minimum_capability=(9, 0), largest_head=256, newest_major=9)
+        return CudaLimits(minimum_capability=(9, 0), largest_head=256, newest_major=9, softcap=True)
 
     def refusal(self, request: AttentionRequest) -> str | None:
         reason = super().refusal(request)
@@ -258,6 +273,7 @@ class FlashAttention4(PackagedAttention):
             minimum_capability=(9, 0),
             largest_head=256 if reaches_256 else 128,
             newest_major=12,
+            softcap=major == 9 or (major in (10, 11) and request.head_size != 256),
             head_multiple=32,  # 80 failed against fp64 on an H200 (4.0.0b36); 64, 96 and 128 did not
         )
 
@@ -287,7 +303,12 @@ class FlashAttention4(PackagedAttention):
 
 
 def _variant_options(variant: KernelVariant) -> dict[str, Any]:
-    return {"softmax_scale": variant.scale, "causal": variant.is_causal}
+    options: dict[str, Any] = {"softmax_scale": variant.scale, "causal": variant.is_causal}
+    if variant.keys_before is not None:
+        options["window_size_left"] = variant.keys_before
+    if variant.softcap is not None:
+        options["softcap"] = variant.softcap
+    return options
 
 
 def _packing_options(packed: PackedSequences) -> dict[str, Any]:

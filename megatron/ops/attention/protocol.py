@@ -1,6 +1,9 @@
 """The interface of an attention backend.
 
-    S = scale q k^T, masked     lse = logsumexp(S)     o = exp(S - lse) v
+    S = softcap tanh(scale q k^T / softcap), masked     lse = logsumexp(S)     o = exp(S - lse) v
+
+    mask of query i and key j, counted from the beginning of the tile:
+    FULL  all        CAUSAL  j <= i, of a window j > i - window as well        UPPER  j >= i
 
     q       [Sq, B, H, D]     any strides, the last dimension contiguous
     k, v    [Sk, B, K, D]     K divides H: query head h reads key/value head h // (H/K)
@@ -9,7 +12,7 @@
 
 `backward` may be called with the `o` and `lse` of a whole row of tiles, of which (k, v) is one. The probabilities
 exp(S - lse) are then those of the whole row, and the gradients of the tiles add up (FlashAttention-2, arXiv 2307.08691,
-section 3). Masks are top-left aligned, and of square tiles.
+section 3). A masked tile has as many queries as keys. Without a softcap, S = scale q k^T.
 
 Where torch.are_deterministic_algorithms_enabled(), a backend that serves a deterministic request gives the same bits
 for the same inputs on the same device.
@@ -30,6 +33,9 @@ class AttentionUnavailable(ValueError):
     """A backend cannot serve a request; the message says why, and which can."""
 
 
+NO_SOFTCAP = "it has no softcap, and the scores of the model have one"
+
+
 class KernelVariant(NamedTuple):
     """How the queries of a tile attend to its keys."""
 
@@ -46,6 +52,13 @@ class KernelVariant(NamedTuple):
     @property
     def is_causal(self) -> bool:
         return self.mask is Mask.CAUSAL
+
+    @property
+    def keys_before(self) -> int | None:
+        """How many keys before its own a query sees, None for all: the left side of FlashAttention's window."""
+        if self.mask is Mask.UPPER:
+            return 0
+        return None if self.window is None else self.window - 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,15 @@ class AttentionRequest(NamedTuple):
     deterministic: bool = False
     """Whether the same inputs must give the same bits each time."""
 
+    @property
+    def has_softcap(self) -> bool:
+        return any(variant.softcap is not None for variant in self.variants)
+
+    @property
+    def has_short_tiles(self) -> bool:
+        """Whether windows or local blocks cut tiles into parts of any length."""
+        return any(variant.window is not None or variant.local_block is not None for variant in self.variants)
+
 
 class QKV(NamedTuple):
     """Queries, keys and values of a tile."""
@@ -108,9 +130,11 @@ class PackedSequences(NamedTuple):
 
 
 class AttentionBackend(Protocol):
-    """A pair of pure functions, and the reason why they cannot serve, if there is one."""
+    """A pair of pure functions for every mask, and the reason why they cannot serve a request, if there is one."""
 
     name: str
+    has_windows: bool
+    """Whether they take a window; for others it is cut (megatron.ops.attention.windows)."""
 
     def refusal(self, request: AttentionRequest) -> str | None:
         """Return why this backend cannot serve the request, or None if it can."""

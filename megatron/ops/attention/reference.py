@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.core.documents import Mask
 from megatron.ops.attention.protocol import QKV, AttentionOutput, AttentionRequest, KernelVariant
 
 _BLOCK_ROWS = 512
@@ -15,6 +16,7 @@ _BLOCK_ROWS = 512
 
 class ReferenceAttention:
     name = "reference"
+    has_windows = True
 
     def refusal(self, request: AttentionRequest) -> str | None:
         return None
@@ -40,9 +42,12 @@ class ReferenceAttention:
         for start in range(0, len(q), _BLOCK_ROWS):
             rows = slice(start, start + _BLOCK_ROWS)
             q_BHSD, do_BHSD, o_BHSD = (_heads_first(t[rows], H) for t in (q, do, o))
-            probabilities = (_scores(q_BHSD, k_BHSD, start, variant) - lse[:, :, rows].unsqueeze(-1)).exp()
+            scores = _scores(q_BHSD, k_BHSD, start, variant)
+            probabilities = (scores - lse[:, :, rows].unsqueeze(-1)).exp()
             delta = (do_BHSD * o_BHSD).sum(-1, keepdim=True)
             dscores = probabilities * (do_BHSD @ v_BHSD.mT - delta) * variant.scale
+            if variant.softcap is not None:
+                dscores *= 1 - (scores / variant.softcap).clamp(min=-1) ** 2  # the derivative of tanh
             dq.append(dscores @ k_BHSD)
             dk += dscores.mT @ q_BHSD
             dv += probabilities.mT @ do_BHSD
@@ -58,8 +63,13 @@ def _heads_first(t_SBKD: Tensor, num_heads: int) -> Tensor:
 
 def _scores(q_BHSD: Tensor, k_BHSD: Tensor, first_row: int, variant: KernelVariant) -> Tensor:
     scores = q_BHSD @ k_BHSD.mT * variant.scale
-    if variant.is_causal:
-        rows = torch.arange(first_row, first_row + q_BHSD.shape[2], device=scores.device)
-        columns = torch.arange(k_BHSD.shape[2], device=scores.device)
-        scores = scores.masked_fill(columns > rows[:, None], float("-inf"))
-    return scores
+    if variant.softcap is not None:
+        scores = variant.softcap * (scores / variant.softcap).tanh()
+    if variant.mask is Mask.FULL:
+        return scores
+    rows = torch.arange(first_row, first_row + q_BHSD.shape[2], device=scores.device)[:, None]
+    columns = torch.arange(k_BHSD.shape[2], device=scores.device)
+    unseen = columns > rows if variant.mask is Mask.CAUSAL else columns < rows
+    if variant.window is not None:
+        unseen = unseen | (columns <= rows - variant.window)
+    return scores.masked_fill(unseen, float("-inf"))

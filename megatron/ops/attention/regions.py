@@ -1,10 +1,10 @@
-"""Attention of the regions that documents leave of a tile; the rest of the tile is not computed.
+"""Attention of the regions that are computed of a tile, each with its own mask; the rest of the tile is not computed.
 
-The kernel is called once for each region, or once for many adjacent documents on the diagonal if the backend supports
-that. Shapes and dtypes are those of the protocol. The regions of a tile share no query and no key, so results and
-gradients are written without conflicts; those that do share some are merged into the others, and the results are then
-in fp32 (fp64 for fp64). A query that sees no key of the tile has the output 0. Its log-sum-exp is the
-lowest number of the format: finite, so that it can be merged, and as -inf, that of an empty set, against any other.
+The kernel is called once for each region, or once for many adjacent causal regions if the backend supports that. Shapes
+and dtypes are those of the protocol. The regions of a tile share no query and no key, so results and gradients are
+written without conflicts; those that do share some are merged into the others, and the results are then in fp32 (fp64
+for fp64). A query that sees no key of the tile has the output 0. Its log-sum-exp is the lowest number of the format,
+which is finite, so that another can be merged into it, and has no weight against any other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron.core.documents import Mask, Region
+from megatron.core.documents import Mask, Region, Span
 from megatron.ops.attention.protocol import (
     QKV,
     AttentionBackend,
@@ -24,6 +24,7 @@ from megatron.ops.attention.protocol import (
     PackedSequences,
     PacksDocuments,
 )
+from megatron.ops.attention.windows import without_windows
 from megatron.ops.merge import merge_
 
 # Fewer documents are as fast one by one.
@@ -36,15 +37,17 @@ def forward_regions(
     backend: AttentionBackend, qkv: QKV, variant: AttentionVariant, regions: Sequence[Region]
 ) -> AttentionOutput:
     """Compute o and lse of a tile in a sequence that attends as `variant` says."""
+    if not backend.has_windows:
+        regions = without_windows(regions, len(qkv.q))
     if regions and regions[0].is_whole:
-        return backend.forward(qkv, variant.kernel(regions[0].mask))
+        return backend.forward(qkv, variant.kernel(regions[0].mask, regions[0].window))
     q, merged = qkv.q, [region for region in regions if region.merged]
     S, B, H, _ = q.shape
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     o = torch.zeros(q.shape, dtype=sum_dtype if merged else q.dtype, device=q.device)
     lse = torch.full((B, H, S), torch.finfo(sum_dtype).min, dtype=sum_dtype, device=q.device)
     for run in _runs(backend, regions):
-        whole, kernel = _whole(run), variant.kernel(run[0].mask)
+        whole, kernel = _whole(run), variant.kernel(run[0].mask, run[0].window)
         own = region_of(qkv, whole)
         if isinstance(backend, PacksDocuments) and len(run) > 1:
             own = QKV(*(t.squeeze(1) for t in own))
@@ -53,7 +56,7 @@ def forward_regions(
         else:
             o[whole.in_queries], lse[whole.in_lse] = backend.forward(own, kernel)
     for region in merged:
-        part, part_lse = backend.forward(region_of(qkv, region), variant.kernel(region.mask))
+        part, part_lse = backend.forward(region_of(qkv, region), variant.kernel(region.mask, region.window))
         merge_(o[region.in_queries], lse[region.in_lse], part, part_lse)
     return AttentionOutput(o, lse)
 
@@ -67,13 +70,15 @@ def backward_regions(
     regions: Sequence[Region],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (dq, dk, dv) of a tile, given the output of the tile's whole row."""
+    if not backend.has_windows:
+        regions = without_windows(regions, len(qkv.q))
     if regions and regions[0].is_whole:
-        return backend.backward(do, qkv, output, variant.kernel(regions[0].mask))
+        return backend.backward(do, qkv, output, variant.kernel(regions[0].mask, regions[0].window))
     merged = [region for region in regions if region.merged]
     dtype = torch.promote_types(do.dtype, torch.float32) if merged else do.dtype
     dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in qkv)
     for run in _runs(backend, regions):
-        whole, kernel = _whole(run), variant.kernel(run[0].mask)
+        whole, kernel = _whole(run), variant.kernel(run[0].mask, run[0].window)
         inputs = _backward_inputs(do, qkv, output, whole)
         if isinstance(backend, PacksDocuments) and len(run) > 1:
             grads = _backward_packed(backend, *inputs, _packed(run, do.device), kernel)
@@ -82,7 +87,7 @@ def backward_regions(
         dq[whole.in_queries], dk[whole.in_keys], dv[whole.in_keys] = grads
     for region in merged:
         inputs = _backward_inputs(do, qkv, output, region)
-        grads = backend.backward(*inputs, variant.kernel(region.mask))
+        grads = backend.backward(*inputs, variant.kernel(region.mask, region.window))
         for total, where, part in zip((dq, dk, dv), (region.in_queries, *[region.in_keys] * 2), grads, strict=True):
             total[where].add_(part)
     return dq, dk, dv
@@ -131,11 +136,15 @@ def _adjacent(regions: Sequence[Region]) -> list[Run]:
     runs: list[Run] = []
     for region in regions:
         last = runs[-1][-1] if runs else None
-        if last and (last.sequences, last.mask, _end(last)) == (region.sequences, region.mask, _start(region)):
+        if last and _end(last) == _start(region) and _kind(last) == _kind(region):
             runs[-1].append(region)
         else:
             runs.append([region])
     return runs
+
+
+def _kind(region: Region) -> tuple[Span, Mask, int | None]:
+    return region.sequences, region.mask, region.window
 
 
 def _start(region: Region) -> tuple[int, int]:

@@ -30,19 +30,20 @@ FOR_FEW_QUERIES: tuple[AttentionBackend, ...] = (TorchFlashAttention(), TorchCpu
 
 # On an H200, cuDNN 9.19 crashed the process in its backward on documents of few tokens.
 NOT_FOR_SHORT_TILES = {
-    "cudnn": "its backward crashes on short tiles, of documents (--reset-attention-mask) or of rows that ranks share"
+    "cudnn": "its backward crashes on short tiles, of documents (--reset-attention-mask), of windows or of rows that "
+    "ranks share"
 }
 
 
 def choose_backend(name: str, request: AttentionRequest, short_tiles: bool = False) -> AttentionBackend:
     """Return the backend called `name`, or the fastest of a family ("auto", "flash-2") that can serve.
 
-    With `short_tiles` it must serve tiles of any length. Raises AttentionUnavailable for an unknown name and for a
-    backend that cannot serve the request.
+    It must serve all variants of the request and, with `short_tiles`, tiles of any length. Raises AttentionUnavailable
+    for an unknown name and for a backend that cannot serve the request.
     """
 
     def refusal_of(backend: AttentionBackend) -> str | None:
-        reason = NOT_FOR_SHORT_TILES.get(backend.name) if short_tiles else None
+        reason = NOT_FOR_SHORT_TILES.get(backend.name) if short_tiles or request.has_short_tiles else None
         return reason or backend.refusal(request)
 
     names = FAMILIES.get(name, (name,))

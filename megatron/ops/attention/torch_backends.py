@@ -1,7 +1,6 @@
 """The attention kernels that come with torch, called through its aten operators (torch 2.8 to 2.13).
 
-Their `is_causal` aligns the mask's triangle at the top left, which suits square tiles. torch's FlashAttention-2 reads
-itself whether its backward must be deterministic.
+torch's FlashAttention-2 reads itself whether its backward must be deterministic.
 """
 
 from __future__ import annotations
@@ -9,22 +8,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.core.documents import Mask
 from megatron.ops.attention.cuda_limits import CudaLimits, refuse_more_than_31_bits_count
-from megatron.ops.attention.protocol import QKV, AttentionOutput, AttentionRequest, KernelVariant, PackedSequences
+from megatron.ops.attention.protocol import (
+    NO_SOFTCAP,
+    QKV,
+    AttentionOutput,
+    AttentionRequest,
+    KernelVariant,
+    PackedSequences,
+)
 
 aten = torch.ops.aten
 
 
 class TorchCpuAttention:
-    """torch's flash kernel for CPUs: fp32, fp64, bf16; supports grouped key/value heads (GQA)."""
+    """torch's flash kernel for CPUs: fp32, fp64, bf16; supports grouped key/value heads (GQA).
+
+    The mask UPPER is CAUSAL in reverse: j >= i where n-1-j <= n-1-i.
+    """
 
     name = "torch-cpu"
+    has_windows = False
 
     def refusal(self, request: AttentionRequest) -> str | None:
         kind = request.device.type
-        return None if kind == "cpu" else f"it runs on CPUs, and the tensors are on {kind}"
+        if kind != "cpu":
+            return f"it runs on CPUs, and the tensors are on {kind}"
+        return NO_SOFTCAP if request.has_softcap else None
 
     def forward(self, qkv: QKV, variant: KernelVariant) -> AttentionOutput:
+        if variant.mask is Mask.UPPER:
+            o, lse = self.forward(_reversed(qkv), variant._replace(mask=Mask.CAUSAL))
+            return AttentionOutput(o.flip(0), lse.flip(2))
         q, k, v = (_heads_first(t) for t in qkv)
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, variant.is_causal, scale=variant.scale)
         return AttentionOutput(_sequence_first(o), lse)
@@ -32,6 +48,10 @@ class TorchCpuAttention:
     def backward(
         self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if variant.mask is Mask.UPPER:
+            output = AttentionOutput(output.o.flip(0), output.lse.flip(2))
+            grads = self.backward(do.flip(0), _reversed(qkv), output, variant._replace(mask=Mask.CAUSAL))
+            return _reversed(grads)
         do, q, k, v, o = (_heads_first(t) for t in (do, *qkv, output.o))
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             do, q, k, v, o, output.lse, 0.0, variant.is_causal, scale=variant.scale
@@ -44,6 +64,7 @@ class TorchFlashAttention:
     """FlashAttention-2 as compiled into torch: bf16 and fp16 on Ampere and later."""
 
     name = "torch-flash"
+    has_windows = True
 
     def refusal(self, request: AttentionRequest) -> str | None:
         return CudaLimits(minimum_capability=(8, 0), largest_head=256).refusal(request)
@@ -52,8 +73,9 @@ class TorchFlashAttention:
         refuse_more_than_31_bits_count(self.name, qkv.q)
         q, k, v = (t.transpose(0, 1) for t in qkv)  # [S, B, H, D] -> [B, S, H, D]
         out = aten._flash_attention_forward(
-            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, variant.is_causal, False, scale=variant.scale
-        )
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, variant.is_causal, False, scale=variant.scale,
+            window_size_left=variant.keys_before,
+        )  # fmt: skip
         return AttentionOutput(out[0].transpose(0, 1), out[1])
 
     def backward(
@@ -64,15 +86,16 @@ class TorchFlashAttention:
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = aten._flash_attention_backward(
             do, q, k, v, o, output.lse, None, None, q.shape[1], k.shape[1], 0.0, variant.is_causal, unused, unused,
-            scale=variant.scale,
+            scale=variant.scale, window_size_left=variant.keys_before,
         )  # fmt: skip
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
     def forward_packed(self, qkv: QKV, packed: PackedSequences, variant: KernelVariant) -> AttentionOutput:
         starts, longest = packed
         out = aten._flash_attention_forward(
-            *qkv, starts, starts, longest, longest, 0.0, variant.is_causal, False, scale=variant.scale
-        )
+            *qkv, starts, starts, longest, longest, 0.0, variant.is_causal, False, scale=variant.scale,
+            window_size_left=variant.keys_before,
+        )  # fmt: skip
         return AttentionOutput(out[0], out[1])
 
     def backward_packed(
@@ -82,7 +105,7 @@ class TorchFlashAttention:
         unused = torch.empty(2, dtype=torch.uint64, device=do.device)
         grads = aten._flash_attention_backward(
             do, *qkv, *output, starts, starts, longest, longest, 0.0, variant.is_causal, unused, unused,
-            scale=variant.scale,
+            scale=variant.scale, window_size_left=variant.keys_before,
         )  # fmt: skip
         return grads[0], grads[1], grads[2]
 
@@ -91,11 +114,12 @@ class CudnnAttention:
     """cuDNN's fused attention through torch: bf16 and fp16 on Hopper and later; supports GQA.
 
     Some versions of cuDNN refuse tiles of one query or one key. Those go to torch's FlashAttention-2, as in torch
-    itself; it serves whatever cuDNN serves.
+    itself, and so do tiles with the mask UPPER; it serves whatever cuDNN serves.
     """
 
     name = "cudnn"
-    one_token = TorchFlashAttention()
+    has_windows = False
+    others = TorchFlashAttention()
 
     def refusal(self, request: AttentionRequest) -> str | None:
         reason = CudaLimits(minimum_capability=(9, 0), largest_head=128).refusal(request)
@@ -104,8 +128,8 @@ class CudnnAttention:
         return reason
 
     def forward(self, qkv: QKV, variant: KernelVariant) -> AttentionOutput:
-        if _has_one_token(qkv):
-            return self.one_token.forward(qkv, variant)
+        if self._leaves_to_others(qkv, variant):
+            return self.others.forward(qkv, variant)
         refuse_more_than_31_bits_count(self.name, qkv.q)
         q, k, v = (_heads_first(t) for t in qkv)
         out = aten._scaled_dot_product_cudnn_attention(
@@ -116,8 +140,8 @@ class CudnnAttention:
     def backward(
         self, do: Tensor, qkv: QKV, output: AttentionOutput, variant: KernelVariant
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if _has_one_token(qkv):
-            return self.one_token.backward(do, qkv, output, variant)
+        if self._leaves_to_others(qkv, variant):
+            return self.others.backward(do, qkv, output, variant)
         do, q, k, v, o = (_heads_first(t) for t in (do, *qkv, output.o))
         # Without dropout the kernel does not read the random state.
         unused = torch.empty((), dtype=torch.int64, device=q.device)
@@ -128,9 +152,12 @@ class CudnnAttention:
         dq, dk, dv = (_sequence_first(t) for t in grads)
         return dq, dk, dv
 
+    def _leaves_to_others(self, qkv: QKV, variant: KernelVariant) -> bool:
+        return len(qkv.q) == 1 or len(qkv.k) == 1 or variant.mask is Mask.UPPER
 
-def _has_one_token(qkv: QKV) -> bool:
-    return len(qkv.q) == 1 or len(qkv.k) == 1
+
+def _reversed(tensors: tuple[Tensor, Tensor, Tensor]) -> QKV:
+    return QKV(*(t.flip(0) for t in tensors))
 
 
 def _heads_first(t_SBHD: Tensor) -> Tensor:

@@ -13,22 +13,31 @@ from megatron.core.documents import Mask
 from megatron.ops.attention import QKV, AttentionOutput, KernelVariant
 from megatron.ops.attention.reference import ReferenceAttention
 
+UNBOUNDED = -1
 
-def attend(q, k, v, causal, scale):
+
+def variant_of(scale, causal, window=(UNBOUNDED, UNBOUNDED), softcap=0.0):
+    """Query i of a square sees the keys i - left to i + right of a window (left, right), to i if causal."""
+    left, right = window[0], 0 if causal else window[1]
+    masks = {(UNBOUNDED, UNBOUNDED): Mask.FULL, (UNBOUNDED, 0): Mask.CAUSAL, (0, UNBOUNDED): Mask.UPPER}
+    has_window = right == 0 and left != UNBOUNDED
+    mask = Mask.CAUSAL if has_window else masks[left, right]
+    return KernelVariant(scale, mask, softcap or None, left + 1 if has_window else None)
+
+
+def attend(q, k, v, variant):
     """(o, lse)"""
     check_layout(q, k, v)
-    o, lse = ReferenceAttention().forward(
-        QKV(*(t.transpose(0, 1) for t in (q, k, v))), KernelVariant(scale, Mask.CAUSAL if causal else Mask.FULL)
-    )
+    assert variant.mask is Mask.FULL or q.shape[1] == k.shape[1]
+    o, lse = ReferenceAttention().forward(QKV(*(t.transpose(0, 1) for t in (q, k, v))), variant)
     return o.transpose(0, 1).contiguous(), lse.contiguous()
 
 
-def differentiate(do, q, k, v, o, lse, dq, dk, dv, causal, scale):
+def differentiate(do, q, k, v, o, lse, dq, dk, dv, variant):
     """Write dq, dk and dv."""
     check_layout(do, q, k, v, o, dq, dk, dv)
     assert lse.is_contiguous()
     do, q, k, v, o = (t.transpose(0, 1) for t in (do, q, k, v, o))
-    variant = KernelVariant(scale, Mask.CAUSAL if causal else Mask.FULL)
     gradients = ReferenceAttention().backward(do, QKV(q, k, v), AttentionOutput(o, lse), variant)
     for target, gradient in zip((dq, dk, dv), gradients, strict=True):
         target.copy_(gradient.transpose(0, 1))
@@ -49,36 +58,36 @@ def rest(q):
 
 
 def forward_2_5(q, k, v, dropout_p, softmax_scale, causal, window_size, alibi_slopes, return_softmax):
-    assert (dropout_p, window_size, alibi_slopes, return_softmax) == (0.0, (-1, -1), None, False)
-    o, lse = attend(q, k, v, causal, softmax_scale)
-    return o, q, k, v, o, lse, None, rest(q)
+    return forward_2_6(q, k, v, dropout_p, softmax_scale, causal, window_size, 0.0, alibi_slopes, return_softmax)
 
 
 def backward_2_5(
     dout, q, k, v, out, softmax_lse, dq, dk, dv,
     dropout_p, softmax_scale, causal, window_size, alibi_slopes, deterministic, rng_state=None,
 ):  # fmt: skip
-    assert (dropout_p, window_size, alibi_slopes, rng_state) == (0.0, (-1, -1), None, None)
-    assert deterministic == torch.are_deterministic_algorithms_enabled()
-    differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, causal, softmax_scale)
-    return dq, dk, dv, rest(q)
+    return backward_2_6(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv,
+        dropout_p, softmax_scale, causal, window_size, 0.0, alibi_slopes, deterministic, rng_state,
+    )  # fmt: skip
 
 
 # flash-attn 2.6
 
 
 def forward_2_6(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax):
-    assert softcap == 0.0
-    return forward_2_5(q, k, v, dropout_p, softmax_scale, causal, window_size, alibi_slopes, return_softmax)
+    assert (dropout_p, alibi_slopes, return_softmax) == (0.0, None, False)
+    o, lse = attend(q, k, v, variant_of(softmax_scale, causal, window_size, softcap))
+    return o, q, k, v, o, lse, None, rest(q)
 
 
 def backward_2_6(
     dout, q, k, v, out, softmax_lse, dq, dk, dv,
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, rng_state=None,
 ):  # fmt: skip
-    assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
+    assert (dropout_p, alibi_slopes, rng_state) == (0.0, None, None)
     assert deterministic == torch.are_deterministic_algorithms_enabled()
-    differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, causal, softmax_scale)
+    variant = variant_of(softmax_scale, causal, window_size, softcap)
+    differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, variant)
     return dq, dk, dv, rest(q)
 
 
@@ -90,9 +99,9 @@ def forward_2_7(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
     window_size_right: int, softcap: float, alibi_slopes: Tensor | None, return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
-    assert not return_softmax
-    return *attend(q, k, v, causal, softmax_scale), rest(q), rest(q)
+    assert (dropout_p, alibi_slopes, return_softmax) == (0.0, None, False)
+    variant = variant_of(softmax_scale, causal, (window_size_left, window_size_right), softcap)
+    return *attend(q, k, v, variant), rest(q), rest(q)
 
 
 @torch.library.custom_op("fake_flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"))
@@ -102,9 +111,10 @@ def backward_2_7(
     window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
     deterministic: bool, rng_state: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
+    assert (dropout_p, alibi_slopes) == (0.0, None)
     assert deterministic == torch.are_deterministic_algorithms_enabled()
-    differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, causal, softmax_scale)
+    variant = variant_of(softmax_scale, causal, (window_size_left, window_size_right), softcap)
+    differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, variant)
     return rest(q)
 
 
@@ -119,7 +129,7 @@ def forward_3(
 ):  # fmt: skip
     assert all(t is None for t in (k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, page_table, q_descale, k_descale))
     assert num_splits == 1
-    return *attend(q, k, v, causal, softmax_scale), None, None
+    return *attend(q, k, v, variant_of(softmax_scale, causal, window_size, softcap)), None, None
 
 
 def backward_3(
@@ -128,7 +138,8 @@ def backward_3(
 ):  # fmt: skip
     assert all(t is None for t in (cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k))
     assert deterministic == torch.are_deterministic_algorithms_enabled()
-    differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, causal, softmax_scale)
+    variant = variant_of(softmax_scale, causal, window_size, softcap)
+    differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, variant)
     return dq, dk, dv, rest(q)
 
 
@@ -146,8 +157,9 @@ def forward_3_operator(
     num_splits: int = 1, pack_gqa: bool | None = None, sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     assert all(t is None for t in (k_new, v_new, qv, out_, cu_seqlens_q, cu_seqlens_k, page_table, q_descale))
-    assert (window_size_left, window_size_right, num_splits) == (-1, -1, 1)
-    return *attend(q, k, v, causal, softmax_scale), rest(q), rest(q)
+    assert num_splits == 1
+    variant = variant_of(softmax_scale, causal, (window_size_left, window_size_right), softcap)
+    return *attend(q, k, v, variant), rest(q), rest(q)
 
 
 @torch.library.custom_op("fake_flash_attn_3::_flash_attn_backward", mutates_args=("dq", "dk", "dv"))
@@ -161,11 +173,17 @@ def backward_3_operator(
     window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False, sm_margin: int = 0,
 ) -> Tensor:  # fmt: skip
     assert deterministic == torch.are_deterministic_algorithms_enabled()
-    differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, is_causal, softmax_scale)
+    variant = variant_of(softmax_scale, is_causal, (window_size_left, window_size_right), softcap)
+    differentiate(dout, q, k, v, out, softmax_lse, dq, dk, dv, variant)
     return rest(q)
 
 
-# flash-attn-4
+# flash-attn-4, in which None is unbounded
+
+
+def variant_of_4(scale, causal, left, right, softcap):
+    assert all(side is None or side >= 0 for side in (left, right))
+    return variant_of(scale, causal, tuple(UNBOUNDED if side is None else side for side in (left, right)), softcap)
 
 
 def forward_4(
@@ -177,8 +195,9 @@ def forward_4(
     q_descale=None, k_descale=None, v_descale=None, gather_kv_indices=None, scheduler_metadata=None,
     seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False,
 ):  # fmt: skip
-    assert all(t is None for t in (qv, cu_seqlens_q, cu_seqlens_k, window_size_left, window_size_right, softcap, out))
-    o, computed_lse = attend(q, k, v, causal, softmax_scale)
+    assert all(t is None for t in (qv, cu_seqlens_q, cu_seqlens_k, learnable_sink, score_mod, mask_mod, out))
+    variant = variant_of_4(softmax_scale, causal, window_size_left, window_size_right, softcap)
+    o, computed_lse = attend(q, k, v, variant)
     return o, computed_lse if return_lse else None, None, None, None
 
 
@@ -191,9 +210,10 @@ def backward_4(
     score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None, dlse=None,
     learnable_sink=None,
 ):  # fmt: skip
-    assert all(t is None for t in (cu_seqlens_q, cu_seqlens_k, window_size_left, window_size_right, dlse))
+    assert all(t is None for t in (cu_seqlens_q, cu_seqlens_k, learnable_sink, score_mod, mask_mod, dlse))
     assert deterministic == torch.are_deterministic_algorithms_enabled()
-    differentiate(dout, q, k, v, out, lse, dq, dk, dv, causal, softmax_scale)
+    variant = variant_of_4(softmax_scale, causal, window_size_left, window_size_right, softcap)
+    differentiate(dout, q, k, v, out, lse, dq, dk, dv, variant)
     return dq, dk, dv
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.core.documents import Mask
+from megatron.core.documents import Mask, Region
 from megatron.ops.attention import (
     BACKENDS,
     QKV,
@@ -11,6 +11,8 @@ from megatron.ops.attention import (
     AttentionRequest,
     AttentionVariant,
     KernelVariant,
+    backward_regions,
+    forward_regions,
     reference,
 )
 from megatron.ops.merge import merge_
@@ -31,9 +33,20 @@ SHAPES = {
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 
-def request_for(device, dtype, head_size, deterministic=False):
+MASKS = {
+    "full": Region(mask=Mask.FULL),
+    "causal": Region(mask=Mask.CAUSAL),
+    "upper": Region(mask=Mask.UPPER),
+    "window of 1": Region(mask=Mask.CAUSAL, window=1),
+    "window of 4": Region(mask=Mask.CAUSAL, window=4),
+    "window of all": Region(mask=Mask.CAUSAL, window=99),
+}
+ALL_MASKS = pytest.mark.parametrize("region", MASKS.values(), ids=MASKS.keys())
+
+
+def request_for(device, dtype, head_size, deterministic=False, **variant):
     """A request for attention of the usual scale."""
-    return AttentionRequest(device, dtype, head_size, (AttentionVariant(head_size**-0.5),), deterministic)
+    return AttentionRequest(device, dtype, head_size, (AttentionVariant(head_size**-0.5, **variant),), deterministic)
 
 
 def draw(shape, dtype=torch.float64, spread=1.0, seed=0):
@@ -47,12 +60,22 @@ def draw(shape, dtype=torch.float64, spread=1.0, seed=0):
     return [t.to(dtype).double() for t in tensors]
 
 
-def truth(q, k, v, do, scale):
-    """(o, lse, dq, dk, dv) of causal attention over the whole sequence, by autograd in fp64."""
+def seen(region, num_queries, num_keys):
+    """Which keys each query sees of a region, [queries, keys]."""
+    everything = torch.ones(num_queries, num_keys, dtype=torch.bool)
+    mask = {Mask.FULL: everything, Mask.CAUSAL: everything.tril(), Mask.UPPER: everything.triu()}[region.mask]
+    return mask if region.window is None else mask & everything.triu(1 - region.window)
+
+
+def truth(q, k, v, do, scale, softcap=None, mask=None):
+    """(o, lse, dq, dk, dv) of causal or otherwise masked attention over all keys, by autograd in fp64."""
     q, k, v = (t.detach().clone().requires_grad_() for t in (q, k, v))
     copies = q.shape[2] // k.shape[2]
     scores = torch.einsum("sbhd,tbhd->bhst", q, k.repeat_interleave(copies, 2)) * scale
-    scores = scores.masked_fill(torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = seen(MASKS["causal"], len(q), len(k)) if mask is None else mask
+    scores = scores.masked_fill(~mask.to(q.device), -torch.inf)
     o = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), v.repeat_interleave(copies, 2))
     o.backward(do)
     return [o.detach(), scores.logsumexp(-1).detach(), q.grad, k.grad, v.grad]
@@ -81,6 +104,21 @@ def tiled(backend, q, k, v, do, scale, lengths):
     return [torch.cat(os), torch.cat(lses, 2), dq, dk, dv]
 
 
+def row_of_two_tiles(backend, q, k, v, do, variant, region):
+    """(o, lse, dq, dk, dv) of queries against as many keys with the mask of a region, and all later keys."""
+    n, rest = len(q), KernelVariant(variant.scale, Mask.FULL, variant.softcap)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    masked, full = QKV(q, k[:n], v[:n]), QKV(q, k[n:], v[n:])
+    o, lse = forward_regions(backend, masked, variant, (region,))
+    o = o.to(wide)
+    merge_(o, lse, *backend.forward(full, rest))
+    output = AttentionOutput(o.to(q.dtype), lse)
+    dq, *dkv = backward_regions(backend, do, masked, output, variant, (region,))
+    other_dq, *other_dkv = backend.backward(do, full, output, rest)
+    dk, dv = (torch.cat(parts) for parts in zip(dkv, other_dkv, strict=True))
+    return [output.o, lse, dq.to(wide) + other_dq, dk, dv]
+
+
 def errors(got, want):
     return [float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want, strict=True)]
 
@@ -106,6 +144,52 @@ def test_the_torch_kernel_errs_no_more_than_the_reference_in_the_same_precision(
     )
     for name, error, bound in zip(("o", "lse", "dq", "dk", "dv"), got, allowed, strict=True):
         assert error <= 3 * bound + floor, name
+
+
+#        batch, queries, later keys, query heads, key/value heads, head size
+ROWS = {
+    "mha, head size 64": (1, 13, 3, 2, 2, 64),
+    "gqa, head size 192, batch of 2": (2, 8, 11, 4, 2, 192),
+    "mqa, head size 256, fewer keys": (1, 10, 1, 4, 1, 256),
+    "one query": (2, 1, 4, 2, 1, 80),
+}
+ALL_ROWS = pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS.keys())
+
+
+def draw_row(shape, dtype=torch.float64):
+    B, num_queries, later_keys, H, K, D = shape
+    q, k, v, do = draw((B, [num_queries + later_keys], H, K, D), dtype)
+    return q[:num_queries], k, v, do[:num_queries]
+
+
+def row_mask(region, shape):
+    return torch.cat([seen(region, shape[1], shape[1]), torch.ones(shape[1], shape[2], dtype=torch.bool)], 1)
+
+
+@ALL_ROWS
+@ALL_MASKS
+@pytest.mark.parametrize(
+    "name, softcap", [("reference", None), ("reference", 0.7), ("reference", 30.0), ("torch-cpu", None)]
+)
+def test_a_masked_tile_of_a_row_is_the_definition_in_fp64(name, softcap, region, shape):
+    tensors, scale = draw_row(shape), shape[-1] ** -0.5
+    got = row_of_two_tiles(BY_NAME[name], *tensors, AttentionVariant(scale, softcap), region)
+    assert max(errors(got, truth(*tensors, scale, softcap, row_mask(region, shape)))) < 1e-13
+
+
+@pytest.mark.parametrize("mask", Mask)
+def test_a_part_of_a_tile_and_its_window_are_those_of_the_region(mask):
+    q, k, v, do = draw((2, [20], 2, 1, 8))
+    region = Region((1, 2), (3, 15), (5, 17), mask, window=5 if mask is Mask.CAUSAL else None)
+    mask = torch.zeros(20, 20, dtype=torch.bool)
+    mask[3:15, 5:17] = seen(region, 12, 12)
+    own = slice(3, 15), slice(1, 2)
+    want = truth(q[own], k[:, 1:2], v[:, 1:2], do[own], 0.3, mask=mask[3:15])
+    for backend in (BY_NAME["reference"], BY_NAME["torch-cpu"]):
+        o, lse = output = forward_regions(backend, QKV(q, k, v), AttentionVariant(0.3), (region,))
+        dq, dk, dv = backward_regions(backend, do, QKV(q, k, v), output, AttentionVariant(0.3), (region,))
+        assert max(errors([o[own], lse[1:2, :, 3:15], dq[own], dk[:, 1:2], dv[:, 1:2]], want)) < 1e-13
+        assert not any(t[:, 0].any() for t in (o, dq, dk, dv))
 
 
 @CPU_BACKENDS
@@ -136,7 +220,7 @@ def batch_first(q, k, v):
 
 @CPU_BACKENDS
 @pytest.mark.parametrize("layout", [packed, heads_first, batch_first])
-@pytest.mark.parametrize("mask", [Mask.CAUSAL, Mask.FULL])
+@pytest.mark.parametrize("mask", Mask)
 def test_strides_do_not_matter(backend, layout, mask):
     q, k, v, do = draw((3, [37], 4, 2, 16))
     qkv, variant = QKV(q, k, v), KernelVariant(0.25, mask)
@@ -151,7 +235,7 @@ def test_strides_do_not_matter(backend, layout, mask):
 
 
 @CPU_BACKENDS
-@pytest.mark.parametrize("mask", [Mask.CAUSAL, Mask.FULL])
+@pytest.mark.parametrize("mask", Mask)
 def test_inputs_are_not_written_to(backend, mask):
     q, k, v, do = draw((2, [20], 4, 2, 8))
     qkv, variant = QKV(q, k, v), KernelVariant(0.3, mask)

@@ -42,7 +42,7 @@ def cudnn(monkeypatch):
         ),
     )
     monkeypatch.setattr(torch_backends, "aten", kernels)
-    monkeypatch.setattr(CudnnAttention, "one_token", TorchCpuAttention())
+    monkeypatch.setattr(CudnnAttention, "others", TorchCpuAttention())
     return CudnnAttention()
 
 
@@ -54,6 +54,6 @@ def test_tiles_of_one_token_go_to_another_kernel(cudnn, lengths):
 
 @pytest.mark.parametrize("lengths", [[8, 8], [8, 5]])
 def test_longer_tiles_do_not(cudnn, monkeypatch, lengths):
-    monkeypatch.setattr(CudnnAttention, "one_token", None)
+    monkeypatch.setattr(CudnnAttention, "others", None)
     tensors = draw((2, lengths, 4, 2, 8))
     assert max(errors(tiled(cudnn, *tensors, 0.3, lengths), truth(*tensors, 0.3))) < 1e-13

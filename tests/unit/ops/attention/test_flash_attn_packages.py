@@ -13,13 +13,27 @@ from megatron.ops.attention import (
     QKV,
     AttentionOutput,
     AttentionUnavailable,
+    AttentionVariant,
     KernelVariant,
     choose_backend,
     cuda_limits,
 )
 from megatron.ops.attention.flash_attn_packages import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4, load
+from megatron.ops.attention.protocol import NO_SOFTCAP
 from tests.unit.ops.attention.fake_flash_attn import INSTALLED, backward_2_5, module, pair
-from tests.unit.ops.attention.test_cpu_backends import draw, errors, packed, request_for, tiled, truth
+from tests.unit.ops.attention.test_cpu_backends import (
+    ALL_MASKS,
+    ROWS,
+    draw,
+    draw_row,
+    errors,
+    packed,
+    request_for,
+    row_mask,
+    row_of_two_tiles,
+    tiled,
+    truth,
+)
 
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 CUDA = torch.device("cuda", 0)
@@ -42,7 +56,20 @@ def test_tiles_add_up_to_attention_over_the_whole(install, version, shape, dtype
 
 
 @EVERY_VERSION
-@pytest.mark.parametrize("mask", [Mask.CAUSAL, Mask.FULL])
+@ALL_MASKS
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_masks_and_softcaps_are_the_definition_in_fp64(install, capability, version, region, softcap):
+    backend, shape = BY_NAME[install(version)], ROWS["gqa, head size 192, batch of 2"]
+    if refusal := backend.refusal(request_for(CUDA, torch.bfloat16, 192, softcap=softcap)):
+        assert (version, refusal) == ("2.5.9", NO_SOFTCAP)
+        return
+    tensors = draw_row(shape)
+    got = row_of_two_tiles(backend, *tensors, AttentionVariant(0.3, softcap), region)
+    assert max(errors(got, truth(*tensors, 0.3, softcap, row_mask(region, shape)))) < 1e-13
+
+
+@EVERY_VERSION
+@pytest.mark.parametrize("mask", Mask)
 def test_strides_do_not_matter(install, version, mask):
     backend = BY_NAME[install(version)]
     q, k, v, do = draw((3, [21], 4, 2, 8))
@@ -157,7 +184,7 @@ def test_flash_attn_4_alone_is_not_taken_for_flash_attn(capability, folder_of_pa
         (
             FLASH_ATTN_2,
             "flash_attn.flash_attn_interface",
-            pair(lambda q, k, v, softmax_scale, causal, colour: None, backward_2_5),
+            pair(lambda q, k, v, softmax_scale, causal, window_size, colour: None, backward_2_5),
             "<lambda> needs colour",
         ),
         (FLASH_ATTN_2, "flash_attn.flash_attn_interface", {}, "has no attribute '_flash_attn_forward'"),
