@@ -1,9 +1,11 @@
 """Every CUDA backend against fp64, tile by tile, with the output and log-sum-exp of the whole row."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from megatron.core.documents import CAUSAL_TILE, FULL_TILE, Documents, Mask, tile_regions
+from megatron.core.documents import CAUSAL_TILE, FULL_TILE, Documents, Mask, Region, tile_regions
 from megatron.ops.attention import (
     BACKENDS,
     QKV,
@@ -16,7 +18,16 @@ from megatron.ops.attention import (
 )
 from megatron.ops.attention.reference import ReferenceAttention
 from megatron.ops.attention.select import NOT_FOR_SHORT_TILES
-from tests.unit.ops.attention.test_cpu_backends import draw, errors, request_for, tiled, truth
+from tests.unit.ops.attention.test_cpu_backends import (
+    draw,
+    draw_row,
+    errors,
+    request_for,
+    row_mask,
+    row_of_two_tiles,
+    tiled,
+    truth,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -47,16 +58,21 @@ CASES = [
 ]
 
 
-def skip_unless_served(backend, dtype, head_size, deterministic=False):
+def skip_unless_served(backend, dtype, head_size, deterministic=False, **variant):
     device = torch.device("cuda", torch.cuda.current_device())
-    if refusal := backend.refusal(request_for(device, dtype, head_size, deterministic)):
+    if refusal := backend.refusal(request_for(device, dtype, head_size, deterministic, **variant)):
         pytest.skip(refusal)
 
 
-def assert_errs_like(got, same_precision, exact):
+def skip_where_short_tiles_crash(backend):
+    if backend.name in NOT_FOR_SHORT_TILES:
+        pytest.skip(NOT_FOR_SHORT_TILES[backend.name])
+
+
+def assert_errs_like(got, same_precision, exact, floor=1e-5):
     """Assert that no error is above three times that of the reference in the same number format."""
     for name, error, allowed in zip(RESULTS, errors(got, exact), errors(same_precision, exact), strict=True):
-        assert error <= 3 * allowed + 1e-5, name
+        assert error <= 3 * allowed + floor, name
 
 
 def side_by_side(k, v):
@@ -96,6 +112,36 @@ def test_tiles_of_one_token_err_no_more_than_the_same_precision_reference(backen
     assert_errs_like(tiled(backend, q, k, v, do, 0.1, lengths), same_precision, exact)
 
 
+#   the mask of one of a row's two tiles; softcap; head size
+LIMITS = {
+    "upper, head size 128": (Region(mask=Mask.UPPER), None, 128),
+    "window of 1, head size 128": (Region(mask=Mask.CAUSAL, window=1), None, 128),
+    "window of 128, head size 64": (Region(mask=Mask.CAUSAL, window=128), None, 64),
+    "window of 100, head size 192": (Region(mask=Mask.CAUSAL, window=100), None, 192),
+    "softcap, head size 128": (Region(mask=Mask.CAUSAL), 2.0, 128),
+    "softcap, rectangle, head size 128": (Region(mask=Mask.FULL), 2.0, 128),
+    "softcap, window of 100, head size 256": (Region(mask=Mask.CAUSAL, window=100), 2.0, 256),
+}
+TANH_ERROR = 2**-10  # of the GPU's approximation, relative
+
+
+@pytest.mark.parametrize("region, softcap, head_size", LIMITS.values(), ids=LIMITS.keys())
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
+def test_limits_of_a_tile_err_no_more_than_the_same_precision_reference(backend, region, softcap, head_size):
+    skip_unless_served(backend, torch.bfloat16, head_size, softcap=softcap)
+    if region.window is not None:
+        skip_where_short_tiles_crash(backend)
+    shape, variant = (2, 300, 90, 8, 2, head_size), AttentionVariant(head_size**-0.5, softcap)
+    tensors = [t.cuda() for t in draw_row(shape, torch.bfloat16)]
+    exact = truth(*tensors, variant.scale, softcap, row_mask(region, shape))
+    q, k, v, do = (t.bfloat16() for t in tensors)
+    k, v = side_by_side(k, v)
+    got, same_precision = (
+        row_of_two_tiles(by, q, k, v, do, variant, region) for by in (backend, ReferenceAttention())
+    )  # fmt: skip
+    assert_errs_like(got, same_precision, exact, 1e-5 if softcap is None else TANH_ERROR)
+
+
 DOCUMENTS = {
     "many": ((0, 130), (130, 131), (131, 200), (200, 257), (257, 512)),
     "gaps": ((0, 17), (17, 18), (18, 19), (19, 65), (100, 228), (300, 500)),
@@ -107,11 +153,24 @@ DOCUMENTS = {
 @pytest.mark.parametrize("names", [(), ("many",), ("gaps",), ("two",), ("many", "two", "gaps")], ids=" and ".join)
 @pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
 def test_regions_of_a_tile_err_no_more_than_the_same_precision_reference(backend, names, rows):
+    check_regions(backend, names, rows)
+
+
+@pytest.mark.parametrize("window", [1, 50])
+@pytest.mark.parametrize("names", [("many",), ("many", "gaps")], ids=" and ".join)
+@pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
+def test_windows_of_documents_err_no_more_than_the_same_precision_reference(backend, names, window):
+    check_regions(backend, names, [(0, 512)], window)
+
+
+def check_regions(backend, names, rows, window=None):
     skip_unless_served(backend, torch.bfloat16, 128)
-    if names and backend.name in NOT_FOR_SHORT_TILES:
-        pytest.skip(NOT_FOR_SHORT_TILES[backend.name])
+    if names:
+        skip_where_short_tiles_crash(backend)
     documents = Documents(tuple(DOCUMENTS[name] for name in names)) if names else None
     regions, own = tile_regions(documents, rows, (0, 512)), torch.cat([torch.arange(*span) for span in rows])
+    if window is not None:
+        regions = tuple(replace(region, window=window) for region in regions)
     tensors = [t.cuda() for t in draw((max(len(names), 1), [512], 8, 2, 128), torch.bfloat16)]
 
     def results(by, dtype):
@@ -120,36 +179,49 @@ def test_regions_of_a_tile_err_no_more_than_the_same_precision_reference(backend
         qkv, variant = QKV(q[own], k, v), AttentionVariant(0.1)
         o, lse = forward_regions(by, qkv, variant, regions)
         output = AttentionOutput(o.to(dtype), lse)
-        return *output, *backward_regions(by, do[own], qkv, output, variant, regions)
+        sees_keys = lse > torch.finfo(lse.dtype).min
+        return o, lse.where(sees_keys, 0), *backward_regions(by, do[own], qkv, output, variant, regions)
 
     exact, same_precision = (results(ReferenceAttention(), dtype) for dtype in (torch.float64, torch.bfloat16))
     assert_errs_like(results(backend, torch.bfloat16), same_precision, exact)
 
 
 REPEATS = 5
-#       query heads, key/value heads, head size; batch; tokens; where documents start
+TILES = {
+    "causal": CAUSAL_TILE,
+    "full": FULL_TILE,
+    "upper": (Region(mask=Mask.UPPER),),
+    "window": (Region(mask=Mask.CAUSAL, window=1000),),
+    "documents": tile_regions(
+        Documents.from_starts([(0, 1000, 1001, 3000, 3500, 7000)], 8192), [(0, 8192)], (0, 8192)
+    ),
+}  # fmt: skip
+#       query heads, key/value heads, head size; batch; tokens; tiles
 REPEATED = {
-    "mha, head size 64": ((8, 8, 64), 1, 8192, None),
-    "gqa, head size 128": ((16, 4, 128), 1, 8000, None),
-    "gqa, head size 128, batch of 3": ((8, 2, 128), 3, 2048, None),
-    "documents": ((16, 4, 128), 1, 8192, (0, 1000, 1001, 3000, 3500, 7000)),
+    "mha, head size 64": ((8, 8, 64), 1, 8192, ["causal", "full"]),
+    "gqa, head size 128": ((16, 4, 128), 1, 8192, ["documents"]),
+    "gqa, head size 128, uneven": ((16, 4, 128), 1, 8000, ["causal", "full", "upper", "window"]),
+    "gqa, head size 128, batch of 3": ((8, 2, 128), 3, 2048, ["causal", "full"]),
 }
+REPEATED_TILES = [
+    pytest.param(*shape, TILES[tile], id=f"{name}, {tile}")
+    for name, (*shape, tiles) in REPEATED.items()
+    for tile in tiles
+]
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("shape", REPEATED.values(), ids=REPEATED.keys())
+@pytest.mark.parametrize("heads, batch, length, regions", REPEATED_TILES)
 @pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
-def test_the_same_inputs_give_the_same_bits_in_deterministic_mode(backend, shape, causal):
-    (H, K, D), batch, length, starts = shape
+def test_the_same_inputs_give_the_same_bits_in_deterministic_mode(backend, heads, batch, length, regions):
+    H, K, D = heads
     skip_unless_served(backend, torch.bfloat16, D, deterministic=True)
     q, k, v, do = (t.bfloat16().cuda() for t in draw((batch, [length], H, K, D)))
-    qkv, variant, regions = QKV(q, *side_by_side(k, v)), AttentionVariant(D**-0.5), CAUSAL_TILE if causal else FULL_TILE
-    if starts is not None:
-        regions = Documents.from_starts([starts], length).regions((0, length), (0, length))
+    qkv, variant = QKV(q, *side_by_side(k, v)), AttentionVariant(D**-0.5)
 
     def results():
-        output = forward_regions(backend, qkv, variant, regions)
+        o, lse = forward_regions(backend, qkv, variant, regions)
+        output = AttentionOutput(o.to(q.dtype), lse)
         return *output, *backward_regions(backend, do, qkv, output, variant, regions)
 
     first = results()
@@ -158,7 +230,7 @@ def test_the_same_inputs_give_the_same_bits_in_deterministic_mode(backend, shape
         assert [name for name, other, one in again if not torch.equal(other, one)] == []
 
 
-@pytest.mark.parametrize("mask", [Mask.CAUSAL, Mask.FULL])
+@pytest.mark.parametrize("mask", Mask)
 @pytest.mark.parametrize("backend", CUDA_BACKENDS, ids=lambda b: b.name)
 def test_results_have_the_shapes_and_dtypes_of_the_protocol_and_inputs_are_not_written_to(backend, mask):
     skip_unless_served(backend, torch.bfloat16, 128)

@@ -5,9 +5,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron.ops.attention import torch_backends
+from megatron.ops.attention import AttentionVariant, torch_backends
 from megatron.ops.attention.torch_backends import CudnnAttention, TorchCpuAttention
-from tests.unit.ops.attention.test_cpu_backends import draw, errors, tiled, truth
+from tests.unit.ops.attention.test_cpu_backends import (
+    ALL_MASKS,
+    ROWS,
+    draw,
+    draw_row,
+    errors,
+    row_mask,
+    row_of_two_tiles,
+    tiled,
+    truth,
+)
 
 
 def refuse_one_token(q, k):
@@ -57,3 +67,11 @@ def test_longer_tiles_do_not(cudnn, monkeypatch, lengths):
     monkeypatch.setattr(CudnnAttention, "others", None)
     tensors = draw((2, lengths, 4, 2, 8))
     assert max(errors(tiled(cudnn, *tensors, 0.3, lengths), truth(*tensors, 0.3))) < 1e-13
+
+
+@ALL_MASKS
+def test_masks_are_the_definition_in_fp64(cudnn, region):
+    shape = ROWS["gqa, head size 192, batch of 2"]
+    tensors = draw_row(shape)
+    got = row_of_two_tiles(cudnn, *tensors, AttentionVariant(0.3), region)
+    assert max(errors(got, truth(*tensors, 0.3, mask=row_mask(region, shape)))) < 1e-13

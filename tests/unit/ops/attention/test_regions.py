@@ -1,5 +1,6 @@
 """Attention of what documents leave of a tile, with and without a kernel that takes many documents at once."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,20 @@ SPANS = {
     "two": ((0, 11), (11, 24)),
     "none": (),
 }
+
+
+class Cutting(ReferenceAttention):
+    """The reference as a kernel without windows."""
+
+    has_windows = False
+
+    def forward(self, qkv, variant):
+        assert variant.window is None
+        return super().forward(qkv, variant)
+
+    def backward(self, do, qkv, output, variant):
+        assert variant.window is None
+        return super().backward(do, qkv, output, variant)
 
 
 class Packing(ReferenceAttention):
@@ -53,14 +68,14 @@ def inputs(batch):
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def by_mask(documents, q, k, v):
+def by_mask(documents, q, k, v, window=TOKENS):
     """o from scores in which everything else is masked; what sees nothing is 0."""
     k, v = (t.repeat_interleave(HEADS // GROUPS, 2) for t in (k, v))
     scores = torch.einsum("qbhd,kbhd->bhqk", q, k) * SCALE
     mask = torch.zeros(len(documents.spans), 1, TOKENS, TOKENS, dtype=torch.bool)
     for row, spans in enumerate(documents.spans):
         for start, end in spans:
-            mask[row, :, start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+            mask[row, :, start:end, start:end] = torch.ones(end - start, end - start).tril().triu(1 - window).bool()
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
     return torch.einsum("bhqk,kbhd->qbhd", weights, v)
 
@@ -83,6 +98,24 @@ def test_documents_of_a_tile_on_the_diagonal_are_masked_attention(backend, names
     torch.testing.assert_close(o, expected.detach())
     for gradient, want in zip(found, (gradients[0][own], *gradients[1:]), strict=True):
         torch.testing.assert_close(gradient, want)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 8, 24])
+@pytest.mark.parametrize("backend", [ReferenceAttention(), Packing(), Cutting()], ids=["one by one", "packed", "cut"])
+@pytest.mark.parametrize("names", [("many",), ("many", "gaps", "none")], ids=" and ".join)
+def test_windows_of_documents_are_masked_attention(backend, names, window):
+    documents = Documents(tuple(SPANS[name] for name in names))
+    regions = tile_regions(documents, [(0, TOKENS)], (0, TOKENS))
+    regions = [replace(region, window=window) for region in regions]
+    q, k, v, do = inputs(len(names))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    expected = by_mask(documents, *leaves, window)
+    gradients = torch.autograd.grad(expected, leaves, do)
+    with torch.no_grad():
+        o, lse = output = forward_regions(backend, QKV(q, k, v), VARIANT, regions)
+        found = backward_regions(backend, do, QKV(q, k, v), output, VARIANT, regions)
+    assert lse.isfinite().all()
+    torch.testing.assert_close([o, *found], [expected.detach(), *gradients])
 
 
 def test_only_runs_of_many_documents_are_packed():

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from megatron.config.model import AttentionBackendName
-from megatron.ops.attention import BACKENDS, AttentionUnavailable, choose_backend, choose_backend_for_few_queries
+from megatron.ops.attention import (
+    BACKENDS,
+    AttentionUnavailable,
+    AttentionVariant,
+    choose_backend,
+    choose_backend_for_few_queries,
+)
 from megatron.ops.attention.select import FAMILIES
 from tests.unit.ops.attention.test_cpu_backends import request_for
 
@@ -76,6 +82,42 @@ def test_auto_prefers_the_fastest_package_that_is_installed(
 def test_few_queries_go_to_a_kernel_that_splits_the_keys(capability, install, device, dtype, head_size, expected):
     install("4.0.0")
     assert choose_backend_for_few_queries(request_for(device, dtype, head_size)).name == expected
+
+
+@pytest.mark.parametrize(
+    "device, installed, device_capability, head_size, limits, expected",
+    [
+        (CUDA, ["4.0.0"], (9, 0), 64, {"window": 128}, "flash-attn-4"),
+        (CUDA, [], (9, 0), 64, {"window": 128}, "torch-flash"),
+        (CUDA, [], (9, 0), 128, {"local_block": 8192}, "torch-flash"),
+        (CUDA, ["4.0.0"], (9, 0), 256, {"softcap": 50.0, "window": 4096}, "flash-attn-4"),
+        (CUDA, ["2.8.3", "4.0.0"], (10, 0), 256, {"softcap": 50.0}, "flash-attn-2"),
+        (CUDA, ["2.8.3", "4.0.0"], (12, 0), 128, {"softcap": 50.0}, "flash-attn-2"),
+        (CUDA, ["3.0.0"], (9, 0), 256, {"softcap": 50.0}, "flash-attn-3"),
+        (CUDA, ["2.5.9"], (9, 0), 128, {"softcap": 50.0}, "reference"),
+        (CPU, [], (0, 0), 192, {"window": 7, "local_block": 8}, "torch-cpu"),
+        (CPU, [], (0, 0), 192, {"softcap": 50.0}, "reference"),
+    ],
+)
+def test_auto_serves_all_variants_of_a_model(
+    capability, install, device, installed, device_capability, head_size, limits, expected
+):
+    for version in installed:
+        install(version)
+    capability[0] = device_capability
+    request = request_for(device, torch.bfloat16, head_size)
+    request = request._replace(variants=(*request.variants, AttentionVariant(0.1, **limits)))
+    assert choose_backend("auto", request).name == expected
+    assert choose_backend_for_few_queries(request).refusal(request) is None
+
+
+@pytest.mark.parametrize("version, name", [(None, "cudnn"), (None, "torch-flash"), ("2.5.9", "flash-attn-2")])
+def test_a_softcap_is_refused_by_a_kernel_without_one(capability, install, version, name):
+    if version is not None:
+        install(version)
+    reason = "it has no softcap, and the scores of the model have one; use one of auto, reference."
+    with pytest.raises(AttentionUnavailable, match=f"--attention-backend {name}: {reason}"):
+        choose_backend(name, request_for(CUDA, torch.bfloat16, 128, softcap=50.0))
 
 
 def test_the_order_of_auto():
@@ -186,6 +228,8 @@ def test_documents_are_not_left_to_a_kernel_that_crashes_on_short_ones(monkeypat
     monkeypatch.setattr("megatron.ops.attention.select.BACKENDS", (Always("cudnn"), Always("torch-flash")))
     assert choose_backend("auto", request_for(CPU, torch.bfloat16, 64)).name == "cudnn"
     assert choose_backend("auto", request_for(CPU, torch.bfloat16, 64), short_tiles=True).name == "torch-flash"
+    for limits in ({"window": 9}, {"local_block": 9}):
+        assert choose_backend("auto", request_for(CPU, torch.bfloat16, 64, **limits)).name == "torch-flash"
     with pytest.raises(AttentionUnavailable, match=r"cudnn: its backward crashes .* use one of auto, torch-flash\."):
         choose_backend("cudnn", request_for(CPU, torch.bfloat16, 64), short_tiles=True)
 
