@@ -129,6 +129,10 @@ def note_gradients(stream: Stream, layer_number: int, names: Sequence[str], *val
 
 
 def _attention_with_dropout(qkv: QKV, dropout: float, variant: AttentionVariant, regions: tuple[Region, ...]) -> Tensor:
+    if variant.softcap is not None or variant.window is not None:
+        raise ValueError(
+            f"attention dropout ({dropout:g}) cannot be combined with a softcap or a sliding window; use 0"
+        )
     o_SBHD = torch.zeros_like(qkv.q)
     for region in regions:
         inputs = region_of(qkv, region)
