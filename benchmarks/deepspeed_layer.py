@@ -113,11 +113,8 @@ def flash_attention_2(backend: AttentionBackend) -> tuple[Callable[..., Any], Ca
         for unused in (dq, dk, dv):
             unused.data = unused.new_empty(0)
         dout, q, k, v, out = (t.transpose(0, 1) for t in (dout, q, k, v, out))
-        output, variant = (
-            AttentionOutput(out, softmax_lse),
-            KernelVariant(softmax_scale, Mask.CAUSAL if causal else Mask.FULL),
-        )
-        gradients = backend.backward(dout, QKV(q, k, v), output, variant)
+        variant = KernelVariant(softmax_scale, Mask.CAUSAL if causal else Mask.FULL)
+        gradients = backend.backward(dout, QKV(q, k, v), AttentionOutput(out, softmax_lse), variant)
         for target, gradient in zip((dq, dk, dv), gradients, strict=True):
             target.data = gradient.transpose(0, 1)
 
