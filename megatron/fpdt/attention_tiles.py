@@ -28,7 +28,15 @@ from megatron.ops.attention import (
     forward_regions,
 )
 from megatron.ops.gradient_sum import accumulation_dtype
-from megatron.ops.merge import add_, add_gradients_, add_key_value_gradients_, merge, merge_
+from megatron.ops.merge import (
+    add_,
+    add_gradients_,
+    add_key_value_gradients_,
+    merge,
+    merge_,
+    merge_sinks_,
+    with_sinks,
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,10 @@ class QueryChunk(NamedTuple):
 # One function per tile: its locals die on return, so a tile's buffers are free before the next prefetch.
 
 
-def attend(row: TileRow, q_CBHD: Tensor, kv_CBKD: Tensor, kv_ahead: Prefetch) -> AttentionOutput:
-    """Compute one row of tiles: o [C, B, H, D] in the dtype of q, and lse [B, H, C].
+def attend(
+    row: TileRow, q_CBHD: Tensor, kv_CBKD: Tensor, kv_ahead: Prefetch, sinks_H: Tensor | None = None
+) -> AttentionOutput:
+    """Compute one row of tiles: o [C, B, H, D] in the dtype of q, and lse [B, H, C], with the sinks of the heads.
 
     `kv_CBKD` is that of the row's own chunk; `kv_ahead` prefetches kv of the other tiles.
     """
@@ -63,16 +73,21 @@ def attend(row: TileRow, q_CBHD: Tensor, kv_CBKD: Tensor, kv_ahead: Prefetch) ->
     for result in results:
         merge_(o, lse, *result)
         del result
+    if sinks_H is not None:
+        merge_sinks_(o, lse, sinks_H)
     return AttentionOutput(o.to(q_CBHD.dtype), lse)
 
 
-def attend_one_token(row: TileRow, q_1BHD: Tensor, kv_1BKD: Tensor, kv_ahead: Prefetch) -> Tensor:
+def attend_one_token(
+    row: TileRow, q_1BHD: Tensor, kv_1BKD: Tensor, kv_ahead: Prefetch, sinks_H: Tensor | None = None
+) -> Tensor:
     """Compute one row of tiles for a single query: o [1, B, H, D] in the dtype of q.
 
     The partial results are small. Merging them one by one would take the host longer than the GPU, so they are merged
     all at once.
     """
-    return merge(list(_forward_tiles(row, q_1BHD, kv_1BKD, kv_ahead))).to(q_1BHD.dtype)
+    results = list(_forward_tiles(row, q_1BHD, kv_1BKD, kv_ahead))
+    return merge(results if sinks_H is None else with_sinks(results, sinks_H)).to(q_1BHD.dtype)
 
 
 def _forward_tiles(row: TileRow, q: Tensor, kv: Tensor, kv_ahead: Prefetch) -> Iterator[AttentionOutput]:

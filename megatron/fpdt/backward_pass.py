@@ -39,8 +39,9 @@ from megatron.fpdt.seam import AttentionCall
 from megatron.fpdt.store import Prefetch
 from megatron.fpdt.streamed_layer import SliceKey, StreamedLayer, joined, random_key
 from megatron.ops.attention import AttentionOutput, AttentionVariant
-from megatron.ops.gradient_sum import GradientSums
+from megatron.ops.gradient_sum import GradientSum, GradientSums
 from megatron.ops.linear import LinearTape
+from megatron.ops.merge import sink_gradients
 
 # Takes a slice's x, with which its graph begins, and its attention call.
 Project = Callable[[Tensor, AttentionCall], None]
@@ -70,18 +71,22 @@ class _Filled:
 
 
 class _Projections:
-    """q and kv of a chunk, and the autograd graph of each slice from x to q and kv."""
+    """q and kv of a chunk, and the autograd graph of each slice that ends with q, kv and the sinks."""
 
     variant: AttentionVariant  # of every slice
+    sinks: Tensor | None = None  # of every slice, if they have a gradient
 
     def __init__(self, num_tokens: int) -> None:
-        self.graphs: list[tuple[slice, Tensor, tuple[GradientEdge, GradientEdge]]] = []
+        self.graphs: list[tuple[slice, Tensor, list[GradientEdge]]] = []
         self._chunks = _Filled(num_tokens)
 
     def add(self, s: slice, x: Tensor, call: AttentionCall) -> None:
         """Add the attention call of a slice, whose graph begins at x."""
-        q, kv, self.variant = call
-        self.graphs.append((s, x, (get_gradient_edge(q), get_gradient_edge(kv))))
+        q, kv, self.variant, sinks = call
+        outputs = [q, kv]
+        if sinks is not None and sinks.requires_grad:
+            outputs, self.sinks = [q, kv, sinks], sinks.detach()
+        self.graphs.append((s, x, [get_gradient_edge(output) for output in outputs]))
         self._chunks.add(s, (q.detach(), kv.detach()))
 
     def take(self) -> list[Tensor]:
@@ -117,6 +122,7 @@ class BackwardPass:
         self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
         self._kv = saved.kv_CBKD or self._recomputed_keys_and_values()
         self._own_dkv: list[Tensor] = []  # dkv summed so far for the next row's own chunk
+        self._own_dsinks = GradientSum()  # of this rank's heads
         self._finished: list[Tensor] = []  # chunks of dx, those of the last row first
         rows = saved.plan.backward_rows()
         chunks = [row[0].query for row in rows]
@@ -235,14 +241,21 @@ class BackwardPass:
             self._store.release_sent()  # an earlier row's dx, copied out by now: a row has started since
         tiles = TileRow(stream.attention, started.projections.variant, row)
         to_tokens = stream.shares_to_tokens(QUERIES_KEYS_VALUES, len(exchanges))
-        for lse in started.lse.chunk(len(exchanges), 1):
-            self._attend_share(tiles, exchanges.pop(0), lse.contiguous(), to_tokens)
+        all_sinks = stream.own_sinks(started.projections.sinks, len(exchanges))
+        dsinks = [
+            self._attend_share(tiles, exchanges.pop(0), lse.contiguous(), sinks, to_tokens)
+            for lse, sinks in zip(started.lse.chunk(len(exchanges), 1), all_sinks, strict=True)
+        ]
+        if started.projections.sinks is not None:
+            self._own_dsinks.add(torch.cat(dsinks))
         del started.lse
         exchanges.append(to_tokens)
         return started
 
-    def _attend_share(self, row: TileRow, exchange: Exchange, lse: Tensor, to_tokens: SharesToTokens) -> None:
-        """Run the tiles on a share of the heads, and start the all-to-all of the gradients."""
+    def _attend_share(
+        self, row: TileRow, exchange: Exchange, lse: Tensor, sinks: Tensor | None, to_tokens: SharesToTokens
+    ) -> Tensor:
+        """Run the tiles on a share of the heads, and start the all-to-all of dq and dkv; return dsinks."""
         q, kv, o, do = exchange()
         queries, own = QueryChunk(q, AttentionOutput(o, lse), do), [kv, *self._own_dkv]
         self._own_dkv.clear()
@@ -252,21 +265,35 @@ class BackwardPass:
         for what, value in zip(PROJECTED, (dq, dkv_row), strict=True):
             self._stream.observer.note("backward", what, self._layer.layer_number, row.tiles[0].query, value)
         self._own_dkv.extend([] if dkv_before is None else [dkv_before])
+        dsinks = lse.new_empty(0) if sinks is None else sink_gradients(o, do, lse, sinks)
         del q, o, do, queries
         to_tokens.start((dq, dkv_row))
+        return dsinks
 
     def _finish_row(self, chunk: int, started: _StartedRow) -> Tensor:
         """Return the gradient of the block's input for one query chunk; add the parameters' gradients to their sums."""
-        dprojected = started.exchanges.pop()()
+        dq, dkv = started.exchanges.pop()()
+        dsinks = self._sink_gradients(started) if chunk == 0 else []
         with named_range(TOKEN_WISE):
-            self._add_input_gradients(started, *dprojected)
+            self._add_input_gradients(started, dq, dkv, dsinks)
         return self._stream.noted("backward", INPUT, self._layer.layer_number, chunk, started.dx)
 
-    def _add_input_gradients(self, started: _StartedRow, dq: Tensor, dkv: Tensor) -> None:
-        """Backpropagate through the projections of each slice."""
-        for s, x, edges in started.projections.graphs:
+    def _sink_gradients(self, started: _StartedRow) -> list[Tensor]:
+        """Return the gradient of the sinks, if there are any, summed over all rows of this rank's heads."""
+        sinks, own_dsinks = started.projections.sinks, self._own_dsinks.total
+        if sinks is None or own_dsinks is None:
+            return []
+        dsinks = torch.zeros_like(sinks)
+        self._stream.own_entries(dsinks).copy_(own_dsinks)
+        return [dsinks]
+
+    def _add_input_gradients(self, started: _StartedRow, dq: Tensor, dkv: Tensor, dsinks: list[Tensor]) -> None:
+        """Backpropagate through the projections of each slice, and through the sinks of the last."""
+        graphs = started.projections.graphs
+        for number, (s, x, edges) in enumerate(graphs, 1):
+            gradients = [dq[s], dkv[s], *(dsinks if number == len(graphs) else [])]
             dx_before, *dparameters = torch.autograd.grad(
-                edges, [x, *self._gradients.parameters], [dq[s], dkv[s]], allow_unused=True
+                edges[: len(gradients)], [x, *self._gradients.parameters], gradients, allow_unused=True
             )
             self._gradients.add(dparameters)
             if dx_before is not None and len(dx_before) == len(started.dx):

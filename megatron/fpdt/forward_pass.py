@@ -123,19 +123,21 @@ class ForwardPass:
         call, exchanges = suspended.slices[0].call, suspended.exchanges
         tiles = TileRow(self._stream.attention, call.variant, row)
         to_tokens = self._stream.shares_to_tokens(num_shares=len(exchanges))
-        while exchanges:
-            suspended.lse.append(self._attend_share(tiles, exchanges.pop(0), to_tokens))
+        for sinks in self._stream.own_sinks(call.sinks_H, len(exchanges)):
+            suspended.lse.append(self._attend_share(tiles, exchanges.pop(0), sinks, to_tokens))
         exchanges.append(to_tokens)
         return suspended
 
-    def _attend_share(self, row: TileRow, exchange: Exchange, to_tokens: SharesToTokens) -> Tensor:
+    def _attend_share(
+        self, row: TileRow, exchange: Exchange, sinks: Tensor | None, to_tokens: SharesToTokens
+    ) -> Tensor:
         """Run the tiles on a share of the heads, and start the all-to-all of the output; return lse."""
         store, i = self._store, row.tiles[0].query
         q, kv = exchange()
         if self._plan.is_loaded(i):
             self._kv[i] = store.add(kv, ChunkKind.KEYS_VALUES)
         with named_range(ATTENTION):
-            o_heads, lse = attend(row, q, kv, self._kv_ahead)
+            o_heads, lse = attend(row, q, kv, self._kv_ahead, sinks)
         del q, kv, exchange
         self._stream.observer.note("forward", ATTENTION_OUTPUT, self._layer.layer_number, i, o_heads)
         store.release_sent()  # the previous row's chunks, copied out by now

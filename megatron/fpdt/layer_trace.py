@@ -90,7 +90,8 @@ def trace_layer(forward: Callable[..., Tensor], x_cBh: Tensor, *args: Any) -> La
     # A product without a node is read by something that autograd does not see.
     alone = frozenset(number for number in before if (node := tape.nodes[number]) is not None and node not in graph)
     needed_after = tuple(number for number in after if (node := tape.nodes[number]) is None or node in needed)
-    arguments = {node for t in calls[0][:2] if t.grad_fn is not None for node in _in_order(t.grad_fn)}
+    q, kv, _, sinks = calls[0]
+    arguments = {node for t in (q, kv, sinks) if t is not None and t.grad_fn for node in _in_order(t.grad_fn)}
     shares_nodes = any(node in graph and node.next_functions for node in arguments)
     return LayerTrace(tuple(before), alone, needed_after, frozenset(after) - frozenset(needed_after), shares_nodes)
 

@@ -37,6 +37,9 @@ class AttentionCall(NamedTuple):
     variant: AttentionVariant
     """How the tokens of the whole sequence attend to each other."""
 
+    sinks_H: Tensor | None = None
+    """A score per head that joins the softmax of every query, without a value. The same for all tokens."""
+
 
 Attend = Callable[[AttentionCall], Tensor]
 
@@ -54,11 +57,12 @@ class StreamedAttention:
         variant: AttentionVariant,
         dropout: float,
         documents: Documents | None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Return o [S, B, H, D] for q [S, B, H, D] and kv [S, B, 2K, D]. The stream handles `documents`."""
         if dropout:
             raise ValueError(f"attention dropout ({dropout}) cannot be replayed by FPDT; use 0")
-        return _attend.get()(AttentionCall(q_SBHD, kv_SBKD, variant))
+        return _attend.get()(AttentionCall(q_SBHD, kv_SBKD, variant, sinks_H))
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,14 @@ class Stream:
         """The rows of every chunk that this rank attends with."""
         return self.heads.rows(self.parallel_state.sequence_parallel_rank)
 
+    def own_entries(self, of_heads_H: Tensor) -> Tensor:
+        """Return the entries of this rank's query heads in a tensor of one entry per head, as a view."""
+        return self.heads.own_entries(of_heads_H, self.parallel_state.sequence_parallel_rank)
+
+    def own_sinks(self, sinks_H: Tensor | None, num_shares: int) -> Sequence[Tensor | None]:
+        """Return the sinks of this rank's heads, share by share as the heads are exchanged."""
+        return [None] * num_shares if sinks_H is None else self.own_entries(sinks_H).chunk(num_shares)
+
     def num_head_shares(self, num_rows: int, num_tokens: int) -> int:
         """Return in how many shares the heads of a row are exchanged: two if no other row could hide the all-to-alls.
 

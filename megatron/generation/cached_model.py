@@ -27,13 +27,14 @@ from megatron.core.documents import CAUSAL_TILE, FULL_TILE
 from megatron.fpdt.attention_tiles import TileRow, attend, attend_one_token
 from megatron.fpdt.block import StreamedBlock
 from megatron.fpdt.plan import Tile
+from megatron.fpdt.seam import AttentionCall
 from megatron.fpdt.store import Prefetch
 from megatron.fpdt.streamed_layer import StreamedLayer, joined
 from megatron.generation.cache import BUFFER_TOKENS, KeyValueCache
 from megatron.generation.errors import GenerationError
 from megatron.model.streamed import StreamedExecution
 from megatron.model.transformer import GPTModel, TransformerLayer
-from megatron.ops.attention import AttentionBackend, AttentionRequest, AttentionVariant, choose_backend_for_few_queries
+from megatron.ops.attention import AttentionBackend, AttentionRequest, choose_backend_for_few_queries
 
 # Chunks of fewer queries use an attention backend for few queries and tiles of any length.
 SHORT_CHUNK = 128
@@ -119,11 +120,11 @@ class CachedModel:
     ) -> Tensor:
         slices = [layer.start(x_CBh[s], positions_BC[:, s]) for _, s in self.stream.numbered_slices(x_CBh)]
         try:
-            q_CBHD, kv_CBKD = (
-                joined([each.call.q_cBHD for each in slices]),
-                joined([each.call.kv_cBKD for each in slices]),
+            call = slices[0].call._replace(
+                q_cBHD=joined([each.call.q_cBHD for each in slices]),
+                kv_cBKD=joined([each.call.kv_cBKD for each in slices]),
             )
-            o_CBHD = self._attend(number, slices[0].call.variant, caches, q_CBHD, kv_CBKD, parts_ahead)
+            o_CBHD = self._attend(number, caches, call, parts_ahead)
             parts = zip(slices, o_CBHD.split(self.stream.slice_length), strict=True)
             return joined([each.finish(o_cBHD) for each, o_cBHD in parts])
         finally:
@@ -133,19 +134,17 @@ class CachedModel:
     def _attend(
         self,
         number: int,
-        variant: AttentionVariant,
         caches: Sequence[KeyValueCache],
-        q_CBHD: Tensor,
-        kv_CBKD: Tensor,
+        call: AttentionCall,
         parts_ahead: Prefetch,
     ) -> Tensor:
         outputs = []
-        for cache, q_C1HD, kv_C1KD in zip(caches, q_CBHD.split(1, 1), kv_CBKD.split(1, 1), strict=True):
-            row = TileRow(self._attention(len(q_C1HD)), variant, _tiles(len(cache.parts(number))))
+        for cache, q_C1HD, kv_C1KD in zip(caches, call.q_cBHD.split(1, 1), call.kv_cBKD.split(1, 1), strict=True):
+            row = TileRow(self._attention(len(q_C1HD)), call.variant, _tiles(len(cache.parts(number))))
             if len(q_C1HD) == 1:
-                outputs.append(attend_one_token(row, q_C1HD, kv_C1KD, parts_ahead))
+                outputs.append(attend_one_token(row, q_C1HD, kv_C1KD, parts_ahead, call.sinks_H))
             else:
-                outputs.append(attend(row, q_C1HD, kv_C1KD, parts_ahead).o)
+                outputs.append(attend(row, q_C1HD, kv_C1KD, parts_ahead, call.sinks_H).o)
             cache.add(number, kv_C1KD)
         return torch.cat(outputs, 1)
 

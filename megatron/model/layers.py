@@ -102,10 +102,12 @@ class CoreAttention(Protocol):
         variant: AttentionVariant,
         dropout: float,
         documents: Documents | None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Return o [S, B, H, D] of this rank's tokens for q [S, B, H, D] and kv [S, B, 2K, D], keys first.
 
-        A token attends as `variant` says, within its own document if `documents` are given.
+        A token attends as `variant` says, within its own document if `documents` are given. The sinks are a score per
+        head that joins the softmax of every query, without a value.
         """
         ...
 

@@ -34,6 +34,7 @@ from megatron.ops.attention import (
     forward_regions,
     region_of,
 )
+from megatron.ops.merge import merge_sinks_, sink_gradients
 
 if TYPE_CHECKING:
     from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
@@ -97,6 +98,7 @@ class UlyssesAttention:
         variant: AttentionVariant,
         dropout: float,
         documents: Documents | None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Attend as megatron.model.layers.CoreAttention says."""
         group, heads = self._stream.parallel_state.sequence_parallel_group, self._stream.heads
@@ -106,10 +108,13 @@ class UlyssesAttention:
         projected = [q_SBHD, heads.repeated_keys_and_values(kv_SBKD)]
         q, kv = differentiable_tokens_to_heads(projected, group, heads, QUERIES_KEYS_VALUES)
         qkv = QKV(q, *kv.chunk(2, 2))
+        sinks = None if sinks_H is None else self._stream.own_entries(sinks_H)
+        if dropout and sinks is not None:
+            raise ValueError(f"attention dropout ({dropout}) cannot be combined with attention sinks; use 0")
         o = (
             _attention_with_dropout(qkv, dropout, variant, regions)
             if dropout
-            else _Attention.apply(*qkv, self._stream.attention, variant, regions)
+            else _Attention.apply(*qkv, sinks, self._stream.attention, variant, regions)
         )
         self._note((ATTENTION_OUTPUT,), o)
         return differentiable_heads_to_tokens([o], group, heads)[0]
@@ -151,22 +156,26 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sinks: Tensor | None,
         backend: AttentionBackend,
         variant: AttentionVariant,
         regions: tuple[Region, ...],
     ) -> Tensor:
         with named_range(ATTENTION):
             o, lse = forward_regions(backend, QKV(q, k, v), variant, regions)
+            if sinks is not None:
+                merge_sinks_(o, lse, sinks)
         o = o.to(q.dtype)
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, sinks, o, lse)
         ctx.backend, ctx.variant, ctx.regions = backend, variant, regions
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
+        q, k, v, sinks, o, lse = ctx.saved_tensors
+        (do,), dsinks = grads, None
         with named_range(ATTENTION):
-            grads = backward_regions(
-                ctx.backend, grads[0], QKV(q, k, v), AttentionOutput(o, lse), ctx.variant, ctx.regions
-            )
-        return *(grad.to(q.dtype) for grad in grads), None, None, None
+            if ctx.needs_input_grad[3]:
+                dsinks = sink_gradients(o, do, lse, sinks).to(sinks.dtype)
+            dqkv = backward_regions(ctx.backend, do, QKV(q, k, v), AttentionOutput(o, lse), ctx.variant, ctx.regions)
+        return *(grad.to(q.dtype) for grad in dqkv), dsinks, None, None, None

@@ -6,6 +6,9 @@ Results of the same queries over different keys, merged all at once, or two by t
     o = (exp(lse_a) o_a + exp(lse_b) o_b) / (exp(lse_a) + exp(lse_b)) = o_a + w (o_b - o_a),  w = sigmoid(lse_b - lse_a)
 
 Written with softmax and sigmoid, nothing overflows for any two log-sum-exps.
+
+A sink is a score per head that joins the softmax of every query and has no value: a result with o = 0 and lse = sink.
+Its gradient, given o and lse with the sink, is dsink = -sum over queries of exp(sink - lse) (do . o).
 """
 
 from __future__ import annotations
@@ -34,6 +37,32 @@ def merge_(o_SBHD: Tensor, lse_BHS: Tensor, other_o_SBHD: Tensor, other_lse_BHS:
     weight_SBH = torch.sigmoid(other_lse_BHS - lse_BHS).permute(2, 0, 1).contiguous()
     _interpolate_(o_SBHD, other_o_SBHD, weight_SBH)
     torch.logaddexp(lse_BHS, other_lse_BHS, out=lse_BHS)
+
+
+def merge_sinks_(o_SBHD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> None:
+    """Merge the sinks [H] into (o, lse) in place. o may be in half precision."""
+    sinks_H1 = sinks_H.to(lse_BHS.dtype).unsqueeze(-1)
+    _scale_(o_SBHD, torch.sigmoid(lse_BHS - sinks_H1).permute(2, 0, 1).contiguous())
+    torch.logaddexp(lse_BHS, sinks_H1, out=lse_BHS)
+
+
+def with_sinks(results: Sequence[tuple[Tensor, Tensor]], sinks_H: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the results and that of the sinks [H], for `merge`."""
+    o_SBHD, lse_BHS = results[0]
+    return [*results, (torch.zeros_like(o_SBHD), sinks_H.to(lse_BHS.dtype).unsqueeze(-1).expand_as(lse_BHS))]
+
+
+@fused
+def sink_gradients(o_SBHD: Tensor, do_SBHD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> Tensor:
+    """Compute dsinks [H] in the dtype of lse, given o and lse with the sinks."""
+    dot_SBH = (o_SBHD.to(lse_BHS.dtype) * do_SBHD.to(lse_BHS.dtype)).sum(-1)
+    weights_BHS = (sinks_H.to(lse_BHS.dtype).unsqueeze(-1) - lse_BHS).exp()
+    return -(weights_BHS * dot_SBH.permute(1, 2, 0)).sum((0, 2))
+
+
+@fused
+def _scale_(o_SBHD: Tensor, weight_SBH: Tensor) -> None:
+    o_SBHD.mul_(weight_SBH.unsqueeze(-1))
 
 
 @fused
