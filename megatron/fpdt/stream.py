@@ -20,7 +20,7 @@ from megatron.core.ranges import named_range
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
-from megatron.ops.attention import AttentionBackend
+from megatron.ops.attention import AttentionBackend, AttentionVariant
 
 BACKWARD_RUNS_ONCE = (
     "a streamed backward pass runs once: what the forward pass saved is released, whatever retain_graph says"
@@ -42,11 +42,16 @@ def already_whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[
 class Layer(Protocol):
     """The interface of a layer that can be streamed.
 
-    `forward` takes x [S, B, h] and positions [B, S] of any tokens, calls a `StreamedAttention` once, and returns
-    y [S, B, h]. Everything else that it does is token-wise.
+    `forward` takes x [S, B, h] and positions [B, S] of any tokens, calls a `StreamedAttention` once, with the layer's
+    `variant`, and returns y [S, B, h]. Everything else that it does is token-wise.
     """
 
     layer_number: int
+
+    @property
+    def variant(self) -> AttentionVariant:
+        """How the tokens of the sequence attend to each other, known before the layer runs."""
+        ...
 
     @property
     def forward(self) -> Callable[..., Tensor]: ...

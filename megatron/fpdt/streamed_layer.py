@@ -75,7 +75,13 @@ class StartedSlice:
     def __init__(self, streamed: StreamedLayer, x_cBh: Tensor, positions_Bc: Tensor, tape: LinearTape) -> None:
         self._tape = tape
         self._run = SuspendedLayer(streamed.forward, tape, x_cBh, positions_Bc)
-        call = self._run.call
+        call, planned = self._run.call, streamed.layer.variant
+        if call.variant != planned:
+            self.close()
+            raise RuntimeError(
+                f"layer {streamed.layer_number} has called its attention with {call.variant}, "
+                f"but its tiles are planned for its own variant, {planned}; use the same for both"
+            )
         self.call = call._replace(kv_cBKD=streamed.repeated_heads(call.kv_cBKD))
 
     def finish(self, o_cBHD: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from megatron.config import ModelConfig
 from megatron.core.documents import Documents
 from megatron.model.initialization import Initializer
 from megatron.model.layers import MLP, Embedding, Linear, SelfAttention, build_norm
+from megatron.ops.attention import AttentionVariant
 
 
 class ModelExecution(Protocol):
@@ -81,6 +82,11 @@ class TransformerLayer(nn.Module):
     @property
     def uses_dropout(self) -> bool:
         return self.training and self.dropout > 0
+
+    @property
+    def variant(self) -> AttentionVariant:
+        """How the tokens of the sequence attend to each other."""
+        return self.self_attention.variant
 
     def forward(self, x_SBh: Tensor, positions_BS: Tensor, documents: Documents | None = None) -> Tensor:
         """Return the residual stream [S, B, h] after the block."""

@@ -282,6 +282,7 @@ class TimedBlock:
     num_heads: int
     num_key_value_heads: int
     uses_dropout: bool = False
+    variant: AttentionVariant = field(default_factory=partial(AttentionVariant, 1.0))
     core_attention: StreamedAttention = field(default_factory=StreamedAttention)
     projects: bool = True
 
@@ -292,7 +293,7 @@ class TimedBlock:
             x = _Timed.apply(x, lambda: self._work(BEFORE, x_SBh, seconds.before[1]))
         q = x.unflatten(2, (self.num_heads, -1))
         kv = torch.cat([q, q], 2)[:, :, : 2 * self.num_key_value_heads]
-        o_SBHD = self.core_attention(q, kv, AttentionVariant(1.0), 0.0, None)
+        o_SBHD = self.core_attention(q, kv, self.variant, 0.0, None)
         x = self._work(AFTER, x_SBh, seconds.after_recomputed if recomputed else seconds.after[0])
         return _Timed.apply(x, lambda: self._work(AFTER, x_SBh, seconds.after[1])) + o_SBHD.flatten(2)
 

@@ -22,7 +22,7 @@ from tests.unit.model.small_model import (
 class OneFactor(torch.nn.Module):
     """A layer whose queries, keys and values share memory, and of whose parameters one takes no part."""
 
-    layer_number, uses_dropout = 1, False
+    layer_number, uses_dropout, variant = 1, False, AttentionVariant(0.5)
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class OneFactor(torch.nn.Module):
 
     def forward(self, x_SBh, positions_BS):
         q = (x_SBh * self.weight).unflatten(2, (3, 8))
-        return x_SBh + self.core_attention(q, q[:, :, :2], AttentionVariant(0.5), 0.0, None).flatten(2)
+        return x_SBh + self.core_attention(q, q[:, :, :2], self.variant, 0.0, None).flatten(2)
 
 
 class SharedNorm(OneFactor):
@@ -41,7 +41,7 @@ class SharedNorm(OneFactor):
     def forward(self, x_SBh, positions_BS):
         normed = x_SBh * self.weight
         q = torch.nn.functional.layer_norm(normed, (HIDDEN,)).unflatten(2, (3, 8))
-        return self.core_attention(q, q[:, :, :2], AttentionVariant(0.5), 0.0, None).flatten(2) + q.flatten(2).tanh()
+        return self.core_attention(q, q[:, :, :2], self.variant, 0.0, None).flatten(2) + q.flatten(2).tanh()
 
 
 class GatedAttention(OneFactor):
@@ -54,7 +54,7 @@ class GatedAttention(OneFactor):
     def forward(self, x_SBh, positions_BS):
         product = linear(x_SBh * self.weight, self.matrix, None)
         q = product.unflatten(2, (3, 8))
-        o = self.core_attention(q, q[:, :, :2], AttentionVariant(0.5), 0.0, None)
+        o = self.core_attention(q, q[:, :, :2], self.variant, 0.0, None)
         return x_SBh + o.flatten(2) * product.sigmoid()
 
 
@@ -99,4 +99,20 @@ def test_a_layer_that_does_not_call_attention_once_is_refused(kind, times, train
     message = f"called its attention {times}" if training else "the layer has (not )?called its attention"
     with torch.set_grad_enabled(training), pytest.raises(RuntimeError, match=message):
         StreamedBlock(stream, kind(), BlockChain(stream))(residual(), positions())
+    assert torch.is_grad_enabled()
+
+
+class Changeable(OneFactor):
+    """A layer whose attention call does not have the variant that the layer says."""
+
+    def forward(self, x_SBh, positions_BS):
+        q = x_SBh.unflatten(2, (3, 8))
+        return self.core_attention(q, q[:, :, :2], AttentionVariant(0.5, window=3), 0.0, None).flatten(2)
+
+
+@pytest.mark.parametrize("slice_length", [5, 16])
+def test_a_call_with_another_variant_than_the_layers_is_refused(slice_length):
+    stream = one_layer(replace(ON_DEVICE, slice_length=slice_length))[0].stream
+    with pytest.raises(RuntimeError, match=r"window=3.*planned for its own variant.*window=None"):
+        StreamedBlock(stream, Changeable(), BlockChain(stream))(residual(), positions())
     assert torch.is_grad_enabled()
