@@ -1,8 +1,9 @@
-"""Document masks: documents share a sequence without attending to each other, which shrinks an attention tile.
+"""Masks of a causal sequence: which regions of an attention tile are computed, a tile being queries against keys.
 
-A token sees its own document, from its beginning to the token itself. Of a tile below the diagonal (queries of one
-chunk, keys of an earlier one) at most one document per sequence has tokens on both sides, and as a document is
-contiguous it has all from its beginning to the end of the keys, and all from the first query to its end:
+Documents share a sequence without attending to each other. A token sees its own document, from its beginning to the
+token itself. Of a tile below the diagonal (queries of one chunk, keys of an earlier one) at most one document per
+sequence has tokens on both sides, and as a document is contiguous it has all from its beginning to the end of the keys,
+and all from the first query to its end:
 
     keys of the tile       . . . [s . . . . .|              s where the document begins, e where it ends
     queries of the tile                      |. . . . e] . .
@@ -10,16 +11,25 @@ contiguous it has all from its beginning to the end of the keys, and all from th
 so the tile shrinks to a rectangle without a mask. On the diagonal each document leaves a causal square. A rank that has
 only some rows of the chunk does the same for each span of them; a span on the diagonal has a rectangle too, the keys of
 its chunk before it.
+
+Local blocks are documents that begin at every multiple of a length. In a sliding window of w tokens, query q sees keys
+from q - w + 1 on. So a rectangle below the diagonal loses a corner. What is left of the queries [a, b) and the keys
+[c, d), of which queries up to c + w - 1 see all, is cut into three:
+
+    keys           c          b - w + 1        d
+    queries a      |    FULL      |            |
+      c + w - 1    |    UPPER     |    FULL    |            UPPER is square: query i of it sees its keys j >= i
+            b      |              |            |
 """
 
 from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 Span = tuple[int, int]  # first position, one past the last
 
@@ -82,7 +92,8 @@ CAUSAL_TILE = (Region(mask=Mask.CAUSAL),)
 class Documents:
     """Spans of the documents in each sequence of a micro-batch, ascending. Tokens in none of them are padding.
 
-    Padding attends to nothing and nothing attends to it: its attention output is zero.
+    Padding attends to nothing and nothing attends to it: its attention output is zero. A single row of spans holds for
+    all sequences.
     """
 
     spans: tuple[tuple[Span, ...], ...]
@@ -103,56 +114,102 @@ class Documents:
         seen = (span for row in self.spans for span in _overlapping(row, (query, query + 1)))
         return min((start for start, _ in seen), default=query)
 
-    def regions(self, queries: Span, keys: Span) -> tuple[Region, ...]:
-        """Return the regions of a tile to compute: causal squares on the diagonal, rectangles below it."""
-        mask = Mask.CAUSAL if queries == keys else Mask.FULL
-        across = queries if mask is Mask.CAUSAL else (queries[0], queries[0] + 1)
-        found = [
-            (row, _shared(span, queries), _shared(span, keys))
-            for row, spans in enumerate(self.spans)
-            for span in _overlapping(spans, across)
-            if span[0] < keys[1]
-        ]
-        if len(found) == len(self.spans) and all((q, k) == (queries, keys) for _, q, k in found):
-            return _whole_tile(queries, keys)
-        return tuple(Region((row, row + 1), _shifted(q, queries[0]), _shifted(k, keys[0]), mask) for row, q, k in found)
+    def by_sequences(self) -> Iterator[tuple[Span, tuple[Span, ...]]]:
+        """Yield (sequences, the spans of the documents that each of them has)."""
+        if len(self.spans) == 1:
+            yield EVERYTHING, self.spans[0]
+        else:
+            yield from (((row, row + 1), spans) for row, spans in enumerate(self.spans))
 
 
-def _whole_tile(queries: Span, keys: Span) -> tuple[Region, ...]:
-    return CAUSAL_TILE if queries == keys else FULL_TILE
+ONE_DOCUMENT = Documents(((EVERYTHING,),))
 
 
-def tile_regions(documents: Documents | None, rows: Sequence[Span], keys: Span) -> tuple[Region, ...]:
+def in_local_blocks(documents: Documents | None, block: int | None, sequence_length: int) -> Documents | None:
+    """Return documents that are cut at every multiple of `block`, of the whole sequences if there are none."""
+    if block is None:
+        return documents
+    rows = (((0, sequence_length),),) if documents is None else documents.spans
+    return Documents(tuple(tuple(piece for span in row for piece in _cut(span, block)) for row in rows))
+
+
+def tile_regions(
+    documents: Documents | None, rows: Sequence[Span], keys: Span, window: int | None = None
+) -> tuple[Region, ...]:
     """Return the regions of a tile whose queries are some spans of rows of a chunk, one after the other.
 
-    On the diagonal each span leaves a causal square, and the rectangle of the chunk's keys before it.
+    On the diagonal each span leaves a causal square, and the rectangle of the chunk's keys before it. With a `window`
+    a query sees only so many keys up to its own.
     """
-    if keys[0] <= rows[0][0] < keys[1]:
-        alone = [(row, row) for row in rows]
-        merged = [(row, (keys[0], row[0])) for row in rows if row[0] > keys[0]]
-    else:
-        alone, merged = [(rows[0], keys)], [(row, keys) for row in rows[1:]]
-    pieces = [*alone, *merged]
-    found = [_whole_tile(*piece) if documents is None else documents.regions(*piece) for piece in pieces]
-    if all(piece_keys == keys for _, piece_keys in pieces) and (len(rows) == 1 or set(found) == {FULL_TILE}):
-        return found[0]
-    starts = dict(zip(rows, accumulate((end - start for start, end in rows), initial=0), strict=False))
-    return tuple(
-        Region(
-            region.sequences,
-            _placed(region.queries, row, starts[row]),
-            _placed(region.keys, piece_keys, piece_keys[0] - keys[0]),
-            region.mask,
-            merged=number >= len(alone),
-        )
-        for number, ((row, piece_keys), regions) in enumerate(zip(pieces, found, strict=True))
-        for region in regions
-    )
+    if documents is None and window is None and not keys[0] <= rows[0][0] < keys[1]:
+        return FULL_TILE
+    found = [
+        _regions_of_sequences(sequences, spans, rows, keys, window)
+        for sequences, spans in (documents or ONE_DOCUMENT).by_sequences()
+    ]
+    whole = (0, sum(end - start for start, end in rows)), (0, keys[1] - keys[0])
+    if all(len(regions) == 1 and (regions[0].queries, regions[0].keys) == whole for regions in found):
+        return (Region(mask=found[0][0].mask, window=found[0][0].window),)
+    return tuple(region for regions in found for region in regions)
 
 
-def _placed(span: Span, piece: Span, start: int) -> Span:
-    """Return a span counted from the beginning of a piece as one of the tile, in which the piece starts at `start`."""
-    return start + span[0], start + min(span[1], piece[1] - piece[0])
+def _regions_of_sequences(
+    sequences: Span, spans: Sequence[Span], rows: Sequence[Span], keys: Span, window: int | None
+) -> list[Region]:
+    """Return the regions of a tile in sequences that have documents in these spans."""
+    regions: list[Region] = []
+    in_tile = 0  # where the row begins in the tile
+    for row in rows:
+        for span in _overlapping(spans, row):
+            if span[0] >= keys[1]:
+                break
+            for queries, seen, mask, of_mask in _pieces(_shared(span, row), _shared(span, keys), window):
+                queries, merged = _shifted(queries, row[0] - in_tile), bool(regions) and mask is not Mask.CAUSAL
+                region = Region(sequences, queries, _shifted(seen, keys[0]), mask, merged, of_mask)
+                if regions and _continues(region, regions[-1]):
+                    regions[-1] = replace(regions[-1], queries=(regions[-1].queries[0], queries[1]))
+                else:
+                    regions.append(region)
+        in_tile += row[1] - row[0]
+    return regions
+
+
+def _continues(region: Region, last: Region) -> bool:
+    """Whether the two are one rectangle."""
+    are_full = region.mask is last.mask is Mask.FULL
+    return are_full and region.keys == last.keys and region.queries[0] == last.queries[1]
+
+
+def _pieces(queries: Span, keys: Span, window: int | None) -> Iterator[tuple[Span, Span, Mask, int | None]]:
+    """Yield (queries, keys, mask, window) of what queries see of keys of the same document.
+
+    The keys precede the queries, or those of the queries are the last of them that are seen.
+    """
+    (first, end), (first_key, end_of_keys) = queries, keys
+    if first < end_of_keys:
+        yield queries, queries, Mask.CAUSAL, window if window is not None and window < end - first else None
+        end_of_keys = first
+    edge = end
+    if window is not None:
+        first_key, end = max(first_key, first - window + 1), min(end, end_of_keys + window - 1)
+        edge = first_key + window - 1  # queries up to this one see all keys
+    if first_key >= end_of_keys:
+        return
+    if edge >= end - 1:
+        yield (first, end), (first_key, end_of_keys), Mask.FULL, None
+        return
+    end_of_square = first_key + end - edge
+    if end_of_square < end_of_keys:
+        yield (first, end), (end_of_square, end_of_keys), Mask.FULL, None
+    if first < edge:
+        yield (first, edge), (first_key, end_of_square), Mask.FULL, None
+    yield (edge, end), (first_key, end_of_square), Mask.UPPER, None
+
+
+def _cut(span: Span, block: int) -> Iterator[Span]:
+    """Cut a span at the multiples of `block`."""
+    start, end = span
+    return pairwise((start, *range((start // block + 1) * block, end, block), end))
 
 
 def _overlapping(spans: Sequence[Span], positions: Span) -> Sequence[Span]:

@@ -120,7 +120,8 @@ class BackwardPass:
         lengths = self._layout.local_lengths
         self._dx = store.empty(x.shape, x.dtype, ChunkKind.HIDDEN_GRADIENTS, block.input_is_on_device)
         self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
-        self._kv = saved.kv_CBKD or self._recomputed_keys_and_values()
+        is_saved = self._stream.recompute.saves_keys_and_values
+        self._kv = saved.kv_CBKD if is_saved else self._recomputed_keys_and_values()
         self._own_dkv: list[Tensor] = []  # dkv summed so far for the next row's own chunk
         self._own_dsinks = GradientSum()  # of this rank's heads
         self._finished: list[Tensor] = []  # chunks of dx, those of the last row first
@@ -302,7 +303,7 @@ class BackwardPass:
                 started.dx[s].add_(dx_before)
 
     def _recomputed_keys_and_values(self) -> dict[int, Tensor]:
-        """Recompute kv of all chunks that tiles load, from the block's inputs. Collective as the block is.
+        """Recompute kv of all chunks that tiles of any rank load, from the block's inputs. Collective as the block is.
 
         Saved kv uses as much of the tier as attention outputs, or more where heads are repeated for the ranks.
         Recomputing it costs the products before attention and an all-to-all: little compared with attention.
@@ -312,7 +313,8 @@ class BackwardPass:
         inputs_ahead = self._store.prefetch([self._xs[i], self._positions[i]] for i in chunks)
         for i, exchange in zip(chunks, self._stream.one_row_ahead(self._projected(inputs_ahead)), strict=True):
             (kv,) = exchange()
-            kv_CBKD[i] = self._store.add(kv, ChunkKind.KEYS_VALUES)
+            if self._saved.plan.is_loaded(i):
+                kv_CBKD[i] = self._store.add(kv, ChunkKind.KEYS_VALUES)
         return kv_CBKD
 
     @torch.no_grad()

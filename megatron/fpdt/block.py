@@ -52,8 +52,9 @@ class _StreamedBlock(torch.autograd.Function):
         save: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        layer = block.layer
-        plan = chunk_plan(layer.stream.layout(x).chunk_lengths, documents, layer.stream.rows)
+        layer, variant = block.layer, block.layer.layer.variant
+        chunk_lengths, rows = layer.stream.layout(x).chunk_lengths, layer.stream.rows
+        plan = chunk_plan(chunk_lengths, documents, rows, variant.window, variant.local_block)
         y, saved = ForwardPass(layer, plan, x, positions, save).run()
         if saved is not None:
             ctx.block = block.chain.append(layer, saved, x, y)

@@ -54,7 +54,8 @@ class BlockChain:
             self._inputs = weakref.ref(inputs)
         position = len(inputs)
         inputs.append(Step(layer, saved.trace, saved.positions_BS, saved.o_cBHD, saved.random_states), y_SBh)
-        first_chunk = -1 if saved.kv_CBKD else next(iter(saved.plan.loaded_keys()), -1)
+        recomputed_kv = () if stream.recompute.saves_keys_and_values else saved.plan.loaded_keys()
+        first_chunk = next(iter(recomputed_kv), -1)
         first_x = x_SBh.split(stream.layout(x_SBh).local_lengths)[first_chunk]
         block = ChainedBlock(
             saved=saved,

@@ -12,10 +12,14 @@ tile of a row is in the column of the next diagonal, so its gradients stay on th
 with a tile that loads nothing. All other gradients are stored at least two tiles before they are loaded, so loads can
 always be prefetched one tile ahead of compute.
 
-If documents share the sequence, row i begins with the chunk in which the document of its first token begins, and a tile
-is reduced to the regions that documents leave of it (megatron.core.documents). A document is contiguous, so the tiles
-of a column belong to consecutive rows from the diagonal on, and all of the above holds. If ranks share the rows of a
-chunk, a row of tiles has this rank's queries only, and all keys.
+Documents, local blocks and a sliding window limit what a token sees. Row i begins with the chunk of the first key that
+its first query sees, and a tile is reduced to the regions that are seen (megatron.core.documents). The keys that a
+query sees are consecutive and end with its own, and they begin no earlier than those of the query before. So the tiles
+of a row are consecutive up to the diagonal, those of a column from the diagonal on, and all of the above holds. After a
+row of the diagonal alone the next diagonal is the first tile of its column, and there is no gradient to add to.
+
+If ranks share the rows of a chunk, a row of tiles has this rank's queries only, and all keys. Their first queries
+differ, so one rank may have tiles that another has not.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from megatron.core.documents import CAUSAL_TILE, FULL_TILE, Documents, Region, tile_regions
+from megatron.core.documents import Documents, Region, Span, in_local_blocks, tile_regions
 from megatron.core.head_layout import ALL_ROWS, RowShare
 
 
@@ -51,17 +55,27 @@ class Tile:
 class ChunkPlan:
     """Tiles of a causal sequence in chunks of these lengths, with this rank's `rows` of each.
 
-    Each of the `documents` attends to itself only.
+    Each of the `documents`, cut into blocks of `local_block` tokens, attends to itself only, and a token to no more
+    than the last `window` up to itself.
     """
 
     def __init__(
-        self, chunk_lengths: Sequence[int], documents: Documents | None = None, rows: RowShare = ALL_ROWS
+        self,
+        chunk_lengths: Sequence[int],
+        documents: Documents | None = None,
+        rows: RowShare = ALL_ROWS,
+        window: int | None = None,
+        local_block: int | None = None,
     ) -> None:
         self._chunks = list(pairwise(accumulate(chunk_lengths, initial=0)))
-        self._documents, self._query_rows = documents, rows
-        self._first_keys = [self._first_key_chunk(i) for i in range(len(self._chunks))]
+        self._documents = in_local_blocks(documents, local_block, sum(chunk_lengths))
+        self._query_rows, self._window = [self._rows_of(rows, chunk) for chunk in self._chunks], window
+        self._first_keys = [self._key_chunk(spans[0][0]) for spans in self._query_rows]
         self._rows = [self._row(i) for i in range(len(self._chunks))]
         self._loaded_keys = {tile.key for row in self._rows for tile in row if not tile.is_diagonal}
+        self._keys_of_all_ranks = sorted(
+            {j for i, (start, _) in enumerate(self._chunks) for j in range(self._key_chunk(start), i)}
+        )
 
     def forward_rows(self) -> list[list[Tile]]:
         """Return the rows in order of execution, each with its tiles in order of execution."""
@@ -72,11 +86,11 @@ class ChunkPlan:
         return self._rows[::-1]
 
     def loaded_keys(self) -> list[int]:
-        """Return the chunks, ascending, whose keys and values a tile loads: those of all tiles off the diagonal."""
-        return sorted(self._loaded_keys)
+        """Return the chunks, ascending, whose keys and values a tile off the diagonal loads, on any rank."""
+        return self._keys_of_all_ranks
 
     def is_loaded(self, chunk: int) -> bool:
-        """Whether a tile loads the keys and values of a chunk; that of its own row has them already."""
+        """Whether a tile of this rank loads the keys and values of a chunk; that of its own row has them already."""
         return chunk in self._loaded_keys
 
     def _row(self, i: int) -> list[Tile]:
@@ -95,23 +109,30 @@ class ChunkPlan:
             for j in (i, *others)
         ]
 
-    def _first_key_chunk(self, i: int) -> int:
-        if self._documents is None:
-            return 0
-        first = self._documents.first_key(self._chunks[i][0])
+    def _rows_of(self, rows: RowShare, chunk: Span) -> list[Span]:
+        """Return this rank's spans of rows of a chunk."""
+        start, end = chunk
+        return [(start + first, start + last) for first, last in rows.spans(end - start)]
+
+    def _key_chunk(self, query: int) -> int:
+        """Return the chunk of the first key that a query sees."""
+        first = 0 if self._documents is None else self._documents.first_key(query)
+        if self._window is not None:
+            first = max(first, query - self._window + 1)
         return next(j for j, (_, end) in enumerate(self._chunks) if first < end)
 
     def _regions(self, i: int, j: int) -> tuple[Region, ...]:
-        if self._documents is None and (i > j or self._query_rows == ALL_ROWS):
-            return CAUSAL_TILE if i == j else FULL_TILE
-        start, end = self._chunks[i]
-        rows = [(start + first, start + last) for first, last in self._query_rows.spans(end - start)]
-        return tile_regions(self._documents, rows, self._chunks[j])
+        return tile_regions(self._documents, self._query_rows[i], self._chunks[j], self._window)
 
 
-@lru_cache(maxsize=2)
+# As many plans are in use at a time as there are kinds of layers, in training and in evaluation.
+@lru_cache(maxsize=8)
 def chunk_plan(
-    chunk_lengths: tuple[int, ...], documents: Documents | None = None, rows: RowShare = ALL_ROWS
+    chunk_lengths: tuple[int, ...],
+    documents: Documents | None = None,
+    rows: RowShare = ALL_ROWS,
+    window: int | None = None,
+    local_block: int | None = None,
 ) -> ChunkPlan:
-    """Return the plan, shared by all blocks that run on the same documents."""
-    return ChunkPlan(chunk_lengths, documents, rows)
+    """Return the plan, shared by all blocks that run on the same documents and attend alike."""
+    return ChunkPlan(chunk_lengths, documents, rows, window, local_block)

@@ -19,7 +19,7 @@ from megatron.core.collectives import (
     differentiable_heads_to_tokens,
     differentiable_tokens_to_heads,
 )
-from megatron.core.documents import Documents, Mask, Region, tile_regions
+from megatron.core.documents import Documents, Mask, Region, in_local_blocks, tile_regions
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
 from megatron.fpdt.loss import stream_loss
 from megatron.fpdt.observer import ATTENTION_OUTPUT, INPUT, OUTPUT, PROJECTED
@@ -103,7 +103,8 @@ class UlyssesAttention:
         """Attend as megatron.model.layers.CoreAttention says."""
         group, heads = self._stream.parallel_state.sequence_parallel_group, self._stream.heads
         length = len(q_SBHD) * heads.num_ranks
-        regions = tile_regions(documents, self._stream.rows.spans(length), (0, length))
+        documents = in_local_blocks(documents, variant.local_block, length)
+        regions = tile_regions(documents, self._stream.rows.spans(length), (0, length), variant.window)
         self._note(PROJECTED, q_SBHD, kv_SBKD)
         projected = [q_SBHD, heads.repeated_keys_and_values(kv_SBKD)]
         q, kv = differentiable_tokens_to_heads(projected, group, heads, QUERIES_KEYS_VALUES)
