@@ -46,7 +46,7 @@ def forward_regions(
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     o = torch.zeros(q.shape, dtype=sum_dtype if merged else q.dtype, device=q.device)
     lse = torch.full((B, H, S), torch.finfo(sum_dtype).min, dtype=sum_dtype, device=q.device)
-    for run in _runs(backend, regions):
+    for run in _runs(backend, regions, B):
         whole, kernel = _whole(run), variant.kernel(run[0].mask, run[0].window)
         own = region_of(qkv, whole)
         if isinstance(backend, PacksDocuments) and len(run) > 1:
@@ -77,7 +77,7 @@ def backward_regions(
     merged = [region for region in regions if region.merged]
     dtype = torch.promote_types(do.dtype, torch.float32) if merged else do.dtype
     dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in qkv)
-    for run in _runs(backend, regions):
+    for run in _runs(backend, regions, do.shape[1]):
         whole, kernel = _whole(run), variant.kernel(run[0].mask, run[0].window)
         inputs = _backward_inputs(do, qkv, output, whole)
         if isinstance(backend, PacksDocuments) and len(run) > 1:
@@ -122,10 +122,12 @@ def _backward_packed(
     return dq, dk, dv
 
 
-def _runs(backend: AttentionBackend, regions: Sequence[Region]) -> Iterator[Run]:
+def _runs(backend: AttentionBackend, regions: Sequence[Region], num_sequences: int) -> Iterator[Run]:
     """Yield the regions that are not merged, grouped by the kernel call that serves them."""
     for run in _adjacent([region for region in regions if not region.merged]):
-        if run[0].mask is Mask.CAUSAL and len(run) >= PACKED_FROM and isinstance(backend, PacksDocuments):
+        is_one_sequence = len(range(num_sequences)[slice(*run[0].sequences)]) == 1
+        is_packed = run[0].mask is Mask.CAUSAL and len(run) >= PACKED_FROM and is_one_sequence
+        if is_packed and isinstance(backend, PacksDocuments):
             yield run
         else:
             yield from ([region] for region in run)

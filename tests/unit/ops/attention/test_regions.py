@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from megatron.core.documents import Documents, Mask, tile_regions
+from megatron.core.documents import Documents, Mask, in_local_blocks, tile_regions
 from megatron.ops.attention import QKV, AttentionOutput, AttentionVariant, backward_regions, forward_regions
 from megatron.ops.attention.reference import ReferenceAttention
 
@@ -121,14 +121,14 @@ def test_windows_of_documents_are_masked_attention(backend, names, window):
 def test_only_runs_of_many_documents_are_packed():
     for name, calls in {"many": [5], "gaps": [4, 4], "two": []}.items():
         backend, (q, k, v, _) = Packing(), inputs(1)
-        regions = Documents((SPANS[name],)).regions((0, TOKENS), (0, TOKENS))
+        regions = tile_regions(Documents((SPANS[name],)), [(0, TOKENS)], (0, TOKENS))
         forward_regions(backend, QKV(q, k, v), VARIANT, regions)
         assert backend.calls == calls
 
 
 def test_a_tile_below_the_diagonal_is_a_rectangle_and_nothing_elsewhere():
     documents = Documents((((0, 4), (4, 30), (30, 48)),))
-    (region,) = regions = documents.regions((24, 48), (0, 24))
+    (region,) = regions = tile_regions(documents, [(24, 48)], (0, 24))
     assert (region.queries, region.keys) == ((0, 6), (4, 24))
     q, k, v, _ = inputs(1)
     o, lse = forward_regions(ReferenceAttention(), QKV(q, k, v), VARIANT, regions)
@@ -137,3 +137,14 @@ def test_a_tile_below_the_diagonal_is_a_rectangle_and_nothing_elsewhere():
     assert torch.equal(lse[:, :, :6], want_lse)
     assert not o[6:].any()
     assert (lse[:, :, 6:] == torch.finfo(lse.dtype).min).all()
+
+
+def test_local_blocks_of_several_sequences_are_not_packed():
+    """They are the same for all sequences, which one call for each block serves; of one sequence they are packed."""
+    for batch, calls in {1: [6], 2: []}.items():
+        backend, (q, k, v, _) = Packing(), inputs(batch)
+        regions = tile_regions(in_local_blocks(None, 4, TOKENS), [(0, TOKENS)], (0, TOKENS))
+        o, _ = forward_regions(backend, QKV(q, k, v), VARIANT, regions)
+        blocks = Documents((tuple(pairwise(range(0, TOKENS + 1, 4))),) * batch)
+        torch.testing.assert_close(o, by_mask(blocks, q, k, v))
+        assert backend.calls == calls
