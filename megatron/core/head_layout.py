@@ -101,9 +101,7 @@ class HeadLayout:
         return self.heads_of_groups[0] // self.queries_per_key * self.num_ranks
 
     def own_entries(self, of_heads_H: Tensor, rank: int) -> Tensor:
-        """Return the entries [H/u] of a rank's query heads in a tensor of one entry per head. ValueError for others."""
-        if of_heads_H.shape != (self.num_heads,):
-            raise ValueError(f"one entry per query head ({self.num_heads}) is needed, got {tuple(of_heads_H.shape)}")
+        """Return the entries [H/u] of a rank's query heads in a tensor of one entry per head."""
         return of_heads_H.split(self.heads_of_groups)[rank % self.num_groups]
 
     def rows(self, rank: int) -> RowShare:

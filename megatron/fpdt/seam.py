@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron.core.documents import Documents
 from megatron.ops.attention import AttentionVariant
 from megatron.ops.linear import LinearTape
+from megatron.ops.merge import check_sinks
 
 
 class AttentionCall(NamedTuple):
@@ -62,6 +63,7 @@ class StreamedAttention:
         """Return o [S, B, H, D] for q [S, B, H, D] and kv [S, B, 2K, D]. The stream handles `documents`."""
         if dropout:
             raise ValueError(f"attention dropout ({dropout}) cannot be replayed by FPDT; use 0")
+        check_sinks(sinks_H, q_SBHD)
         return _attend.get()(AttentionCall(q_SBHD, kv_SBKD, variant, sinks_H))
 
 

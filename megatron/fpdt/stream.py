@@ -122,6 +122,8 @@ class Stream:
 
     def own_entries(self, of_heads_H: Tensor) -> Tensor:
         """Return the entries of this rank's query heads in a tensor of one entry per head, as a view."""
+        if self.parallel_state.sequence_parallel_group is None:
+            return of_heads_H
         return self.heads.own_entries(of_heads_H, self.parallel_state.sequence_parallel_rank)
 
     def own_sinks(self, sinks_H: Tensor | None, num_shares: int) -> Sequence[Tensor | None]:

@@ -34,7 +34,7 @@ from megatron.generation.cache import BUFFER_TOKENS, KeyValueCache
 from megatron.generation.errors import GenerationError
 from megatron.model.streamed import StreamedExecution
 from megatron.model.transformer import GPTModel, TransformerLayer
-from megatron.ops.attention import AttentionBackend, AttentionRequest, choose_backend_for_few_queries
+from megatron.ops.attention import AttentionBackend, AttentionRequest, AttentionVariant, choose_backend_for_few_queries
 
 # Chunks of fewer queries use an attention backend for few queries and tiles of any length.
 SHORT_CHUNK = 128
@@ -52,6 +52,12 @@ class CachedModel:
         self.stream = model.execution.stream
         self.num_ids = num_ids
         self.isolated_chunks = isolated_chunks
+        limited = [layer.layer_number for layer in model.layers if _is_limited(cast(TransformerLayer, layer).variant)]
+        if limited:
+            raise GenerationError(
+                f"layers {limited} have a sliding window or local blocks, which the cache of keys and values does not "
+                "honor; use a model without."
+            )
         weight, layer = model.embedding.word_embeddings.weight, cast(TransformerLayer, model.layers[0])
         attention = layer.self_attention
         self.short_attention = choose_backend_for_few_queries(
@@ -150,6 +156,11 @@ class CachedModel:
 
     def _attention(self, num_tokens: int) -> AttentionBackend:
         return self.short_attention if num_tokens < SHORT_CHUNK else self.stream.attention
+
+
+def _is_limited(variant: AttentionVariant) -> bool:
+    """Whether a token sees less than all tokens before it."""
+    return variant.window is not None or variant.local_block is not None
 
 
 def _tiles(num_parts: int) -> list[Tile]:

@@ -34,7 +34,7 @@ from megatron.ops.attention import (
     forward_regions,
     region_of,
 )
-from megatron.ops.merge import merge_sinks_, sink_gradients
+from megatron.ops.merge import check_sinks, merge_sinks_, sink_gradients
 
 if TYPE_CHECKING:
     from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
@@ -101,6 +101,8 @@ class UlyssesAttention:
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Attend as megatron.model.layers.CoreAttention says."""
+        check_sinks(sinks_H, q_SBHD)
+        _check_dropout(dropout, variant, sinks_H)
         group, heads = self._stream.parallel_state.sequence_parallel_group, self._stream.heads
         length = len(q_SBHD) * heads.num_ranks
         documents = in_local_blocks(documents, variant.local_block, length)
@@ -110,8 +112,6 @@ class UlyssesAttention:
         q, kv = differentiable_tokens_to_heads(projected, group, heads, QUERIES_KEYS_VALUES)
         qkv = QKV(q, *kv.chunk(2, 2))
         sinks = None if sinks_H is None else self._stream.own_entries(sinks_H)
-        if dropout and sinks is not None:
-            raise ValueError(f"attention dropout ({dropout}) cannot be combined with attention sinks; use 0")
         o = (
             _attention_with_dropout(qkv, dropout, variant, regions)
             if dropout
@@ -134,11 +134,15 @@ def note_gradients(stream: Stream, layer_number: int, names: Sequence[str], *val
             value.register_hook(partial(stream.observer.note, "backward", what, layer_number, 0))
 
 
-def _attention_with_dropout(qkv: QKV, dropout: float, variant: AttentionVariant, regions: tuple[Region, ...]) -> Tensor:
-    if variant.softcap is not None or variant.window is not None:
+def _check_dropout(dropout: float, variant: AttentionVariant, sinks_H: Tensor | None) -> None:
+    """Raise ValueError for attention that torch's own with dropout would ignore."""
+    if dropout and not (variant.softcap is None and variant.window is None and sinks_H is None):
         raise ValueError(
-            f"attention dropout ({dropout:g}) cannot be combined with a softcap or a sliding window; use 0"
+            f"attention dropout ({dropout:g}) cannot be combined with a softcap, a sliding window or sinks; use 0"
         )
+
+
+def _attention_with_dropout(qkv: QKV, dropout: float, variant: AttentionVariant, regions: tuple[Region, ...]) -> Tensor:
     o_SBHD = torch.zeros_like(qkv.q)
     for region in regions:
         inputs = region_of(qkv, region)

@@ -39,6 +39,15 @@ def merge_(o_SBHD: Tensor, lse_BHS: Tensor, other_o_SBHD: Tensor, other_lse_BHS:
     torch.logaddexp(lse_BHS, other_lse_BHS, out=lse_BHS)
 
 
+def check_sinks(sinks_H: Tensor | None, q_SBHD: Tensor) -> None:
+    """Raise ValueError for sinks that are not one for each head of q."""
+    num_heads = q_SBHD.shape[2]
+    if sinks_H is not None and sinks_H.shape != (num_heads,):
+        raise ValueError(
+            f"a sink for each of the {num_heads} query heads is needed, got a tensor {tuple(sinks_H.shape)}"
+        )
+
+
 def merge_sinks_(o_SBHD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> None:
     """Merge the sinks [H] into (o, lse) in place. o may be in half precision."""
     sinks_H1 = sinks_H.to(lse_BHS.dtype).unsqueeze(-1)

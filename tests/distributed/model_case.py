@@ -7,6 +7,7 @@ test process sums them and compares with the one-process float64 reference.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from megatron.fpdt.observer import Observer
 from megatron.fpdt.stream import SLICE_LENGTH
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
+from megatron.model.layers import SelfAttention
 from tests.distributed.rank_pool import RankPool
 from tests.reference.compare import assert_gradients_equal
 from tests.reference.reference_model import Batch, Result, State, loss_and_gradients, random_state
@@ -46,7 +48,8 @@ class Case:
     """What to run. `positions` is "learned", or the share of each head that rotates; chunk_length 0 means FPDT off.
 
     max_positions 0 means as many as the sequence is long. `switches` names what the model has beyond its family.
-    `documents` are the spans of those in each sequence of a rank's batch; without, each sequence is one.
+    `documents` are the spans of those in each sequence of a rank's batch; without, each sequence is one. `limits` are
+    the (window, local block) of the layers in turn; with `sinks` each layer has them.
     """
 
     family: str = "llama"
@@ -69,6 +72,8 @@ class Case:
     checkpoint_interval: int = 1
     slice_length: int = SLICE_LENGTH
     documents: tuple[tuple[Span, ...], ...] = ()
+    limits: tuple[tuple[int | None, int | None], ...] = ()
+    sinks: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -85,6 +90,7 @@ class Case:
         if self.recompute is not Recompute.ALL:
             recompute += f"-recompute-{self.recompute}-slices{self.slice_length}"
         family = "-".join((self.family, *self.switches))
+        family += f"-{self.limits}{'-sinks' * self.sinks}" if self.limits or self.sinks else ""
         documents = "".join(f"-{'+'.join(f'{a}:{b}' for a, b in spans)}" for spans in self.documents)
         return (
             f"{family}-{positions}-{heads}-batch{self.batch_size}-{execution}{offloading}{recompute}-{ranks}{documents}"
@@ -121,6 +127,41 @@ def model_config(case: Case) -> ModelConfig:
     )
 
 
+class SinkAttention:
+    """A layer's core attention, called with the sinks of its attention module."""
+
+    def __init__(self, attention: SelfAttention) -> None:
+        self._core, self._attention = attention.core_attention, attention
+
+    def __call__(self, *args: Any) -> Tensor:
+        # Cast, as a layer may have its sinks in another format.
+        return self._core(*args, self._attention.sinks.double())
+
+
+def limit_attention(case: Case, model: nn.Module) -> None:
+    """Give the layers the windows, local blocks and sinks of a case, which a ModelConfig does not have."""
+    for number, layer in enumerate(model.layers):
+        attention = layer.self_attention
+        if case.limits:
+            window, local_block = case.limits[number % len(case.limits)]
+            attention.variant = replace(attention.variant, window=window, local_block=local_block)
+        if case.sinks:
+            attention.sinks = nn.Parameter(sinks_of(case, number))
+            attention.core_attention = SinkAttention(attention)
+
+
+def sinks_of(case: Case, layer: int) -> Tensor:
+    generator = torch.Generator().manual_seed(layer)
+    return torch.randn(case.num_heads, generator=generator, dtype=torch.float64)
+
+
+def state_of(case: Case) -> State:
+    """Return the random weights of a case's model."""
+    state = random_state(model_config(case), PADDED_VOCAB_SIZE, seed=3)
+    layers = range(case.num_layers if case.sinks else 0)
+    return state | {f"layers.{number}.self_attention.sinks": sinks_of(case, number) for number in layers}
+
+
 def build(case: Case, observer: Observer | None = None) -> tuple[nn.Module, ParallelState, SequenceLayout]:
     """Build a case's model on this rank, float64 on CPU; return it with the parallel state and the sequence layout."""
     parallel_state = ParallelState.create(case.sequence_parallel_size)
@@ -143,6 +184,7 @@ def build(case: Case, observer: Observer | None = None) -> tuple[nn.Module, Para
         execution,
         Initialization(torch.float64),
     )
+    limit_attention(case, model)
     layout = SequenceLayout(case.sequence_length, chunk_length, case.sequence_parallel_size)
     return model, parallel_state, layout
 
@@ -158,7 +200,30 @@ def global_batch(case: Case) -> Batch:
         mask *= torch.stack([_inside(spans, case.sequence_length) for spans in case.documents]).repeat(
             case.data_parallel_size, 1
         )
-    return Batch(tokens, labels, mask)
+    return Batch(tokens, labels, mask, visible_keys(case) if case.limits else ())
+
+
+def visible_keys(case: Case) -> tuple[Tensor, ...]:
+    """Return which keys a query sees in each layer, [dp * B, S, S]."""
+    positions = torch.arange(case.sequence_length)
+    query, key = positions[:, None], positions
+    spans = case.documents or (((0, case.sequence_length),),) * case.batch_size
+    numbers = torch.stack([_numbered(row, case.sequence_length) for row in spans])
+    together = (numbers[:, :, None] == numbers[:, None]) & (numbers[:, :, None] >= 0)
+    masks = []
+    for number in range(case.num_layers):
+        window, local_block = (each or case.sequence_length for each in case.limits[number % len(case.limits)])
+        seen = (key <= query) & (query - key < window) & (query // local_block == key // local_block)
+        masks.append((together & seen).repeat(case.data_parallel_size * case.batch_size // len(spans), 1, 1))
+    return tuple(masks)
+
+
+def _numbered(spans: tuple[Span, ...], sequence_length: int) -> Tensor:
+    """Return the document of each token, -1 for padding."""
+    numbers = torch.full((sequence_length,), -1)
+    for number, (start, end) in enumerate(spans):
+        numbers[start:end] = number
+    return numbers
 
 
 def _inside(spans: tuple[Span, ...], sequence_length: int) -> Tensor:
@@ -183,7 +248,7 @@ def local_inputs(case: Case, data_parallel_rank: int, positions: Tensor) -> tupl
 def run_rank(case: Case) -> RankResult:
     """Run a case on this rank: build, load the random weights, forward, backward."""
     model, parallel_state, layout = build(case)
-    model.load_state_dict(random_state(model_config(case), PADDED_VOCAB_SIZE, seed=3), strict=True)
+    model.load_state_dict(state_of(case), strict=True)
     positions = layout.owned_positions(parallel_state.sequence_parallel_rank)
     inputs = local_inputs(case, parallel_state.data_parallel_rank, positions)
     originals = [x.clone() for x in inputs]
@@ -199,8 +264,8 @@ def run_rank(case: Case) -> RankResult:
 @lru_cache(maxsize=64)
 def reference_result(case: Case) -> Result:
     config, batch = model_config(case), global_batch(case)
-    state = random_state(config, PADDED_VOCAB_SIZE, seed=3)
-    if not case.documents:
+    state = state_of(case)
+    if case.limits or not case.documents:
         return loss_and_gradients(config, state, batch)
     loss, gradients = torch.zeros((), dtype=torch.float64), {}
     for row, spans in enumerate(case.documents * (case.batch_size // len(case.documents))):

@@ -186,6 +186,49 @@ ANY_NUMBER_OF_RANKS = {
     ),
 }
 
+# (window, local block) of the first layer and of the second.
+LIMITS = {
+    "a window of one token, and none": ((1, None), (None, None)),
+    "windows shorter than a chunk": ((7, None), (2, None)),
+    "windows of a chunk": ((16, None), (20, None)),
+    "windows of one token more than a chunk": ((17, None), (21, None)),
+    "windows longer than a chunk": ((23, None), (37, None)),
+    "windows of the sequence and longer": ((48, None), (100, None)),
+    "local blocks": ((None, 16), (None, 13)),
+    "a window in local blocks, and blocks longer than a chunk": ((6, 11), (None, 33)),
+}
+LIMITED_EXECUTIONS = {
+    "plain": replace(LLAMA, num_key_value_heads=2),
+    "plain, recomputed": replace(LLAMA, sequence_parallel_size=2, activation_checkpointing=True),
+    "three chunks": replace(LLAMA, chunk_length=16, num_key_value_heads=2, offloading=True),
+    "slices": replace(LLAMA, chunk_length=20, recompute=Recompute.NONE, slice_length=3, offloading=True),
+    "slices of two ranks": replace(
+        LLAMA, chunk_length=20, sequence_parallel_size=2, recompute=Recompute.MLP, slice_length=3
+    ),
+    "recomputed inputs, keys and values": replace(
+        LLAMA,
+        chunk_length=12,
+        sequence_parallel_size=2,
+        num_layers=3,
+        checkpoint_interval=2,
+        recompute=Recompute.KV,
+        slice_length=3,
+        offloading=True,
+    ),
+    "four ranks": replace(LLAMA, chunk_length=16, sequence_parallel_size=4, num_key_value_heads=2),
+    "one chunk whose heads travel in two shares": replace(
+        LLAMA, chunk_length=48, sequence_parallel_size=2, slice_length=7
+    ),
+    "uneven heads": replace(LLAMA, sequence_parallel_size=4, num_heads=14, num_key_value_heads=7, chunk_length=20),
+    "shared rows, plain": replace(LLAMA, sequence_parallel_size=4, num_heads=2, num_key_value_heads=2),
+    "shared rows": replace(
+        LLAMA, sequence_parallel_size=4, num_heads=2, num_key_value_heads=1, chunk_length=16, recompute=Recompute.KV
+    ),
+    "shared rows of large chunks": replace(
+        LLAMA, sequence_parallel_size=6, num_heads=2, num_key_value_heads=2, chunk_length=24, offloading=True
+    ),
+}
+
 GRID = [
     Case(
         family=family,
@@ -226,6 +269,16 @@ def test_every_architecture_is_exact(ranks: RankPool, name: str, execution: dict
 @pytest.mark.parametrize("names", [*((name,) for name in DOCUMENTS), *SEQUENCES_OF_DOCUMENTS], ids=" and ".join)
 def test_documents_see_themselves_alone(ranks: RankPool, execution: Case, names: tuple[str, ...]) -> None:
     assert_exact(ranks, with_documents(execution, names))
+
+
+@pytest.mark.parametrize("documents", [(), SEQUENCES_OF_DOCUMENTS[1]], ids=["one document", "documents"])
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("execution", LIMITED_EXECUTIONS)
+def test_windows_local_blocks_and_sinks_are_exact(
+    ranks: RankPool, execution: str, limits: str, documents: tuple[str, ...]
+) -> None:
+    case = replace(LIMITED_EXECUTIONS[execution], limits=LIMITS[limits], sinks=True, batch_size=2)
+    assert_exact(ranks, with_documents(case, documents) if documents else case)
 
 
 @pytest.mark.parametrize("name", CORNERS)

@@ -9,6 +9,7 @@ something. The weights come in under the names and layouts of the package's stat
     layers.N.self_attention.query_key_value.* [groups * (queries per group + 2) * head_dim, h]
                                               rows: group, then its query heads, its key, its value
     layers.N.self_attention.{q,k}_layernorm.* [head_dim]              under qk_layernorm, over each head before RoPE
+    layers.N.self_attention.sinks             [heads]    if given: a score that joins the softmax of every query
     layers.N.self_attention.dense.*           [h, heads * head_dim]
     layers.N.post_attention_layernorm.*       [h]
     layers.N.mlp.dense_h_to_4h.*              [ffn, h], or [2 ffn, h] under swiglu: gate rows, then up rows
@@ -20,7 +21,7 @@ Legend: B batch, S sequence, h hidden, G key/value groups, R query heads per gro
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,11 +80,16 @@ class Architecture(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """A whole batch: tokens, labels [B, S] int64, loss_mask [B, S] float, positions 0..S-1 understood."""
+    """A whole batch: tokens, labels [B, S] int64, loss_mask [B, S] float, positions 0..S-1 understood.
+
+    `visible` has a mask [B, S, S] for each layer: the keys that a query sees. Without, attention is causal. A query
+    that sees none has the output zero.
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
+    visible: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def loss_and_gradients(config: Architecture, state: Mapping[str, Tensor], batch:
     weights = {name: weight.detach().double().requires_grad_() for name, weight in state.items()}
     if not config.untie_embeddings_and_output_weights:
         weights.pop(OUTPUT_LAYER, None)
-    loss = mean_loss(logits(config, weights, batch.tokens), batch)
+    loss = mean_loss(logits(config, weights, batch.tokens, batch.visible), batch)
     gradients = torch.autograd.grad(loss, list(weights.values()))
     return Result(loss.detach(), dict(zip(weights, gradients, strict=True)))
 
@@ -169,14 +175,18 @@ def mean_loss(logits_BSV: Tensor, batch: Batch) -> Tensor:
     return (token_loss_BS * mask_BS).sum() / mask_BS.sum()
 
 
-def logits(config: Architecture, weights: Mapping[str, Tensor], tokens_BS: Tensor) -> Tensor:
+def logits(
+    config: Architecture, weights: Mapping[str, Tensor], tokens_BS: Tensor, visible: Sequence[Tensor] = ()
+) -> Tensor:
     """Return the logits [B, S, V]; padded vocabulary columns are columns like any other."""
     x = weights[WORD_EMBEDDINGS][tokens_BS]
     if not config.use_rotary_position_embeddings:
         x = x + weights[POSITION_EMBEDDINGS][: tokens_BS.shape[1]]
     for layer in range(config.num_layers):
         prefix = f"layers.{layer}"
-        attended = x + _attention(config, weights, prefix, _norm(config, weights, f"{prefix}.input_layernorm", x))
+        mask_BSS = visible[layer] if visible else torch.ones(x.shape[0], *x.shape[1:2] * 2, dtype=torch.bool).tril()
+        normed = _norm(config, weights, f"{prefix}.input_layernorm", x)
+        attended = x + _attention(config, weights, prefix, normed, mask_BSS)
         seen = x if config.parallel_residual else attended
         seen = _norm(config, weights, f"{prefix}.post_attention_layernorm", seen)
         x = attended + _mlp(config, weights, prefix, seen)
@@ -201,7 +211,7 @@ def _norm(config: Architecture, weights: Mapping[str, Tensor], name: str, x: Ten
     return x / torch.sqrt(mean_square + config.layernorm_epsilon) * weights[f"{name}.weight"]
 
 
-def _attention(config: Architecture, weights: Mapping[str, Tensor], prefix: str, x: Tensor) -> Tensor:
+def _attention(config: Architecture, weights: Mapping[str, Tensor], prefix: str, x: Tensor, mask_BSS: Tensor) -> Tensor:
     batch, sequence, _ = x.shape
     groups, size = group_count(config), head_size(config)
     queries = config.num_attention_heads // groups
@@ -217,8 +227,12 @@ def _attention(config: Architecture, weights: Mapping[str, Tensor], prefix: str,
         q_BGRSD, k_BG1SD = _rotate(config, q_BGRSD), _rotate(config, k_BG1SD)
 
     scores = q_BGRSD @ k_BG1SD.transpose(-1, -2) / math.sqrt(size)
-    future = torch.ones(sequence, sequence, dtype=torch.bool).triu(diagonal=1)
-    probability = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
+    sees_none = ~mask_BSS.any(-1, keepdim=True)
+    scores = scores.masked_fill(~(mask_BSS | sees_none)[:, None, None], -math.inf)
+    if f"{prefix}.self_attention.sinks" in weights:
+        sinks = weights[f"{prefix}.self_attention.sinks"].view(1, groups, queries, 1, 1)
+        scores = torch.cat([scores, sinks.expand(batch, -1, -1, sequence, -1)], dim=-1)
+    probability = torch.softmax(scores, dim=-1)[..., :sequence].masked_fill(sees_none[:, None, None], 0.0)
     o_BGRSD = probability @ v_BG1SD
     o = o_BGRSD.permute(0, 3, 1, 2, 4).reshape(batch, sequence, -1)  # [B, G, R, S, D] -> [B, S, G*R*D]
     return _linear(weights, f"{prefix}.self_attention.dense", o)

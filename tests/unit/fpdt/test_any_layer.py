@@ -58,8 +58,41 @@ class GatedAttention(OneFactor):
         return x_SBh + o.flatten(2) * product.sigmoid()
 
 
+class Limited(OneFactor):
+    """A layer whose window and local blocks are no multiples of a chunk, with sinks that are part of a parameter."""
+
+    variant = AttentionVariant(0.5, window=19, local_block=27)
+
+    def __init__(self, sink_dtype=torch.float64):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.tensor([[1.0, -0.5, 0.3], [0.2, -0.1, 0.7]], dtype=sink_dtype))
+
+    def sinks(self):
+        return self.table[1]
+
+    def forward(self, x_SBh, positions_BS):
+        q = (x_SBh * self.weight).unflatten(2, (3, 8))
+        return x_SBh + self.core_attention(q, q[:, :, :2], self.variant, 0.0, None, self.sinks()).flatten(2)
+
+
+class Cast(Limited):
+    """A layer whose sinks are computed from a parameter."""
+
+    def sinks(self):
+        return (self.table[0] * self.table[1]).float().double()
+
+
+class Tied(Limited):
+    """A layer whose sinks share a node with its queries."""
+
+    def forward(self, x_SBh, positions_BS):
+        scaled = self.table[1].exp() * self.weight[:3]
+        q = (x_SBh * self.weight).unflatten(2, (3, 8)) * scaled[:, None]
+        return x_SBh + self.core_attention(q, q[:, :, :2], self.variant, 0.0, None, scaled).flatten(2)
+
+
 @TIERS
-@pytest.mark.parametrize("kind", [OneFactor, SharedNorm, GatedAttention])
+@pytest.mark.parametrize("kind", [OneFactor, SharedNorm, GatedAttention, Limited, Cast, Tied])
 @pytest.mark.parametrize("slice_length", [5, 16])
 @pytest.mark.parametrize("recompute", list(Recompute))
 def test_any_module_that_calls_attention_once_can_be_streamed(execution, kind, slice_length, recompute):
@@ -71,15 +104,52 @@ def test_any_module_that_calls_attention_once_can_be_streamed(execution, kind, s
     want.core_attention = plain_attention
     want(leaf, positions()).backward(residual(seed=2))
     assert layer.idle.grad is None
-    assert relative_error(x.grad, leaf.grad) < 1e-13
+    tolerance = 1e-6 if kind is Cast else 1e-13
+    assert relative_error(x.grad, leaf.grad) < tolerance
     wanted = {name: p.grad for name, p in want.named_parameters()}
-    assert_same_gradients({name: p.grad for name, p in layer.named_parameters()}, wanted, 1e-13)
+    assert_same_gradients({name: p.grad for name, p in layer.named_parameters()}, wanted, tolerance)
 
 
-def plain_attention(q, kv, variant, dropout, documents):
-    q, k, v = (t.permute(1, 2, 0, 3) for t in (q, *(t.expand(-1, -1, q.shape[2], -1) for t in kv.chunk(2, 2))))
-    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=variant.scale)
-    return o.permute(2, 0, 1, 3)
+def plain_attention(q, kv, variant, dropout, documents, sinks=None):
+    """From the definition, with a dense mask."""
+    k, v = (t.expand(-1, -1, q.shape[2], -1) for t in kv.chunk(2, 2))
+    query, key = torch.arange(len(q))[:, None], torch.arange(len(q))
+    seen = (key <= query) & (query - key < (variant.window or len(q)))
+    if variant.local_block:
+        seen &= query // variant.local_block == key // variant.local_block
+    scores = (torch.einsum("qbhd,kbhd->bhqk", q, k) * variant.scale).masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(q.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.einsum("bhqk,kbhd->qbhd", scores.softmax(-1)[..., : len(q)], v)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 4])
+def test_the_gradient_of_half_precision_sinks_is_rounded_once(chunk_size):
+    stream = one_layer(replace(ON_DEVICE, chunk_size=chunk_size))[0].stream
+    layer, want = Limited(torch.bfloat16), Limited()
+    want.table.data.copy_(layer.table)
+    StreamedBlock(stream, layer, BlockChain(stream))(residual(), positions()).backward(residual(seed=2))
+    want.core_attention = plain_attention
+    want(residual(), positions()).backward(residual(seed=2))
+    assert torch.equal(layer.table.grad, want.table.grad.bfloat16())
+
+
+def test_frozen_sinks_get_no_gradient():
+    stream = one_layer(ON_DEVICE)[0].stream
+    layer, want = Limited(), Limited()
+    layer.table.requires_grad_(False)
+    for each in (layer, want):
+        StreamedBlock(stream, each, BlockChain(stream))(residual(), positions()).backward(residual(seed=2))
+    assert layer.table.grad is None
+    assert torch.equal(layer.weight.grad, want.weight.grad)
+
+
+def test_sinks_of_another_number_of_heads_are_refused():
+    stream = one_layer(ON_DEVICE)[0].stream
+    layer = Limited()
+    layer.sinks = lambda: layer.table[1, :2]
+    with pytest.raises(ValueError, match=r"a sink for each of the 3 query heads is needed, got a tensor \(2,\)"):
+        StreamedBlock(stream, layer, BlockChain(stream))(residual(), positions())
 
 
 class Twice(OneFactor):

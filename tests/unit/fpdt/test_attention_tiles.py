@@ -31,7 +31,9 @@ def scale_of(q: Tensor) -> float:
     return float(q.shape[-1] ** -0.5)
 
 
-def attended(backend: AttentionBackend, q: Tensor, parts: list[Tensor], offloading: bool) -> Tensor:
+def attended(
+    backend: AttentionBackend, q: Tensor, parts: list[Tensor], offloading: bool, sinks: Tensor | None = None
+) -> Tensor:
     """The last part is the query's own."""
     *cached, own = parts
     store = ChunkStore(q.device, offloading)
@@ -41,28 +43,37 @@ def attended(backend: AttentionBackend, q: Tensor, parts: list[Tensor], offloadi
     n = len(cached)
     tiles = [Tile(n, n, CAUSAL_TILE), *(Tile(n, key, FULL_TILE) for key in range(n))]
     row = TileRow(backend, AttentionVariant(scale_of(q)), tiles)
-    return attend_one_token(row, q, own, store.prefetch([[c] for c in chunks], ahead=False))
+    return attend_one_token(row, q, own, store.prefetch([[c] for c in chunks], ahead=False), sinks)
 
 
-def softmax_of_all(q: Tensor, parts: list[Tensor]) -> Tensor:
+def softmax_of_all(q: Tensor, parts: list[Tensor], sinks: Tensor | None = None) -> Tensor:
     k, v = (
         t.squeeze(1).repeat_interleave(2 * q.shape[2] // parts[0].shape[2], 1) for t in torch.cat(parts).chunk(2, 2)
     )
-    probabilities = (torch.einsum("hd,chd->hc", q[0, 0], k) * scale_of(q)).softmax(-1)
-    return torch.einsum("hc,chd->hd", probabilities, v)[None, None]
+    scores = torch.einsum("hd,chd->hc", q[0, 0], k) * scale_of(q)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None]], 1)
+    return torch.einsum("hc,chd->hd", scores.softmax(-1)[:, : len(k)], v)[None, None]
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("offloading", [False, True], ids=["device", "offloading"])
 @pytest.mark.parametrize("num_heads, num_kv_heads", [(8, 2), (4, 4), (6, 1)])
 @pytest.mark.parametrize("lengths", [[1], [1, 1], [300, 1], [64, 64, 37, 5, 1]])
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
 def test_a_query_over_parts_sees_what_it_sees_over_all_keys_at_once(
-    backend: AttentionBackend, offloading: bool, num_heads: int, num_kv_heads: int, lengths: list[int]
+    backend: AttentionBackend,
+    offloading: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    lengths: list[int],
+    with_sinks: bool,
 ) -> None:
     q, parts = draw(lengths, num_heads, num_kv_heads, 1.0)
-    o = attended(backend, q, parts, offloading)
+    sinks = torch.linspace(-1, 2, num_heads, dtype=torch.float64) if with_sinks else None
+    o = attended(backend, q, parts, offloading, sinks)
     assert o.shape == q.shape
-    torch.testing.assert_close(o, softmax_of_all(q, parts), rtol=0, atol=1e-12)
+    torch.testing.assert_close(o, softmax_of_all(q, parts, sinks), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)

@@ -1,6 +1,7 @@
 """What is generated over a cache is what transformers generates; its logits are those of all tokens run at once."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,12 @@ def test_log_probabilities_are_those_of_the_whole_distribution(llama: Path) -> N
     logits = our_logits(model.model, torch.tensor([tokens + generated.tokens]))[0, 9:-1]
     want = logits.log_softmax(-1).gather(1, torch.tensor(generated.tokens)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(generated.log_probabilities), want)
+
+
+@pytest.mark.parametrize("limit", [{"window": 5}, {"local_block": 8}], ids=str)
+def test_a_window_is_refused(llama: Path, limit: dict[str, int]) -> None:
+    model = opened(llama).model
+    attention = model.layers[1].self_attention
+    attention.variant = replace(attention.variant, **limit)
+    with pytest.raises(GenerationError, match=r"layers \[2\] have a sliding window or local blocks, which the cache"):
+        CachedModel(model, VOCAB)
