@@ -153,6 +153,24 @@ def tile_regions(
     return tuple(region for regions in found for region in regions)
 
 
+def trimmed(regions: tuple[Region, ...]) -> tuple[Span, Span, tuple[Region, ...]]:
+    """Return the queries and keys that the regions of a tile span, and the regions within those."""
+    if regions[0].is_whole:
+        return EVERYTHING, EVERYTHING, regions
+    (first, end), (first_key, end_of_keys) = (
+        (min(start for start, _ in spans), max(end for _, end in spans))
+        for spans in zip(*((region.queries, region.keys) for region in regions), strict=True)
+    )
+    if len(regions) == 1 and regions[0].sequences == EVERYTHING:
+        regions = (Region(mask=regions[0].mask, window=regions[0].window),)
+    else:
+        regions = tuple(
+            replace(each, queries=_shifted(each.queries, first), keys=_shifted(each.keys, first_key))
+            for each in regions
+        )
+    return (first, end), (first_key, end_of_keys), regions
+
+
 def _regions_of_sequences(
     sequences: Span, spans: Sequence[Span], rows: Sequence[Span], keys: Span, window: int | None
 ) -> list[Region]:

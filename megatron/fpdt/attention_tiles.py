@@ -70,9 +70,12 @@ def attend(
     o, lse = next(results)
     if len(row.tiles) > 1:
         o = o.to(accumulation_dtype(q_CBHD.dtype))
-    for result in results:
-        merge_(o, lse, *result)
-        del result
+    for tile in row.tiles[1:]:
+        if tile.is_trimmed:
+            own = slice(*tile.queries)
+            merge_(o[own], lse[:, :, own], *next(results))
+        else:
+            merge_(o, lse, *next(results))
     if sinks_H is not None:
         merge_sinks_(o, lse, sinks_H)
     return AttentionOutput(o.to(q_CBHD.dtype), lse)
@@ -109,6 +112,8 @@ def _start(kv_ahead: Prefetch, tile: Tile) -> None:
 
 
 def _forward_tile(row: TileRow, tile: Tile, q: Tensor, kv: Tensor) -> AttentionOutput:
+    if tile.is_trimmed:
+        q, kv = q[slice(*tile.queries)], kv[slice(*tile.keys)]
     return forward_regions(row.attention, QKV(q, *kv.chunk(2, 2)), row.variant, tile.regions)
 
 
@@ -148,7 +153,8 @@ class BackwardTiles:
             inputs = next(self._ahead)
             # During the last tile there is no next tile to prefetch; the next row's inputs are prefetched instead.
             (row_ahead if tile is others[-1] else self._ahead).start()
-            dq, dkv_tile = _backward_tile(row, tile, queries, dq, *inputs)
+            backward_tile = _backward_trimmed_tile if tile.is_trimmed else _backward_tile
+            dq, dkv_tile = backward_tile(row, tile, queries, dq, *inputs)
             dkv_tile = dkv_tile.to(sum_dtype)
             if tile is others[-1]:
                 dkv_before = dkv_tile
@@ -185,3 +191,17 @@ def _backward_tile(
     elif dkv_sum is not None:
         add_key_value_gradients_(dkv_sum, dk, dv)
     return dq if dq_sum is None else dq_sum, torch.cat([dk, dv], 2) if dkv_sum is None else dkv_sum
+
+
+def _backward_trimmed_tile(
+    row: TileRow, tile: Tile, queries: QueryChunk, dq_sum: Tensor, kv: Tensor, dkv_sum: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute (dq, dkv) of one tile, added to the sums so far. Only a part of them changes."""
+    own, keys = slice(*tile.queries), slice(*tile.keys)
+    output = AttentionOutput(queries.output.o[own], queries.output.lse[:, :, own].contiguous())
+    qkv = QKV(queries.q[own], *kv[keys].chunk(2, 2))
+    gradients = backward_regions(row.attention, queries.do[own], qkv, output, row.variant, tile.regions)
+    if dkv_sum is None:
+        dkv_sum = torch.zeros_like(kv, dtype=dq_sum.dtype)
+    add_gradients_(dq_sum[own], dkv_sum[keys], *gradients)
+    return dq_sum, dkv_sum

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from megatron.core.documents import Documents, Region, Span, in_local_blocks, tile_regions
+from megatron.core.documents import EVERYTHING, Documents, Region, Span, in_local_blocks, tile_regions, trimmed
 from megatron.core.head_layout import ALL_ROWS, RowShare
 
 
@@ -37,8 +37,9 @@ from megatron.core.head_layout import ALL_ROWS, RowShare
 class Tile:
     """Query chunk `query` against key/value chunk `key`, of which the `regions` are computed.
 
-    `first_of_column`: in the backward pass there is no gradient of `key` yet. `next_is_stored`: in the forward pass the
-    keys of the next tile off the diagonal, which may be in another row, are already on the tier.
+    Below the diagonal a tile is trimmed to the `queries` and `keys` that its regions span. `first_of_column`: in the
+    backward pass there is no gradient of `key` yet. `next_is_stored`: in the forward pass the keys of the next tile
+    off the diagonal, which may be in another row, are already on the tier.
     """
 
     query: int
@@ -46,10 +47,16 @@ class Tile:
     regions: tuple[Region, ...]
     first_of_column: bool = False
     next_is_stored: bool = True
+    queries: Span = EVERYTHING
+    keys: Span = EVERYTHING
 
     @property
     def is_diagonal(self) -> bool:
         return self.query == self.key
+
+    @property
+    def is_trimmed(self) -> bool:
+        return not self.queries == self.keys == EVERYTHING
 
 
 class ChunkPlan:
@@ -98,16 +105,14 @@ class ChunkPlan:
         first_below = first_keys[i + 1] if i + 1 < len(first_keys) else i + 1
         first_after = next((first_keys[row] for row in range(i + 1, len(first_keys)) if first_keys[row] < row), i)
         last = i - 1 if others else i
-        return [
-            Tile(
-                i,
-                j,
-                self._regions(i, j),
-                first_of_column=j < first_below,
-                next_is_stored=j != last or first_after <= i,
-            )
-            for j in (i, *others)
-        ]
+        tiles = []
+        for j in (i, *others):
+            queries, keys, regions = EVERYTHING, EVERYTHING, self._regions(i, j)
+            if i != j:
+                queries, keys, regions = trimmed(regions)
+            is_stored = j != last or first_after <= i
+            tiles.append(Tile(i, j, regions, j < first_below, is_stored, queries, keys))
+        return tiles
 
     def _rows_of(self, rows: RowShare, chunk: Span) -> list[Span]:
         """Return this rank's spans of rows of a chunk."""

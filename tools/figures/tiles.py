@@ -17,7 +17,7 @@ from figures.style import (
     legend_of,
     new_figure,
 )
-from megatron.core.documents import Documents
+from megatron.core.documents import Documents, Span
 from megatron.fpdt.attention_tiles import backward_tile_inputs
 from megatron.fpdt.plan import Tile, chunk_plan
 
@@ -80,12 +80,13 @@ def _result(tile: Tile, row: list[Tile]) -> str:
 
 def _entry(tile: Tile, inputs: list[str], *out: str) -> dict[str, Any]:
     """Describe a tile: its inputs that are copied in, its results, and the regions that documents leave."""
-    spans = [(*_clipped(region.queries), *_clipped(region.keys)) for region in tile.regions]
+    spans = [(*_placed(region.queries, tile.queries), *_placed(region.keys, tile.keys)) for region in tile.regions]
     return {"tile": [tile.query, tile.key], "in": inputs, "out": out, "regions": spans}
 
 
-def _clipped(span: tuple[int, int]) -> tuple[int, int]:
-    return span[0], min(span[1], CHUNK_LENGTHS[0])
+def _placed(span: Span, tile: Span) -> Span:
+    """Return the span of a region, which counts from the beginning of its tile, as one of the whole chunk."""
+    return tile[0] + span[0], min(tile[0] + span[1], tile[1], CHUNK_LENGTHS[0])
 
 
 def draw(content: dict[str, Any]) -> Any:
