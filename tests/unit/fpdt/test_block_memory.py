@@ -68,6 +68,32 @@ def test_a_bf16_step_copies_what_the_schedule_says():
     assert copied.bytes_in == LENGTH * (2 * x + o + lse) + below_diagonal * kv + loaded * dkv
 
 
+@pytest.mark.parametrize(
+    "limits, loaded_kv, stored_dkv",
+    [
+        ({"window": 1}, 0, 0),
+        ({"window": 9}, 2, 0),
+        ({"window": 18}, 3, 1),
+        ({"window": 40}, 3, 1),
+        ({"local_block": 16}, 0, 0),
+    ],
+    ids=str,
+)
+def test_a_window_copies_the_chunks_of_the_tiles_that_it_leaves(limits, loaded_kv, stored_dkv):
+    """Chunks of 16, 16 and 8 tokens; what no tile loads is not stored."""
+    how, layer = one_layer(OFFLOADED)
+    layer.self_attention.variant = replace(layer.self_attention.variant, **limits)
+    copied, chunk = how.store.copied, 16 * BATCH
+    x, o, lse, kv = HIDDEN * 8, 4 * 8 * 8, 4 * 8, 2 * 2 * 8 * 8
+    y = layer(on_tier(how, residual()).requires_grad_(), positions())
+    assert copied.bytes_out == LENGTH * BATCH * (x + o + lse) + min(loaded_kv, 2) * chunk * kv
+    assert copied.bytes_in == (LENGTH * BATCH + chunk) * x + loaded_kv * chunk * kv
+    copied.bytes_in = copied.bytes_out = 0
+    y.backward(on_tier(how, residual(seed=2)))
+    assert copied.bytes_out == LENGTH * BATCH * x + stored_dkv * chunk * kv
+    assert copied.bytes_in == LENGTH * BATCH * (2 * x + o + lse) + (loaded_kv + stored_dkv) * chunk * kv
+
+
 def test_the_backward_pass_releases_all_host_memory_and_later_steps_allocate_none():
     config = small_config(LENGTH)
     model, inputs = small_model(config, OFFLOADED), small_inputs(config)

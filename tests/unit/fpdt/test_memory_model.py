@@ -54,7 +54,9 @@ def test_a_step_uses_the_memory_that_the_model_estimates(num_layers, interval, r
     [(1, 1, Recompute.KV), (3, 2, Recompute.ALL), (5, 3, Recompute.KV), (4, 1, Recompute.NONE)],
 )
 @pytest.mark.parametrize("device_share", [0.0, 0.1, 0.37, 0.5, 0.82, 0.9, 0.98, 1.0])
-def test_a_step_fits_a_budget_of_host_and_device_memory(num_layers, interval, recompute, device_share):
+@pytest.mark.parametrize("limits", [{}, {"window": 5}, {"window": 20}, {"local_block": 16}], ids=str)
+def test_a_step_fits_a_budget_of_host_and_device_memory(num_layers, interval, recompute, device_share, limits):
+    """A window leaves fewer gradients to store, and needs no more of anything."""
     config = small_config(LENGTH, num_layers=num_layers)
     shape = shape_of(config)
     needed = shape.tier_bytes(interval, recompute)
@@ -67,6 +69,8 @@ def test_a_step_fits_a_budget_of_host_and_device_memory(num_layers, interval, re
         device_budget=shape.device_budget(device, interval, recompute),
     )
     model = small_model(config, replace(how, host_memory_bytes=host, slice_length=SLICE_LENGTH))
+    for layer in model.layers[::2]:
+        layer.self_attention.variant = replace(layer.self_attention.variant, **limits)
     model(*small_inputs(config, BATCH)).backward()
 
 
