@@ -122,10 +122,46 @@ def test_bf16_documents_err_like_the_bf16_plain_model(backend):
             assert error <= 1.5 * allowed + 1e-3, f"{name}: {error} against {allowed}"
 
 
+def _limited_model(config, execution, dtype=torch.bfloat16, weights=None, slice_length=None):
+    """A model whose layers have a window, or local blocks, and sinks."""
+    model = _model(config, execution, dtype, slice_length=slice_length)
+    for layer, limits in zip(model.layers, ({"window": 300}, {"local_block": 400, "window": 20}), strict=True):
+        attention = layer.self_attention
+        attention.variant = replace(attention.variant, **limits)
+        attention.sinks = torch.nn.Parameter(torch.linspace(-1, 2, 8, dtype=dtype, device="cuda"))
+        core, sinks = attention.core_attention, attention.sinks
+        attention.core_attention = lambda *args, core=core, sinks=sinks: core(*args, sinks)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
+
+
 @pytest.mark.parametrize("backend", ["torch-flash", "auto"])
-def test_documents_do_not_make_the_host_wait(backend):
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "documents"])
+def test_bf16_windows_and_sinks_err_like_the_bf16_plain_model(monkeypatch, backend, documents):
+    config, inputs = _config(1024 + 192, attention_backend=backend), (*_inputs(1024 + 192, batch=2), documents)
+    weights = _limited_model(config, SEPARATE[1]).state_dict()
+    exact_config = _config(1024 + 192, attention_backend="reference")
+    _, exact = _run(_limited_model(exact_config, Execution(), torch.float64, weights), inputs)
+    _, plain = _run(_limited_model(exact_config, Execution(), weights=weights), inputs)
+    on_device, offloaded = (_run(_limited_model(config, each, weights=weights), inputs)[1] for each in SEPARATE)
+    assert backend == "auto" or differing(on_device, offloaded) == []
+    for grads in (on_device, offloaded):
+        for name in grads:
+            error, allowed = ((g[name] - exact[name]).norm() / exact[name].norm() for g in (grads, plain))
+            factor = 4.0 if "sinks" in name else 1.5  # the errors of eight numbers vary
+            assert error <= factor * allowed + 1e-3, f"{name}: {error} against {allowed}"
+    if backend == "torch-flash":
+        with _delays(monkeypatch):
+            _, slow = _run(_limited_model(config, SEPARATE[1], weights=weights), inputs, steps=2)
+        assert differing(offloaded, slow) == []
+
+
+@pytest.mark.parametrize("backend", ["torch-flash", "auto"])
+@pytest.mark.parametrize("build", [_model, _limited_model], ids=["documents", "windows and sinks"])
+def test_documents_windows_and_sinks_do_not_make_the_host_wait(backend, build):
     config, inputs = _config(1024 + 192, attention_backend=backend), (*_inputs(1024 + 192, batch=2), DOCUMENTS)
-    model = _model(config, SEPARATE[1], slice_length=96)
+    model = build(config, SEPARATE[1], slice_length=96)
     _run(model, inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
