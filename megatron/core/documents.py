@@ -124,6 +124,8 @@ class Documents:
 
 ONE_DOCUMENT = Documents(((EVERYTHING,),))
 
+Piece = tuple[Span, Span, Mask, int | None]  # queries, keys, mask and window of a region, as positions of the sequence
+
 
 def in_local_blocks(documents: Documents | None, block: int | None, sequence_length: int) -> Documents | None:
     """Return documents that are cut at every multiple of `block`, of the whole sequences if there are none."""
@@ -181,47 +183,53 @@ def _regions_of_sequences(
         for span in _overlapping(spans, row):
             if span[0] >= keys[1]:
                 break
-            for queries, seen, mask, of_mask in _pieces(_shared(span, row), _shared(span, keys), window):
-                queries, merged = _shifted(queries, row[0] - in_tile), bool(regions) and mask is not Mask.CAUSAL
-                region = Region(sequences, queries, _shifted(seen, keys[0]), mask, merged, of_mask)
-                if regions and _continues(region, regions[-1]):
+            for piece, seen, mask, of_mask in _pieces(_shared(span, row), _shared(span, keys), window):
+                queries, seen = _shifted(piece, row[0] - in_tile), _shifted(seen, keys[0])
+                if mask is Mask.FULL and regions and _continues(regions[-1], queries, seen):
                     regions[-1] = replace(regions[-1], queries=(regions[-1].queries[0], queries[1]))
                 else:
-                    regions.append(region)
+                    merged = mask is not Mask.CAUSAL and bool(regions)
+                    regions.append(Region(sequences, queries, seen, mask, merged, of_mask))
         in_tile += row[1] - row[0]
     return regions
 
 
-def _continues(region: Region, last: Region) -> bool:
-    """Whether the two are one rectangle."""
-    are_full = region.mask is last.mask is Mask.FULL
-    return are_full and region.keys == last.keys and region.queries[0] == last.queries[1]
+def _continues(last: Region, queries: Span, keys: Span) -> bool:
+    """Whether a rectangle below the last one sees the same keys."""
+    return last.mask is Mask.FULL and last.keys == keys and last.queries[1] == queries[0]
 
 
-def _pieces(queries: Span, keys: Span, window: int | None) -> Iterator[tuple[Span, Span, Mask, int | None]]:
-    """Yield (queries, keys, mask, window) of what queries see of keys of the same document.
+def _pieces(queries: Span, keys: Span, window: int | None) -> list[Piece]:
+    """Return what queries see of keys of the same document: keys before them, or that end with theirs."""
+    if queries[0] >= keys[1]:
+        return _pieces_below_diagonal(queries, keys, window)
+    (first, end), first_key = queries, keys[0]
+    diagonal = queries, queries, Mask.CAUSAL, window if window is not None and window < end - first else None
+    before = _pieces_below_diagonal(queries, (first_key, first), window) if first_key < first else []
+    return [diagonal, *before]
 
-    The keys precede the queries, or those of the queries are the last of them that are seen.
-    """
+
+def _pieces_below_diagonal(queries: Span, keys: Span, window: int | None) -> list[Piece]:
+    if window is None:
+        return [(queries, keys, Mask.FULL, None)]
     (first, end), (first_key, end_of_keys) = queries, keys
-    if first < end_of_keys:
-        yield queries, queries, Mask.CAUSAL, window if window is not None and window < end - first else None
-        end_of_keys = first
-    edge = end
-    if window is not None:
-        first_key, end = max(first_key, first - window + 1), min(end, end_of_keys + window - 1)
-        edge = first_key + window - 1  # queries up to this one see all keys
+    first_key, end = max(first_key, first - window + 1), min(end, end_of_keys + window - 1)
     if first_key >= end_of_keys:
-        return
+        return []
+    edge = first_key + window - 1  # queries up to this one see all keys
     if edge >= end - 1:
-        yield (first, end), (first_key, end_of_keys), Mask.FULL, None
-        return
+        return [((first, end), (first_key, end_of_keys), Mask.FULL, None)]
     end_of_square = first_key + end - edge
-    if end_of_square < end_of_keys:
-        yield (first, end), (end_of_square, end_of_keys), Mask.FULL, None
-    if first < edge:
-        yield (first, edge), (first_key, end_of_square), Mask.FULL, None
-    yield (edge, end), (first_key, end_of_square), Mask.UPPER, None
+    cut: list[Piece] = [
+        ((first, end), (end_of_square, end_of_keys), Mask.FULL, None),
+        ((first, edge), (first_key, end_of_square), Mask.FULL, None),
+        ((edge, end), (first_key, end_of_square), Mask.UPPER, None),
+    ]
+    return [piece for piece in cut if _is_span(piece[0]) and _is_span(piece[1])]
+
+
+def _is_span(span: Span) -> bool:
+    return span[0] < span[1]
 
 
 def _cut(span: Span, block: int) -> Iterator[Span]:
