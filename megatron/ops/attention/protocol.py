@@ -77,6 +77,11 @@ class AttentionVariant:
     local_block: int | None = None
     """A token at p sees the tokens from floor(p / local_block) local_block on."""
 
+    def __post_init__(self) -> None:
+        for name, value in (("window", self.window), ("local_block", self.local_block)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) of attention must be at least 1 token, or None for no limit")
+
     def kernel(self, mask: Mask, window: int | None = None) -> KernelVariant:
         """Return how a part of the sequence attends to another, whose mask and window are those of both."""
         return KernelVariant(self.scale, mask, self.softcap, window)

@@ -148,3 +148,10 @@ def test_local_blocks_of_several_sequences_are_not_packed():
         blocks = Documents((tuple(pairwise(range(0, TOKENS + 1, 4))),) * batch)
         torch.testing.assert_close(o, by_mask(blocks, q, k, v))
         assert backend.calls == calls
+
+
+@pytest.mark.parametrize("limits", [{"window": 0}, {"local_block": -1}], ids=str)
+def test_a_variant_in_which_a_token_does_not_see_itself_is_refused(limits):
+    (name,) = limits
+    with pytest.raises(ValueError, match=rf"{name} \({limits[name]}\) of attention must be at least 1 token"):
+        AttentionVariant(SCALE, **limits)
