@@ -143,8 +143,9 @@ def tile_regions(
     On the diagonal each span leaves a causal square, and the rectangle of the chunk's keys before it. With a `window`
     a query sees only so many keys up to its own.
     """
-    if documents is None and window is None and not keys[0] <= rows[0][0] < keys[1]:
-        return FULL_TILE
+    is_below_diagonal = rows[0][0] >= keys[1]
+    if documents is None and window is None and (is_below_diagonal or list(rows) == [keys]):
+        return FULL_TILE if is_below_diagonal else CAUSAL_TILE
     found = [
         _regions_of_sequences(sequences, spans, rows, keys, window)
         for sequences, spans in (documents or ONE_DOCUMENT).by_sequences()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron.ops.merge import merge, merge_
+from megatron.ops.merge import merge, merge_, merge_sinks_, sink_gradients
 
 S, B, H, D = 5, 2, 3, 4
 
@@ -81,3 +81,22 @@ def test_strided_results_of_a_kernel_can_be_merged_in_place():
     merge_(o, lse, b[0], b[1])
     assert torch.equal(o, want[0])
     assert torch.equal(lse, want[1])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("offset", [0.0, -1e4, 1e4])
+def test_sinks_join_the_softmax_and_have_its_gradient(dtype, tolerance, offset):
+    """Finite for any log-sum-exp, that of a query without keys included."""
+    o, lse = part(1, offset)
+    o, lse = o.to(dtype), lse.to(torch.promote_types(dtype, torch.float32))
+    lse[0, 0, 0], o[0, 0, 0] = torch.finfo(lse.dtype).min, 0.0
+    sinks = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    logits = torch.stack([lse.double(), sinks[:, None].expand_as(lse)])
+    want = o.double() * logits.softmax(0)[0].permute(2, 0, 1).unsqueeze(-1)
+    do = part(3)[0]
+    (dsinks,) = torch.autograd.grad(want, sinks, do)
+    merge_sinks_(o, lse, sinks.detach())
+    torch.testing.assert_close(o.double(), want.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), logits.detach().logsumexp(0), rtol=tolerance, atol=tolerance)
+    got = sink_gradients(o, do.to(dtype), lse, sinks.detach())
+    torch.testing.assert_close(got.double(), dsinks, rtol=10 * tolerance, atol=10 * tolerance)
