@@ -12,7 +12,7 @@ so the tile shrinks to a rectangle without a mask. On the diagonal each document
 only some rows of the chunk does the same for each span of them; a span on the diagonal has a rectangle too, the keys of
 its chunk before it.
 
-Local blocks are documents that begin at every multiple of a length. In a sliding window of w tokens, query q sees keys
+Local blocks are documents cut into pieces of one length, each from its own start on, as positions restart there. In a sliding window of w tokens, query q sees keys
 from q - w + 1 on. So a rectangle below the diagonal loses a corner. What is left of the queries [a, b) and the keys
 [c, d), of which queries up to c + w - 1 see all, is cut into three:
 
@@ -128,7 +128,7 @@ Piece = tuple[Span, Span, Mask, int | None]  # queries, keys, mask and window of
 
 
 def in_local_blocks(documents: Documents | None, block: int | None, sequence_length: int) -> Documents | None:
-    """Return documents that are cut at every multiple of `block`, of the whole sequences if there are none."""
+    """Return documents that are cut into blocks, each from its own start on; whole sequences if there are none."""
     if block is None:
         return documents
     rows = (((0, sequence_length),),) if documents is None else documents.spans
@@ -234,9 +234,9 @@ def _is_span(span: Span) -> bool:
 
 
 def _cut(span: Span, block: int) -> Iterator[Span]:
-    """Cut a span at the multiples of `block`."""
+    """Cut a span into blocks from its start on."""
     start, end = span
-    return pairwise((start, *range((start // block + 1) * block, end, block), end))
+    return pairwise((*range(start, end, block), end))
 
 
 def _overlapping(spans: Sequence[Span], positions: Span) -> Sequence[Span]:

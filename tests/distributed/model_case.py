@@ -210,11 +210,14 @@ def visible_keys(case: Case) -> tuple[Tensor, ...]:
     spans = case.documents or (((0, case.sequence_length),),) * case.batch_size
     numbers = torch.stack([_numbered(row, case.sequence_length) for row in spans])
     together = (numbers[:, :, None] == numbers[:, None]) & (numbers[:, :, None] >= 0)
+    places = positions - (numbers[:, :, None] == numbers[:, None]).int().argmax(-1)  # in the token's document
     masks = []
     for number in range(case.num_layers):
         window, local_block = (each or case.sequence_length for each in case.limits[number % len(case.limits)])
-        seen = (key <= query) & (query - key < window) & (query // local_block == key // local_block)
-        masks.append((together & seen).repeat(case.data_parallel_size * case.batch_size // len(spans), 1, 1))
+        seen = (key <= query) & (query - key < window)
+        blocks = places // local_block
+        seen = together & seen & (blocks[:, :, None] == blocks[:, None])
+        masks.append(seen.repeat(case.data_parallel_size * case.batch_size // len(spans), 1, 1))
     return tuple(masks)
 
 

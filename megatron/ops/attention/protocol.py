@@ -75,7 +75,7 @@ class AttentionVariant:
     """A token sees the last `window` tokens up to itself, itself included."""
 
     local_block: int | None = None
-    """A token at p sees the tokens from floor(p / local_block) local_block on."""
+    """The token at p of its document sees the document's tokens from floor(p / local_block) local_block on."""
 
     def __post_init__(self) -> None:
         for name, value in (("window", self.window), ("local_block", self.local_block)):

@@ -153,11 +153,11 @@ class Visible:
         """[S, S]: whether a query of a sequence sees a key."""
         query, key = np.indices((TOTAL, TOTAL))
         mask = (key <= query) & (query - key < (self.window or TOTAL))
-        if self.local_block:
-            mask &= query // self.local_block == key // self.local_block
-        number = np.full(TOTAL, 0 if self.documents is None else -1)
+        number, place = np.full(TOTAL, 0 if self.documents is None else -1), np.arange(TOTAL)
         for n, (start, end) in enumerate(self.documents.spans[row] if self.documents else ()):
-            number[start:end] = n
+            number[start:end], place[start:end] = n, np.arange(end - start)
+        if self.local_block:
+            mask &= place[query] // self.local_block == place[key] // self.local_block
         return mask & (number[query] == number[key]) & (number[query] >= 0)
 
     def __str__(self):
