@@ -12,9 +12,10 @@ so the tile shrinks to a rectangle without a mask. On the diagonal each document
 only some rows of the chunk does the same for each span of them; a span on the diagonal has a rectangle too, the keys of
 its chunk before it.
 
-Local blocks are documents cut into pieces of one length, each from its own start on, as positions restart there. In a sliding window of w tokens, query q sees keys
-from q - w + 1 on. So a rectangle below the diagonal loses a corner. What is left of the queries [a, b) and the keys
-[c, d), of which queries up to c + w - 1 see all, is cut into three:
+Local blocks are documents cut into pieces of one length, each from its own start on, as positions restart there.
+
+In a sliding window of w tokens, query q sees keys from q - w + 1 on. So a rectangle below the diagonal loses a corner.
+What is left of the queries [a, b) and the keys [c, d), of which queries up to c + w - 1 see all, is cut into three:
 
     keys           c          b - w + 1        d
     queries a      |    FULL      |            |
