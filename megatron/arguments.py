@@ -23,6 +23,7 @@ from enum import Enum
 from typing import Any, Literal, NoReturn, TypeVar
 
 from megatron.config import ALONE, AUTOMATIC_CHUNK, ChunkSize, Config, ConfigError, GibOrAuto, config_sections
+from megatron.config.model import ARCHITECTURE_FLAGS
 from megatron.config.resolve import resolve
 from megatron.config.unknown_flags import describe_unknown
 from megatron.config.upstream_flags import ACCEPTED, ALIASES, ANY, Accepted
@@ -47,7 +48,9 @@ def parse_args(argv: Sequence[str]) -> Config:
     if unknown:
         raise ConfigError(describe_unknown(unknown, _known_flags()))
     given = {name: value for name, value in vars(namespace).items() if not name.startswith(UPSTREAM_PREFIX)}
-    _require_flags(given)
+    if "hf_model" in given:  # megatron.hf.settings reads these from the folder
+        vars(namespace).update({name: 0 for name in _required_flags() if name in ARCHITECTURE_FLAGS - given.keys()})
+    _require_flags(vars(namespace))
     sections = {name: section_of(namespace, section) for name, section in config_sections().items()}
     return resolve(Config(**sections, given=frozenset(given), notes=_upstream_notes(namespace)))
 
@@ -252,10 +255,14 @@ def _in_own_spelling(word: str) -> str:
     return f"--{ALIASES.get(name, name)}{equals}{value}"
 
 
-def _require_flags(given: dict[str, Any]) -> None:
+def _required_flags() -> list[str]:
+    """Return the names of the fields without a default, in the order of --help."""
     members = [member for section in config_sections().values() for member in fields(section)]
-    required = [member.name for member in members if member.default is MISSING]
-    missing = [f"--{name.replace('_', '-')}" for name in required if name not in given]
+    return [member.name for member in members if member.default is MISSING]
+
+
+def _require_flags(given: dict[str, Any]) -> None:
+    missing = [f"--{name.replace('_', '-')}" for name in _required_flags() if name not in given]
     if missing:
         verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
         raise ConfigError(f"{', '.join(missing)} {verb} required and not given; add {them}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 AttentionBackendName = Literal[
@@ -53,6 +53,10 @@ class ModelConfig:
 
     A width that is derived from others is 0 until `resolved` fills it in.
     """
+
+    hf_model: str | None = None
+    """Folder of a Hugging Face model, which defines the architecture: config.json and a tokenizer. No flag that
+    describes the architecture is needed or allowed then. Nothing is downloaded."""
 
     num_layers: int
     """Number of transformer blocks."""
@@ -207,6 +211,15 @@ class ModelConfig:
             kv_channels=self.kv_channels or self.hidden_size // max(self.num_attention_heads, 1),
             max_position_embeddings=self.max_position_embeddings or self.seq_length,
         )
+
+
+# The settings of a model that --hf-model leaves to the user.
+_OF_THE_RUN = (
+    *("hf_model", "seq_length", "attention_dropout", "hidden_dropout", "attention_backend"),
+    *("use_flash_attn", "use_flash_attn_v2", "use_flash_attn_v3", "use_flash_attn_v4"),
+)
+# Those that its folder defines.
+ARCHITECTURE_FLAGS = frozenset(member.name for member in fields(ModelConfig)) - frozenset(_OF_THE_RUN)
 
 
 def default_ffn_hidden_size(hidden_size: int, activation: Activation) -> int:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from megatron.config.config import Config
 from megatron.config.deepspeed_json import adopt, read_deepspeed_json
 from megatron.config.errors import ConfigError
-from megatron.config.model import AttentionBackendName, ModelConfig
-from megatron.config.rules.common import Run, flag
+from megatron.config.model import ARCHITECTURE_FLAGS, AttentionBackendName, ModelConfig
+from megatron.config.rules.common import Run, flag, listed, shown
 from megatron.config.rules.effects import notes_of
 from megatron.config.rules.ranges import RANGES, in_range
 from megatron.config.spellings import in_own_spelling
@@ -28,6 +28,7 @@ def resolve(config: Config) -> Config:
     """
     if config.deepspeed.deepspeed_config is not None:
         config = adopt(replace(config, deepspeed_json=read_deepspeed_json(config.deepspeed.deepspeed_config)))
+    _refuse_architecture_beside_a_folder(config)
     _require_widths_above_zero(config)
     config = in_own_spelling(config)
     return replace(
@@ -35,6 +36,18 @@ def resolve(config: Config) -> Config:
         model=replace(config.model.resolved(), attention_backend=attention_backend(config.model)),
         notes=(*config.notes, *notes_of(config)),
     )
+
+
+def _refuse_architecture_beside_a_folder(config: Config) -> None:
+    """Raise for flags that describe an architecture where the folder of --hf-model does."""
+    if config.model.hf_model is None:
+        return
+    beside = sorted(ARCHITECTURE_FLAGS & config.given)
+    if beside:
+        raise ConfigError(
+            f"{listed([shown(config, name) for name in beside], 'and')} would describe again what config.json in "
+            f"{shown(config, 'hf_model')} defines; remove {'it' if len(beside) == 1 else 'them'}"
+        )
 
 
 def _require_widths_above_zero(config: Config) -> None:
