@@ -10,12 +10,14 @@ from megatron.config.deepspeed import DeepSpeedConfig
 from megatron.config.deepspeed_json import deepspeed_config, offloads, zero_stage_run
 from megatron.config.errors import ConfigError
 from megatron.config.finetuning import FinetuningConfig
+from megatron.config.hugging_face import HuggingFaceModelConfig
 from megatron.config.logging import ALONE, LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, GibOrAuto, ParallelConfig, default_chunk
 from megatron.config.precision import PrecisionConfig
 from megatron.config.recompute import Recompute
+from megatron.config.sizes import ModelSizes, TokenWeights
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.config.training import TrainingConfig
 
@@ -30,12 +32,15 @@ __all__ = [
     "DeepSpeedConfig",
     "FinetuningConfig",
     "GibOrAuto",
+    "HuggingFaceModelConfig",
     "LoggingConfig",
     "ModelConfig",
+    "ModelSizes",
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",
     "Recompute",
+    "TokenWeights",
     "TokenizerConfig",
     "TrainingConfig",
     "accumulation_steps",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from megatron.config.hugging_face import HuggingFaceModelConfig
 from megatron.config.model import ROPE_SCALING_PARAMETERS, ModelConfig
 
 ARCHITECTURE = (
@@ -61,11 +62,19 @@ def describe_difference(checkpoint: Mapping[str, Any], flags: Mapping[str, Any])
 
 def describe_mismatch(saved: ModelConfig, model: ModelConfig, change_rope: bool) -> str:
     """Return why a run of `model` cannot load weights of `saved`, with a remedy if there is one, or ""."""
+    if isinstance(saved, HuggingFaceModelConfig) and isinstance(model, HuggingFaceModelConfig):
+        return model.difference(saved, change_rope)
+    if isinstance(saved, HuggingFaceModelConfig) or isinstance(model, HuggingFaceModelConfig):
+        return f"it has {_described(saved)}, and this run has {_described(model)}"
     with_own_rope = with_rope_of(model, saved)
     own = architecture_fields(model)
     difference = describe_difference(architecture_fields(with_own_rope if change_rope else saved), own)
     only_rope = difference and architecture_fields(with_own_rope) == own
     return difference + ("; add --change-rope to continue training with the RoPE of the flags" if only_rope else "")
+
+
+def _described(model: ModelConfig) -> str:
+    return f"the {model.model_type} of --hf-model" if isinstance(model, HuggingFaceModelConfig) else "a model of flags"
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -13,6 +13,7 @@ from megatron.config.data import DataConfig
 from megatron.config.deepspeed import DeepSpeedConfig
 from megatron.config.errors import ConfigError
 from megatron.config.finetuning import FinetuningConfig
+from megatron.config.hugging_face import HuggingFaceModelConfig
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
@@ -63,7 +64,8 @@ class Config:
             ConfigError: a field without a default is missing.
         """
         sections = {
-            name: _section_from_dict(name, section, plain.get(name, {})) for name, section in config_sections().items()
+            name: _section_from_dict(name, _kind_of(section, plain.get(name, {})), plain.get(name, {}))
+            for name, section in config_sections().items()
         }
         return cls(
             **sections,
@@ -86,6 +88,8 @@ def _section_to_dict(section: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if is_dataclass(value):
+        return _section_to_dict(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -94,7 +98,14 @@ def _stored(value: Any, annotation: Any) -> Any:
     for kind in (annotation, *typing.get_args(annotation)):
         if isinstance(kind, EnumType) and value is not None:
             return kind(value)
+    if isinstance(annotation, type) and is_dataclass(annotation):
+        return _section_from_dict(annotation.__name__, annotation, value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _kind_of(section: type, plain: Mapping[str, Any]) -> type:
+    """Return the dataclass of a stored section: that of a model depends on what describes it."""
+    return HuggingFaceModelConfig if section is ModelConfig and "hf_config" in plain else section
 
 
 def _section_from_dict(name: str, section: type, plain: Mapping[str, Any]) -> Any:

@@ -194,7 +194,7 @@ def _zero_block(config: Config, stated: dict[str, Any]) -> dict[str, Any]:
     block = stated | {"stage": zero_stage_run(config)}
     if block["stage"] == 3:
         # DeepSpeed's defaults prefetch only a small part of a large block and gather the rest on demand.
-        weights = config.model.block_weights
+        weights = config.model.sizes.block_weights
         block.setdefault("stage3_prefetch_bucket_size", max(weights, DEFAULT_PREFETCH))
         block.setdefault("stage3_max_live_parameters", max(3 * weights, DEFAULT_LIVE_PARAMETERS))
     if config.deepspeed.cpu_optimizer:

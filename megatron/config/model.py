@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from megatron.config.sizes import ModelSizes, TokenWeights
+
 AttentionBackendName = Literal[
     "auto",
     "reference",
@@ -195,12 +197,36 @@ class ModelConfig:
         return self.ffn_hidden_size * (2 if self.activation in GATED_ACTIVATIONS else 1)
 
     @property
-    def block_weights(self) -> int:
-        """Number of weights in the matrices of one block."""
-        query_width, key_value_width = (
-            n * self.kv_channels for n in (self.num_attention_heads, self.num_key_value_heads)
+    def sizes(self) -> ModelSizes:
+        """The sizes that memory, FLOPs and time depend on."""
+        queries, keys = (n * self.kv_channels for n in (self.num_attention_heads, self.num_key_value_heads))
+        projection_width = queries + 2 * keys
+        block_weights = self.hidden_size * (projection_width + queries + self.mlp_outputs + self.ffn_hidden_size)
+        saves_output = not self.parallel_residual
+        in_all_blocks = self.num_layers * self.hidden_size
+        learned_positions = 0 if self.use_rotary_position_embeddings else self.max_position_embeddings
+        return ModelSizes(
+            all_block_weights=self.num_layers * block_weights,
+            block_weights=block_weights,
+            outer_weights=learned_positions * self.hidden_size,
+            token_weights=TokenWeights(
+                before=in_all_blocks * projection_width,
+                output=in_all_blocks * queries * saves_output,
+                mlp=in_all_blocks * self.mlp_outputs,
+                last=in_all_blocks * (self.ffn_hidden_size + queries * (not saves_output)),
+            ),
+            projection_width=projection_width,
+            normalizes_products=self.qk_layernorm,
+            saves_output=saves_output,
+            saved_mlp_outputs=self.mlp_outputs,
+            mlp_outputs=self.mlp_outputs,
+            mlp_width=self.ffn_hidden_size,
+            value_channels=self.kv_channels,
         )
-        return self.hidden_size * (2 * query_width + 2 * key_value_width + self.mlp_outputs + self.ffn_hidden_size)
+
+    def num_rows(self, vocab_size: int) -> int:
+        """Return the rows of the embedding for a tokenizer with so many ids."""
+        return -(-vocab_size // self.make_vocab_size_divisible_by) * self.make_vocab_size_divisible_by
 
     def resolved(self) -> ModelConfig:
         """Return the same architecture with every width filled in."""

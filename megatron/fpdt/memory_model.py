@@ -9,9 +9,9 @@ largest rank, rows shared and copies counted; H and lcm(K, p) where p divides H 
     K, V      2 e S1/p B K' D      every block, or only the block in its backward pass, if they are recomputed;
                                    S1 leaves out the last chunk, which only its own row reads
     products  outputs of linear layers that are not recomputed, every block:
-                e S/p B (H + 2K) D  of the projection before attention
+                e S/p B (H + 2K) D  of the projection before attention; of all products there, if there are more
                 e S'/p B h          of the projection after it, except with a parallel residual
-                e S'/p B f          of the MLP's first layer, f outputs
+                e S'/p B f          of the MLP's first layer, f outputs; none of experts
               S' leaves out the first slice of each chunk
     dK, dV    8 S2/p B K' D        the block in its backward pass; S2 leaves out the last two chunks, whose sums stay on
                                    the device
@@ -61,7 +61,9 @@ class StreamShape:
 
     num_layers: int
     hidden_size: int
-    mlp_outputs: int  # of the MLP's first layer
+    projection_width: int  # outputs of the products before attention
+    saved_mlp_outputs: int  # of the MLP's first layer
+    mlp_outputs: int  # the same with those of experts, which are not saved
     mlp_width: int
     num_heads: int
     num_key_value_heads: int
@@ -70,19 +72,24 @@ class StreamShape:
     slice_length: int
     batch_size: int
     element_size: int
-    parallel_residual: bool = False
-    qk_layernorm: bool = False
+    block_weights: int  # that a token meets, mean of the blocks
+    attention_share: float = 1.0  # of causal attention that windows leave, mean of the blocks
+    saves_output: bool = True  # of attention's output projection
+    normalizes_products: bool = False  # before attention
 
     @classmethod
     def of(
         cls, model: ModelConfig, chunk_length: int, sequence_parallel_size: int, batch_size: int, element_size: int
     ) -> StreamShape:
         """Build the shape from a resolved model configuration."""
+        sizes = model.sizes
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
-            mlp_outputs=model.mlp_outputs,
-            mlp_width=model.ffn_hidden_size,
+            projection_width=sizes.projection_width,
+            saved_mlp_outputs=sizes.saved_mlp_outputs,
+            mlp_outputs=sizes.mlp_outputs,
+            mlp_width=sizes.mlp_width,
             num_heads=model.num_attention_heads,
             num_key_value_heads=model.num_key_value_heads,
             head_size=model.kv_channels,
@@ -90,8 +97,10 @@ class StreamShape:
             slice_length=SLICE_LENGTH,
             batch_size=batch_size,
             element_size=element_size,
-            parallel_residual=model.parallel_residual,
-            qk_layernorm=model.qk_layernorm,
+            block_weights=sizes.token_weights.total // model.num_layers,
+            attention_share=sizes.attention_share(model.seq_length),
+            saves_output=sizes.saves_output,
+            normalizes_products=sizes.normalizes_products,
         )
 
     @cached_property
@@ -181,8 +190,8 @@ class StreamShape:
         return self._product_bytes(recompute, 0, (self.layout.local_lengths[0] - 1) % self.slice_length + 1)
 
     def _product_bytes(self, recompute: Recompute, tokens: int, tokens_saved_after: int) -> int:
-        after = 0 if self.parallel_residual else self.hidden_size
-        after += self.mlp_outputs if recompute.saves_mlp_products else 0
+        after = self.hidden_size if self.saves_output else 0
+        after += self.saved_mlp_outputs if recompute.saves_mlp_products else 0
         return (tokens * self.projection_width + tokens_saved_after * after) * self.batch_size * self.element_size
 
     def tier_bytes(self, interval: int, recompute: Recompute = Recompute.ALL) -> int:
@@ -221,7 +230,9 @@ class StreamShape:
         The rest of the memory may be too small for the next tensor. Hidden states are stored there last, and one more
         than `kind_bytes` counts is alive while the loss is computed.
         """
-        product = max(self.projection_width, self.mlp_outputs) * self.slice_length * self.batch_size * self.element_size
+        product = (
+            max(self.projection_width, self.saved_mlp_outputs) * self.slice_length * self.batch_size * self.element_size
+        )
         unit = {
             ChunkKind.KEY_VALUE_GRADIENTS: max(self.key_value_gradient_chunks, default=0),
             ChunkKind.KEYS_VALUES: max(self.key_value_chunks, default=0),
@@ -251,19 +262,13 @@ class StreamShape:
 
         `host_share` of the chunks is stored there.
         """
-        attention = 2 * self.layout.sequence_length * self.num_heads * self.head_size
-        weights = self.projection_width + self.num_heads * self.head_size + self.mlp_outputs + self.mlp_width
-        flops = self._local_tokens * (attention + 2 * self.hidden_size * weights)
+        attention = 2 * self.layout.sequence_length * self.attention_share * self.num_heads * self.head_size
+        flops = self._local_tokens * (attention + 2 * self.block_weights)
         loads = self.layout.num_chunks / 2  # of each stored chunk of keys and values
         bytes_in = self.residual_bytes + loads * self.key_value_bytes
         bytes_out = self.residual_bytes + self.saved_bytes(recompute)
         in_copies = max(flops_per_byte.to_host * bytes_out, flops_per_byte.both_ways * (bytes_in + bytes_out))
         return flops >= _OVERLAP_MARGIN * host_share * in_copies
-
-    @property
-    def projection_width(self) -> int:
-        """Outputs of the layer before attention."""
-        return (self.num_heads + 2 * self.num_key_value_heads) * self.head_size
 
 
 def choose_saved_activations(

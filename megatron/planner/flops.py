@@ -3,18 +3,19 @@
 Model FLOPs count what the mathematics of one training step needs and nothing that an implementation recomputes: every
 matrix product once forward and twice backward, and causal attention as a triangle.
 
-    matrix product of a token with a [n, m] weight     2 n m
+    matrix product of a token with a [n, m] weight     2 n m, of a token's experts only
     causal attention of one layer, forward             2 S^2 heads head_dim    (Q K^T and P V, 2 S^2 each, halved)
     backward                                           2 x forward
 
-Where documents share a sequence, S^2 is the sum of the squares of their lengths: `attention_share` of the whole.
+Where documents share a sequence, S^2 is the sum of the squares of their lengths: `attention_share` of the whole. In a
+layer with a window of W tokens it is S^2 - (S - W)^2.
 
 Hardware FLOPs add the forward work that the backward pass recomputes:
 
     activation checkpointing    every layer, attention included
     the streamed block          every product but the last, except those that were saved; and the products after
                                 attention of each block whose output, the next block's input, is recomputed. With a
-                                parallel residual attention's output product is a last one too
+                                parallel residual attention's output product is a last one too. Experts are never saved
 
 The head and the loss run once on every path.
 
@@ -62,10 +63,11 @@ def forward_flops(
     model: ModelConfig, padded_vocab_size: int, seq_length: int, attention_share: float = 1.0
 ) -> ForwardFlops:
     """Return the FLOPs of the forward pass of one sequence of `seq_length` tokens."""
-    query_width = model.num_attention_heads * model.kv_channels
+    sizes = model.sizes
+    widths = model.num_attention_heads * (model.kv_channels + sizes.value_channels) * model.num_layers
     return ForwardFlops(
-        token_wise=2 * seq_length * model.num_layers * model.block_weights,
-        attention=round(2 * seq_length**2 * attention_share) * query_width * model.num_layers,
+        token_wise=2 * seq_length * sizes.token_weights.total,
+        attention=round(seq_length**2 * sizes.attention_share(seq_length, attention_share)) * widths,
         head=2 * seq_length * model.hidden_size * padded_vocab_size,
     )
 
@@ -89,20 +91,16 @@ def flops_of_streaming(
     Where products after attention are saved, the first `slice_length` tokens of a rank in each chunk are recomputed
     all the same. Keys and values that are not saved are recomputed once more for all chunks but the last.
     """
-    seq_length = layout.sequence_length
+    seq_length, weights = layout.sequence_length, model.sizes.token_weights
     first_slices = seq_length - layout.sequence_parallel_size * layout.tokens_after(slice_length)
-    query_width = model.num_attention_heads * model.kv_channels
-    first, last = (2 * model.hidden_size * width for width in (model.mlp_outputs, model.ffn_hidden_size))
-    dense = 2 * model.hidden_size * query_width
-    before = forward_flops(model, 0, seq_length).token_wise // model.num_layers - seq_length * (dense + first + last)
-    inner = 0 if model.parallel_residual else dense
-    recomputed = (first_slices if recompute.saves_products else seq_length) * inner
-    recomputed += (first_slices if recompute.saves_mlp_products else seq_length) * first
-    recomputed += 0 if recompute.saves_products else before
+    recomputed = (first_slices if recompute.saves_products else seq_length) * weights.output
+    recomputed += (first_slices if recompute.saves_mlp_products else seq_length) * weights.mlp
+    recomputed += seq_length * weights.unsaved
+    recomputed += 0 if recompute.saves_products else seq_length * weights.before
     if not recompute.saves_keys_and_values:
-        recomputed += before * (seq_length - layout.chunk_lengths[-1]) // seq_length
+        recomputed += (seq_length - layout.chunk_lengths[-1]) * weights.before
     rebuilt_blocks = model.num_layers - -(-model.num_layers // checkpoint_interval)
-    return model.num_layers * recomputed + rebuilt_blocks * seq_length * (dense + first + last)
+    return 2 * (recomputed + seq_length * weights.after * rebuilt_blocks // model.num_layers)
 
 
 def throughput(

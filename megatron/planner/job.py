@@ -78,8 +78,13 @@ class Job:
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of one block, not counting norms and biases."""
-        return self.model.block_weights
+        """Parameters of the largest block, not counting norms and biases."""
+        return self.model.sizes.block_weights
+
+    @property
+    def mean_block_parameters(self) -> int:
+        """Parameters of one block, the mean of all."""
+        return self.model.sizes.all_block_weights // self.model.num_layers
 
     @property
     def embedding_parameters(self) -> int:
@@ -89,8 +94,7 @@ class Job:
     @property
     def position_parameters(self) -> int:
         """Parameters of the position embedding; 0 with RoPE."""
-        model = self.model
-        return 0 if model.use_rotary_position_embeddings else model.max_position_embeddings * model.hidden_size
+        return self.model.sizes.outer_weights
 
     @property
     def output_parameters(self) -> int:
@@ -100,7 +104,7 @@ class Job:
     @property
     def num_parameters(self) -> int:
         """Parameters of the model."""
-        blocks = self.model.num_layers * self.block_parameters
+        blocks = self.model.sizes.all_block_weights
         return self.embedding_parameters + self.position_parameters + blocks + self.output_parameters
 
     @property

@@ -151,10 +151,11 @@ def _pinned_bytes(num_bytes: int) -> int:
 
 def _step_group(job: Job) -> int:
     """Return the largest group of a rank's parameters that ZeRO-3 steps at once: it is filled up to STEP_GROUP."""
-    matrix = job.block_parameters // MATRICES
+    sizes = job.model.sizes
+    matrix = max(job.mean_block_parameters // MATRICES, sizes.largest_stack)
     tables = [job.embedding_parameters, job.position_parameters]
     largest = group = 0
-    for size in [*tables, *[matrix] * (MATRICES * job.model.num_layers), job.output_parameters]:
+    for size in [*tables, *[matrix] * -(-sizes.all_block_weights // matrix), job.output_parameters]:
         group += size // job.num_gpus
         largest = max(largest, group)
         if group >= STEP_GROUP:
@@ -203,7 +204,7 @@ def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> tuple
     )
     forward = 3 * hidden + 5 * queries + 4 * keys + shape.chunk_product_bytes(recompute)
     # With a norm of q and k, the projection of each row in progress is saved; otherwise it is released early.
-    projections = _projection_bytes(shape) * shape.qk_layernorm * (1 + others)
+    projections = _projection_bytes(shape) * shape.normalizes_products * (1 + others)
     both = in_progress + projections
     return forward + both, max(backward) + both
 
@@ -263,9 +264,10 @@ def _slice_bytes(shape: StreamShape, recompute: Recompute) -> tuple[int, int]:
     """Bytes of (the next slice's prefetched products, the backward of `after` for one slice)."""
     tokens = min(shape.slice_length, shape.layout.local_lengths[0]) * shape.batch_size
     size = shape.element_size
-    hidden, first, width = (n * tokens * size for n in (shape.hidden_size, shape.mlp_outputs, shape.mlp_width))
+    widths = (shape.hidden_size, shape.saved_mlp_outputs, shape.mlp_outputs, shape.mlp_width)
+    hidden, saved, first, width = (n * tokens * size for n in widths)
     projection = _projection_bytes(shape)
-    after = hidden + (first if recompute.saves_mlp_products else 0)
+    after = hidden + (saved if recompute.saves_mlp_products else 0)
     prefetched = max(projection, after) if recompute.saves_products else 0
     # The first layer's outputs and their gradient, the gradient of the second layer's input, and some hidden states.
     return prefetched, 2 * first + width + 6 * hidden

@@ -124,7 +124,7 @@ def _short_slice_bytes(job: Job) -> float:
     """Bytes of the additions to the weights' gradients of one block beyond those in slices of the usual length."""
     shape = job.shape
     num_slices = sum(-(-length // shape.slice_length) for length in shape.layout.local_lengths)
-    return (num_slices - shape.layout.local_length / shape.slice_length) * 2 * SUM * job.block_parameters
+    return (num_slices - shape.layout.local_length / shape.slice_length) * 2 * SUM * job.mean_block_parameters
 
 
 def _recomputed_products(job: Job, interval: int, recompute: Recompute) -> int:
@@ -241,7 +241,7 @@ def _exchanges(job: Job, machines: Machines, recompute: Recompute) -> tuple[_Exc
     all_to_all = (p - 1) / p / (machines.exchange_gbps(p) * GB)
     gather = 0.0
     if job.num_gpus > 1:
-        weights = HALF * job.block_parameters * (job.num_gpus - 1) / job.num_gpus
+        weights = HALF * job.mean_block_parameters * (job.num_gpus - 1) / job.num_gpus
         gather = weights / (machines.exchange_gbps(job.num_gpus) * GB)
     gathers = gather if job.zero_stage == 3 else 0.0
     # An all-to-all overlaps with another row, and in an only row that of half the heads with the tiles of the others.

@@ -210,7 +210,7 @@ def test_length_and_size_are_those_of_the_script(tmp_path: Path, script: Path) -
     (billions,) = re.findall(r"_([\d.]+)B_", script.stem)
     vocabulary = 128_256 if "llama" in script.stem else 50_257
     embeddings = vocabulary * config.model.hidden_size * (2 if config.model.untie_embeddings_and_output_weights else 1)
-    parameters = config.model.num_layers * config.model.block_weights + embeddings
+    parameters = config.model.sizes.all_block_weights + embeddings
     assert parameters / 1e9 == pytest.approx(float(billions), rel=0.05)
 
 

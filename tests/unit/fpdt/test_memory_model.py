@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 
-from megatron.config import Recompute
+from megatron.config import ModelConfig, Recompute
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.memory_model import (
@@ -17,21 +17,18 @@ from megatron.fpdt.memory_model import (
 from tests.unit.model.small_model import OFFLOADED, small_config, small_inputs, small_model
 
 LENGTH, BATCH = 40, 2
-SHAPE = StreamShape(
-    num_layers=32, hidden_size=4096, mlp_outputs=28672, mlp_width=14336, num_heads=32, num_key_value_heads=8,
-    head_size=128, layout=SequenceLayout(2**20, 2**17, 4), slice_length=8192, batch_size=1, element_size=2,
-)  # fmt: skip
+LLAMA = ModelConfig(
+    num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_key_value_heads=8,
+    swiglu=True, use_rotary_position_embeddings=True, seq_length=2**20,
+).resolved()  # fmt: skip
+SHAPE = StreamShape.of(LLAMA, 2**17, sequence_parallel_size=4, batch_size=1, element_size=2)
 SLICE_LENGTH = 6
 RECOMPUTE = pytest.mark.parametrize("recompute", list(Recompute))
 
 
 def shape_of(config):
-    layout = SequenceLayout(config.seq_length, OFFLOADED.chunk_size)
-    return StreamShape(
-        config.num_layers, config.hidden_size, 2 * config.ffn_hidden_size, config.ffn_hidden_size,
-        config.num_attention_heads, config.num_key_value_heads, config.kv_channels, layout, SLICE_LENGTH, BATCH, 8,
-        config.parallel_residual,
-    )  # fmt: skip
+    shape = StreamShape.of(config, OFFLOADED.chunk_size, sequence_parallel_size=1, batch_size=BATCH, element_size=8)
+    return replace(shape, slice_length=SLICE_LENGTH)
 
 
 @pytest.mark.parametrize(
