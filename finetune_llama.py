@@ -23,6 +23,7 @@ if __name__ == "__main__":  # the imports below take seconds
 from megatron.config import Config, ConfigError
 from megatron.data.batch import Sample
 from megatron.data.errors import DataError
+from megatron.data.vocabulary import check_tokens
 from megatron.finetuning.chat_template import find_template
 from megatron.finetuning.packed_dataset import build_packed_datasets
 from megatron.launch.preflight import Vocabulary, data_paths
@@ -57,10 +58,11 @@ def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
     """Provide conversations, several per sequence."""
     tokenizer = tokenizer_of(config.tokenizer)
 
-    def identity(sample: Sample) -> Sample:
+    def checked(sample: Sample) -> Sample:
+        check_tokens(sample.tokens, vocabulary.padded_size, "a conversation")
         return sample
 
-    return SampleSource(lambda num_samples: build_packed_datasets(config, tokenizer, num_samples), identity)
+    return SampleSource(lambda num_samples: build_packed_datasets(config, tokenizer, num_samples), checked)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,11 @@ if __name__ == "__main__":  # the imports below take seconds
     end_on_interrupt()
 
 from megatron.arguments import parse_args
-from megatron.config import Config, ConfigError, ModelConfig, TokenizerConfig, validate
+from megatron.config import Config, ConfigError, HuggingFaceModelConfig, ModelConfig, TokenizerConfig, validate
 from megatron.config.packages import require_package
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.link_rates import LinkRates
+from megatron.hf.settings import read_model, with_hugging_face_model
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import MODEL_NAMES, named_model
@@ -45,8 +46,7 @@ from megatron.planner.published import published_table
 from megatron.planner.report import execution_lines
 from megatron.planner.solver import Open, fastest, with_free_device_memory
 from megatron.ranks.interrupts import run_tool
-from megatron.tokenizer import TokenizerError, pad_vocab_size, tokenizer_of
-from megatron.weights.hugging_face import read_hugging_face_config
+from megatron.tokenizer import TokenizerError, tokenizer_of
 
 DEFAULT_LENGTH = 262144
 DEFAULT_VOCABULARY = 50304
@@ -179,7 +179,8 @@ def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Open]:
     machines = Machines(
         gpu, arguments.gpus, per_node, arguments.host_memory, arguments.network, link_of(arguments.link)
     )
-    config = parse_args(arguments.training) if arguments.training else None
+    flags = arguments.training
+    config = with_hugging_face_model(parse_args(flags), arguments.gpus) if flags else None
     job = job_of_model(arguments) if config is None else job_of_config(config, arguments)
     asked = arguments.backend or (config.model.attention_backend if config else "auto")
     backend = gpu.rated(asked)
@@ -220,8 +221,9 @@ def model_called(name: str, seq_length: int) -> tuple[ModelConfig, int]:
         raise ConfigError(
             f"--model ({name}) is neither a folder, nor a file, nor one of {', '.join(MODEL_NAMES)}; give one of them"
         )
-    portable = read_hugging_face_config(Path(name))
-    return replace(portable.model, seq_length=seq_length, max_position_embeddings=seq_length), portable.vocab_size
+    flags = ModelConfig(hf_model=name, num_layers=0, hidden_size=0, num_attention_heads=0, seq_length=seq_length)
+    model = read_model(Path(name), flags)
+    return model, model.vocab_size
 
 
 def job_of_model(arguments: argparse.Namespace) -> Job:
@@ -229,7 +231,7 @@ def job_of_model(arguments: argparse.Namespace) -> Job:
     shared = arguments.sequence_parallel or arguments.gpus
     return Job(
         model=model,
-        padded_vocab_size=pad_vocab_size(arguments.vocab_size or vocabulary, model.make_vocab_size_divisible_by),
+        padded_vocab_size=model.num_rows(arguments.vocab_size or vocabulary),
         num_gpus=arguments.gpus,
         chunk_length=arguments.chunk_size or min(32768 * shared, arguments.seq_length),
         sequence_parallel_size=shared,
@@ -247,9 +249,10 @@ def job_of_config(config: Config, arguments: argparse.Namespace) -> Job:
             "runs with --ds-sequence-parallel-fpdt are planned here with --ds-sequence-parallel-fpdt-offloading only; "
             "add it"
         )
-    vocabulary = arguments.vocab_size or vocabulary_of(config.tokenizer)
+    is_counted = isinstance(config.model, HuggingFaceModelConfig)
+    vocabulary = 0 if is_counted else arguments.vocab_size or vocabulary_of(config.tokenizer)
     validate(config, arguments.gpus, "cuda")
-    return Job.of(config, arguments.gpus, pad_vocab_size(vocabulary, config.model.make_vocab_size_divisible_by))
+    return Job.of(config, arguments.gpus, config.model.num_rows(vocabulary))
 
 
 def vocabulary_of(tokenizer: TokenizerConfig) -> int:

@@ -35,7 +35,7 @@ from megatron.data.output_names import check_output_name
 from megatron.data.text_files import INPUT_FORMATS, InputPosition, find_inputs, read_batches
 from megatron.data.workspace import Mark, Note, PartialDataset, Workspace
 from megatron.ranks.interrupts import run_tool
-from megatron.tokenizer import TokenizerError
+from megatron.tokenizer import TokenizerError, tokenizer_settings_in
 
 BAD_RECORDS_SHOWN = 5
 HOW_TO_RESUME = "the same command resumes from the last saved progress, or starts over if there is none yet"
@@ -56,7 +56,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="maximum MiB of a line, row or text file; longer ones are bad [%(default)s]")  # fmt: skip
     source.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document id")
     add_flags(parser, TokenizerConfig)
-    parser.set_defaults(tokenizer_type=TokenizerConfig().tokenizer_type)
+    parser.add_argument("--hf-model", type=Path, metavar="FOLDER",
+                        help="Hugging Face model whose tokenizer to use, in place of the flags above")  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--output-prefix", required=True, help="the files are PREFIX_KEY_document.bin and .idx")
     output.add_argument("--workers", type=int, default=1, help="number of tokenizer processes")
@@ -65,6 +66,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="seconds between saves of the progress, to resume from [%(default)s]")  # fmt: skip
     output.add_argument("--restart", action="store_true", help="start over instead of resuming an interrupted run")
     arguments = parser.parse_args(argv)
+    choose_tokenizer(parser, arguments)
     for flag in ("workers", "log_interval"):
         if getattr(arguments, flag) < 1:
             name = flag.replace("_", "-")
@@ -72,6 +74,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if len(set(arguments.json_keys)) < len(arguments.json_keys):
         parser.error(f"--json-keys ({' '.join(arguments.json_keys)}) names a key twice; name each once.")
     return arguments
+
+
+def choose_tokenizer(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Set the flags of the tokenizer to those of the folder of --hf-model, or to the default type."""
+    if arguments.hf_model is None:
+        arguments.tokenizer_type = arguments.tokenizer_type or TokenizerConfig().tokenizer_type
+        return
+    named = [f"--{name.replace('_', '-')}" for name in vars(TokenizerConfig()) if getattr(arguments, name) is not None]
+    if named:
+        parser.error(f"{', '.join(named)} and --hf-model ({arguments.hf_model}) name a tokenizer each; keep one.")
+    vars(arguments).update(vars(tokenizer_settings_in(arguments.hf_model)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

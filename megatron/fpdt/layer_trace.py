@@ -24,8 +24,9 @@ from megatron.ops.linear import LinearTape
 # Operations whose backward pass reads none of their inputs.
 _PASSES_GRADIENTS_ON = frozenset(
     (
-        *("Add", "Alias", "Clone", "Expand", "NativeDropout", "Permute", "ReshapeAlias", "Squeeze", "Sub", "T"),
-        *("ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View"),
+        *("Add", "Alias", "Cat", "Clone", "Expand", "NativeDropout", "Neg", "Permute", "ReshapeAlias", "Slice"),
+        *("Split", "SplitWithSizes", "Squeeze", "Stack", "Sub", "T", "ToCopy", "Transpose", "UnsafeView"),
+        *("Unsqueeze", "View"),
     )
 )
 
@@ -138,6 +139,11 @@ def _in_order(root: Node) -> Iterator[Node]:
             stack.append((node, True))
             stack.extend((producer, False) for producer, _ in node.next_functions if producer is not None)
     return reversed(finished)
+
+
+def nodes_read(root: Node | None) -> set[Node]:
+    """Return the nodes of a graph whose output values its backward pass reads; not its root, unless a node reads it."""
+    return _needed(_consumers(root))
 
 
 def _needed(graph: dict[Node, list[tuple[Node, int]]]) -> set[Node]:

@@ -21,7 +21,7 @@ from megatron.logging.writers import require_writer_packages
 from megatron.model.layers import attention_request, has_short_tiles
 from megatron.ops.attention import choose_backend
 from megatron.optimizer.schedule import LearningRateSchedule
-from megatron.tokenizer import Tokenizer, pad_vocab_size, tokenizer_of
+from megatron.tokenizer import Tokenizer, tokenizer_of
 
 DataCheck = Callable[[Config, Tokenizer], None]
 
@@ -53,7 +53,12 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
     choose_backend(model.attention_backend, request, has_short_tiles(model, num_ranks, documents))
     tokenizer = tokenizer_of(config.tokenizer)
     check_data(config, tokenizer)
-    padded_vocab_size = pad_vocab_size(tokenizer.vocab_size, model.make_vocab_size_divisible_by)
+    padded_vocab_size = model.num_rows(tokenizer.vocab_size)
+    if tokenizer.eod >= padded_vocab_size:
+        raise ConfigError(
+            f"the tokenizer ends a document with id {tokenizer.eod}, and the model of --hf-model ({model.hf_model}) "
+            f"has {padded_vocab_size} ids; use the tokenizer of the model"
+        )
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
     folders = {
@@ -79,7 +84,7 @@ def check_indexed_data(config: Config, tokenizer: Tokenizer) -> None:
     for paths in data_paths(config):
         for prefix in parse_data_paths(paths)[0] if paths else ():
             indexed = IndexedDataset(prefix)
-            check_vocabulary(indexed, tokenizer.vocab_size)
+            check_vocabulary(indexed, min(tokenizer.vocab_size, config.model.num_rows(tokenizer.vocab_size)))
             if config.data.separates_documents:
                 check_document_ends(indexed, tokenizer.eod)
 

@@ -24,6 +24,7 @@ from megatron.data.errors import DataError
 from megatron.engine.engine import whole_parameters
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.fpdt.observer import Observer
+from megatron.hf.settings import with_hugging_face_model
 from megatron.initialize import Context, device_type, initialize
 from megatron.launch.determinism import use_deterministic_kernels
 from megatron.launch.execution import choose_execution, plan_of_run
@@ -94,7 +95,7 @@ def run(
     code = 0
     try:
         with interruptible(watchdog):
-            config = settle(parse_args(argv))
+            config = with_hugging_face_model(settle(parse_args(argv)), world.size)
             validate(config, world.size, device_type())
             if config.training.deterministic_mode:
                 use_deterministic_kernels(device_type())

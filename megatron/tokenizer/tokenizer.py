@@ -66,6 +66,19 @@ def tokenizer_of(flags: TokenizerConfig) -> Tokenizer:
     return build_tokenizer(**vars(flags))
 
 
+def tokenizer_settings_in(folder: Path) -> TokenizerConfig:
+    """Return the settings of the tokenizer in a Hugging Face folder: that of tokenizer.json where there is one."""
+    sentence_piece, vocabulary, merges = (folder / name for name in ("tokenizer.model", "vocab.json", "merges.txt"))
+    if not (folder / "tokenizer.json").is_file():
+        if sentence_piece.is_file():
+            return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(sentence_piece))
+        if vocabulary.is_file() and merges.is_file():
+            return TokenizerConfig(
+                tokenizer_type="GPT2BPETokenizer", vocab_file=str(vocabulary), merge_file=str(merges)
+            )
+    return TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(folder))
+
+
 def pad_vocab_size(vocab_size: int, make_divisible_by: int) -> int:
     """Round `vocab_size` up to a multiple of `make_divisible_by`: the number of rows of the embedding."""
     return -(-vocab_size // make_divisible_by) * make_divisible_by

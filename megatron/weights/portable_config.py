@@ -77,6 +77,11 @@ def model_of(architecture: Mapping[str, Any]) -> ModelConfig:
 
     WeightsError for a field that ModelConfig does not have: without it, the model would be a different one.
     """
+    if architecture.get("hf_model") is not None:
+        raise WeightsError(
+            f"the weights are of the Hugging Face model {architecture['hf_model']}, which runs in training only; "
+            "write it with tools/hf2megads_weight_converter.py to-hf, and use transformers."
+        )
     unknown = set(architecture) - {member.name for member in fields(ModelConfig)}
     if unknown:
         raise WeightsError(f"the architecture has {', '.join(sorted(unknown))}, unknown here; use a newer version.")

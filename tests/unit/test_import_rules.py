@@ -24,6 +24,7 @@ RULES: dict[str, set[str]] = {
     "planner": {"fpdt", "logging", "core", "config"},
     "engine": {"weights", "core", "config"},
     "generation": {"weights", "model", "fpdt", "ops", "core", "config"},
+    "hf": {"fpdt", "tokenizer", "core", "config"},
     "evaluation": {"generation", "model", "core", "config"},
     "arguments": {"config"},
 }

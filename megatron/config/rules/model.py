@@ -10,7 +10,8 @@ GPU_BACKENDS = ("torch-flash", "cudnn", "flash-2", "flash-attn-2", "flash-attn-3
 
 def heads_divide_hidden_size(run: Run) -> str | None:
     model = run.config.model
-    if given_flags(run.config, ["kv_channels"]) or model.num_attention_heads * model.kv_channels == model.hidden_size:
+    is_given = bool(given_flags(run.config, ["kv_channels"])) or model.hf_model is not None
+    if is_given or model.num_attention_heads * model.kv_channels == model.hidden_size:
         return None
     sizes = nearest_multiples(model.hidden_size, model.num_attention_heads)
     return (
@@ -32,7 +33,8 @@ def key_value_heads_divide_heads(run: Run) -> str | None:
 def rotary_width_is_even(run: Run) -> str | None:
     model = run.config.model
     width = int(model.kv_channels * model.rotary_percent)
-    if not model.use_rotary_position_embeddings or (width > 0 and width % 2 == 0):
+    is_rotated = model.use_rotary_position_embeddings and model.hf_model is None
+    if not is_rotated or (width > 0 and width % 2 == 0):
         return None
     if model.rotary_percent == 1.0:
         return (
@@ -113,6 +115,11 @@ def sequence_fits_positions(run: Run) -> str | None:
     model = run.config.model
     if model.seq_length <= model.max_position_embeddings:
         return None
+    if model.hf_model is not None:
+        return (
+            f"{shown(run.config, 'seq_length')} must be at most the {model.max_position_embeddings} positions that "
+            f"{shown(run.config, 'hf_model')} has learned; shorten the sequence to {model.max_position_embeddings}"
+        )
     return (
         f"{shown(run.config, 'seq_length')} must be at most {shown(run.config, 'max_position_embeddings')}; shorten "
         f"the sequence to {model.max_position_embeddings} or raise --max-position-embeddings to {model.seq_length}"
