@@ -223,7 +223,7 @@ def model_called(name: str, seq_length: int) -> tuple[ModelConfig, int]:
         )
     flags = ModelConfig(hf_model=name, num_layers=0, hidden_size=0, num_attention_heads=0, seq_length=seq_length)
     model = read_model(Path(name), flags)
-    return model, model.vocab_size
+    return model, model.embedding_rows
 
 
 def job_of_model(arguments: argparse.Namespace) -> Job:

@@ -83,7 +83,8 @@ def choose_tokenizer(parser: argparse.ArgumentParser, arguments: argparse.Namesp
         return
     named = [f"--{name.replace('_', '-')}" for name in vars(TokenizerConfig()) if getattr(arguments, name) is not None]
     if named:
-        parser.error(f"{', '.join(named)} and --hf-model ({arguments.hf_model}) name a tokenizer each; keep one.")
+        names = ", ".join(named)
+        parser.error(f"{names} and --hf-model ({arguments.hf_model}) both name a tokenizer; keep one of them.")
     vars(arguments).update(vars(tokenizer_settings_in(arguments.hf_model)))
 
 

@@ -31,8 +31,8 @@ class HuggingFaceModelConfig(ModelConfig):
     hf_config: Mapping[str, Any] = field(hash=False)
     """The content of config.json with the defaults of its class, and with the dropout of the run."""
 
-    vocab_size: int
-    """Rows of the word embedding, which is not padded."""
+    embedding_rows: int
+    """Rows of the word embedding: the vocabulary is not padded."""
 
     counted: ModelSizes
     """The sizes, as they were read off the model."""
@@ -50,7 +50,7 @@ class HuggingFaceModelConfig(ModelConfig):
         return self
 
     def num_rows(self, vocab_size: int) -> int:
-        return self.vocab_size
+        return self.embedding_rows
 
     def difference(self, saved: HuggingFaceModelConfig, change_rope: bool) -> str:
         """Return what differs in the model of a checkpoint, with a remedy if there is one, or ""."""

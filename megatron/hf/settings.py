@@ -80,7 +80,7 @@ def read_model(path: Path, flags: ModelConfig, given: frozenset[str] = frozenset
         "hidden_dropout": max(_dropout_of(theirs, of_attention=False).values(), default=0.0),
     }
     return HuggingFaceModelConfig(
-        **settings, hf_config=_stored(theirs), vocab_size=described.vocab_size, counted=described.sizes
+        **settings, hf_config=_stored(theirs), embedding_rows=described.vocab_size, counted=described.sizes
     )
 
 
@@ -235,7 +235,7 @@ def _with_parallelism(config: Config, world_size: int) -> Config:
 
 def _notes(before: Config, chosen: Config, model: HuggingFaceModelConfig) -> Iterator[str]:
     """Yield lines for the log: the model, what was chosen, and positions beyond those it was trained at."""
-    weights, outside = model.counted, model.vocab_size * model.hidden_size
+    weights, outside = model.counted, model.embedding_rows * model.hidden_size
     outside += model.counted.outer_weights + outside * model.untie_embeddings_and_output_weights
     total, active = weights.all_block_weights + outside, weights.token_weights.total + outside
     of_a_token = f", {active / 1e9:.2f} of them for a token" if active < total else ""

@@ -92,6 +92,8 @@ def build_model(
 
     Parameters are created one module after the other, so that ZeRO-3 can partition each as it is created.
     """
+    if config.hf_model is not None:
+        raise ValueError(f"--hf-model ({config.hf_model}) is not built from flags")
     how = build_execution(config, parallel_state, execution, initialization.dtype, initialization.device)
     model = GPTModel(config, padded_vocab_size, initialization.initializer(config), how)
     for layer in model.layers:

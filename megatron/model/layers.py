@@ -6,7 +6,9 @@ S tokens, B batch, h hidden size, H query heads, K key/value heads, D head size,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -65,13 +67,21 @@ def build_norm(config: ModelConfig, initializer: Initializer, size: int | None =
 
 def attention_variant(config: ModelConfig) -> AttentionVariant:
     """Return how the tokens of a sequence attend to each other."""
-    return AttentionVariant(scale=config.kv_channels**-0.5)
+    return AttentionVariant(scale=config.kv_channels**-0.5, softcap=config.sizes.softcap)
 
 
 def attention_request(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> AttentionRequest:
     """Return what the model asks of an attention backend; deterministic if torch's algorithms have to be."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return AttentionRequest(device, dtype, config.kv_channels, (attention_variant(config),), deterministic)
+    return AttentionRequest(device, dtype, config.kv_channels, _attention_variants(config), deterministic)
+
+
+def _attention_variants(config: ModelConfig) -> tuple[AttentionVariant, ...]:
+    """Return the variants of all blocks, each once."""
+    sizes, variant = config.sizes, attention_variant(config)
+    limits = zip_longest(sizes.windows, sizes.local_blocks)
+    variants = [replace(variant, window=window, local_block=block) for window, block in limits]
+    return tuple(dict.fromkeys(variants)) or (variant,)
 
 
 def head_layout(config: ModelConfig, num_ranks: int) -> HeadLayout:

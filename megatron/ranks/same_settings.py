@@ -32,10 +32,13 @@ OWN = frozenset(
 )
 # Flags that name files; the names may differ where the content is the same.
 DATA = frozenset({"data_path", "train_data_path", "valid_data_path", "test_data_path"})
-FILES = frozenset({"vocab_file", "merge_file", "tokenizer_model", "chat_template"})
+FILES = frozenset({"hf_model", "vocab_file", "merge_file", "tokenizer_model", "chat_template"})
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-PACKAGES = ("torch", "deepspeed", "numpy", "triton", "tokenizers", "sentencepiece", "flash-attn", "flash-attn-4")
+PACKAGES = (
+    *("torch", "deepspeed", "numpy", "triton", "tokenizers", "sentencepiece", "transformers"),
+    *("flash-attn", "flash-attn-4"),
+)
 # Libraries read these themselves; they change results.
 VARIABLES = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"),

@@ -10,7 +10,7 @@ from megatron.model.transformer import GPTModel
 from megatron.weights.hugging_face import HuggingFaceWeights, check_ours, num_rows
 from megatron.weights.megatron_deepspeed import MegatronDeepSpeedCheckpoint, is_megatron_deepspeed
 from megatron.weights.opening import newest_checkpoint, open_state
-from megatron.weights.portable_config import CONFIG_FILE, PortableConfig, read_json
+from megatron.weights.portable_config import CONFIG_FILE, PortableConfig, read_json, refuse_hugging_face_model
 from megatron.weights.source import WeightSource
 
 
@@ -30,6 +30,7 @@ def open_model(path: Path, with_hashes: bool = True) -> tuple[PortableConfig, We
     if is_megatron_deepspeed(path) and not (path / CONFIG_FILE).is_file():
         upstream = MegatronDeepSpeedCheckpoint(path)
         return upstream.config(), upstream
+    refuse_hugging_face_model(path)
     source = open_state(path, with_hashes)
     return PortableConfig.read(path, num_rows(source)), source
 

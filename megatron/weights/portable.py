@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.config import ModelConfig, describe_mismatch
 from megatron.weights.errors import WeightsError
-from megatron.weights.portable_config import CONFIG_FILE, model_of, read_json
+from megatron.weights.portable_config import CONFIG_FILE, model_of, read_json, refuse_hugging_face_model
 from megatron.weights.safetensors_folder import DEFAULT_MAX_SHARD_BYTES, SafetensorsFolder, SafetensorsWriter
 from megatron.weights.source import WeightSource
 
@@ -43,6 +43,7 @@ def write_portable(
 
 def check_portable(path: Path, model: ModelConfig, padded_vocab_size: int, change_rope: bool = False) -> None:
     """Raise WeightsError if the weights at `path` have another architecture or vocabulary. Reads no tensor."""
+    refuse_hugging_face_model(path)
     saved = _saved_model(path)
     mismatch = describe_mismatch(saved, model, change_rope) if saved is not None else ""
     if mismatch:

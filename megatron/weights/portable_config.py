@@ -77,11 +77,6 @@ def model_of(architecture: Mapping[str, Any]) -> ModelConfig:
 
     WeightsError for a field that ModelConfig does not have: without it, the model would be a different one.
     """
-    if architecture.get("hf_model") is not None:
-        raise WeightsError(
-            f"the weights are of the Hugging Face model {architecture['hf_model']}, which runs in training only; "
-            "write it with tools/hf2megads_weight_converter.py to-hf, and use transformers."
-        )
     unknown = set(architecture) - {member.name for member in fields(ModelConfig)}
     if unknown:
         raise WeightsError(f"the architecture has {', '.join(sorted(unknown))}, unknown here; use a newer version.")
@@ -95,6 +90,17 @@ def model_of(architecture: Mapping[str, Any]) -> ModelConfig:
     except ConfigError as error:
         raise WeightsError(f"the architecture cannot be trained: {error}.") from error
     return model
+
+
+def refuse_hugging_face_model(folder: Path) -> None:
+    """Raise WeightsError if the config.json of a training run is of --hf-model."""
+    model = read_json(folder / CONFIG_FILE).get("model") if (folder / CONFIG_FILE).is_file() else None
+    if isinstance(model, dict) and model.get("hf_config") is not None:
+        raise WeightsError(
+            f"{folder} is of a Hugging Face model ({model['hf_config'].get('model_type')}, --hf-model), and only "
+            "models that flags describe are read here; write it with tools/hf2megads_weight_converter.py to-hf, and "
+            "use transformers."
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

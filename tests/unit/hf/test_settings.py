@@ -38,9 +38,9 @@ def test_a_folder_and_data_make_a_run(llama):
     model, parallel = config.model, config.parallel
     assert (model.num_layers, model.hidden_size, model.num_attention_heads, model.num_key_value_heads) == (2, 64, 4, 2)
     assert (model.kv_channels, model.ffn_hidden_size, model.max_position_embeddings) == (32, 96, 256)
-    assert model.use_rotary_position_embeddings and model.untie_embeddings_and_output_weights
+    assert (model.use_rotary_position_embeddings, model.untie_embeddings_and_output_weights) == (True, True)
     assert model.num_rows(90) == 101  # its own vocabulary, whatever the tokenizer has, and no padding
-    assert parallel.ds_sequence_parallel_fpdt and parallel.ds_sequence_parallel_fpdt_offloading
+    assert (parallel.ds_sequence_parallel_fpdt, parallel.ds_sequence_parallel_fpdt_offloading) == (True, True)
     assert (parallel.ds_sequence_parallel_size, config.deepspeed.zero_stage) == (8, 3)
     assert (config.tokenizer.tokenizer_type, config.tokenizer.tokenizer_model) == ("HFTokenizer", str(llama))
 

@@ -20,9 +20,9 @@ from tests.unit.hf.folders import BY_TYPE, TINY, folder_of
 LENGTH = 2**20
 FLAGS = ModelConfig(num_layers=0, hidden_size=0, num_attention_heads=0, seq_length=LENGTH)
 LATENT = {
-    **TINY, "head_dim": 8, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
-    "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
-    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+    **TINY, "head_dim": 8, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 12, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def plan(model, rows):
     return Plan(Job(model, rows, 8, 2**18, 8), machines(), "flash-attn-4")
 
 
-# Families that flags describe as well. A fused projection of q, k and v is one product, or three: the sums are the same.
+# Families that flags describe as well.
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
@@ -80,10 +80,10 @@ def test_every_parameter_of_a_model_is_counted(tmp_path, model_type, changes):
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_pretrained(folder))
     matrices = sum(parameter.numel() for parameter in theirs.parameters() if parameter.ndim > 1)
-    assert plan(model, model.vocab_size).job.num_parameters == matrices
+    assert plan(model, model.embedding_rows).job.num_parameters == matrices
     assert model.sizes.token_weights.total <= model.sizes.all_block_weights
     assert model.sizes.block_weights * model.num_layers >= model.sizes.all_block_weights
-    assert plan(model, model.vocab_size).memory.gpu > 0
+    assert plan(model, model.embedding_rows).memory.gpu > 0
 
 
 def test_experts_of_a_token_count_as_flops_and_all_of_them_as_memory():
@@ -138,7 +138,7 @@ def test_windows_and_blocks_leave_their_share_of_attention(model_type):
 def test_flops_of_a_window_and_of_narrow_values(tmp_path):
     full = read_model(folder_of(tmp_path / "full", "mistral", sliding_window=None), FLAGS)
     narrow = read_model(folder_of(tmp_path / "narrow", "mistral", sliding_window=LENGTH // 4), FLAGS)
-    whole, part = (forward_flops(model, model.vocab_size, LENGTH) for model in (full, narrow))
+    whole, part = (forward_flops(model, model.embedding_rows, LENGTH) for model in (full, narrow))
     assert part.attention == pytest.approx(whole.attention * (1 - 0.75**2))
     assert (part.token_wise, part.head) == (whole.token_wise, whole.head)
     latent = read_model(folder_of(tmp_path / "latent", "deepseek_v3", **LATENT), FLAGS)

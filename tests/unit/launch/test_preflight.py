@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.arguments import parse_args
 from megatron.config import ConfigError
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDatasetWriter
+from megatron.hf.settings import with_hugging_face_model
 from megatron.launch.preflight import Vocabulary, check_indexed_data, check_inputs, check_writable
 from megatron.tokenizer import TokenizerError
 from tests.unit.config.commands import parsed
+from tests.unit.hf.folders import LLAMA, folder_of
 
 
 def test_a_folder_that_can_be_made_is_not_made(tmp_path: Path) -> None:
@@ -55,3 +58,24 @@ def test_the_tokenizers_flags_reach_it_and_its_vocabulary_is_padded(tmp_path: Pa
     assert vocabulary == Vocabulary(280, 257)  # 256 bytes and 21 places, padded
     with pytest.raises(TokenizerError, match="has 256 tokens, as many as no published file"):
         check_inputs(parsed(flags), 1, check_indexed_data)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--vocab-size 90", None),
+        ("--vocab-size 101", r"ends a document with id 101, and the model of --hf-model \(.*\) has 101 ids"),
+        ("--vocab-size 4", r"token id 7 in document 0 .* is outside the vocabulary, ids 0 to 4"),
+    ],
+)
+def test_the_vocabulary_of_a_hugging_face_model_is_its_own(tmp_path: Path, flags: str, message: str | None) -> None:
+    folder = folder_of(tmp_path / "model", LLAMA)
+    with IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add_document([1, 2, 7])
+    command = f"--hf-model {folder} --seq-length 64 --lr 1e-4 --train-iters 1 --data-path {tmp_path / 'data'}"
+    config = with_hugging_face_model(parse_args(f"{command} --tokenizer-type NullTokenizer {flags}".split()), 1)
+    if message is None:
+        assert check_inputs(config, 1, check_indexed_data) == Vocabulary(101, 90)
+        return
+    with pytest.raises((ConfigError, DataError), match=message):
+        check_inputs(config, 1, check_indexed_data)

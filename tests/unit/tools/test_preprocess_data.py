@@ -3,6 +3,8 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
 
 from megatron.data.indexed_dataset import IndexedDataset
 from tests.unit.tools.tool import run_tool
@@ -77,6 +79,19 @@ def test_bad_input_gives_one_line_and_no_output(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_tokenizer_may_be_that_of_a_hugging_face_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tokenizers.Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    source = write_lines(tmp_path / "a.jsonl", {"text": "b"}, {"text": "a"})
+    arguments = ("--input", source, "--append-eod", "--output-prefix", tmp_path / "data", "--hf-model", tmp_path)
+    assert run_tool("preprocess_data", *arguments) == 0
+    assert tokens_of(tmp_path / "data_text_document") == [[1, 3], [0, 3]]
+    with pytest.raises(SystemExit, match="2"):
+        run_tool("preprocess_data", *arguments, *NUMBERS)
+    assert "--tokenizer-type, --vocab-size and --hf-model (" in capsys.readouterr().err
 
 
 def test_missing_input_and_missing_tokenizer_files_exit_with_2(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from megatron.config import ModelConfig
 from megatron.engine.state_loading import check_parameters
 from megatron.weights.errors import WeightsError
+from megatron.weights.model_opening import open_model
 from megatron.weights.opening import is_portable, kind_of, newest_checkpoint, open_state
 from megatron.weights.portable import check_portable, write_portable
 from megatron.weights.safetensors_folder import SafetensorsFolder, SafetensorsWriter
@@ -119,6 +121,13 @@ def test_the_newest_checkpoint_is_the_one_that_latest_names(tmp_path):
     opened = open_state(tmp_path / "run")
     assert (opened.step, opened.names, opened.parts("a")) == (None, ("a",), (WEIGHTS,))
     assert opened.read("a", WEIGHTS, 1, 1).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("read", [open_model, partial(check_portable, model=MODEL, padded_vocab_size=8)])
+def test_weights_of_a_hugging_face_model_are_refused_by_name(tmp_path, read):
+    (tmp_path / "config.json").write_text('{"model": {"hf_config": {"model_type": "qwen3"}}}')
+    with pytest.raises(WeightsError, match=r"is of a Hugging Face model \(qwen3, --hf-model\), and only models that"):
+        read(tmp_path)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
