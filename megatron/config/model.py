@@ -57,8 +57,8 @@ class ModelConfig:
     """
 
     hf_model: str | None = None
-    """Folder of a Hugging Face model, which defines the architecture: config.json and a tokenizer. No flag that
-    describes the architecture is needed or allowed then. Nothing is downloaded."""
+    """Folder of a Hugging Face model, which defines architecture and tokenizer. Flags of the architecture are then
+    refused; FPDT, offloading, ranks per sequence and --zero-stage 3 are chosen where no flag gives them."""
 
     num_layers: int
     """Number of transformer blocks."""
