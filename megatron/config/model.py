@@ -221,7 +221,7 @@ class ModelConfig:
             saved_mlp_outputs=self.mlp_outputs,
             mlp_outputs=self.mlp_outputs,
             mlp_width=self.ffn_hidden_size,
-            value_channels=self.kv_channels,
+            narrow_channels=self.kv_channels,
         )
 
     def num_rows(self, vocab_size: int) -> int:

@@ -76,8 +76,8 @@ class ModelSizes:
     mlp_width: int
     """Inputs of the MLP's last product, of all experts of a token together."""
 
-    value_channels: int
-    """Width of a value head; `kv_channels` is that of a query or key head."""
+    narrow_channels: int
+    """Width of a value head, or of a query head if that is narrower; `kv_channels` is that of the wider."""
 
     softcap: float | None = None
     """Cap of the attention scores; None without."""

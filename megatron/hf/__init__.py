@@ -1,1 +1,1 @@
-"""Hugging Face models: their settings, and all that lets an ordinary transformers model be streamed."""
+"""Hugging Face decoders through the stream."""

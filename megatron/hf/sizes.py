@@ -49,7 +49,6 @@ class Description:
 
     hidden_size: int
     layers: tuple[Attention, ...]
-
     vocab_size: int
     learned_positions: bool
     untied: bool
@@ -340,7 +339,7 @@ def _sizes(counts: Sequence[_Counts], attention: Sequence[Attention], outer_weig
         saved_mlp_outputs=max(each.saved_mlp_outputs for each in counts),
         mlp_outputs=max(each.mlp_outputs for each in counts),
         mlp_width=max(each.mlp_width for each in counts),
-        value_channels=max(each.value_size for each in attention),
+        narrow_channels=max(min(each.head_size, each.value_size) for each in attention),
         softcap=next((each.softcap for each in attention if each.softcap is not None), None),
         windows=tuple(windows) if any(windows) else (),
         local_blocks=tuple(blocks) if any(blocks) else (),

@@ -64,7 +64,7 @@ def forward_flops(
 ) -> ForwardFlops:
     """Return the FLOPs of the forward pass of one sequence of `seq_length` tokens."""
     sizes = model.sizes
-    widths = model.num_attention_heads * (model.kv_channels + sizes.value_channels) * model.num_layers
+    widths = model.num_attention_heads * (model.kv_channels + sizes.narrow_channels) * model.num_layers
     return ForwardFlops(
         token_wise=2 * seq_length * sizes.token_weights.total,
         attention=round(seq_length**2 * sizes.attention_share(seq_length, attention_share)) * widths,
