@@ -49,8 +49,8 @@ def with_hugging_face_model(config: Config, world_size: int) -> Config:
     if folder is None:
         return config
     model = read_model(Path(folder), config.model, config.given)
-    config = replace(config, model=model, tokenizer=_tokenizer(config, Path(folder)))
-    chosen = _with_parallelism(config, world_size)
+    chosen = replace(config, model=model, tokenizer=_tokenizer(config, Path(folder)))
+    chosen = _with_parallelism(chosen, world_size)
     return replace(chosen, notes=(*config.notes, *_notes(config, chosen, model)))
 
 
@@ -85,9 +85,14 @@ def read_model(path: Path, flags: ModelConfig, given: frozenset[str] = frozenset
 
 
 def transformers_config(model: HuggingFaceModelConfig) -> PretrainedConfig:
-    """Return transformers' configuration of a run's model: the folder's, with positions for the run's length."""
+    """Return transformers' configuration of a run's model: the folder's.
+
+    Where positions come from a table that is computed, not learned, it has rows for the run's length. RoPE of
+    `rope_parameters` has no table, and some types derive frequencies from the length that config.json states.
+    """
     theirs = _config_of(model.hf_config)
-    if model.use_rotary_position_embeddings and getattr(theirs, "max_position_embeddings", None):
+    has_table = model.use_rotary_position_embeddings and not getattr(theirs, "rope_parameters", None)
+    if has_table and getattr(theirs, "max_position_embeddings", None):
         theirs.max_position_embeddings = max(theirs.max_position_embeddings, model.seq_length)
     return theirs
 
@@ -246,11 +251,11 @@ def _notes(before: Config, chosen: Config, model: HuggingFaceModelConfig) -> Ite
     given = [
         *_changed(before.parallel, chosen.parallel),
         *_changed(before.deepspeed, chosen.deepspeed),
-        *_changed(TokenizerConfig(), chosen.tokenizer),
+        *_changed(before.tokenizer, chosen.tokenizer),
     ]
     if given:
         yield f"chosen with --hf-model: {' '.join(given)}"
-    longest = model.hf_config.get("max_position_embeddings")
+    longest = getattr(_config_of(model.hf_config), "max_position_embeddings", None)
     if model.use_rotary_position_embeddings and isinstance(longest, int) and model.seq_length > longest:
         yield (
             f"--seq-length ({model.seq_length}) exceeds max_position_embeddings ({longest}) in config.json: the model "

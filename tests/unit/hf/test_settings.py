@@ -74,6 +74,7 @@ def test_what_is_given_stays(llama, tmp_path):
     assert parsed(llama, "", 1).deepspeed.zero_stage == 0
     named = parsed(llama, "--tokenizer-type NullTokenizer --vocab-size 100")
     assert named.tokenizer.tokenizer_type == "NullTokenizer"
+    assert not [note for note in named.notes if "--tokenizer-type" in note]
 
 
 @pytest.mark.parametrize(
@@ -101,10 +102,13 @@ def test_the_log_says_what_is_read_and_chosen(llama):
     assert "rope_theta 10000.0, rope_type default" in positions
 
 
-def test_the_positions_of_rope_reach_as_far_as_the_run(llama):
-    model = parsed(llama).model
-    assert transformers_config(model).max_position_embeddings == 256
-    assert model.hf_config["max_position_embeddings"] == 128
+@pytest.mark.parametrize(("model_type", "rows"), [("llama", 128), ("gptj", 256)])
+def test_a_computed_table_of_positions_reaches_as_far_as_the_run(tmp_path, model_type, rows):
+    """RoPE of rope_parameters has no table."""
+    model = parsed(folder_of(tmp_path, model_type, rotary_dim=16)).model
+    assert transformers_config(model).max_position_embeddings == rows
+    assert model.hf_config["max_position_embeddings" if model_type == "llama" else "n_positions"] == 128
+    assert model.max_position_embeddings == 256
 
 
 def test_learned_positions_end_where_they_end(tmp_path):
