@@ -13,14 +13,16 @@ import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.config import Config, ConfigError, HuggingFaceModelConfig, ModelConfig, TokenizerConfig
 from megatron.config.deepspeed_json import lookup
 from megatron.config.packages import require_package
-from megatron.config.rules.common import Run, listed
+from megatron.config.rules.common import Rule, Run, listed
 from megatron.config.rules.effects import TOKENIZER_SETTINGS
+from megatron.config.rules.names import NAME_RULES
 from megatron.config.rules.parallel import sequence_parallel_sizes
 from megatron.config.rules.ranges import RANGES, in_range
 from megatron.core.json_text import parse_object
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 # Of transformers' configuration: what is not worth storing.
 _UNSTORED = ("id2label", "label2id", "quantization_config", "_name_or_path")
+_NEEDED = ("seq_length", "micro_batch_size", "global_batch_size")  # to choose the ranks per sequence
 _OF_OTHER_MODELS = ("classifier", "summary", "cls")  # that share a config.json, such as one that classifies
 
 
@@ -45,12 +48,18 @@ def with_hugging_face_model(config: Config, world_size: int) -> Config:
     Raises:
         ConfigError: there is no such folder, or its model cannot be trained here.
     """
-    folder = config.model.hf_model
-    if folder is None:
+    if config.model.hf_model is None:
         return config
-    model = read_model(Path(folder), config.model, config.given)
-    chosen = replace(config, model=model, tokenizer=_tokenizer(config, Path(folder)))
-    chosen = _with_parallelism(chosen, world_size)
+    run = Run(config, world_size, "cuda")
+    rules: list[Rule] = [*NAME_RULES, *(partial(in_range, name, RANGES[name]) for name in _NEEDED)]
+    for rule in rules:
+        if message := rule(run):
+            raise ConfigError(message)
+    folder = Path(config.model.hf_model)
+    if folder.is_file():
+        raise ConfigError(f"--hf-model ({folder}) is a file; name the folder that it is in")
+    model = read_model(folder, config.model, config.given)
+    chosen = _with_parallelism(replace(config, model=model, tokenizer=_tokenizer(config, folder)), world_size)
     return replace(chosen, notes=(*config.notes, *_notes(config, chosen, model)))
 
 
@@ -219,16 +228,12 @@ def _tokenizer(config: Config, folder: Path) -> TokenizerConfig:
 
 def _with_parallelism(config: Config, world_size: int) -> Config:
     """Choose what no flag and no DeepSpeed JSON gives: FPDT, offloading, ranks per sequence, ZeRO stage."""
-    run = Run(config, world_size, "cuda")
-    for name in ("seq_length", "micro_batch_size", "global_batch_size"):
-        if message := in_range(name, RANGES[name], run):
-            raise ConfigError(message)
     parallel, dropout = config.parallel, config.model.attention_dropout
     if parallel.ds_sequence_parallel_fpdt or not dropout:
         parallel = replace(parallel, ds_sequence_parallel_fpdt=True, ds_sequence_parallel_fpdt_offloading=True)
     config = replace(config, parallel=parallel)
     if "ds_sequence_parallel_size" not in config.given:
-        sizes = sequence_parallel_sizes(replace(run, config=config))
+        sizes = sequence_parallel_sizes(Run(config, world_size, "cuda"))
         if dropout:
             sizes = [size for size in sizes if config.model.num_attention_heads % size == 0]
         parallel = replace(parallel, ds_sequence_parallel_size=max(sizes, default=1))
@@ -255,6 +260,11 @@ def _notes(before: Config, chosen: Config, model: HuggingFaceModelConfig) -> Ite
     ]
     if given:
         yield f"chosen with --hf-model: {' '.join(given)}"
+    if not chosen.parallel.ds_sequence_parallel_fpdt:
+        yield (
+            f"without FPDT, which cannot replay the dropout of attention ({model.attention_dropout:g}) in config.json; "
+            "--attention-dropout 0 streams the model"
+        )
     longest = getattr(_config_of(model.hf_config), "max_position_embeddings", None)
     if model.use_rotary_position_embeddings and isinstance(longest, int) and model.seq_length > longest:
         yield (

@@ -120,7 +120,8 @@ def test_dropout_is_the_folders_unless_a_flag_gives_it(tmp_path):
     folder = folder_of(tmp_path / "gpt2", "gpt2", n_layer=2, n_embd=64, n_head=4, vocab_size=101, n_positions=512)
     config = parsed(folder)
     assert (config.model.attention_dropout, config.model.hidden_dropout) == (0.1, 0.1)
-    assert not config.parallel.ds_sequence_parallel_fpdt  # which cannot replay dropout of attention
+    assert not config.parallel.ds_sequence_parallel_fpdt
+    assert config.notes[-1].startswith("without FPDT, which cannot replay the dropout of attention (0.1)")
     assert "use --attention-dropout 0" in refusal(folder, "--ds-sequence-parallel-fpdt")
     config = parsed(folder, "--attention-dropout 0 --hidden-dropout 0.2")
     assert config.parallel.ds_sequence_parallel_fpdt
@@ -186,8 +187,16 @@ def test_a_model_that_cannot_be_trained_is_refused_by_name(tmp_path, content, wo
     assert words in refusal(tmp_path)
 
 
-def test_a_name_of_the_hub_is_no_folder():
-    assert "--hf-model (Qwen/Qwen3-8B) is no folder, and nothing is downloaded" in refusal("Qwen/Qwen3-8B")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Qwen/Qwen3-8B", "--hf-model (Qwen/Qwen3-8B) is no folder, and nothing is downloaded"),
+        (__file__, "is a file; name the folder that it is in"),
+        ("x" * 300, "--hf-model has a name of 300 bytes"),
+    ],
+)
+def test_what_is_no_folder_is_refused(name, words):
+    assert words in refusal(name)
 
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path):
