@@ -105,8 +105,8 @@ class _TracingTape(LinearTape):
         self.nodes: list[Node | None] = []
         self.num_before = 0
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = super().product(x, weight, bias)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+        y = super().product(x, weight, bias, transposed)
         self.nodes.append(y.grad_fn)
         return y
 

@@ -1,7 +1,7 @@
-"""Final norm, LM head and cross-entropy as a stream: logits exist for one tile of tokens at a time.
+"""Head and cross-entropy as a stream: logits exist for one tile of tokens at a time.
 
-    loss = sum over tokens of mask * (logsumexp(z) - z[label]),   z = norm(x) W^T
-    dz   = mask * (softmax(z) - onehot(label)),   dW = dz^T norm(x),   dx = vjp of norm at (dz W)
+    loss = sum over tokens of mask * (logsumexp(z) - z[label]),   z = logits(x)
+    dz   = mask * (softmax(z) - onehot(label)),   dx, dW = vjp of logits at dz
 
 The forward pass computes the gradients of the sum, while the logits are there; the backward pass scales them by the
 incoming gradient. They are gradients of an unscaled sum of token losses, so they do not underflow in half precision.
@@ -9,11 +9,12 @@ incoming gradient. They are gradients of an unscaled sum of token losses, so the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from megatron.core.ranges import LOSS, named_range
 from megatron.fpdt.device_budget import ChunkKind
@@ -21,6 +22,7 @@ from megatron.fpdt.stream import BACKWARD_RUNS_ONCE, Stream
 from megatron.fpdt.streamed_layer import joined
 from megatron.ops.cross_entropy import cross_entropy_with_gradient, token_losses
 from megatron.ops.gradient_sum import GradientSums, accumulation_dtype
+from megatron.ops.linear import LinearTape
 
 # With fewer, a matrix product takes less time than adding it to the fp32 sum of the weight's gradient.
 TILE_LOGITS = 2**27
@@ -29,12 +31,14 @@ TILE_LOGITS = 2**27
 class StreamableHead(Protocol):
     """The interface of a module whose loss can be streamed."""
 
-    final_layernorm: nn.Module
+    num_classes: int
+    """Logits V of a token."""
 
-    @property
-    def output_layer(self) -> nn.Module:
-        """A linear layer [V, h] without bias."""
+    def logits(self, x_Nh: Tensor) -> Tensor:
+        """Compute the logits [N, V] of any tokens."""
         ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 def stream_loss(stream: Stream, head: StreamableHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
@@ -43,8 +47,7 @@ def stream_loss(stream: Stream, head: StreamableHead, x_SBh: Tensor, labels_BS: 
     x [S/p, B, h] is stored on the stream's tier; labels int64 and mask [B, S/p]. Without gradients the stream's
     observer sees the masked token losses, tile by tile: the tokens in order, [S/p, B] in all.
     """
-    trained_norm = [p for p in head.final_layernorm.parameters() if p.requires_grad]
-    parameters = [*head.output_layer.parameters(), *trained_norm]
+    parameters = [p for p in head.parameters() if p.requires_grad]
     return _StreamedLoss.apply(stream, head, x_SBh, labels_BS, mask_BS, torch.is_grad_enabled(), *parameters)
 
 
@@ -70,9 +73,9 @@ class _StreamedLoss(torch.autograd.Function):
         ahead = store.prefetch(zip(x.split(lengths), labels.split(lengths, 1), mask.split(lengths, 1), strict=True))
         for i, (x_i, labels_i, mask_i) in enumerate(ahead):
             labels_i, mask_i = labels_i.T, mask_i.T.to(dtype)
-            tiles = _tiles(x_i, labels_i, mask_i, num_classes=parameters[0].shape[0])
+            tiles = _tiles(x_i, labels_i, mask_i, head.num_classes)
             with named_range(LOSS):
-                results = [_tile_loss(head, *tile, parameters, gradients if save else None) for tile in tiles]
+                results = [_tile_loss(head, *tile, gradients if save else None) for tile in tiles]
             chunk_loss = torch.stack([losses.sum() for losses, _ in results]).sum()
             loss += stream.noted("forward", "loss", None, i, chunk_loss)
             if not save:
@@ -109,29 +112,17 @@ def _tiles(x: Tensor, labels: Tensor, mask: Tensor, num_classes: int) -> Iterato
 
 
 def _tile_loss(
-    head: StreamableHead,
-    x: Tensor,
-    labels: Tensor,
-    mask: Tensor,
-    parameters: Sequence[Tensor],
-    gradients: GradientSums | None,
+    head: StreamableHead, x: Tensor, labels: Tensor, mask: Tensor, gradients: GradientSums | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return one tile's masked token losses [T * B]. With `gradients`, add the parameters' and return (sum, dx)."""
-    weight, *norm_parameters = parameters
-    with torch.set_grad_enabled(gradients is not None):
-        x = x.detach().requires_grad_(gradients is not None)
-        normed = head.final_layernorm(x)
-    with torch.no_grad():
-        flat, labels, mask = normed.detach().flatten(0, 1), labels.flatten(), mask.flatten()
-        logits = flat @ weight.T
-        if gradients is None:
-            return token_losses(logits, labels, mask), None
-        loss, dlogits = cross_entropy_with_gradient(logits, labels, mask)
-        dnormed = (dlogits @ weight).view_as(normed)
-        if weight.requires_grad:
-            weight_sum = gradients.of(weight)
-            assert weight_sum is not None
-            weight_sum.add_product(dlogits, flat)
-    dx, *dnorm = torch.autograd.grad(normed, [x, *norm_parameters], dnormed)
-    gradients.add([None, *dnorm])
-    return loss, dx
+    flat, labels, mask = x.detach().flatten(0, 1), labels.flatten(), mask.flatten()
+    if gradients is None:
+        return token_losses(head.logits(flat), labels, mask), None
+    with torch.enable_grad(), LinearTape(sums=gradients).running():
+        logits = head.logits(flat.requires_grad_())
+    edge, logits = get_gradient_edge(logits), logits.detach()
+    loss, dlogits = cross_entropy_with_gradient(logits, labels, mask)
+    del logits
+    dx, *dparameters = torch.autograd.grad(edge, [flat, *gradients.parameters], dlogits, allow_unused=True)
+    gradients.add(dparameters)
+    return loss, dx.view_as(x)

@@ -111,8 +111,7 @@ class CachedModel:
     @torch.no_grad()
     def logits(self, x_CBh: Tensor) -> Tensor:
         """Compute next-token logits [C, B, V] from `extend`'s output, fp32 (fp64 for fp64), known ids only."""
-        head = self.model.head
-        logits_CBV = head.output_layer(head.final_layernorm(x_CBh))[..., : self.num_ids]
+        logits_CBV = self.model.head.logits(x_CBh)[..., : self.num_ids]
         return logits_CBV.to(torch.promote_types(x_CBh.dtype, torch.float32))
 
     def _run_layer(

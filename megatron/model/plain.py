@@ -21,10 +21,10 @@ from megatron.core.collectives import (
 )
 from megatron.core.documents import Documents, Mask, Region, in_local_blocks, tile_regions
 from megatron.core.ranges import ATTENTION, TOKEN_WISE, named_range
-from megatron.fpdt.loss import stream_loss
+from megatron.fpdt.loss import StreamableHead, stream_loss
 from megatron.fpdt.observer import ATTENTION_OUTPUT, INPUT, OUTPUT, PROJECTED
 from megatron.fpdt.stream import Stream
-from megatron.fpdt.tokenwise import stream_embedding
+from megatron.fpdt.tokenwise import StreamableEmbedding, stream_embedding
 from megatron.ops.attention import (
     QKV,
     AttentionBackend,
@@ -37,7 +37,7 @@ from megatron.ops.attention import (
 from megatron.ops.merge import check_sinks, merge_sinks_, sink_gradients
 
 if TYPE_CHECKING:
-    from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
+    from megatron.model.transformer import ExecutableLayer
 
 
 class PlainExecution:
@@ -50,16 +50,18 @@ class PlainExecution:
         self._activation_checkpointing = activation_checkpointing
         self._checkpoint_in_cpu = checkpoint_in_cpu
 
-    def attach(self, layer: TransformerLayer) -> None:
+    def attach(self, layer: ExecutableLayer) -> None:
         """Replace the layer's `forward` and its core attention."""
         number = layer.layer_number
-        layer.self_attention.core_attention = UlyssesAttention(self.stream, number)
-        layer.forward = partial(self._run, number, partial(self._run_layer, number, layer.forward))  # type: ignore[method-assign]
+        layer.set_core_attention(UlyssesAttention(self.stream, number))
+        layer.forward = partial(self._run, number, partial(self._run_layer, number, layer.forward))
 
-    def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
+    def embedding(
+        self, module: StreamableEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor
+    ) -> Tensor:
         return stream_embedding(self.stream, module, tokens_BS, positions_BS, anchor)
 
-    def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    def loss(self, module: StreamableHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
         return stream_loss(self.stream, module, x_SBh, labels_BS, mask_BS)
 
     def _run(

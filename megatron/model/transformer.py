@@ -11,6 +11,7 @@ by chunk: it sets the `execution` of embedding and head, and the `core_attention
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -19,19 +20,34 @@ from torch import Tensor, nn
 
 from megatron.config import ModelConfig
 from megatron.core.documents import Documents
+from megatron.fpdt.loss import StreamableHead
+from megatron.fpdt.stream import Layer
+from megatron.fpdt.tokenwise import StreamableEmbedding
 from megatron.model.initialization import Initializer
-from megatron.model.layers import MLP, Embedding, Linear, SelfAttention, build_norm
+from megatron.model.layers import MLP, CoreAttention, Embedding, Linear, SelfAttention, build_norm
 from megatron.ops.attention import AttentionVariant
+
+
+class ExecutableLayer(Layer, Protocol):
+    """The interface of a layer to whatever executes it."""
+
+    forward: Callable[..., Tensor]
+
+    def set_core_attention(self, core_attention: CoreAttention) -> None:
+        """Set the attention that `forward` calls."""
+        ...
 
 
 class ModelExecution(Protocol):
     """Runs the parts of a model on this rank's tokens, and decides where tensors are stored in between."""
 
-    def embedding(self, module: TokenEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
+    def embedding(
+        self, module: StreamableEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor
+    ) -> Tensor:
         """Embed this rank's tokens: the residual stream [S/p, B, h]."""
         ...
 
-    def loss(self, module: LanguageModelHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    def loss(self, module: StreamableHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Compute the sum of the masked token losses."""
         ...
 
@@ -79,6 +95,9 @@ class TransformerLayer(nn.Module):
         self.post_attention_layernorm = build_norm(config, initializer)
         self.mlp = MLP(config, initializer)
 
+    def set_core_attention(self, core_attention: CoreAttention) -> None:
+        self.self_attention.core_attention = core_attention
+
     @property
     def uses_dropout(self) -> bool:
         return self.training and self.dropout > 0
@@ -112,25 +131,24 @@ class LanguageModelHead(nn.Module):
         self.execution = execution
         self.final_layernorm = build_norm(config, initializer)
         self.output_layer = Linear(config.hidden_size, padded_vocab_size, initializer, bias=False, weight=tied_weight)
+        self.num_classes = padded_vocab_size
+
+    def logits(self, x_Nh: Tensor) -> Tensor:
+        """Compute the logits [.., V] of any tokens [.., h]."""
+        logits: Tensor = self.output_layer(self.final_layernorm(x_Nh))
+        return logits
 
     def forward(self, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
         return self.execution.loss(self, x_SBh, labels_BS, mask_BS)
 
 
-class GPTModel(nn.Module):
-    """A decoder-only language model that returns its loss."""
+class LanguageModel(nn.Module):
+    """A decoder-only language model that returns its loss: embedding, layers and head, each of which is executed."""
 
-    def __init__(
-        self, config: ModelConfig, padded_vocab_size: int, initializer: Initializer, execution: ModelExecution
-    ) -> None:
-        super().__init__()
-        self.execution = execution
-        self.embedding = TokenEmbedding(config, padded_vocab_size, initializer, execution)
-        self.layers = nn.ModuleList(
-            TransformerLayer(config, number, initializer) for number in range(1, config.num_layers + 1)
-        )
-        tied_weight = None if config.untie_embeddings_and_output_weights else self.embedding.word_embeddings.weight
-        self.head = LanguageModelHead(config, padded_vocab_size, initializer, execution, tied_weight)
+    execution: ModelExecution
+    embedding: nn.Module
+    layers: nn.ModuleList
+    head: nn.Module
 
     def forward(
         self,
@@ -150,4 +168,24 @@ class GPTModel(nn.Module):
         x = self.embedding(tokens_BS, positions_BS, anchor)
         for layer in self.layers:
             x = layer(x, positions_BS, documents)
-        return self.head(x, labels_BS, mask_BS)
+        loss: Tensor = self.head(x, labels_BS, mask_BS)
+        return loss
+
+
+class GPTModel(LanguageModel):
+    """GPT or LLaMA."""
+
+    embedding: TokenEmbedding
+    head: LanguageModelHead
+
+    def __init__(
+        self, config: ModelConfig, padded_vocab_size: int, initializer: Initializer, execution: ModelExecution
+    ) -> None:
+        super().__init__()
+        self.execution = execution
+        self.embedding = TokenEmbedding(config, padded_vocab_size, initializer, execution)
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, number, initializer) for number in range(1, config.num_layers + 1)
+        )
+        tied_weight = None if config.untie_embeddings_and_output_weights else self.embedding.word_embeddings.weight
+        self.head = LanguageModelHead(config, padded_vocab_size, initializer, execution, tied_weight)

@@ -2,6 +2,8 @@
 
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum of dy
 
+A weight may also be stored transposed, [I, O], as in GPT-2.
+
 Inside `LinearTape.running`, every call of `linear` is a numbered product of the tape: products are counted from 0 in
 the order of their calls. The tape can record the output of a product, replay a recorded one instead of computing it,
 skip one whose value nobody reads, and sum the gradient of a weight in fp32 over many runs of the same layer.
@@ -60,23 +62,29 @@ class LinearTape:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
         """Compute, replay or skip the next product."""
         number, self.num_products = self.num_products, self.num_products + 1
         replayed, is_skipped = self._replayed.pop(number, None), number in self._skipped
+        weight_OI = weight.T if transposed else weight
         if self._sums is not None and torch.is_grad_enabled():
-            y = _SummedLinear.apply(x, weight.detach(), bias, self._sums.of(weight), replayed, is_skipped)
+            weight_sum = self._sums.of(weight)
+            if weight_sum is None and weight.requires_grad:
+                raise RuntimeError("a linear layer's weight is none of the parameters whose gradients are summed")
+            y = _SummedLinear.apply(x, weight_OI.detach(), bias, weight_sum, transposed, replayed, is_skipped)
         else:
-            y = _output(x, weight, bias, replayed, is_skipped)
+            y = _output(x, weight_OI, bias, replayed, is_skipped)
         if number in self._recorded:
             self._outputs.append(y)
         return y
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x [..., I] times weight [O, I], plus bias [O]: [..., O]."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """Compute x [..., I] times weight [O, I], or [I, O] if `transposed`, plus bias [O]: [..., O]."""
     tape = _running.get()
-    return F.linear(x, weight, bias) if tape is None else tape.product(x, weight, bias)
+    if tape is None:
+        return F.linear(x, weight.T if transposed else weight, bias)
+    return tape.product(x, weight, bias, transposed)
 
 
 class _SummedLinear(torch.autograd.Function):
@@ -87,11 +95,12 @@ class _SummedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         weight_sum: GradientSum | None,
+        transposed: bool,
         replayed: Tensor | None,
         is_skipped: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight, *[x] * (weight_sum is not None))
-        ctx.weight_sum = weight_sum
+        ctx.weight_sum, ctx.transposed = weight_sum, transposed
         return _output(x, weight, bias, replayed, is_skipped)
 
     @staticmethod
@@ -100,8 +109,9 @@ class _SummedLinear(torch.autograd.Function):
         weight, *saved_x = ctx.saved_tensors
         dy_TO = dy.flatten(0, -2)
         for x in saved_x:
-            ctx.weight_sum.add_product(dy_TO, x.flatten(0, -2))
-        return dy @ weight, None, dy_TO.sum(0) if ctx.needs_input_grad[2] else None, None, None, None
+            factors = dy_TO, x.flatten(0, -2)
+            ctx.weight_sum.add_product(*(factors[::-1] if ctx.transposed else factors))
+        return dy @ weight, None, dy_TO.sum(0) if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
 def _output(x: Tensor, weight: Tensor, bias: Tensor | None, replayed: Tensor | None, is_skipped: bool) -> Tensor:

@@ -21,9 +21,9 @@ def poisoned(layer, number):
     """Whether NaN in place of a product's output reaches a gradient."""
 
     class Poison(LinearTape):
-        def product(self, x, weight, bias):
+        def product(self, x, weight, bias, transposed=False):
             is_due = self.num_products == number
-            y = super().product(x, weight, bias)
+            y = super().product(x, weight, bias, transposed)
             return y + torch.nan if is_due else y
 
     x, o = residual().requires_grad_(), torch.ones(LENGTH, 2, *layer.heads, dtype=torch.float64).requires_grad_()

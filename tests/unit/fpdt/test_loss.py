@@ -15,6 +15,7 @@ from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import Stream
 from megatron.ops.attention.reference import ReferenceAttention
+from megatron.ops.linear import linear
 
 HIDDEN, CLASSES = 12, 37
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
@@ -24,12 +25,16 @@ class Head(nn.Module):
     def __init__(self, dtype, norm="layernorm", classes=CLASSES, scale=1.0):
         super().__init__()
         generator = torch.Generator().manual_seed(2)
+        self.num_classes = classes
         self.final_layernorm = NORMS[norm](HIDDEN, dtype=dtype)
         self.output_layer = nn.Linear(HIDDEN, classes, bias=False, dtype=dtype)
         with torch.no_grad():
             for p in self.final_layernorm.parameters():
                 p.add_(0.3 * torch.randn(HIDDEN, generator=generator))
             self.output_layer.weight.copy_(scale * torch.randn(classes, HIDDEN, generator=generator))
+
+    def logits(self, x):
+        return linear(self.final_layernorm(x), self.output_layer.weight, None)
 
 
 def stream_of(chunk_length=16, offloading=False):

@@ -22,23 +22,33 @@ def test_without_a_tape_it_is_torch_s_linear():
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("is_frozen", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("how", ["computed", "replayed", "skipped"])
-def test_gradients_are_torch_s_and_the_weight_s_go_to_the_sum(with_bias, is_frozen, how):
+def test_gradients_are_torch_s_and_the_weight_s_go_to_the_sum(with_bias, is_frozen, transposed, how):
     x, weight, bias = operands(bias=with_bias)
     leaf = x.clone().requires_grad_()
     dy = torch.randn(4, 2, 3, dtype=torch.float64)
     want_y = F.linear(leaf, weight, bias)
     inputs = [leaf, *([bias] if with_bias else [])]
     want_dw, want_dx, *want_db = torch.autograd.grad(want_y, [weight, *inputs], dy)
+    if transposed:
+        weight, want_dw = torch.nn.Parameter(weight.detach().T.contiguous()), want_dw.T
+    weight.requires_grad_(not is_frozen)
     sums = GradientSums([] if is_frozen else [weight])
     replayed = {0: want_y.detach()} if how == "replayed" else {}
     for _ in range(3):
         with LinearTape(replayed=replayed, skipped={0} if how == "skipped" else (), sums=sums).running():
-            y = linear(leaf, weight, bias)
+            y = linear(leaf, weight, bias, transposed)
         dx, *db = torch.autograd.grad(y, inputs, dy)
         torch.testing.assert_close([dx, *db], [want_dx, *want_db])
-        assert torch.equal(y, want_y) if how != "skipped" else y.shape == want_y.shape
+        assert torch.allclose(y, want_y) if how != "skipped" else y.shape == want_y.shape
     assert sums.of(weight) is None if is_frozen else torch.allclose(sums.of(weight).total, 3 * want_dw)
+
+
+def test_a_weight_without_a_sum_is_refused():
+    x, weight, bias = operands()
+    with LinearTape(sums=GradientSums([])).running(), pytest.raises(RuntimeError, match="none of the parameters"):
+        linear(x, weight, bias)
 
 
 def test_a_tape_counts_products_and_records_those_asked_for():
