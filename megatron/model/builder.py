@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron.config import ModelConfig, Recompute
+from megatron.core.head_layout import HeadLayout
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.device_budget import NO_DEVICE_MEMORY, DeviceBudget
 from megatron.fpdt.observer import Observer
@@ -17,7 +18,7 @@ from megatron.model.layers import attention_request, has_short_tiles, head_layou
 from megatron.model.plain import PlainExecution
 from megatron.model.streamed import StreamedExecution
 from megatron.model.transformer import GPTModel
-from megatron.ops.attention import choose_backend
+from megatron.ops.attention import AttentionBackend, choose_backend
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,21 @@ def build_execution(
     attention = choose_backend(
         config.attention_backend, request, has_short_tiles(config, heads.num_ranks, execution.documents)
     )
+    return execution_on(execution, parallel_state, heads, attention, device, config.seq_length)
+
+
+def execution_on(
+    execution: Execution,
+    parallel_state: ParallelState,
+    heads: HeadLayout,
+    attention: AttentionBackend,
+    device: torch.device,
+    seq_length: int,
+) -> PlainExecution | StreamedExecution:
+    """Choose the execution of layers with these `heads`, which attend by `attention`."""
     offloading = execution.fpdt and execution.offloading
     store = ChunkStore(device, offloading, execution.device_budget, execution.host_memory_bytes)
-    chunk_length = execution.chunk_size if execution.fpdt else config.seq_length
+    chunk_length = execution.chunk_size if execution.fpdt else seq_length
     stream = Stream(
         store,
         attention,

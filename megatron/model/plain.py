@@ -56,9 +56,7 @@ class PlainExecution:
         layer.set_core_attention(UlyssesAttention(self.stream, number))
         layer.forward = partial(self._run, number, partial(self._run_layer, number, layer.forward))
 
-    def embedding(
-        self, module: StreamableEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor
-    ) -> Tensor:
+    def embedding(self, module: StreamableEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
         return stream_embedding(self.stream, module, tokens_BS, positions_BS, anchor)
 
     def loss(self, module: StreamableHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:

@@ -30,9 +30,7 @@ class StreamedExecution:
         layer.set_core_attention(StreamedAttention())
         layer.forward = StreamedBlock(self.stream, layer, self._chain)
 
-    def embedding(
-        self, module: StreamableEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor
-    ) -> Tensor:
+    def embedding(self, module: StreamableEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
         return stream_embedding(self.stream, module, tokens_BS, positions_BS, anchor)
 
     def loss(self, module: StreamableHead, x_SBh: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:

@@ -41,9 +41,7 @@ class ExecutableLayer(Layer, Protocol):
 class ModelExecution(Protocol):
     """Runs the parts of a model on this rank's tokens, and decides where tensors are stored in between."""
 
-    def embedding(
-        self, module: StreamableEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor
-    ) -> Tensor:
+    def embedding(self, module: StreamableEmbedding, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
         """Embed this rank's tokens: the residual stream [S/p, B, h]."""
         ...
 

@@ -1,0 +1,92 @@
+"""Unmodified transformers models through the stream: loss and every gradient are transformers' own."""
+
+import pytest
+import torch
+
+from megatron.config import Recompute
+from megatron.core.documents import Documents
+from megatron.core.parallel_state import ParallelState
+from megatron.hf.building import build_hugging_face_model
+from megatron.hf.errors import UnsupportedModelError
+from megatron.hf.library import stream_model
+from megatron.model.builder import Execution
+from tests.unit.hf.families import (
+    BATCH,
+    FAMILIES,
+    LENGTH,
+    build,
+    eager_loss,
+    float64_stays,
+    inputs,
+    results,
+    worst_error,
+)
+
+PLAIN = Execution()
+STREAMED = Execution(fpdt=True, chunk_size=9, slice_length=4)
+OFFLOADED = Execution(fpdt=True, chunk_size=9, slice_length=4, offloading=True, recompute=Recompute.NONE)
+EXECUTIONS = {"plain": PLAIN, "streamed": STREAMED, "offloaded": OFFLOADED}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_transformers(family):
+    with float64_stays():
+        model = build(family)
+        want = results(model, eager_loss(model, *inputs()))
+        for name, execution in EXECUTIONS.items():
+            streamed = build_hugging_face_model(build(family), ParallelState(), execution)
+            error, where = worst_error(results(streamed, streamed(*inputs())), want)
+            assert error < 1e-12, (name, where)
+
+
+SPANS = ((0, 5), (5, 6), (6, 20), (20, 23))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_documents_are_those_alone(family):
+    starts = [[start for start, _ in SPANS]] * BATCH
+    tokens, labels, mask, _ = inputs()
+    positions = torch.cat([torch.arange(end - start) for start, end in SPANS]).expand(BATCH, LENGTH)
+    with float64_stays():
+        model = build(family)
+        parts = [[t[:, slice(*span)] for t in (tokens, labels, mask, positions)] for span in SPANS]
+        want = results(model, sum(eager_loss(model, *part) for part in parts))
+        for name, execution in EXECUTIONS.items():
+            streamed = build_hugging_face_model(build(family), ParallelState(), execution)
+            loss = streamed(tokens, labels, mask, positions, Documents.from_starts(starts, LENGTH))
+            error, where = worst_error(results(streamed, loss), want)
+            assert error < 1e-12, (name, where)
+        library = stream_model(build(family), chunk_size=7)
+        loss = library(tokens, labels, mask, positions)
+        error, where = worst_error(results(library, loss * mask.sum()), want)
+        assert error < 1e-12, where
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS.values(), ids=EXECUTIONS)
+def test_dropout_draws_the_same_numbers_in_the_backward_pass(execution):
+    model = build("gpt2", resid_pdrop=0.3, embd_pdrop=0.2).train()
+    streamed = build_hugging_face_model(model, ParallelState(), execution)
+
+    def loss_at(step):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for p, d in zip(streamed.parameters(), directions, strict=True):
+                p.add_(step * d)
+        return streamed(*inputs())
+
+    with float64_stays():
+        directions = [torch.zeros_like(p) for p in streamed.parameters()]
+        gradients = results(streamed, loss_at(0.0))
+        directions = [torch.randn_like(p) for p in streamed.parameters()]
+        up, down = float(loss_at(1e-5)), float(loss_at(-2e-5))
+        slope = sum(
+            float((gradients[n] * d).sum()) for (n, _), d in zip(streamed.named_parameters(), directions, strict=False)
+        )
+        assert (up - down) / 2e-5 == pytest.approx(slope, rel=1e-6)
+        assert float(gradients["loss"]) != pytest.approx(float(streamed.eval()(*inputs())), rel=1e-3)
+
+
+def test_attention_dropout_is_refused_with_fpdt_alone():
+    with pytest.raises(UnsupportedModelError, match="attention dropout"):
+        build_hugging_face_model(build("llama", attention_dropout=0.1).train(), ParallelState(), STREAMED)
+    build_hugging_face_model(build("llama", attention_dropout=0.1).train(), ParallelState(), PLAIN)(*inputs())
