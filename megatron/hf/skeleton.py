@@ -22,8 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# A check of transformers that waits for the device.
-_LOOKS_AT_TOKENS = "warn_if_padding_and_no_attention_mask"
+# Attributes of transformers' modules: the stream recomputes activations by itself, and a check of the tokens would
+# wait for the device.
+_REPLACED: dict[str, Any] = {
+    "gradient_checkpointing": False,
+    "warn_if_padding_and_no_attention_mask": lambda *tokens_and_mask: None,
+}
 
 # Takes the number of a layer, its input and its other arguments; returns its output.
 Visit = Callable[[int, Tensor, dict[str, Any]], Tensor]
@@ -49,10 +53,9 @@ class Skeleton:
             names = list(inspect.signature(type(layer).forward).parameters)[1:]
             layer.forward = partial(self._stub, number, names)
         for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.gradient_checkpointing = False  # the stream recomputes by itself
-            if hasattr(module, _LOOKS_AT_TOKENS):
-                setattr(module, _LOOKS_AT_TOKENS, lambda *tokens_and_mask: None)
+            for name, replacement in _REPLACED.items():
+                if hasattr(module, name):
+                    setattr(module, name, replacement)
 
     def run(self, visit: Visit, tensors: Mapping[str, Tensor] | None = None, **inputs: Any) -> Any:
         """Run the model; `visit` stands in for the layers, and `tensors` by name for parameters and buffers."""

@@ -68,12 +68,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A model with random weights, the same for every call."""
+def config_of(family: str, **changes: Any) -> Any:
+    """The configuration of a family's tiny model."""
     kind, differences = FAMILIES[family]
-    torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**{**SIZES, **differences, **changes})
     config._experts_implementation = "eager"
+    return config
+
+
+def build(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """A model with random weights, the same for every call."""
+    torch.manual_seed(0)
+    config = config_of(family, **changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

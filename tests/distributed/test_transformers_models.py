@@ -1,0 +1,72 @@
+"""Under DeepSpeed, a transformers model trains as transformers trains it in one process."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.rank_pool import RankPool
+from tests.distributed.transformers_case import NUM_STEPS, Case, Trained, resume, train, transformers_alone
+
+CASES = [
+    Case("llama-tied", zero_stage=3, offloading=True),
+    Case("llama-tied", zero_stage=1, sequence_parallel_size=2),
+    Case("qwen3_moe", zero_stage=3, sequence_parallel_size=2),
+    Case("gpt2", zero_stage=3, fpdt=False, sequence_parallel_size=2),
+    Case("deepseek_v3", zero_stage=1, offloading=True),
+    Case("gpt_neox", zero_stage=0),
+]
+WITH_FOUR = [
+    Case("llama-tied", zero_stage=3, num_ranks=4, sequence_parallel_size=4, offloading=True),
+    Case("qwen3_moe", zero_stage=3, num_ranks=4, sequence_parallel_size=2),
+]
+# A checkpoint of one case is resumed by the other.
+RESUMED = [(CASES[0], CASES[1]), (CASES[1], CASES[0]), (CASES[2], CASES[2])]
+
+
+@cache
+def alone(family: str, num_samples: int) -> Trained:
+    return transformers_alone(Case(family, zero_stage=0, num_ranks=num_samples))
+
+
+def assert_same(got: Trained, case: Case, first: int = 0) -> None:
+    want = alone(case.family, case.num_samples)
+    assert got.losses == pytest.approx(want.losses[first:], rel=1e-5)
+    assert got.norms == pytest.approx(want.norms[first:], rel=1e-4)
+    assert got.evaluated == pytest.approx(want.evaluated, rel=1e-5)
+    assert got.weights.keys() == want.weights.keys()
+    for name, weight in want.weights.items():
+        torch.testing.assert_close(got.weights[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("transformers")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[Case, Trained]:
+    results: dict[Case, Trained] = {}
+    for cases in (CASES, WITH_FOUR):
+        with RankPool() as pool:
+            ranks = pool.run(train, cases, folder, num_ranks=cases[0].num_ranks, timeout_seconds=300)
+        results |= zip(cases, ranks[0], strict=True)
+    return results
+
+
+@pytest.mark.parametrize("case", CASES + WITH_FOUR, ids=str)
+def test_training_is_that_of_transformers(trained: dict[Case, Trained], case: Case) -> None:
+    assert_same(trained[case], case)
+
+
+def test_a_checkpoint_is_resumed_at_any_stage(folder: Path, trained: dict[Case, Trained]) -> None:
+    swapped = [
+        (folder / str(saved), replace(other, sequence_parallel_size=saved.sequence_parallel_size))
+        for saved, other in RESUMED
+    ]
+    with RankPool() as pool:
+        results = pool.run(resume, swapped, num_ranks=2, timeout_seconds=300)[0]
+    for (_, case), result in zip(swapped, results, strict=True):
+        assert_same(result, case, first=NUM_STEPS // 2)
