@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def generator_state(device: torch.device) -> Tensor:
+    """Return the state of the device's default generator, on the host, without waiting for the device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
 class RandomStates:
     """States of the device's default generator by key, recorded in the forward pass and replayed in any order.
 
@@ -50,7 +55,7 @@ class RandomStates:
             self._set(current)
 
     def _get(self) -> Tensor:
-        return torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
+        return generator_state(self._device)
 
     def _set(self, state: Tensor) -> None:
         if self._device.type == "cuda":

@@ -16,7 +16,7 @@ from megatron.hf.inspection import ModelFacts, decoder_layers, inspect_model
 from megatron.hf.model import HuggingFaceModel
 from megatron.hf.skeleton import Skeleton
 from megatron.model.builder import Execution, execution_on
-from megatron.ops.attention import AttentionBackend, AttentionRequest, AttentionUnavailable, choose_backend
+from megatron.ops.attention import AttentionBackend, AttentionRequest, choose_backend
 
 Model = TypeVar("Model", bound=HuggingFaceModel)
 
@@ -35,7 +35,7 @@ def build_hugging_face_model(
         AttentionUnavailable: no attention kernel, or not the one called `backend`, serves the model.
     """
     register()
-    skeleton = Skeleton(model, [*decoder_layers(model)])
+    skeleton = Skeleton(model, decoder_layers(model))
     facts = inspect_model(skeleton)
     if execution.fpdt and model.training and any(layer.dropout for layer in facts.layers):
         raise UnsupportedModelError("attention dropout cannot be replayed by FPDT; set attention_dropout to 0")
@@ -60,13 +60,7 @@ def _heads(facts: ModelFacts, num_ranks: int) -> HeadLayout:
 def _backend(name: str, facts: ModelFacts, parameter: nn.Parameter, short_tiles: bool) -> AttentionBackend:
     """Return the attention backend that serves every layer."""
     size = max(layer.head_size for layer in facts.layers)
+    variants = tuple(dict.fromkeys(layer.variant for layer in facts.layers))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    requests = [
-        AttentionRequest(parameter.device, parameter.dtype, size, variant, deterministic)
-        for variant in dict.fromkeys(layer.variant for layer in facts.layers)
-    ]
-    candidates = [choose_backend(name, request, short_tiles) for request in requests]
-    for backend in candidates:
-        if all(backend.refusal(request) is None for request in requests):
-            return backend
-    raise AttentionUnavailable("no attention backend serves all layers of the model")
+    request = AttentionRequest(parameter.device, parameter.dtype, size, variants, deterministic)
+    return choose_backend(name, request, short_tiles)

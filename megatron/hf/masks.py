@@ -34,10 +34,7 @@ class LayerMask:
 
     def variant(self, scale: float, softcap: float | None) -> AttentionVariant:
         """Return how a sequence attends with this mask."""
-        for name, value in (("sliding windows", self.window), ("local blocks", self.local_block), ("softcap", softcap)):
-            if value is not None:
-                raise UnsupportedModelError(f"{name} ({value}) in attention are not supported")
-        return AttentionVariant(scale)
+        return AttentionVariant(scale, softcap, self.window, self.local_block)
 
 
 def mask_of(mask: MaskStandIn, settings: Settings, name: str) -> LayerMask:

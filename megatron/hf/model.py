@@ -11,6 +11,7 @@ they have in transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.core.documents import Documents
+from megatron.fpdt.random_state import generator_state
 from megatron.hf.attention import LayerCall, attending
 from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.inspection import LayerFacts, ModelFacts
@@ -31,28 +33,40 @@ from megatron.model.transformer import LanguageModel, ModelExecution
 class Unit(nn.Module):
     """A part of the model, whose weights are gathered together."""
 
-    def __init__(self, skeleton: Skeleton, modules: Iterable[nn.Module], random: bool) -> None:
+    def __init__(self, skeleton: Skeleton, modules: Iterable[nn.Module]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(modules)
-        self._skeleton, self._random = skeleton, random
+        self._skeleton = skeleton
+        self._draws: bool | None = None
         put_on_tape(self)
 
     @property
     def uses_dropout(self) -> bool:
-        """Whether the unit may draw random numbers now."""
-        return self.training and self._random
+        """Whether the unit draws random numbers now; also before its first run in training, which tells."""
+        return self.training and self._draws is not False
+
+    @contextmanager
+    def _noting_random_numbers(self, device: torch.device) -> Iterator[None]:
+        """Learn from the first whole run in training whether the unit draws random numbers, whatever it draws for."""
+        if not self.training or self._draws is not None:
+            yield
+            return
+        before = generator_state(device)
+        yield
+        self._draws = not torch.equal(before, generator_state(device))
 
 
 class EmbeddingUnit(Unit):
     """All modules with parameters before the first layer."""
 
-    def __init__(self, skeleton: Skeleton, facts: ModelFacts, execution: ModelExecution, random: bool) -> None:
-        super().__init__(skeleton, facts.embedding, random)
+    def __init__(self, skeleton: Skeleton, facts: ModelFacts, execution: ModelExecution) -> None:
+        super().__init__(skeleton, facts.embedding)
         self.execution, self.hidden_size = execution, facts.hidden_size
 
     def embed(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Embed any tokens of the sequence: [S, B, h]."""
-        return self._skeleton.embed(tokens_BS, positions_BS).transpose(0, 1).contiguous()
+        with self._noting_random_numbers(tokens_BS.device):
+            return self._skeleton.embed(tokens_BS, positions_BS).transpose(0, 1).contiguous()
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor, anchor: Tensor) -> Tensor:
         return self.execution.embedding(self, tokens_BS, positions_BS, anchor)
@@ -63,8 +77,8 @@ class DecoderLayer(Unit):
 
     core_attention: CoreAttention
 
-    def __init__(self, skeleton: Skeleton, number: int, facts: LayerFacts, head_size: int, random: bool) -> None:
-        super().__init__(skeleton, [skeleton.layers[number]], random)
+    def __init__(self, skeleton: Skeleton, number: int, facts: LayerFacts, head_size: int) -> None:
+        super().__init__(skeleton, [skeleton.layers[number]])
         self.layer_number, self.variant = number + 1, facts.variant
         self._number, self._facts, self._head_size = number, facts, head_size
 
@@ -75,7 +89,7 @@ class DecoderLayer(Unit):
         """Return the residual stream [S, B, h] after the layer."""
         x_BSh = x_SBh.transpose(0, 1).contiguous()
         arguments = self._skeleton.arguments(self._facts.same_arguments_as, x_BSh, positions_BS)
-        with attending(partial(self._attend, documents)):
+        with self._noting_random_numbers(x_SBh.device), attending(partial(self._attend, documents)):
             y_BSh = self._skeleton.layer_forward(self._number, x_BSh, arguments)
         return y_BSh.transpose(0, 1).contiguous()
 
@@ -100,7 +114,7 @@ class HeadUnit(Unit):
     """All modules with parameters after the last layer."""
 
     def __init__(self, skeleton: Skeleton, facts: ModelFacts, execution: ModelExecution) -> None:
-        super().__init__(skeleton, facts.head, random=False)
+        super().__init__(skeleton, facts.head)
         self.execution, self.num_classes = execution, facts.num_classes
 
     def logits(self, x_Nh: Tensor) -> Tensor:
@@ -122,11 +136,10 @@ class HuggingFaceModel(LanguageModel):
         self.execution = execution
         # Not registered as a module: DeepSpeed's hooks are for the units alone.
         self.skeleton = skeleton
-        random = draws_random_numbers(skeleton.model)
         head_size = max(each.head_size for each in facts.layers)
-        self.embedding = EmbeddingUnit(skeleton, facts, execution, random)
+        self.embedding = EmbeddingUnit(skeleton, facts, execution)
         self.layers = nn.ModuleList(
-            DecoderLayer(skeleton, number, each, head_size, random) for number, each in enumerate(facts.layers)
+            DecoderLayer(skeleton, number, each, head_size) for number, each in enumerate(facts.layers)
         )
         self.head = HeadUnit(skeleton, facts, execution)
 
@@ -166,14 +179,3 @@ class HuggingFaceModel(LanguageModel):
 
         self.skeleton.model._apply(convert)
         return self
-
-
-def draws_random_numbers(model: Any) -> bool:
-    """Whether any setting of a model asks for dropout or noise."""
-    settings = model.config.get_text_config().to_dict()
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-        return True
-    return any(
-        ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
-        for name, value in settings.items()
-    )

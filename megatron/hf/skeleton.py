@@ -40,11 +40,19 @@ class _Reached(BaseException):
         self.x, self.arguments = x, arguments
 
 
+class _Layers(nn.ModuleList):
+    """A list of layers of which a slice is a plain list: models take one whenever they run."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return [*self._modules.values()][index] if isinstance(index, slice) else super().__getitem__(index)
+
+
 class Skeleton:
     """A model and its decoder layers, replaced by stubs. `layer_forward` runs a layer itself."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: nn.ModuleList) -> None:
         self.model, self.layers = model, tuple(layers)
+        layers.__class__ = _Layers
         self.returns_tuples = False
         """Whether the model takes a layer's output as the first of a tuple."""
         self._visit: Visit | None = None

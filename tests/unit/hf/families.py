@@ -44,7 +44,9 @@ MLA = {
 }
 SCALES = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0}
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-FULL = {"layer_types": ["full_attention"] * 3}
+SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GEMMA2 = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12}
+LLAMA4 = {"attention_chunk_size": 8, "intermediate_size_mlp": 48}
 # name: (transformers' model type, what differs from SIZES)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -64,6 +66,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax_m2": ("minimax_m2", EXPERTS),
     "gpt_neox": ("gpt_neox", {}),
     "gpt2": ("gpt2", GPT2 | {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": 7}),
+    "phi3": ("phi3", {"sliding_window": 7}),
+    "phimoe": ("phimoe", EXPERTS | {"sliding_window": 7}),
+    "gemma2": ("gemma2", SLIDING | GEMMA2),
+    "gemma3": ("gemma3_text", SLIDING | {"query_pre_attn_scalar": 12}),
+    "olmo3": ("olmo3", SLIDING),
+    "cohere2": ("cohere2", SLIDING | {"logit_scale": 0.3}),
+    "gpt_oss": ("gpt_oss", EXPERTS | SLIDING),
+    "llama4": ("llama4_text", EXPERTS | LLAMA4),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }
 

@@ -31,10 +31,10 @@ EXECUTIONS = {"plain": PLAIN, "streamed": STREAMED, "offloaded": OFFLOADED}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_transformers(family):
     with float64_stays():
-        model = build(family)
+        model = build(family).eval()
         want = results(model, eager_loss(model, *inputs()))
         for name, execution in EXECUTIONS.items():
-            streamed = build_hugging_face_model(build(family), ParallelState(), execution)
+            streamed = build_hugging_face_model(build(family).eval(), ParallelState(), execution)
             error, where = worst_error(results(streamed, streamed(*inputs())), want)
             assert error < 1e-12, (name, where)
 
@@ -84,6 +84,16 @@ def test_dropout_draws_the_same_numbers_in_the_backward_pass(execution):
         )
         assert (up - down) / 2e-5 == pytest.approx(slope, rel=1e-6)
         assert float(gradients["loss"]) != pytest.approx(float(streamed.eval()(*inputs())), rel=1e-3)
+
+
+@pytest.mark.parametrize("family, draws", [("llama", False), ("phimoe", True)])
+def test_random_numbers_that_no_dropout_asks_for_are_noticed(family, draws):
+    model = build(family, router_jitter_noise=0.0, input_jitter_noise=0.0).train()
+    streamed = build_hugging_face_model(model, ParallelState(), STREAMED)
+    with float64_stays():
+        streamed(*inputs()).backward()
+    assert [layer.uses_dropout for layer in streamed.layers] == [draws] * 3
+    assert not any(unit.uses_dropout for unit in streamed.eval().layers)
 
 
 def test_attention_dropout_is_refused_with_fpdt_alone():
