@@ -215,6 +215,7 @@ class BackwardPass:
 
         with torch.enable_grad(), states.replay(random_key(key, "before")), named_range(TOKEN_WISE):
             y = self._layer.run(x, positions, tape, attend)
+        trace.check(tape)
         y_edge = get_gradient_edge(y)
         del y
         shares = project is not None and trace.shares_nodes

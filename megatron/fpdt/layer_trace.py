@@ -51,9 +51,22 @@ class LayerTrace:
     """Whether the graph of y has nodes in common with that of the attention call's arguments."""
 
     @property
+    def num_products(self) -> int:
+        """Products of every run."""
+        return len(self.before) + len(self.needed_after) + len(self.skipped_after)
+
+    @property
     def skipped(self) -> frozenset[int]:
         """Products whose outputs the gradients of y do not read, if the attention output is known."""
         return self.before_attention_alone | self.skipped_after
+
+    def check(self, tape: LinearTape) -> None:
+        """Raise RuntimeError unless a whole run had as many products as the one that was traced."""
+        if tape.num_products != self.num_products:
+            raise RuntimeError(
+                f"the layer has run {tape.num_products} linear layers on a slice, and {self.num_products} on another; "
+                "which ones run must not depend on the tokens"
+            )
 
     def saved_before(self, recompute: Recompute) -> tuple[int, ...]:
         """Return the products before the attention call whose outputs the forward pass saves on the tier."""

@@ -100,7 +100,8 @@ def attention_function(
     sinks, dropout = how.pop("s_aux", None), how.pop("dropout", 0.0)
     if how.pop("is_causal", None) is False:
         raise UnsupportedModelError(f"{type(module).__name__} asks for attention to later tokens (is_causal=False)")
-    unknown = sorted(name for name, value in how.items() if name not in _NEUTRAL and value not in (None, False))
+    given = (name for name, value in how.items() if value is not None and value is not False)
+    unknown = sorted(name for name in given if name not in _NEUTRAL)
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which the stream does not know"

@@ -78,7 +78,21 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 def inspect_model(skeleton: Skeleton) -> ModelFacts:
     """Find the parts of a model; its `skeleton` then bypasses what it has to. UnsupportedModelError for others."""
+    try:
+        return _inspect(skeleton)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # the model's own code may raise any
+        name = type(skeleton.model).__name__
+        raise UnsupportedModelError(
+            f"{name} cannot be run without its layers, and is not streamed: {_first_line(error)}"
+        ) from error
+
+
+def _inspect(skeleton: Skeleton) -> ModelFacts:
     model: Any = skeleton.model
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise UnsupportedModelError("the auxiliary loss of routers is not supported; set output_router_logits to false")
     set_attention(model, STREAMED)
     run = _TracedRun(skeleton)
     run.from_tokens()
@@ -203,13 +217,20 @@ class _TracedRun:
         def attend(call: LayerCall) -> Tensor:
             raise _Attention(call)
 
+        error: Exception | None = None
         try:
             with attending(attend):
                 self._skeleton.layer_forward(number, x, arguments)
         except _Attention as reached:
             return reached.call
-        name = type(self._skeleton.layers[number]).__name__
-        raise UnsupportedModelError(f"layer {number} ({name}) does not call attention, and cannot be streamed")
+        except UnsupportedModelError:
+            raise
+        except Exception as raised:  # what follows attention may not run on the meta device
+            error = raised
+        name, reason = type(self._skeleton.layers[number]).__name__, f" before {_first_line(error)}" if error else ""
+        raise UnsupportedModelError(
+            f"layer {number} ({name}) does not call attention{reason}, and cannot be streamed"
+        ) from error
 
 
 class _OutputTaken(BaseException):
@@ -314,6 +335,10 @@ def _tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Mapping):
         value = list(value.values())
     return [tensor for each in value for tensor in _tensors_in(each)] if isinstance(value, tuple | list) else []
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _on_meta(tensor: Any) -> Tensor:
