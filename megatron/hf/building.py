@@ -12,6 +12,7 @@ from megatron.core.head_layout import HeadLayout
 from megatron.core.parallel_state import ParallelState
 from megatron.hf.attention import register
 from megatron.hf.errors import UnsupportedModelError
+from megatron.hf.fusion import fuse_modules
 from megatron.hf.inspection import ModelFacts, decoder_layers, inspect_model
 from megatron.hf.model import HuggingFaceModel
 from megatron.hf.skeleton import Skeleton
@@ -37,6 +38,7 @@ def build_hugging_face_model(
     register()
     skeleton = Skeleton(model, decoder_layers(model))
     facts = inspect_model(skeleton)
+    fuse_modules(model)
     if execution.fpdt and model.training and any(layer.dropout for layer in facts.layers):
         raise UnsupportedModelError("attention dropout cannot be replayed by FPDT; set attention_dropout to 0")
     heads = _heads(facts, parallel_state.sequence_parallel_size)
