@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.hf.library import stream_model
+from megatron.hf import stream_model
 from tests.distributed.rank_pool import RankPool
 from tests.unit.hf.families import build, eager_loss, float64_stays, inputs, results, worst_error
 

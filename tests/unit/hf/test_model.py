@@ -6,9 +6,9 @@ import torch
 from megatron.config import Recompute
 from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
+from megatron.hf import stream_model
 from megatron.hf.building import build_hugging_face_model
 from megatron.hf.errors import UnsupportedModelError
-from megatron.hf.library import stream_model
 from megatron.model.builder import Execution
 from tests.unit.hf.families import (
     BATCH,
