@@ -113,7 +113,7 @@ def from_hugging_face(
         WeightsError: as HuggingFaceWeights, or `out` exists already.
     """
     weights = HuggingFaceWeights(source, make_vocab_size_divisible_by)
-    with _Progress(out, settings, with_manifest=True) as writer:
+    with ReportingWriter(out, settings, with_manifest=True) as writer:
         for name in weights.names:
             writer.add(name, weights.get(name))
         weights.portable.write(writer.staging)
@@ -140,7 +140,7 @@ def from_our_names(source: WeightSource, portable: PortableConfig, out: Path, se
     WeightsError if a tensor is absent, unknown or of another shape, or `out` exists already.
     """
     shapes = check_ours(source, portable)
-    with _Progress(out, settings, with_manifest=True) as writer:
+    with ReportingWriter(out, settings, with_manifest=True) as writer:
         for name in shapes:
             writer.add(name, source.get(name))
         portable.write(writer.staging)
@@ -169,7 +169,7 @@ def to_hugging_face(
         )
     family = choose_family(portable, model_type)
     check_ours(source, portable)
-    with _Progress(out, settings, with_manifest=False) as writer:
+    with ReportingWriter(out, settings, with_manifest=False) as writer:
         for parameter in _parameters(family, portable.model, portable.padded_vocab_size):
             ours = source.get(parameter.ours)
             if parameter.ours in TOKEN_ROWS:
@@ -239,7 +239,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-class _Progress:
+class ReportingWriter:
     """A writer that casts if asked, and reports each shard as it begins."""
 
     def __init__(self, out: Path, settings: Settings, with_manifest: bool) -> None:
@@ -256,7 +256,7 @@ class _Progress:
             self._num_reported = self._writer.num_shards
             self._settings.report(f"shard {self._num_reported} of {self._writer.folder}, from {name} on")
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> ReportingWriter:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, *_: object) -> None:

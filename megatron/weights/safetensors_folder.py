@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from megatron.core.atomic_file import flush_to_disk, temporary_path
 from megatron.core.json_text import parse_object
@@ -92,14 +92,20 @@ class SafetensorsFolder:
 
     def get(self, name: str) -> Tensor:
         """Read one tensor into CPU memory of its own, in its stored dtype."""
+        shape = self.shape(name)
+        return self.read(name, 0, Size(shape).numel()).view(shape)
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """Read elements [start, start + count) of the flattened tensor, and no others; [count], in its stored dtype."""
         stored = self._find(name)
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        values = torch.empty(count, dtype=stored.dtype)
+        offset = stored.start + start * values.element_size()
         with stored.file.open("rb") as file:
-            file.seek(stored.start)
-            num_read = file.readinto(_bytes_of(tensor))
-        if num_read != stored.end - stored.start:
-            raise WeightsError(_cut_off(stored.file, stored.start + num_read, stored.end))
-        return tensor
+            file.seek(offset)
+            num_read = file.readinto(_bytes_of(values))
+        if num_read != values.nbytes:
+            raise WeightsError(_cut_off(stored.file, offset + num_read, stored.end))
+        return values
 
     def same(self, first: str, second: str) -> bool:
         """Return whether two tensors are bit-equal, reading a few megabytes of each at a time."""
@@ -138,8 +144,7 @@ class SafetensorsWriter:
         self._finish_files = seal_safetensors if with_manifest else flush_files
         if max_shard_bytes < 1:
             raise WeightsError(f"the size of a shard ({max_shard_bytes}) must be 1 byte or more; use for example 5e9.")
-        if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
-            raise WeightsError(f"{self.folder} exists and is not an empty folder; name a new one, or remove it.")
+        check_new(self.folder)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.staging = temporary_path(self.folder)
         self.staging.mkdir()
@@ -220,6 +225,12 @@ class SafetensorsWriter:
     def _write_index(self, weight_map: Mapping[str, str]) -> None:
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (self.staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def check_new(folder: Path) -> None:
+    """Raise WeightsError if a folder exists and is not empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise WeightsError(f"{folder} exists and is not an empty folder; name a new one, or remove it.")
 
 
 class _ShardWriter:
