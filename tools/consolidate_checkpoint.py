@@ -33,6 +33,7 @@ from megatron.weights.errors import WeightsError
 from megatron.weights.opening import newest_checkpoint, open_state
 from megatron.weights.portable import write_portable
 from megatron.weights.portable_config import CONFIG_FILE
+from megatron.weights.published_config import PUBLISHED_FILE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ONE_FILE_BYTES = 2**62
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with progress_bar("tensor", len(source.names)) as bar:
             write_portable(
                 source,
-                path / CONFIG_FILE,
+                [path / CONFIG_FILE, path / PUBLISHED_FILE],
                 arguments.output,
                 DTYPES[arguments.dtype],
                 max_bytes,

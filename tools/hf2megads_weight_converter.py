@@ -9,6 +9,7 @@
 to-megatron converts a Hugging Face folder (config.json and safetensors) to portable weights, which --load reads, and
 prints the flags of pretrain_gpt.py that describe the model. It also reads checkpoints of upstream's Megatron-DeepSpeed.
 to-hf converts portable weights, or a training checkpoint, to a folder that AutoModelForCausalLM.from_pretrained reads.
+A checkpoint of --hf-model becomes a folder of that model, with the names and the config.json that it is published with.
 One parameter is in memory at a time, and OUT appears only when it is complete. flags only prints the flags that
 to-megatron prints, in one line, and writes nothing.
 """
@@ -51,7 +52,8 @@ from megatron.weights.hugging_face import (
 )
 from megatron.weights.megatron_deepspeed import MegatronDeepSpeedCheckpoint, is_megatron_deepspeed
 from megatron.weights.opening import newest_checkpoint, open_state
-from megatron.weights.portable_config import CONFIG_FILE, PortableConfig
+from megatron.weights.portable_config import CONFIG_FILE, PortableConfig, read_json
+from megatron.weights.published_config import PUBLISHED_FILE
 from megatron.weights.safetensors_folder import DEFAULT_MAX_SHARD_BYTES
 from megatron.weights.source import WeightSource
 
@@ -80,6 +82,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tokenizer", type=Path, metavar="FOLDER",
         help="for a model trained from scratch: use this tokenizer.json, its vocabulary and its end of text",
     )  # fmt: skip
+    to_hf.add_argument(
+        "--max-position-embeddings", type=int, metavar="N",
+        help="of a checkpoint of --hf-model: context length to write into config.json [the model's own]",
+    )  # fmt: skip
     to_hf.add_argument("--vocab-size", type=int, help="rows to keep [those before the padding, where it is known]")
     add_verification_argument(to_hf)
     flags = directions.add_parser("flags", help="the flags of pretrain_gpt.py that describe a Hugging Face model")
@@ -87,7 +93,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     translation = translate(argv) if is_upstream_line(argv) else Translation(argv)
     arguments = parser.parse_args(translation.argv, argparse.Namespace(translation=translation))
-    for flag in ("max_shard_size", "make_vocab_size_divisible_by", "vocab_size"):
+    for flag in ("max_shard_size", "make_vocab_size_divisible_by", "vocab_size", "max_position_embeddings"):
         value = getattr(arguments, flag, None)
         if value is not None and not 1 <= value < 2**63:
             shown = f"{value:g}" if isinstance(value, float) else value
@@ -144,7 +150,13 @@ def opened(path: Path, with_hashes: bool) -> tuple[PortableConfig, WeightSource]
 
 def to_hf(arguments: argparse.Namespace, settings: Settings) -> None:
     """Write a Hugging Face folder."""
-    portable, weights = opened(newest_checkpoint(arguments.source), with_hashes=not arguments.no_verify_checkpoint)
+    path = newest_checkpoint(arguments.source)
+    if (path / PUBLISHED_FILE).is_file():
+        published_to_hf(path, arguments, settings)
+        return
+    if arguments.max_position_embeddings is not None:
+        raise WeightsError("--max-position-embeddings is for checkpoints of --hf-model; leave it out.")
+    portable, weights = opened(path, with_hashes=not arguments.no_verify_checkpoint)
     beside = [arguments.source]
     if arguments.like is not None:
         like = read_hugging_face_config(arguments.like)
@@ -159,6 +171,29 @@ def to_hf(arguments: argparse.Namespace, settings: Settings) -> None:
         portable = replace(portable, vocab_size=arguments.vocab_size)
     family = to_hugging_face(weights, portable, arguments.out, settings, beside, arguments.model_type)
     print(f"{arguments.out} is written, a {family.architecture}.")
+
+
+def published_to_hf(path: Path, arguments: argparse.Namespace, settings: Settings) -> None:
+    """Write the folder of the Hugging Face model that the checkpoint at `path` is of."""
+    from megatron.hf.export import Target, save_folder  # imports transformers
+
+    for flag in ("model_type", "vocab_size"):
+        if getattr(arguments, flag) is not None:
+            raise WeightsError(
+                f"--{flag.replace('_', '-')} has no effect on a checkpoint of --hf-model, whose model is described in "
+                f"{path / PUBLISHED_FILE}; leave it out."
+            )
+    trained_from = read_json(path / CONFIG_FILE).get("model", {}).get("hf_model")
+    folders = (arguments.like, arguments.tokenizer, path, trained_from)
+    target = Target(
+        arguments.out,
+        settings,
+        tuple(Path(folder) for folder in folders if folder is not None),
+        arguments.max_position_embeddings,
+    )
+    source = open_state(path, with_hashes=not arguments.no_verify_checkpoint)
+    architecture = save_folder(source, read_json(path / PUBLISHED_FILE), target)
+    print(f"{arguments.out} is written, a {architecture}.")
 
 
 if __name__ == "__main__":

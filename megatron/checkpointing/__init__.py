@@ -7,6 +7,7 @@ DIR/global_stepN/*.pt               weights and optimizer states, DeepSpeed's
 DIR/global_stepN/random_RANK.pt     random number generator (RNG) state of a rank
 DIR/global_stepN/config.json        the configuration that wrote it
 DIR/global_stepN/layout.json        what DeepSpeed's files depend on besides the architecture
+DIR/global_stepN/hugging_face.json  the config.json of the Hugging Face model that it is of
 DIR/global_stepN/train_state.json   counters and the position in the data
 DIR/global_stepN.HEX.tmp            a checkpoint being written; left over where a save was killed
 DIR/global_stepN.HEX.old            a checkpoint being deleted or replaced

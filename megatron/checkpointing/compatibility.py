@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
+from megatron.checkpointing.hugging_face import check_same_model
 from megatron.config import Config, describe_mismatch, zero_stage_run
 from megatron.config.rules.common import flag, listed, shown, value_of
 from megatron.weights.opening import is_layout_free, is_portable
@@ -43,9 +44,15 @@ class Layout:
 
 def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_size: int) -> None:
     """Raise CheckpointError, or WeightsError for portable weights, unless this run can load them. Reads no tensor."""
+    if is_portable(path) and config.model.hf_model is not None:
+        raise CheckpointError(
+            f"--load ({path}) is a folder of weights, and the weights of a Hugging Face model come from --hf-model "
+            f"({config.model.hf_model}); name the folder there, or point --load at a checkpoint."
+        )
     if is_portable(path):
         check_portable(path, config.model, padded_vocab_size, config.checkpoint.change_rope)
         return
+    check_same_model(path, config)
     saved = Config.from_dict(read_json(path / "config.json"))
     mismatch = describe_mismatch(saved.model, config.model, config.checkpoint.change_rope)
     if mismatch:

@@ -21,6 +21,7 @@ from megatron.checkpointing.folder import (
     unfinished_path,
     write_latest,
 )
+from megatron.checkpointing.hugging_face import published_config
 from megatron.checkpointing.random_state import random_state_path, write_random_state
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config
@@ -29,6 +30,7 @@ from megatron.engine.engine import Engine
 from megatron.initialize import GIB, Context
 from megatron.weights.errors import first_line
 from megatron.weights.manifest import Manifest, describe_files, size_faults, write_manifest
+from megatron.weights.published_config import PUBLISHED_FILE
 
 
 class Saver:
@@ -37,6 +39,7 @@ class Saver:
     def __init__(self, engine: Engine, context: Context, config: Config, padded_vocab_size: int) -> None:
         self._engine, self._context, self._config = engine, context, config
         self._padded_vocab_size = padded_vocab_size
+        self._published = published_config(config)
         self.size_bytes = 0
         """Size of the checkpoint that was written last; 0 before the first."""
 
@@ -64,6 +67,21 @@ class Saver:
             self._delete_old_ones(folder, state.iteration)
         return path
 
+    def export(self, folder: Path) -> None:
+        """Write the weights of a Hugging Face model as a folder that `from_pretrained` loads.
+
+        Collective over all ranks. CheckpointError on every rank where it cannot be written.
+        """
+        from megatron.checkpointing.hugging_face_export import save_hugging_face  # imports transformers
+
+        try:
+            save_hugging_face(self._engine, self._published or {}, folder, Path(self._config.model.hf_model or ""))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"--save-hf ({folder}) cannot be written: {error} A checkpoint of --save can be converted with "
+                "tools/hf2megads_weight_converter.py to-hf."
+            ) from error
+
     def _start(self, unfinished: Path) -> None:
         folder = unfinished.parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,9 +102,15 @@ class Saver:
         written.append(random_state)
         if self._context.is_first_rank:
             layout = Layout.of(self._config, self._context.parallel_state.world_size, self._padded_vocab_size)
-            contents = {"config": self._config.to_dict(), "layout": asdict(layout), "train_state": state.to_dict()}
+            contents = {
+                "config.json": self._config.to_dict(),
+                "layout.json": asdict(layout),
+                "train_state.json": state.to_dict(),
+            }
+            if self._published is not None:
+                contents[PUBLISHED_FILE] = self._published
             for name, content in contents.items():
-                written.append(unfinished / f"{name}.json")
+                written.append(unfinished / name)
                 write_json(written[-1], content)
         return describe_files(unfinished, written)
 

@@ -10,6 +10,10 @@ class CheckpointConfig:
     save: str | None = None
     """Folder to write checkpoints to."""
 
+    save_hf: str | None = None
+    """New folder to write at the end of training, which transformers' from_pretrained loads: the weights of --hf-model
+    in the number format of training, its config.json and its tokenizer. A run that stops before its end writes none."""
+
     load: str | None = None
     """Checkpoint to resume from: a folder of checkpoints, one checkpoint (global_stepN), or a folder of safetensors. It
     must exist, unless it is the folder of --save: then the first start is a new run."""

@@ -34,6 +34,7 @@ from megatron.engine.adam import build_adam
 from megatron.engine.checkpoint_files import DurableWriter, SafeReader
 from megatron.engine.state_loading import clear_padding, load_state
 from megatron.weights.deepspeed_checkpoint import PARAMETER_GROUPS, TIED_NAMES
+from megatron.weights.parameters import owned_tensors, tied_names
 from megatron.weights.source import StateSource
 
 _WHOLE = (None, ZeroParamStatus.AVAILABLE)
@@ -172,6 +173,10 @@ class Engine:
                     totals[what, storage.device.type] += storage.nbytes()
         return {key: num_bytes for key, num_bytes in totals.items() if num_bytes}
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return the parameters, and the buffers that checkpoints hold, once each; partitioned ones as they are."""
+        return {**owned_tensors(self.module), **dict(self.module.named_parameters())}
+
     def save(self, folder: Path, tag: str) -> list[Path]:
         """Write weights and optimizer states to the existing folder/tag. Collective over all ranks.
 
@@ -233,13 +238,6 @@ class Engine:
             self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Return the other names of tied parameters, each with the name of the owner."""
-    owners = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: owners[id(parameter)] for name, parameter in every if owners[id(parameter)] != name}
-
-
 def _local_shard(parameter: Any) -> Tensor:
     """Return this rank's part of a parameter: its shard without the padding at the end, or the whole parameter."""
     whole: Tensor = parameter.detach()
@@ -251,7 +249,7 @@ def _local_shard(parameter: Any) -> Tensor:
 
 
 @contextmanager
-def whole_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def whole_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Gather parameters within a block, independently of DeepSpeed's own order of gathering.
 
     Collective over all ranks. Only the tensors behind the parameters are replaced, and restored afterwards.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from megatron.engine.adam import set_moments
 from megatron.weights.errors import WeightsError
+from megatron.weights.parameters import saved_buffers, whole_shape
 from megatron.weights.source import MOMENTS, WEIGHTS, StateSource
 
 
@@ -42,11 +43,12 @@ class _Shard:
 
 
 def check_parameters(model: nn.Module, source: StateSource) -> None:
-    """Raise WeightsError unless `source` has exactly the model's parameters, in their shapes.
+    """Raise WeightsError unless `source` has exactly the model's parameters and saved buffers, in their shapes.
 
     It may also have the other names of tied weights; these are not read.
     """
-    owned = {name: _shape(parameter) for name, parameter in model.named_parameters()}
+    owned = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
+    owned |= {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())
     faults = [f"{name} is missing" for name in owned if name not in source.names]
     faults += [f"{name} is no parameter of the model" for name in source.names if name not in known]
@@ -88,6 +90,8 @@ def load_state(engine: Any, zero_stage: int, source: StateSource, with_moments: 
             values = source.read(shard.name, moment, shard.start, shard.count)
             shard.write(adam.state[shard.master][moment], values)
     _refresh_model(engine.optimizer, zero_stage)
+    for name, buffer in saved_buffers(engine.module).items():
+        buffer.copy_(source.get(name))
     if with_moments:
         _set_loss_scale(engine.optimizer, source.loss_scale)
         engine.global_steps = source.step  # DeepSpeed's monitors and profiler count from here
@@ -202,7 +206,3 @@ def _refuse_unknown_optimizer(optimizer: Any, zero_stage: int) -> None:
             f"weights cannot be loaded into DeepSpeed's {type(optimizer).__name__}; leave settings of the DeepSpeed "
             "JSON that choose it (data_types) out."
         )
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

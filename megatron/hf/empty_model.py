@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from megatron.weights.errors import WeightsError, first_line
-from megatron.weights.portable_config import CONFIG_FILE, read_json
-
-QUANTIZATION = "quantization_config"
-
-
-def read_published_config(folder: Path) -> dict[str, Any]:
-    """Read a Hugging Face folder's config.json; WeightsError if it is none."""
-    content = read_json(folder / CONFIG_FILE)
-    if "model_type" not in content:
-        raise WeightsError(f"{folder / CONFIG_FILE} has no model_type; name the folder of a Hugging Face model.")
-    return content
+from megatron.weights.published_config import QUANTIZATION
 
 
 def config_of(published: Mapping[str, Any]) -> PretrainedConfig:
@@ -49,16 +38,3 @@ def build_empty(config: PretrainedConfig) -> PreTrainedModel:
             f"transformers cannot build the {config.model_type} that config.json describes ({first_line(error)}); use "
             "the config.json of a causal language model."
         ) from error
-
-
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Return the other names of tied parameters, each with the name that `named_parameters` gives."""
-    owners = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: owners[id(parameter)] for name, parameter in every if owners[id(parameter)] != name}
-
-
-def owned_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the parameters and the buffers that are saved, each once, by name."""
-    tied = tied_names(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from megatron.hf.conversions import Conversion, EmptyTensors, Forms, Read, plan_saving
-from megatron.hf.empty_model import QUANTIZATION, build_empty, config_of, owned_tensors, tied_names
+from megatron.hf.empty_model import build_empty, config_of
 from megatron.hf.weights import conversions_of
 from megatron.weights.errors import WeightsError
 from megatron.weights.hugging_face import ReportingWriter, Settings, copy_tokenizer
+from megatron.weights.parameters import owned_tensors, tied_names
 from megatron.weights.portable_config import CONFIG_FILE
+from megatron.weights.published_config import QUANTIZATION
 from megatron.weights.source import WEIGHTS, StateSource
 
 _POSITIONS = "max_position_embeddings"

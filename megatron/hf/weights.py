@@ -17,15 +17,10 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from megatron.hf.conversions import Conversion, EmptyTensors, Forms, plan_loading, plan_saving
-from megatron.hf.empty_model import (
-    QUANTIZATION,
-    build_empty,
-    config_of,
-    owned_tensors,
-    read_published_config,
-    tied_names,
-)
+from megatron.hf.empty_model import build_empty, config_of
 from megatron.weights.errors import WeightsError, first_line
+from megatron.weights.parameters import owned_tensors, tied_names
+from megatron.weights.published_config import QUANTIZATION, read_published_config
 from megatron.weights.safetensors_folder import SafetensorsFolder
 from megatron.weights.source import WEIGHTS, StateSource
 

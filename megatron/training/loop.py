@@ -55,6 +55,7 @@ class Training:
         if outcome is Outcome.EXIT:
             return
         self._save()
+        self._export()
         if self._config.training.eval_iters:
             evaluate(self._run, self._data, "test", self.state.iteration)
 
@@ -159,6 +160,16 @@ class Training:
         self._saved_iteration = self.state.iteration
         gib, seconds = self._saver.size_bytes / GIB, time.monotonic() - started
         self._context.log.info("saved %s (%.3g GiB in %.1f s)", path, gib, seconds)
+
+    def _export(self) -> None:
+        """Write the folder of --save-hf, where it is given."""
+        folder = self._config.checkpoint.save_hf
+        if folder is None:
+            return
+        self._check_weights()
+        with self._run.reporter.pause(), self._context.watchdog.working(f"writing {folder}"):
+            self._saver.export(Path(folder))
+        self._context.log.info("saved %s, a Hugging Face model", folder)
 
     def _check_weights(self) -> None:
         """Raise NotFiniteError where the weights of any rank are not finite. Collective over all ranks."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint, starting_state
+from megatron.checkpointing.hugging_face import check_export_folder
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, deepspeed_config, default_batch_notes
 from megatron.engine.engine import Engine
@@ -38,6 +39,7 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
     watchdog, world_size = context.watchdog, context.parallel_state.world_size
     for note in (*config.notes, *default_batch_notes(config, world_size)):
         context.log.info("note: %s", note)
+    check_export_folder(config)
     checkpoint = _checkpoint_to_load(config, context, padded_vocab_size)
     state = starting_state(checkpoint, config, context)
     data = _build_data(config, context, providers, state)
@@ -57,6 +59,12 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
         with watchdog.working(f"loading {checkpoint}"):
             load_checkpoint(checkpoint, engine, context, config)
         context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
+    elif config.model.hf_model is not None:
+        from megatron.hf.weights import folder_source  # imports transformers, which native models do not need
+
+        with watchdog.working(f"loading {config.model.hf_model}"):
+            engine.load_state(folder_source(Path(config.model.hf_model)), with_optimizer=False)
+        context.log.info("loaded the weights of %s", config.model.hf_model)
     finite_check = None
     if not config.training.no_check_for_nan_in_loss_and_grad:
         layout = stream.layout_of(config.model.seq_length)

@@ -6,7 +6,7 @@ They do not belong to a run: training starts from them at iteration 0.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 
 def write_portable(
     source: WeightSource,
-    config_file: Path | None,
+    companions: Sequence[Path],
     folder: Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
@@ -31,11 +31,13 @@ def write_portable(
 ) -> None:
     """Write every tensor of `source` to a new folder, one at a time, and cast floating-point ones to `dtype` if given.
 
-    `report` is called with each name before its tensor is read. WeightsError if something is at `folder` already.
+    `companions` are files to copy into the folder, where they exist. `report` is called with each name before its
+    tensor is read. WeightsError if something is at `folder` already.
     """
     with SafetensorsWriter(folder, max_shard_bytes, with_manifest=True) as writer:
-        if config_file is not None and config_file.is_file():
-            shutil.copyfile(config_file, writer.staging / CONFIG_FILE)
+        for file in companions:
+            if file.is_file():
+                shutil.copyfile(file, writer.staging / file.name)
         for name in source.names:
             report(name)
             writer.add(name, _in_dtype(source.get(name), dtype))

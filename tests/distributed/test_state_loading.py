@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     missing = {name: tensor for name, tensor in weights.items() if name != "norm.bias"}
     reshaped = weights | {"body.weight": torch.ones(7, 8)}
     for name, state in {"surplus": surplus, "missing": missing, "reshaped": reshaped, "whole": weights}.items():
-        write_portable(InMemory(state), None, tmp_path / name)
+        write_portable(InMemory(state), [], tmp_path / name)
     jobs = [(tmp_path / name, Layout(1, 2)) for name in ("surplus", "missing", "reshaped", "whole")]
     with RankPool() as pool:
         messages = pool.run(errors, jobs, num_ranks=1)[0]

@@ -183,6 +183,12 @@ EFFECTS = (
         "add --profile",
     ),
     Effect(
+        ("save_hf",),
+        lambda config: config.model.hf_model is not None,
+        "without --hf-model",
+        "convert a checkpoint with tools/hf2megads_weight_converter.py to-hf",
+    ),
+    Effect(
         ("heartbeat_seconds",),
         lambda config: config.logging.progress != "off",
         "with --progress off",

@@ -30,6 +30,7 @@ CASES = [
     ("--profile --profile-dir x --profile-ranks 0 2", 2, "--profile-ranks (0 2) must be ranks of this run, 0 to 1;"),
     ("--profile-ranks 1", 2, "--profile-ranks (1) has no effect without --profile; add --profile, or remove"),
     ("--log-loss-by-position equal --eval-iters 0", 1, "has no effect with --eval-iters 0; evaluate"),
+    ("--save-hf x", 1, "--save-hf (x) has no effect without --hf-model; convert a checkpoint with"),
     ("--loss-position-buckets 4", 1, "--loss-position-buckets (4) has no effect without --log-loss-by-position"),
     (
         "--rollback-on-loss-spike 2 --save x",

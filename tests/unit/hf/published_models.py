@@ -41,11 +41,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def random_model(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
+    """Build a model as transformers initializes it."""
+    config = CONFIG_MAPPING[family](**{**_COMMON, **FAMILIES[family], **settings})
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
     """Build a model with random values in every parameter and buffer that is saved."""
     torch.manual_seed(1)
-    config = CONFIG_MAPPING[family](**{**_COMMON, **FAMILIES[family], **settings})
-    model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    model = random_model(family, **settings)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():

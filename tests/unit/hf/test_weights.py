@@ -12,11 +12,11 @@ from torch import Size, Tensor
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import Mxfp4Config
 
-from megatron.hf.empty_model import read_published_config
 from megatron.hf.export import Target, save_folder
 from megatron.hf.weights import folder_source
 from megatron.weights.errors import WeightsError
 from megatron.weights.hugging_face import Settings
+from megatron.weights.published_config import read_published_config
 from megatron.weights.safetensors_folder import SafetensorsFolder, SafetensorsWriter
 from tests.distributed.live_bytes import LiveBytesMeter
 from tests.unit.hf.published_models import FAMILIES, loaded, published, tiny_model

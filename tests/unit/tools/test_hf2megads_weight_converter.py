@@ -211,3 +211,19 @@ def test_memory_is_a_few_tensors_and_not_the_model(tmp_path):
     first, second = SafetensorsFolder(tmp_path / "theirs"), SafetensorsFolder(tmp_path / "back")
     assert first.names == second.names
     assert all(torch.equal(first.get(name), second.get(name)) for name in first.names)
+
+
+@pytest.mark.parametrize("flags", [["--model-type", "llama"], ["--vocab-size", "61"]])
+def test_flags_that_a_published_model_leaves_no_choice_of_are_refused(tmp_path, capsys, flags):
+    (tmp_path / "global_step1").mkdir()
+    for name in ("config.json", "hugging_face.json"):
+        (tmp_path / "global_step1" / name).write_text("{}")
+    assert run_tool(TOOL, "to-hf", tmp_path / "global_step1", tmp_path / "out", *flags) == 2
+    assert f"{flags[0]} has no effect on a checkpoint of --hf-model" in capsys.readouterr().err
+
+
+def test_a_context_length_is_for_a_published_model_alone(tmp_path, capsys):
+    save("llama", tmp_path / "theirs")
+    assert run_tool(TOOL, "to-megatron", tmp_path / "theirs", tmp_path / "ours") == 0
+    assert run_tool(TOOL, "to-hf", tmp_path / "ours", tmp_path / "back", "--max-position-embeddings", "9") == 2
+    assert "--max-position-embeddings is for checkpoints of --hf-model" in capsys.readouterr().err

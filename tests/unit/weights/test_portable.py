@@ -36,7 +36,7 @@ def source(folder: Path) -> WeightsAlone:
 def test_floating_point_tensors_are_written_in_the_dtype_asked_for(tmp_path):
     weights, index = torch.randn(4, 3), torch.arange(5)
     first = write(tmp_path / "first", {"model": {}}, weights=weights, index=index)
-    write_portable(source(first), first / "config.json", tmp_path / "second", torch.bfloat16)
+    write_portable(source(first), [first / "config.json"], tmp_path / "second", torch.bfloat16)
     second = SafetensorsFolder(tmp_path / "second")
     assert torch.equal(second.get("weights"), weights.bfloat16())
     assert torch.equal(second.get("index"), index)
