@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
-from megatron.checkpointing.hugging_face import check_same_model
 from megatron.config import Config, describe_mismatch, zero_stage_run
 from megatron.config.rules.common import flag, listed, shown, value_of
 from megatron.weights.opening import is_layout_free, is_portable
@@ -52,7 +51,6 @@ def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_si
     if is_portable(path):
         check_portable(path, config.model, padded_vocab_size, config.checkpoint.change_rope)
         return
-    check_same_model(path, config)
     saved = Config.from_dict(read_json(path / "config.json"))
     mismatch = describe_mismatch(saved.model, config.model, config.checkpoint.change_rope)
     if mismatch:

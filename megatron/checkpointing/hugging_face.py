@@ -1,67 +1,58 @@
-"""Which Hugging Face model a run and a checkpoint are of."""
+"""The folder that a run of a Hugging Face model writes at its end."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpointing.agreement import on_first_rank
-from megatron.checkpointing.errors import CheckpointError
-from megatron.checkpointing.files import read_json
-from megatron.config import Config
-from megatron.weights.published_config import PUBLISHED_FILE, QUANTIZATION, read_published_config
-from megatron.weights.safetensors_folder import check_new
+import torch
+from torch import Tensor
 
-# Settings of a config.json that leave the model the same.
-_OF_NO_MODEL = {
-    *(
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "output_attentions",
-    ),
-    *("bos_token_id", "eos_token_id", "pad_token_id", QUANTIZATION, "initializer_range"),
-}
-_ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings"}
+from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
+from megatron.engine.engine import Engine, whole_parameters
+from megatron.hf.conversions import EmptyTensors
+from megatron.hf.export import Export, Target
+from megatron.weights.errors import raise_if_no_room
+from megatron.weights.hugging_face import ReportingWriter
+from megatron.weights.parameters import whole_shape
 
 
-def published_config(config: Config) -> dict[str, Any] | None:
-    """Return the config.json of the Hugging Face model of a run; None for a native one."""
-    return None if config.model.hf_model is None else read_published_config(Path(config.model.hf_model))
+def save_hugging_face(engine: Engine, published: Mapping[str, Any], folder: Path, beside: Path) -> None:
+    """Write a folder that `from_pretrained` loads, with the tokenizer in `beside`. Collective over all ranks.
 
+    One parameter after another is gathered in the number format of training; rank 0 converts and writes it.
 
-def check_same_model(path: Path, config: Config) -> None:
-    """Raise CheckpointError unless the checkpoint and the run are of the same Hugging Face model, or both of none."""
-    own = published_config(config)
-    saved = read_json(path / PUBLISHED_FILE) if (path / PUBLISHED_FILE).is_file() else None
-    if own is None and saved is None:
-        return
-    if own is None or saved is None:
-        what = (
-            "a Hugging Face model; name its folder with --hf-model" if own is None else "a GPT or LLaMA of this program"
-        )
-        more = "" if own is None else "; leave --hf-model out and pass its flags"
-        raise CheckpointError(f"the checkpoint {path} is of {what}{more}, or point --load elsewhere.")
-    from megatron.hf.empty_model import config_of  # imports transformers, which native models do not need
-
-    before, now = (config_of(each).to_dict() for each in (saved, own))
-    ignored = _OF_NO_MODEL | (_ROPE if config.checkpoint.change_rope else set())
-    names = sorted(
-        name for name in before.keys() | now.keys() if name not in ignored and before.get(name) != now.get(name)
+    CheckpointError on every rank if the weights are of another model, the folder exists, or rank 0 cannot write it:
+    nothing is left of it then.
+    """
+    tensors, target = engine.weights(), Target(folder, beside=(beside,))
+    forms = EmptyTensors(
+        {name: torch.empty(whole_shape(each), dtype=each.dtype, device="meta") for name, each in tensors.items()}
     )
-    if names:
-        listed = ", ".join(f"{name} is {before.get(name)!r} there and {now.get(name)!r} here" for name in names[:3])
-        raise CheckpointError(
-            f"the checkpoint {path} is of another model than --hf-model ({config.model.hf_model}): {listed}; name the "
-            f"folder of its own model ({path / PUBLISHED_FILE} is its config.json), or point --load elsewhere."
-        )
+    plans: list[Export] = []
+    on_all_ranks(lambda: plans.append(Export(published, forms)))
+
+    def read(name: str, start: int, count: int) -> Tensor:
+        return tensors[name].detach().reshape(-1)[start : start + count].cpu()
+
+    writers: list[ReportingWriter] = []  # rank 0's
+    failures: list[Exception] = []
+    with ExitStack() as stack:
+        on_first_rank(lambda: writers.append(stack.enter_context(plans[0].open(target))))
+        for conversion in plans[0].conversions:
+            with whole_parameters(tensors[name] for name in conversion.source_names):
+                try:
+                    if writers and not failures:
+                        plans[0].add(conversion, read, writers[0])
+                except Exception as error:  # the other ranks wait in the next collective
+                    failures.append(error)
+        on_first_rank(lambda: _raise_first(failures, folder))
+        on_first_rank(stack.close)
 
 
-def check_export_folder(config: Config) -> None:
-    """Raise CheckpointError on every rank if --save-hf names a folder that is not new. Collective over all ranks."""
-    folder = config.checkpoint.save_hf
-    if folder is not None:
-        on_first_rank(lambda: check_new(Path(folder)))
+def _raise_first(failures: list[Exception], folder: Path) -> None:
+    for failure in failures:
+        raise_if_no_room(failure, folder)
+        raise failure

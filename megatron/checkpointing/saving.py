@@ -21,7 +21,6 @@ from megatron.checkpointing.folder import (
     unfinished_path,
     write_latest,
 )
-from megatron.checkpointing.hugging_face import published_config
 from megatron.checkpointing.random_state import random_state_path, write_random_state
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config
@@ -30,7 +29,7 @@ from megatron.engine.engine import Engine
 from megatron.initialize import GIB, Context
 from megatron.weights.errors import first_line
 from megatron.weights.manifest import Manifest, describe_files, size_faults, write_manifest
-from megatron.weights.published_config import PUBLISHED_FILE
+from megatron.weights.published_config import PUBLISHED_FILE, read_published_config
 
 
 class Saver:
@@ -39,7 +38,8 @@ class Saver:
     def __init__(self, engine: Engine, context: Context, config: Config, padded_vocab_size: int) -> None:
         self._engine, self._context, self._config = engine, context, config
         self._padded_vocab_size = padded_vocab_size
-        self._published = published_config(config)
+        hf_model = config.model.hf_model
+        self._published = None if hf_model is None else read_published_config(Path(hf_model))
         self.size_bytes = 0
         """Size of the checkpoint that was written last; 0 before the first."""
 
@@ -72,7 +72,7 @@ class Saver:
 
         Collective over all ranks. CheckpointError on every rank where it cannot be written.
         """
-        from megatron.checkpointing.hugging_face_export import save_hugging_face  # imports transformers
+        from megatron.checkpointing.hugging_face import save_hugging_face  # imports transformers
 
         try:
             save_hugging_face(self._engine, self._published or {}, folder, Path(self._config.model.hf_model or ""))

@@ -22,6 +22,7 @@ from megatron.model.layers import attention_request, has_short_tiles
 from megatron.ops.attention import choose_backend
 from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.tokenizer import Tokenizer, tokenizer_of
+from megatron.weights.safetensors_folder import check_new
 
 DataCheck = Callable[[Config, Tokenizer], None]
 
@@ -40,7 +41,7 @@ class Vocabulary:
 def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Vocabulary:
     """Check all inputs, the data with `check_data`, and return the vocabulary. Writes nothing.
 
-    Raises ConfigError, TokenizerError, DataError, CheckpointError or AttentionUnavailable.
+    Raises ConfigError, TokenizerError, DataError, CheckpointError, WeightsError or AttentionUnavailable.
     """
     model = config.model
     checkpoint = find_checkpoint(config.checkpoint)
@@ -63,12 +64,19 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
         check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
     folders = {
         "--save": config.checkpoint.save,
+        "--save-hf": config.checkpoint.save_hf,
         "--tensorboard-dir": config.logging.tensorboard_dir,
         "--profile-dir": config.logging.profile_dir,
     }
     for flag, folder in folders.items():
         if folder is not None:
             check_writable(flag, Path(folder))
+    if config.checkpoint.save_hf is not None:
+        check_new(Path(config.checkpoint.save_hf))
+    if checkpoint is None and model.hf_model is not None:
+        from megatron.hf.weights import folder_source  # imports transformers, which native models do not need
+
+        folder_source(Path(model.hf_model))  # raises unless its weights can be loaded
     require_writer_packages(config.logging)
     return Vocabulary(padded_vocab_size, tokenizer.eod)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint, starting_state
-from megatron.checkpointing.hugging_face import check_export_folder
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, deepspeed_config, default_batch_notes
 from megatron.engine.engine import Engine
@@ -39,7 +38,6 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
     watchdog, world_size = context.watchdog, context.parallel_state.world_size
     for note in (*config.notes, *default_batch_notes(config, world_size)):
         context.log.info("note: %s", note)
-    check_export_folder(config)
     checkpoint = _checkpoint_to_load(config, context, padded_vocab_size)
     state = starting_state(checkpoint, config, context)
     data = _build_data(config, context, providers, state)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from megatron.checkpointing import CheckpointError
-from megatron.checkpointing.hugging_face_export import save_hugging_face
+from megatron.checkpointing.hugging_face import save_hugging_face
 from megatron.config import OptimizerConfig
 from megatron.engine.engine import Engine
 from megatron.hf.weights import folder_source

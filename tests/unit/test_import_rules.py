@@ -23,10 +23,9 @@ RULES: dict[str, set[str]] = {
     "logging": {"core", "config"},
     "weights": {"model", "data", "core", "config"},
     "planner": {"fpdt", "logging", "core", "config"},
-    "hf": {"weights", "model", "fpdt", "ops", "core", "config"},
     "engine": {"weights", "core", "config"},
     "generation": {"weights", "model", "fpdt", "ops", "core", "config"},
-    "hf": {"fpdt", "tokenizer", "core", "config"},
+    "hf": {"weights", "model", "fpdt", "ops", "tokenizer", "core", "config"},
     "evaluation": {"generation", "model", "core", "config"},
     "arguments": {"config"},
 }
