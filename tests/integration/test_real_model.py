@@ -20,8 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from megatron.hf.export import Target, save_folder
+from megatron.hf.weights import folder_source
 from megatron.model.builder import Execution
 from megatron.tokenizer import build_tokenizer
+from megatron.weights.hugging_face import Settings
+from megatron.weights.published_config import read_published_config
 from megatron.weights.safetensors_folder import SafetensorsFolder
 from tests.integration.runs import train
 from tests.unit.tools.tool import run_tool
@@ -119,6 +123,20 @@ def test_there_and_back_is_bit_exact(converted: Converted, tmp_path: Path) -> No
     back, theirs = SafetensorsFolder(tmp_path / "back"), SafetensorsFolder(converted.theirs)
     assert back.names == theirs.names
     assert all(torch.equal(back.get(name), theirs.get(name)) for name in theirs.names)
+
+
+def test_its_folder_is_read_and_written_as_transformers_does(converted: Converted, tmp_path: Path) -> None:
+    source, model = folder_source(converted.theirs), LlamaForCausalLM.from_pretrained(converted.theirs)
+    want = dict(model.named_parameters())
+    assert list(source.names) == list(want)
+    assert all(torch.equal(source.get(name), parameter) for name, parameter in want.items())
+    settings = Settings(max_shard_bytes=10**8)
+    target = Target(tmp_path / "back", settings, beside=(converted.theirs,), max_position_embeddings=65536)
+    save_folder(source, read_published_config(converted.theirs), target)
+    back = LlamaForCausalLM.from_pretrained(tmp_path / "back")
+    assert back.config.max_position_embeddings == 65536
+    assert all(torch.equal(parameter, want[name]) for name, parameter in back.named_parameters())
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").decode(tokens(tmp_path / "back")[0, :9]) in text()
 
 
 def test_it_learns_the_text_with_fpdt_and_goes_back(converted: Converted, tmp_path: Path) -> None:
