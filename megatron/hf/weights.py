@@ -163,7 +163,7 @@ def _faults_of_published_names(tensors: Forms, model: PreTrainedModel) -> list[s
     names = set(tensors.names)
     if 2 * len(names & set(published)) < len(published):
         return []
-    faults = [f"{name!r} is missing" for name in published if name not in names]
+    faults = [f"{name!r} is missing" for name in published if not {name, f"{name}_blocks"} & names]
     return faults + [
         f"{name!r} is {list(tensors.shape(name))}, and config.json asks for {list(tensor.shape)}"
         for name, tensor in published.items()

@@ -53,3 +53,7 @@ def test_a_folder_comes_back_from_an_engine_and_from_its_checkpoint(
         assert run_tool("hf2megads_weight_converter", "to-hf", checkpoint, job.out / "converted") == 0
         assert_same(job.out / "converted", job.source, torch.float32)
         assert (job.out / "converted" / "tokenizer.json").is_file()
+        assert run_tool("consolidate_checkpoint", checkpoint, job.out / "portable", "--dtype", "bf16") == 0
+        assert run_tool("hf2megads_weight_converter", "to-hf", job.out / "portable", job.out / "again") == 0
+        if bf16:
+            assert_same(job.out / "again", job.source, torch.bfloat16)

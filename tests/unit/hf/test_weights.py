@@ -153,6 +153,17 @@ def mxfp4_blocks(name: str, tensor: Tensor) -> dict[str, Tensor]:
 FP8 = {"quant_method": "fp8", "weight_block_size": [8, 8]}
 
 
+def test_a_tensor_missing_beside_quantized_experts_is_the_one_that_is_named(tmp_path: Path) -> None:
+    tiny_model("gpt_oss", torch.bfloat16).save_pretrained(tmp_path / "a")
+
+    def change(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {} if name == "model.norm.weight" else mxfp4_blocks(name, tensor)
+
+    folder = rewrite(tmp_path / "a", tmp_path / "b", change, quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(WeightsError, match=r"config.json: 'model.norm.weight' is missing; copy"):
+        folder_source(folder)
+
+
 def test_mxfp4_is_dequantized_as_transformers_does(tmp_path: Path) -> None:
     tiny_model("gpt_oss", torch.bfloat16).save_pretrained(tmp_path / "a")
     settings = {"quant_method": "mxfp4"}
