@@ -22,6 +22,7 @@ from megatron.model.layers import attention_request, has_short_tiles
 from megatron.ops.attention import choose_backend
 from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.tokenizer import Tokenizer, tokenizer_of
+from megatron.weights.published_config import has_weights
 from megatron.weights.safetensors_folder import check_new
 
 DataCheck = Callable[[Config, Tokenizer], None]
@@ -73,7 +74,7 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
             check_writable(flag, Path(folder))
     if config.checkpoint.save_hf is not None:
         check_new(Path(config.checkpoint.save_hf))
-    if checkpoint is None and model.hf_model is not None:
+    if checkpoint is None and model.hf_model is not None and has_weights(Path(model.hf_model)):
         from megatron.hf.weights import folder_source  # imports transformers, which native models do not need
 
         folder_source(Path(model.hf_model))  # raises unless its weights can be loaded

@@ -28,6 +28,7 @@ from megatron.training.lengths import Lengths
 from megatron.training.loop import Training
 from megatron.training.providers import Providers
 from megatron.training.run import Run
+from megatron.weights.published_config import has_weights
 
 
 def pretrain(config: Config, context: Context, padded_vocab_size: int, providers: Providers, ledger: Ledger) -> None:
@@ -58,11 +59,8 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
             load_checkpoint(checkpoint, engine, context, config)
         context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
     elif config.model.hf_model is not None:
-        from megatron.hf.weights import folder_source  # imports transformers, which native models do not need
-
         with watchdog.working(f"loading {config.model.hf_model}"):
-            engine.load_state(folder_source(Path(config.model.hf_model)), with_optimizer=False)
-        context.log.info("loaded the weights of %s", config.model.hf_model)
+            _load_published_weights(Path(config.model.hf_model), engine, context)
     finite_check = None
     if not config.training.no_check_for_nan_in_loss_and_grad:
         layout = stream.layout_of(config.model.seq_length)
@@ -75,6 +73,17 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
         Training(run, data, Saver(engine, context, config, padded_vocab_size), state).run()
     finally:
         writer.close()
+
+
+def _load_published_weights(folder: Path, engine: Engine, context: Context) -> None:
+    """Load the weights of a Hugging Face folder, if it has any. Collective over all ranks."""
+    if not has_weights(folder):
+        context.log.warning("%s has no weights: training starts from random ones", folder)
+        return
+    from megatron.hf.weights import folder_source  # imports transformers, which native models do not need
+
+    engine.load_state(folder_source(folder), with_optimizer=False)
+    context.log.info("loaded the weights of %s", folder)
 
 
 def _checkpoint_to_load(config: Config, context: Context, padded_vocab_size: int) -> Path | None:

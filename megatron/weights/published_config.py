@@ -12,6 +12,12 @@ from megatron.weights.portable_config import CONFIG_FILE, read_json
 PUBLISHED_FILE = "hugging_face.json"
 # The key that describes quantized weights.
 QUANTIZATION = "quantization_config"
+_WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds files of weights, in any format: a config.json alone is of an untrained model."""
+    return any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES)
 
 
 def read_published_config(folder: Path) -> dict[str, Any]:
