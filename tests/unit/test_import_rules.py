@@ -18,7 +18,6 @@ RULES: dict[str, set[str]] = {
     "finetuning": {"data", "tokenizer", "core", "config"},
     "fpdt": {"ops", "core", "config"},
     "model": {"fpdt", "ops", "core", "config"},
-    "hf": {"model", "weights", "fpdt", "ops", "core", "config"},
     "optimizer": {"core", "config"},
     "logging": {"core", "config"},
     "weights": {"model", "data", "core", "config"},
