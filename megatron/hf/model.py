@@ -175,7 +175,7 @@ class HuggingFaceModel(LanguageModel):
 
         def convert(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
-            return converted if isinstance(tensor, nn.Parameter) else converted.to(tensor.dtype)
+            return converted if isinstance(tensor, nn.Parameter) else tensor.to(converted.device)
 
         self.skeleton.model._apply(convert)
         return self

@@ -15,6 +15,7 @@ CASES = [
     Case("llama-tied", zero_stage=1, sequence_parallel_size=2),
     Case("qwen3_moe", zero_stage=3, sequence_parallel_size=2),
     Case("gpt2", zero_stage=3, fpdt=False, sequence_parallel_size=2),
+    Case("gpt_oss", zero_stage=3, sequence_parallel_size=2, offloading=True),
     Case("deepseek_v3", zero_stage=1, offloading=True),
     Case("gpt_neox", zero_stage=0),
 ]
