@@ -8,12 +8,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch import nn
 
 from megatron.arguments import parse_args
 from megatron.checkpointing import CheckpointError, only_writer
@@ -21,18 +20,15 @@ from megatron.config import Config, ConfigError, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.batch import Batch, Sample, slice_batch
 from megatron.data.errors import DataError
-from megatron.engine.engine import whole_parameters
 from megatron.fpdt.host_pool import HostMemoryError
-from megatron.fpdt.observer import Observer
+from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.settings import with_hugging_face_model
 from megatron.initialize import Context, device_type, initialize
 from megatron.launch.determinism import use_deterministic_kernels
 from megatron.launch.execution import choose_execution, plan_of_run
 from megatron.launch.link import with_measured_link
+from megatron.launch.models import model_source
 from megatron.launch.preflight import DataCheck, Vocabulary, check_inputs
-from megatron.model.builder import build_model
-from megatron.model.initialization import Initialization
-from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
 from megatron.monitoring.finite_check import NotFiniteError
 from megatron.monitoring.out_of_memory import Ledger, OutOfMemory
 from megatron.ops.attention import AttentionUnavailable
@@ -56,6 +52,7 @@ USER_ERRORS = (
     NotFiniteError,
     RollbackError,
     AttentionUnavailable,
+    UnsupportedModelError,
 )
 # For a run with non-finite numbers; other errors that the user can fix give 2.
 NOT_FINITE_EXIT_CODE = 5
@@ -164,16 +161,7 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
     chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
     layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
 
-    initialization = Initialization(context.dtype, context.device, config.training.seed)
-
-    def provide_model(observer: Observer) -> nn.Module:
-        return build_model(
-            config.model,
-            padded_vocab_size,
-            parallel_state,
-            replace(execution, observer=observer, whole_parameters=whole_parameters),
-            initialization,
-        )
+    model = model_source(config, context, padded_vocab_size, execution)
 
     def provide_batch(samples: Sequence[Any]) -> Batch:
         return slice_batch(
@@ -185,8 +173,7 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
             separate_documents=config.data.reset_attention_mask,
         )
 
-    leaf_modules = [TokenEmbedding, TransformerLayer, LanguageModelHead]
-    providers = Providers(provide_model, leaf_modules, source.provide_datasets, provide_batch)
+    providers = Providers(model.provide, model.leaf_modules, source.provide_datasets, provide_batch)
     ledger = Ledger(context, partial(plan_of_run, config, context, padded_vocab_size, context.host_memory_bytes))
     with only_writer(config.checkpoint, context), ledger.reporting_out_of_memory():
         pretrain(config, context, padded_vocab_size, providers, ledger)

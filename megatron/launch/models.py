@@ -1,0 +1,60 @@
+"""The model of a run: a native GPT or LLaMA, or the one in a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from megatron.config import Config, HuggingFaceModelConfig
+from megatron.engine.engine import whole_parameters
+from megatron.fpdt.observer import Observer
+from megatron.initialize import Context
+from megatron.model.builder import Execution, build_model
+from megatron.model.initialization import Initialization
+from megatron.model.transformer import LanguageModelHead, TokenEmbedding, TransformerLayer
+from megatron.weights.published_config import has_weights
+
+
+class ModelSource(NamedTuple):
+    """How a run's model is built, and which of its modules ZeRO-3 gathers whole."""
+
+    provide: Callable[[Observer], nn.Module]
+    leaf_modules: Sequence[type[nn.Module]]
+
+
+def model_source(config: Config, context: Context, padded_vocab_size: int, execution: Execution) -> ModelSource:
+    """Return the source of the model that a configuration describes."""
+    execution = replace(execution, whole_parameters=whole_parameters)
+    initialization = Initialization(context.dtype, context.device, config.training.seed)
+    if isinstance(config.model, HuggingFaceModelConfig):
+        return _hugging_face_model(config.model, context, execution, initialization)
+
+    def provide(observer: Observer) -> nn.Module:
+        how = replace(execution, observer=observer)
+        return build_model(config.model, padded_vocab_size, context.parallel_state, how, initialization)
+
+    return ModelSource(provide, [TokenEmbedding, TransformerLayer, LanguageModelHead])
+
+
+def _hugging_face_model(
+    model: HuggingFaceModelConfig, context: Context, execution: Execution, initialization: Initialization
+) -> ModelSource:
+    # These import transformers, which native models do not need.
+    from megatron.hf.building import build_hugging_face_model
+    from megatron.hf.materialization import empty_model, materialize
+    from megatron.hf.model import UNITS
+    from megatron.hf.settings import transformers_config
+
+    # Before ZeRO-3 has changed how tensors are created: buffers such as RoPE's frequencies keep their number format.
+    empty = empty_model(transformers_config(model), context.dtype)
+
+    def provide(observer: Observer) -> nn.Module:
+        materialize(empty, initialization, random=not has_weights(Path(model.hf_model or "")))
+        how = replace(execution, observer=observer)
+        return build_hugging_face_model(empty, context.parallel_state, how, model.attention_backend)
+
+    return ModelSource(provide, UNITS)
