@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.masks import LayerMask, mask_of
 from megatron.hf.skeleton import Skeleton
 from megatron.ops.attention import AttentionVariant
+
+Found = TypeVar("Found")
 
 META = torch.device("meta")
 _BATCH, _TOKENS = 2, 3
@@ -44,7 +46,6 @@ class LayerFacts(NamedTuple):
     """Of queries, keys and values, the largest."""
 
     dropout: float
-    has_sinks: bool
     same_arguments_as: int
     """Number of the first layer that gets the same arguments."""
 
@@ -252,7 +253,7 @@ def _check_owners(skeleton: Skeleton, run: _TracedRun) -> None:
         own = {id(p) for module in modules for p in module.parameters(recurse=False)}
         owned |= own
         names = {run.names[each] for each in own}
-        if outside := [meta[each] for each in read if meta[each] not in names and each in meta]:
+        if outside := [meta[each] for each in read if each in meta and meta[each] not in names]:
             raise UnsupportedModelError(f"the model reads {outside[0]} {where} without calling its module")
     if missing := [name for name, p in skeleton.model.named_parameters() if id(p) not in owned]:
         raise UnsupportedModelError(
@@ -276,7 +277,6 @@ def _facts(call: LayerCall, mask: MaskStandIn | None, first: int) -> LayerFacts:
         num_key_value_heads=call.k_BKTD.shape[1],
         head_size=max(size, call.v_BKTE.shape[-1]),
         dropout=call.dropout,
-        has_sinks=call.sinks_H is not None,
         same_arguments_as=first,
     )
 
@@ -314,7 +314,10 @@ def _is_joined(whole: Tensor, parts: Sequence[Tensor]) -> bool:
 
 
 def _mask_in(arguments: Mapping[str, Any]) -> MaskStandIn | None:
-    masks = {id(value): value for value in arguments.values() if isinstance(value, MaskStandIn)}
+    """Return the mask among a layer's arguments. UnsupportedModelError if there are several to choose from."""
+    masks = {id(mask): mask for mask in _found(MaskStandIn, arguments)}
+    if len(masks) > 1:
+        raise UnsupportedModelError("a layer gets several masks, and which of them it attends with is not known")
     return next(iter(masks.values()), None)
 
 
@@ -330,11 +333,16 @@ def _same(some: Any, other: Any) -> bool:
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [tensor for each in value for tensor in _tensors_in(each)] if isinstance(value, tuple | list) else []
+    return list(_found(Tensor, value))
+
+
+def _found(kind: type[Found], value: Any) -> Iterator[Found]:
+    """Return the values of a kind among a layer's arguments, in any tuples, lists and mappings of them."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _found(kind, each)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.hf.building import build_hugging_face_model
 from megatron.hf.model import HuggingFaceModel
 from megatron.model.builder import Execution
+from megatron.model.streamed import StreamedExecution
 
 
 class StreamedModel(HuggingFaceModel):
@@ -30,6 +31,7 @@ class StreamedModel(HuggingFaceModel):
         weighs the losses; by default a label of -100 has none. `positions` int64 [B, S] that restart at 0 begin a new
         document, which attends to itself only; by default each sequence is one document. If ranks share a sequence,
         each gives all of it, and the loss and its gradients are the rank's share: their sums over the ranks are whole.
+        ValueError if the positions of a sequence do not begin with 0.
         """
         mask_BS = (labels_BS != -100) if mask_BS is None else mask_BS
         documents = None
@@ -37,13 +39,19 @@ class StreamedModel(HuggingFaceModel):
             positions_BS = torch.arange(tokens_BS.shape[1]).expand(tokens_BS.shape)
         else:
             starts = [row.nonzero()[:, 0].tolist() for row in positions_BS.cpu() == 0]
+            if any(row[:1] != [0] for row in starts):
+                raise ValueError("the positions of each sequence must begin with 0, as its first document does")
             documents = Documents.from_starts(starts, tokens_BS.shape[1])
-        execution: Any = self.execution
-        layout = execution.stream.layout_of(tokens_BS.shape[1])
-        owned = layout.owned_positions(self.parallel_state.sequence_parallel_rank)
         inputs = (tokens_BS, labels_BS.clamp_min(0), mask_BS, positions_BS)
-        tokens, labels, mask, positions = (t[:, owned.to(t.device)] for t in inputs)
+        tokens, labels, mask, positions = (self._own(t) for t in inputs)
         return super().forward(tokens, labels, mask, positions, documents) / mask_BS.sum()
+
+    def _own(self, of_tokens_BS: Tensor) -> Tensor:
+        """Return this rank's part of whole sequences; in pinned memory if a GPU is to copy it from the host."""
+        stream = cast(StreamedExecution, self.execution).stream
+        layout, rank = stream.layout_of(of_tokens_BS.shape[1]), self.parallel_state.sequence_parallel_rank
+        own = of_tokens_BS[:, layout.owned_positions(rank).to(of_tokens_BS.device)]
+        return own.pin_memory() if stream.store.device.type == "cuda" and not own.is_cuda else own
 
 
 def stream_model(

@@ -143,11 +143,6 @@ class HuggingFaceModel(LanguageModel):
         )
         self.head = HeadUnit(skeleton, facts, execution)
 
-    @property
-    def transformers_model(self) -> Any:
-        """The model of transformers."""
-        return self.skeleton.model
-
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

@@ -160,7 +160,6 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
     seq_length = config.model.seq_length
     chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
     layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
-
     model = model_source(config, context, padded_vocab_size, execution)
 
     def provide_batch(samples: Sequence[Any]) -> Batch:
