@@ -23,7 +23,7 @@ if __name__ == "__main__":  # the imports below take seconds
 from megatron.config import Config, ConfigError
 from megatron.data.batch import Sample
 from megatron.data.errors import DataError
-from megatron.data.vocabulary import check_tokens
+from megatron.data.vocabulary import CheckedTokens
 from megatron.finetuning.chat_template import find_template
 from megatron.finetuning.packed_dataset import build_packed_datasets
 from megatron.launch.preflight import Vocabulary, data_paths
@@ -58,11 +58,12 @@ def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
     """Provide conversations, several per sequence."""
     tokenizer = tokenizer_of(config.tokenizer)
 
-    def checked(sample: Sample) -> Sample:
-        check_tokens(sample.tokens, vocabulary.padded_size, "a conversation")
-        return sample
+    def within_vocabulary(sample: Sample) -> Sample:
+        if tokenizer.vocab_size <= vocabulary.padded_size:
+            return sample
+        return replace(sample, tokens=CheckedTokens(sample.tokens, vocabulary.padded_size))
 
-    return SampleSource(lambda num_samples: build_packed_datasets(config, tokenizer, num_samples), checked)
+    return SampleSource(lambda num_samples: build_packed_datasets(config, tokenizer, num_samples), within_vocabulary)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 An id outside of it would read past the embedding: an assertion deep in a GPU kernel, or a wrong row.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.tokens import Tokens
 
 SCAN_TOKENS = 16 * 2**20
 BLOCK_TOKENS = 2**20
@@ -21,6 +23,22 @@ def check_tokens(tokens: npt.NDArray[Any], vocab_size: int, where: str) -> None:
         return
     position = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
     raise DataError(_message(int(tokens[position]), vocab_size, where))
+
+
+@dataclass(frozen=True)
+class CheckedTokens:
+    """Tokens of a tokenizer that has more ids than the model; DataError where one of these is read."""
+
+    tokens: Tokens
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, span: slice) -> npt.NDArray[Any]:
+        read = self.tokens[span]
+        check_tokens(read, self.vocab_size, "the data")
+        return read
 
 
 def check_vocabulary(indexed: IndexedDataset, vocab_size: int, max_tokens: int = SCAN_TOKENS) -> int:

@@ -3,7 +3,7 @@ import pytest
 
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron.data.vocabulary import check_document_ends, check_vocabulary
+from megatron.data.vocabulary import CheckedTokens, check_document_ends, check_vocabulary
 from tests.unit.data.conftest import MakeDataset
 
 
@@ -58,3 +58,11 @@ def test_documents_without_ends_are_reported(tmp_path: pytest.TempPathFactory) -
 
 def test_an_empty_dataset_has_no_ends_to_miss(make_dataset: MakeDataset) -> None:
     check_document_ends(IndexedDataset(make_dataset([])), 9)
+
+
+def test_tokens_are_checked_where_they_are_read() -> None:
+    tokens = CheckedTokens(np.array([1, 2, 9, 3]), vocab_size=4)
+    assert len(tokens) == 4
+    assert tokens[0:2].tolist() == [1, 2]
+    with pytest.raises(DataError, match="token id 9 in the data is outside the vocabulary, ids 0 to 3"):
+        tokens[1:4]
