@@ -139,19 +139,41 @@ def test_its_folder_is_read_and_written_as_transformers_does(converted: Converte
     assert AutoTokenizer.from_pretrained(tmp_path / "back").decode(tokens(tmp_path / "back")[0, :9]) in text()
 
 
-def test_it_learns_the_text_with_fpdt_and_goes_back(converted: Converted, tmp_path: Path) -> None:
-    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": text()[: 8 * LENGTH]}) + "\n")
-    tokenizer = ["--tokenizer-type", "HFTokenizer", "--tokenizer-model", str(converted.ours)]
-    prefix = tmp_path / "data"
-    assert run_tool("preprocess_data", "--input", tmp_path / "corpus.jsonl", "--output-prefix", prefix,
+def corpus(folder: Path, tokenizer: list[str]) -> list[str]:
+    """Write the beginning of the text as a dataset; return the flags that name it."""
+    (folder / "corpus.jsonl").write_text(json.dumps({"text": text()[: 8 * LENGTH]}) + "\n")
+    prefix = folder / "data"
+    assert run_tool("preprocess_data", "--input", folder / "corpus.jsonl", "--output-prefix", prefix,
                     "--append-eod", *tokenizer) == 0  # fmt: skip
-    flags = [*converted.flags, *tokenizer, "--data-path", f"{prefix}_text_document", "--split", "100,0,0"]
-    flags += ["--seq-length", "320", "--global-batch-size", "1", "--lr", "5e-5", "--lr-decay-style", "constant"]
-    flags += ["--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-chunk-size", "128", "--eval-iters", "0"]
-    flags += ["--ds-sequence-parallel-fpdt-offloading", "--train-iters", "4", "--log-interval", "1"]
+    return ["--data-path", f"{prefix}_text_document", "--split", "100,0,0"]
+
+
+LEARNING = [
+    *["--seq-length", "320", "--global-batch-size", "1", "--lr", "5e-5", "--lr-decay-style", "constant"],
+    *["--ds-sequence-parallel-fpdt", "--ds-sequence-parallel-fpdt-chunk-size", "128", "--eval-iters", "0"],
+    *["--ds-sequence-parallel-fpdt-offloading", "--train-iters", "4", "--log-interval", "1"],
+]
+
+
+def test_it_learns_the_text_with_fpdt_and_goes_back(converted: Converted, tmp_path: Path) -> None:
+    tokenizer = ["--tokenizer-type", "HFTokenizer", "--tokenizer-model", str(converted.ours)]
+    flags = [*converted.flags, *tokenizer, *corpus(tmp_path, tokenizer), *LEARNING]
     run = train([*flags, "--save", str(tmp_path / "checkpoints")], tmp_path / "events")
     assert 1 < run.losses[1] < 4, "it did not begin with the weights of the trained model"
     assert run_tool(TOOL, "to-hf", tmp_path / "checkpoints", tmp_path / "back", "--like", converted.theirs) == 0
     assert their_perplexity(tmp_path / "back") < 0.9 * their_perplexity(converted.theirs)
     portable, _ = read_portable(converted.ours)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.vocab_size == portable.vocab_size
+
+
+def test_it_learns_the_same_as_a_hugging_face_model(converted: Converted, tmp_path: Path) -> None:
+    """The losses of --hf-model are those of the native model; its export and its checkpoint are one model."""
+    tokenizer = ["--tokenizer-type", "HFTokenizer", "--tokenizer-model", str(converted.ours)]
+    data = [*corpus(tmp_path, tokenizer), *LEARNING]
+    saved = ["--save", str(tmp_path / "checkpoints"), "--save-hf", str(tmp_path / "exported")]
+    run = train(["--hf-model", str(converted.theirs), *data, *saved], tmp_path / "events")
+    native = train([*converted.flags, *tokenizer, *data], tmp_path / "native")
+    assert run.losses == pytest.approx(native.losses, rel=1e-4)
+    assert run_tool(TOOL, "to-hf", tmp_path / "checkpoints", tmp_path / "converted") == 0
+    assert their_perplexity(tmp_path / "exported") == their_perplexity(tmp_path / "converted")
+    assert their_perplexity(tmp_path / "exported") < 0.9 * their_perplexity(converted.theirs)

@@ -1,0 +1,51 @@
+"""Training that begins with the weights of a Hugging Face folder, and ends with such a folder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.weights.safetensors_folder import SafetensorsFolder
+from tests.integration.corpus import VOCAB_SIZE
+from tests.integration.runs import SEQ_LENGTH, TOKENIZER, TRAINING, train
+from tests.unit.hf.published_models import loaded, tiny_model
+from tests.unit.tools.tool import run_tool
+
+TOOL = "hf2megads_weight_converter"
+
+
+def flags_of(folder: Path, corpus: Path, num_iters: int) -> list[str]:
+    data = ["--data-path", str(corpus), "--split", "90,6,4", "--seq-length", str(SEQ_LENGTH)]
+    return ["--hf-model", str(folder), *TOKENIZER, *TRAINING, *data, "--train-iters", str(num_iters)]
+
+
+@pytest.mark.parametrize("family, zero_stage", [("qwen3_moe", 3), ("deepseek_v3", 1)])
+def test_a_run_begins_with_a_folder_and_ends_with_one(
+    family: str, zero_stage: int, corpus: Path, tmp_path: Path
+) -> None:
+    tiny_model(family, vocab_size=VOCAB_SIZE + 1).save_pretrained(tmp_path / "start")
+    (tmp_path / "start" / "tokenizer.json").write_text("{}")
+    out = [*("--save", str(tmp_path / "saved")), *("--save-hf", str(tmp_path / "end")), "--zero-stage", str(zero_stage)]
+    first = train([*flags_of(tmp_path / "start", corpus, 2), *out], tmp_path / "first", num_ranks=2)
+    assert f"loaded the weights of {tmp_path / 'start'}" in first.output
+    assert run_tool(TOOL, "to-hf", tmp_path / "saved", tmp_path / "converted") == 0
+    start, end, converted = (SafetensorsFolder(tmp_path / name) for name in ("start", "end", "converted"))
+    assert start.names == end.names == converted.names
+    assert all(torch.equal(end.get(name), converted.get(name)) for name in end.names)
+    assert not torch.equal(end.get("model.norm.weight"), start.get("model.norm.weight"))
+    assert (tmp_path / "end" / "tokenizer.json").is_file()
+    loaded(tmp_path / "end")
+
+    from_end = train(flags_of(tmp_path / "end", corpus, 1), tmp_path / "second", num_ranks=2)
+    again = ["--load", str(tmp_path / "saved"), "--finetune"]
+    from_checkpoint = train([*flags_of(tmp_path / "start", corpus, 1), *again], tmp_path / "third", num_ranks=2)
+    assert from_end.losses == from_checkpoint.losses
+
+
+def test_a_folder_without_weights_gives_an_untrained_model(corpus: Path, tmp_path: Path) -> None:
+    tiny_model("llama", vocab_size=VOCAB_SIZE + 1).config.save_pretrained(tmp_path / "start")
+    run = train([*flags_of(tmp_path / "start", corpus, 1), "--save-hf", str(tmp_path / "end")], tmp_path / "events")
+    assert f"{tmp_path / 'start'} has no weights: training starts from random ones" in run.output
+    loaded(tmp_path / "end")
+    with pytest.raises(AssertionError, match=f"{tmp_path / 'end'} exists and is not an empty folder"):
+        train([*flags_of(tmp_path / "start", corpus, 1), "--save-hf", str(tmp_path / "end")], tmp_path / "events")
