@@ -25,6 +25,7 @@ from megatron.hf.attention import LayerCall, attending
 from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.inspection import LayerFacts, ModelFacts
 from megatron.hf.products import put_on_tape
+from megatron.hf.query_scale import take_query_scale
 from megatron.hf.skeleton import Skeleton
 from megatron.model.layers import CoreAttention
 from megatron.model.transformer import LanguageModel, ModelExecution
@@ -81,6 +82,7 @@ class DecoderLayer(Unit):
         super().__init__(skeleton, [skeleton.layers[number]])
         self.layer_number, self.variant = number + 1, facts.variant
         self._number, self._facts, self._head_size = number, facts, head_size
+        self._query_scale = take_query_scale(skeleton.layers[number])
 
     def set_core_attention(self, core_attention: CoreAttention) -> None:
         self.core_attention = core_attention
@@ -89,17 +91,18 @@ class DecoderLayer(Unit):
         """Return the residual stream [S, B, h] after the layer."""
         x_BSh = x_SBh.transpose(0, 1).contiguous()
         arguments = self._skeleton.arguments(self._facts.same_arguments_as, x_BSh, positions_BS)
-        with self._noting_random_numbers(x_SBh.device), attending(partial(self._attend, documents)):
+        with self._noting_random_numbers(x_SBh.device), attending(partial(self._attend, positions_BS, documents)):
             y_BSh = self._skeleton.layer_forward(self._number, x_BSh, arguments)
         return y_BSh.transpose(0, 1).contiguous()
 
-    def _attend(self, documents: Documents | None, call: LayerCall) -> Tensor:
+    def _attend(self, positions_BT: Tensor, documents: Documents | None, call: LayerCall) -> Tensor:
         """Attend as the layer's call says: o [B, T, H, E]. Heads are padded to one size with zeros."""
         if call.settings != self._facts.settings or call.mask is not None:
             raise UnsupportedModelError(
                 f"layer {self._number} attends with {call.settings}, and with {self._facts.settings} at the start"
             )
-        q, k, v = (self._padded(t.permute(2, 0, 1, 3)) for t in (call.q_BHTD, call.k_BKTD, call.v_BKTE))
+        q_BHTD = call.q_BHTD if self._query_scale is None else self._query_scale.scaled(call.q_BHTD, positions_BT)
+        q, k, v = (self._padded(t.permute(2, 0, 1, 3)) for t in (q_BHTD, call.k_BKTD, call.v_BKTE))
         o_TBHD = self.core_attention(
             q.contiguous(), torch.cat([k, v], 2), self.variant, call.dropout, documents, call.sinks_H
         )
