@@ -31,8 +31,8 @@ Found = TypeVar("Found")
 
 META = torch.device("meta")
 _BATCH, _TOKENS = 2, 3
-# Positions of which each token's arguments must be its own: RoPE that adapts to the longest position does not pass.
-_POSITIONS = (3, 0, 1_000_003, 40)
+# A position beyond which RoPE that follows the largest one changes.
+_FAR = 1_000_003
 
 
 class LayerFacts(NamedTuple):
@@ -292,17 +292,25 @@ def _inputs(skeleton: Skeleton, positions: Sequence[int]) -> tuple[Tensor, Tenso
 
 def _check_tokens_are_independent(skeleton: Skeleton, layers: Sequence[int]) -> None:
     """Refuse a model that computes the arguments of one token from the positions of others."""
+    positions = (3, 0, min(_FAR, _num_positions(skeleton.model) - 1), 40)
     for number in layers:
-        whole = skeleton.arguments(number, *_inputs(skeleton, _POSITIONS))
-        alone = [skeleton.arguments(number, *_inputs(skeleton, [position])) for position in _POSITIONS]
+        whole = skeleton.arguments(number, *_inputs(skeleton, positions))
+        alone = [skeleton.arguments(number, *_inputs(skeleton, [position])) for position in positions]
         for name, value in whole.items():
             parts = [_tensors_in(each[name]) for each in alone]
             for tensor, *each in zip(_tensors_in(value), *parts, strict=True):
                 if not _is_joined(tensor, each):
                     raise UnsupportedModelError(
                         f"{type(skeleton.model).__name__} computes {name} of a token from the positions of others, as "
-                        "dynamic NTK and longrope do"
+                        "dynamic NTK and longrope do; call megatron.hf.fixed_rope.fix_rope(model, seq_length) first"
                     )
+
+
+def _num_positions(model: Any) -> int:
+    """Return how many positions a model has rows for in a table of its own, if it has one, else any number."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    has_table = any(buffer.ndim == 2 and buffer.shape[0] == known for buffer in model.buffers())
+    return known if has_table else _FAR + 1
 
 
 def _is_joined(whole: Tensor, parts: Sequence[Tensor]) -> bool:

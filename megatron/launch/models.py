@@ -45,12 +45,14 @@ def _hugging_face_model(
 ) -> ModelSource:
     # These import transformers, which native models do not need.
     from megatron.hf.building import build_hugging_face_model
+    from megatron.hf.fixed_rope import fix_rope
     from megatron.hf.materialization import empty_model, materialize
     from megatron.hf.model import UNITS
     from megatron.hf.settings import transformers_config
 
     # Before ZeRO-3 has changed how tensors are created: buffers such as RoPE's frequencies keep their number format.
     empty = empty_model(transformers_config(model), context.dtype)
+    fix_rope(empty, model.seq_length)
 
     def provide(observer: Observer) -> nn.Module:
         materialize(empty, initialization, random=not has_weights(Path(model.hf_model or "")))
