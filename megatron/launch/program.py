@@ -27,6 +27,7 @@ from megatron.initialize import Context, device_type, initialize
 from megatron.launch.determinism import use_deterministic_kernels
 from megatron.launch.execution import choose_execution, plan_of_run
 from megatron.launch.link import with_measured_link
+from megatron.launch.model_check import check_model
 from megatron.launch.models import model_source
 from megatron.launch.preflight import DataCheck, Vocabulary, check_inputs
 from megatron.monitoring.finite_check import NotFiniteError
@@ -97,7 +98,9 @@ def run(
             if config.training.deterministic_mode:
                 use_deterministic_kernels(device_type())
             vocabulary = check_inputs(config, world.size, check_data)
-            context = with_measured_link(config, initialize(config, watchdog))
+            context = initialize(config, watchdog)
+            check_model(config, context)
+            context = with_measured_link(config, context)
             train(config, context, vocabulary.padded_size, provide_source(config, vocabulary))
     except (Exception, KeyboardInterrupt) as error:
         code = end_by(error, watchdog)

@@ -8,7 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.integration.corpus import VOCAB_SIZE
-from tests.integration.runs import FPDT, SEQ_LENGTH, TOKENIZER, TRAINING, Run, train
+from tests.integration.runs import FPDT, SEQ_LENGTH, TOKENIZER, TRAINING, Ranks, Run, train
 
 ONE_CHUNK = ["--ds-sequence-parallel-fpdt-chunk-size", str(SEQ_LENGTH)]
 SIZES: dict[str, Any] = {
@@ -16,9 +16,14 @@ SIZES: dict[str, Any] = {
     **{"num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB_SIZE + 1, "max_position_embeddings": SEQ_LENGTH},
     **{"pad_token_id": None, "bos_token_id": None, "eos_token_id": None},
 }
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0},
+    **{"short_factor": [1.0] * 8, "long_factor": [2.0 + number for number in range(8)]},
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
     "llama": {**SIZES, "tie_word_embeddings": True},
+    "phi3": {**SIZES, "hidden_size": 64, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
 }
 
 
@@ -40,10 +45,21 @@ def test_every_execution_arrives_at_the_same_losses(corpus: Path, tmp_path: Path
     flags = ["--hf-model", str(folder), "--seq-length", str(SEQ_LENGTH), *TOKENIZER, *TRAINING]
     flags += ["--data-path", str(corpus), "--split", "90,6,4", "--train-iters", "4", "--eval-iters", "1"]
     want = losses_of(train([*flags, *ONE_CHUNK], tmp_path / "want"))
-    chosen = losses_of(train(flags, tmp_path / "chosen", num_ranks=2))
-    assert chosen == pytest.approx(want, rel=2e-5)
+    run = train(flags, tmp_path / "chosen", num_ranks=2)
+    assert f"checked a small copy of {family} against transformers in " in run.output
+    assert losses_of(run) == pytest.approx(want, rel=2e-5)
     saving = ["--save", str(tmp_path / "saved"), "--save-interval", "2", "--zero-stage", "1"]
     train([*flags, *FPDT, *saving, "--exit-interval", "2"], tmp_path / "first", num_ranks=2)
     loading = ["--load", str(tmp_path / "saved"), "--zero-stage", "3", "--universal-checkpoint"]
     resumed = train([*flags, *FPDT, *loading], tmp_path / "resumed", num_ranks=2)
     assert list(resumed.losses.values()) == pytest.approx(want[2:4], rel=2e-5)
+
+
+def test_every_rank_ends_where_the_model_would_be_trained_wrongly(corpus: Path, tmp_path: Path) -> None:
+    CONFIG_MAPPING["bert"](num_hidden_layers=2, vocab_size=VOCAB_SIZE + 1).save_pretrained(tmp_path / "bert")
+    flags = ["--hf-model", str(tmp_path / "bert"), "--seq-length", str(SEQ_LENGTH), *TOKENIZER, *TRAINING]
+    flags += ["--data-path", str(corpus), "--split", "90,6,4", "--train-iters", "4"]
+    with Ranks(flags, num_ranks=2) as ranks:
+        first, second = ranks.wait()
+    assert "error: the Hugging Face model (bert) cannot be streamed: its tokens attend to later ones" in first.stderr
+    assert (first.exit_code, second.exit_code) == (2, 2)
