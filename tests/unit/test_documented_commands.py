@@ -37,7 +37,8 @@ def take(command: Command) -> None:
     words, (folder, _, name) = filled_in(command), command.program.removesuffix(".py").rpartition("/")
     if command.program in TRAINING:
         config = parse_args(words)
-        validate(config, command.num_ranks, "cuda")
+        if config.model.hf_model is None:  # the folder, which a reader has, decides on the rest
+            validate(config, command.num_ranks, "cuda")
         assert command.program != TRAINING[0] or not config.given & {*pretrain_gpt.FINETUNING_FLAGS}
     elif folder == "tools":
         arguments = load_tool(name).parse_arguments(words)
