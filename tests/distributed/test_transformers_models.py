@@ -17,11 +17,16 @@ CASES = [
     Case("gpt2", zero_stage=3, fpdt=False, sequence_parallel_size=2),
     Case("gpt_oss", zero_stage=3, sequence_parallel_size=2, offloading=True),
     Case("deepseek_v3", zero_stage=1, offloading=True),
+    Case("deepseek_v3", zero_stage=3, sequence_parallel_size=2),
     Case("gpt_neox", zero_stage=0),
+    Case("gpt_neox", zero_stage=1, sequence_parallel_size=2, offloading=True),
+    Case("gemma3", zero_stage=1, sequence_parallel_size=2, offloading=True),
+    Case("gemma3", zero_stage=3),
 ]
 WITH_FOUR = [
     Case("llama-tied", zero_stage=3, num_ranks=4, sequence_parallel_size=4, offloading=True),
     Case("qwen3_moe", zero_stage=3, num_ranks=4, sequence_parallel_size=2),
+    Case("gpt_oss", zero_stage=1, num_ranks=4, sequence_parallel_size=4),
 ]
 # A checkpoint of one case is resumed by the other.
 RESUMED = [(CASES[0], CASES[1]), (CASES[1], CASES[0]), (CASES[2], CASES[2])]
