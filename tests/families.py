@@ -1,4 +1,4 @@
-"""The Hugging Face model families that are tested, at the sizes and settings of published models.
+"""The Hugging Face model families that are tested, with real sizes: defaults, or settings like published ones.
 
 `tests/unit/hf/test_proof.py` compares a small copy of each with transformers. `python -m tests.families` writes the
 tables of the README and of docs/hugging_face.md from this list.
