@@ -34,6 +34,7 @@ if __name__ == "__main__":  # the imports below take seconds
 from model_arguments import add_verification_argument
 from upstream_converter import Translation, is_upstream_line, translate
 
+from megatron.config import Config
 from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
 from megatron.tokenizer.hugging_face import HFTokenizer
@@ -183,7 +184,19 @@ def published_to_hf(path: Path, arguments: argparse.Namespace, settings: Setting
                 f"--{flag.replace('_', '-')} has no effect on a checkpoint of --hf-model, whose model is described in "
                 f"{path / PUBLISHED_FILE}; leave it out."
             )
-    trained_from = read_json(path / CONFIG_FILE).get("model", {}).get("hf_model")
+    published, config = read_json(path / PUBLISHED_FILE), Config.from_dict(read_json(path / CONFIG_FILE))
+    source = open_state(path, with_hashes=not arguments.no_verify_checkpoint)
+    trained_from = config.model.hf_model
+    if config.adapters.is_used:
+        # These import peft.
+        from megatron.hf.adapter_export import write_trained
+        from megatron.hf.adapters import is_of_adapter
+
+        alone = replace(config.adapters, merge_adapter=False)
+        tensors = {name: source.get(name) for name in source.names if is_of_adapter(name)}
+        write_trained(tensors, alone, published, Path(trained_from or ""), arguments.out)
+        print(f"{arguments.out} is written, an adapter for {trained_from}.")
+        return
     folders = (arguments.like, arguments.tokenizer, path, trained_from)
     target = Target(
         arguments.out,
@@ -191,8 +204,7 @@ def published_to_hf(path: Path, arguments: argparse.Namespace, settings: Setting
         tuple(Path(folder) for folder in folders if folder is not None),
         arguments.max_position_embeddings,
     )
-    source = open_state(path, with_hashes=not arguments.no_verify_checkpoint)
-    architecture = save_folder(source, read_json(path / PUBLISHED_FILE), target)
+    architecture = save_folder(source, published, target)
     print(f"{arguments.out} is written, a {architecture}.")
 
 

@@ -32,10 +32,10 @@ from megatron.core.atomic_file import atomic_path
 from megatron.ranks.interrupts import run_tool
 from megatron.weights.errors import WeightsError
 from megatron.weights.opening import newest_checkpoint, open_state
-from megatron.weights.published_config import PUBLISHED_FILE
+from megatron.weights.published_config import BASE_FILE, PUBLISHED_FILE
 from megatron.weights.universal_checkpoint import write_universal_checkpoint
 
-COMPANIONS = ("config.json", "layout.json", "train_state.json", "random_*.pt", PUBLISHED_FILE)
+COMPANIONS = ("config.json", "layout.json", "train_state.json", "random_*.pt", PUBLISHED_FILE, BASE_FILE)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

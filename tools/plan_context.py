@@ -33,11 +33,19 @@ if __name__ == "__main__":  # the imports below take seconds
     end_on_interrupt()
 
 from megatron.arguments import parse_args
-from megatron.config import Config, ConfigError, HuggingFaceModelConfig, ModelConfig, TokenizerConfig, validate
+from megatron.config import (
+    AdaptersConfig,
+    Config,
+    ConfigError,
+    HuggingFaceModelConfig,
+    ModelConfig,
+    TokenizerConfig,
+    validate,
+)
 from megatron.config.packages import require_package
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.link_rates import LinkRates
-from megatron.hf.settings import read_model, with_hugging_face_model
+from megatron.hf.settings import read_model, with_adapters, with_hugging_face_model
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.models import MODEL_NAMES, named_model
@@ -63,7 +71,7 @@ STAND_INS = (
 # Settings that the training flags give; before -- they would have no effect.
 DESCRIBED_BY_TRAINING = {
     "--model", "--seq-length", "--chunk-size", "--sequence-parallel", "--micro-batch-size", "--zero-stage",
-    "--cpu-optimizer", "--device-memory",
+    "--lora-rank", "--cpu-optimizer", "--device-memory",
 }  # fmt: skip
 
 
@@ -111,6 +119,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     job.add_argument("--sequence-parallel", type=count, help="GPUs that share a sequence [all]")
     job.add_argument("--micro-batch-size", type=count, default=1, help="[%(default)s]")
     job.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3, help="[%(default)s]")
+    job.add_argument("--lora-rank", type=count, help="train adapters of this rank on the frozen model [all weights]")
     job.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and step on the host")
     job.add_argument("--device-memory", type=device_memory, metavar="GIB",
                      help="chunks that may stay on a GPU, or `auto` for what it has room for [auto]")  # fmt: skip
@@ -228,6 +237,14 @@ def model_called(name: str, seq_length: int) -> tuple[ModelConfig, int]:
 
 def job_of_model(arguments: argparse.Namespace) -> Job:
     model, vocabulary = model_called(arguments.model, arguments.seq_length)
+    if arguments.lora_rank is not None:
+        if not isinstance(model, HuggingFaceModelConfig):
+            raise ConfigError(
+                f"--lora-rank ({arguments.lora_rank}) is for Hugging Face models, and --model ({arguments.model}) is "
+                "none; name a folder or a config.json"
+            )
+        require_package("peft", "--lora-rank")
+        model = with_adapters(model, AdaptersConfig(lora_rank=arguments.lora_rank))
     shared = arguments.sequence_parallel or arguments.gpus
     return Job(
         model=model,

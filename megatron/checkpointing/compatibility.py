@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.checkpointing.adapters import check_adapters
 from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
 from megatron.config import Config, describe_mismatch, zero_stage_run
@@ -58,6 +59,7 @@ def check_checkpoint(path: Path, config: Config, num_ranks: int, padded_vocab_si
             f"the checkpoint {path} is of another model: {mismatch}; pass the flags it was trained with "
             f"(they are in {path / 'config.json'}), or point --load elsewhere."
         )
+    check_adapters(path, saved.adapters, config)
     written, own = Layout(**read_json(path / "layout.json")), Layout.of(config, num_ranks, padded_vocab_size)
     if written.padded_vocab_size != own.padded_vocab_size:
         raise CheckpointError(

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
+from megatron.config import AdaptersConfig
 from megatron.engine.engine import Engine, whole_parameters
+from megatron.hf.adapter_export import write_trained
 from megatron.hf.conversions import EmptyTensors
 from megatron.hf.export import Export, Target
 from megatron.weights.errors import raise_if_no_room
@@ -50,6 +53,22 @@ def save_hugging_face(engine: Engine, published: Mapping[str, Any], folder: Path
                     failures.append(error)
         on_first_rank(lambda: _raise_first(failures, folder))
         on_first_rank(stack.close)
+
+
+def save_adapters(
+    engine: Engine, settings: AdaptersConfig, published: Mapping[str, Any], base: Path, folder: Path
+) -> None:
+    """Write the adapters as peft's folder, or the model of `base` with the adapters merged. Collective over all ranks.
+
+    CheckpointError on every rank if the folder exists, or rank 0 cannot write it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            with whole_parameters([parameter]):
+                if dist.get_rank() == 0:
+                    tensors[name] = parameter.detach().cpu().clone()
+    on_first_rank(lambda: write_trained(tensors, settings, published, base, folder))
 
 
 def _raise_first(failures: list[Exception], folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron.checkpointing.adapters import whole_source
 from megatron.checkpointing.agreement import on_first_rank
 from megatron.checkpointing.compatibility import loads_any_layout, other_bits
 from megatron.checkpointing.errors import CheckpointError
@@ -57,7 +58,9 @@ def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config
         if with_optimizer and engine.states_are_on_nvme and not loads_any_layout(path, config):
             engine.load_as_written(path.parent, path.name)
         else:
-            engine.load_state(open_verified(path), with_optimizer)
+            saved = open_verified(path)
+            source = whole_source(engine, config, saved) if config.adapters.is_used else saved
+            engine.load_state(source, with_optimizer)
         if not (weights_alone or settings.no_load_rng):
             restore_random_state(random_state_path(path, context), context)
         return saved_state(path, config)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron.checkpointing.adapters import base_digest
 from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
 from megatron.checkpointing.compatibility import Layout
 from megatron.checkpointing.errors import CheckpointError
@@ -29,7 +30,7 @@ from megatron.engine.engine import Engine
 from megatron.initialize import GIB, Context
 from megatron.weights.errors import first_line
 from megatron.weights.manifest import Manifest, describe_files, size_faults, write_manifest
-from megatron.weights.published_config import PUBLISHED_FILE, read_published_config
+from megatron.weights.published_config import BASE_FILE, PUBLISHED_FILE, read_published_config
 
 
 class Saver:
@@ -72,10 +73,14 @@ class Saver:
 
         Collective over all ranks. CheckpointError on every rank where it cannot be written.
         """
-        from megatron.checkpointing.hugging_face import save_hugging_face  # imports transformers
+        from megatron.checkpointing.hugging_face import save_adapters, save_hugging_face  # imports transformers
 
+        base, published = Path(self._config.model.hf_model or ""), self._published or {}
         try:
-            save_hugging_face(self._engine, self._published or {}, folder, Path(self._config.model.hf_model or ""))
+            if self._config.adapters.is_used:
+                save_adapters(self._engine, self._config.adapters, published, base, folder)
+            else:
+                save_hugging_face(self._engine, published, folder, base)
         except CheckpointError as error:
             raise CheckpointError(
                 f"--save-hf ({folder}) cannot be written: {error} A checkpoint of --save can be converted with "
@@ -96,7 +101,8 @@ class Saver:
 
     def _write(self, unfinished: Path, state: TrainState) -> Manifest:
         """Write this rank's files, and describe them once they are on the disk. Collective over all ranks."""
-        written = self._engine.save(unfinished.parent, unfinished.name)
+        adapters = self._config.adapters.is_used
+        written = self._engine.save(unfinished.parent, unfinished.name, with_frozen=not adapters)
         random_state = random_state_path(unfinished, self._context)
         write_random_state(random_state, self._context)
         written.append(random_state)
@@ -109,6 +115,8 @@ class Saver:
             }
             if self._published is not None:
                 contents[PUBLISHED_FILE] = self._published
+            if adapters:
+                contents[BASE_FILE] = {"digest": base_digest(self._config)}
             for name, content in contents.items():
                 written.append(unfinished / name)
                 write_json(written[-1], content)

@@ -1,5 +1,6 @@
 """The configuration: one frozen dataclass per concern, one attribute per flag."""
 
+from megatron.config.adapters import AdaptersConfig
 from megatron.config.architecture import architecture_fields, describe_difference, describe_mismatch, with_rope_of
 from megatron.config.batch import accumulation_steps, data_parallel_size, default_batch_notes, global_batch_size
 from megatron.config.checkpoint import CheckpointConfig
@@ -17,13 +18,15 @@ from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, GibOrAuto, ParallelConfig, default_chunk
 from megatron.config.precision import PrecisionConfig
 from megatron.config.recompute import Recompute
-from megatron.config.sizes import ModelSizes, TokenWeights
+from megatron.config.sizes import AdapterSizes, ModelSizes, TokenWeights
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.config.training import TrainingConfig
 
 __all__ = [
     "ALONE",
     "AUTOMATIC_CHUNK",
+    "AdapterSizes",
+    "AdaptersConfig",
     "CheckpointConfig",
     "ChunkSize",
     "Config",

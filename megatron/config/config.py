@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, EnumType
 from typing import Any
 
+from megatron.config.adapters import AdaptersConfig
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
 from megatron.config.deepspeed import DeepSpeedConfig
@@ -32,6 +33,7 @@ class Config:
     """
 
     model: ModelConfig
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -98,8 +100,9 @@ def _stored(value: Any, annotation: Any) -> Any:
     for kind in (annotation, *typing.get_args(annotation)):
         if isinstance(kind, EnumType) and value is not None:
             return kind(value)
-    if isinstance(annotation, type) and is_dataclass(annotation):
-        return _section_from_dict(annotation.__name__, annotation, value)
+    for kind in (annotation, *typing.get_args(annotation)):
+        if isinstance(kind, type) and is_dataclass(kind) and value is not None:
+            return _section_from_dict(kind.__name__, kind, value)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -38,6 +38,26 @@ class TokenWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterSizes:
+    """Sizes of the adapters of a model, whose other weights are frozen. Widths are those of the widest block."""
+
+    weights: int
+    """Weights of the adapters of all blocks: what is trained."""
+
+    block_weights: int
+    """The same of the block with most of them."""
+
+    saved_outputs: int
+    """Outputs of the adapters' products per token that can be saved."""
+
+    outputs: int
+    """Outputs of the adapters per token, and what autograd saves of them."""
+
+    added_stacks: int
+    """Weights of the stacks of experts that a block adds adapters to whenever it runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSizes:
     """Sizes of a model. Weights are those of matrices: norms and biases are not counted.
 
@@ -87,6 +107,9 @@ class ModelSizes:
 
     local_blocks: tuple[int | None, ...] = ()
     """By block, the length of the parts of the sequence that attend within themselves. Empty without such parts."""
+
+    adapters: AdapterSizes | None = None
+    """Sizes of the adapters, where these alone are trained."""
 
     def attention_share(self, seq_length: int, documents: float = 1.0) -> float:
         """Return the share of causal attention over the whole sequence that the blocks compute, their mean.

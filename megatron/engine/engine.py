@@ -177,18 +177,32 @@ class Engine:
         """Return the parameters, and the buffers that checkpoints hold, once each; partitioned ones as they are."""
         return {**owned_tensors(self.module), **dict(self.module.named_parameters())}
 
-    def save(self, folder: Path, tag: str) -> list[Path]:
+    def save(self, folder: Path, tag: str, with_frozen: bool = True) -> list[Path]:
         """Write weights and optimizer states to the existing folder/tag. Collective over all ranks.
 
+        Frozen parameters are left out if not `with_frozen`.
         Returns the files that this rank wrote, flushed to disk. Raises this rank's first error after all ranks are
         done.
         """
         writer = DurableWriter(self._engine.checkpoint_engine.zipfile_serialization)
         self._engine.checkpoint_engine = writer
         self._engine._copy_recovery_script = lambda _: writer.attempt(lambda: self._copy_scripts(folder / tag, writer))
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=self._parameter_names(), save_latest=False)
+        if not with_frozen:  # DeepSpeed (0.19.8) would leave in the other names of tied ones
+            self._engine.module_state_dict = self._state_without_frozen
+        self._engine.save_checkpoint(
+            str(folder),
+            tag=tag,
+            client_state=self._parameter_names(),
+            save_latest=False,
+            exclude_frozen_parameters=not with_frozen,
+        )
         writer.attempt(lambda: self._add_offloaded_files(folder / tag, writer))
         return writer.finish()
+
+    def _state_without_frozen(self, **_: Any) -> dict[str, Any]:
+        every = self.module.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in every if not parameter.requires_grad}
+        return {name: value for name, value in self.module.state_dict().items() if name not in frozen}
 
     def _copy_scripts(self, checkpoint: Path, writer: DurableWriter) -> None:
         """Copy DeepSpeed's consolidation scripts into the checkpoint, so that they appear together with the weights."""

@@ -5,6 +5,8 @@ addition, a view or a dropout only passes its gradient on. Two kinds of products
 separated from y by such nodes only, like the MLP's last one, if y itself is not needed; and those before the attention
 call on which y depends through attention alone, if the attention output is known. What a layer reads without autograd
 (`detach`, a comparison) is not seen.
+
+A product of few inputs, such as the second of a low-rank adapter, is recomputed in less time than it is copied.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from torch.autograd.graph import Node
 from megatron.config import Recompute
 from megatron.fpdt.seam import AttentionCall, run_with_output
 from megatron.ops.linear import LinearTape
+
+# A product is recomputed and never saved if it has so many times fewer inputs than the layer.
+FEW_INPUTS = 16
 
 # Operations whose backward pass reads none of their inputs.
 _PASSES_GRADIENTS_ON = frozenset(
@@ -50,6 +55,9 @@ class LayerTrace:
     shares_nodes: bool
     """Whether the graph of y has nodes in common with that of the attention call's arguments."""
 
+    recomputed: frozenset[int] = frozenset()
+    """Products that are cheaper to recompute than to save."""
+
     @property
     def num_products(self) -> int:
         """Products of every run."""
@@ -70,7 +78,9 @@ class LayerTrace:
 
     def saved_before(self, recompute: Recompute) -> tuple[int, ...]:
         """Return the products before the attention call whose outputs the forward pass saves on the tier."""
-        return self.before if recompute.saves_products else ()
+        if not recompute.saves_products:
+            return ()
+        return tuple(number for number in self.before if number not in self.recomputed)
 
     def saved_after(self, recompute: Recompute, is_first_slice: bool) -> tuple[int, ...]:
         """Return the products after the attention call whose outputs the forward pass saves on the tier.
@@ -81,7 +91,8 @@ class LayerTrace:
         if not recompute.saves_products or is_first_slice:
             return ()
         projection = len(self.before)
-        return tuple(number for number in self.needed_after if recompute.saves_mlp_products or number == projection)
+        needed = [number for number in self.needed_after if number not in self.recomputed]
+        return tuple(number for number in needed if recompute.saves_mlp_products or number == projection)
 
 
 def trace_layer(forward: Callable[..., Tensor], x_cBh: Tensor, *args: Any) -> LayerTrace:
@@ -107,20 +118,24 @@ def trace_layer(forward: Callable[..., Tensor], x_cBh: Tensor, *args: Any) -> La
     q, kv, _, sinks = calls[0]
     arguments = {node for t in (q, kv, sinks) if t is not None and t.grad_fn for node in _in_order(t.grad_fn)}
     shares_nodes = any(node in graph and node.next_functions for node in arguments)
-    return LayerTrace(tuple(before), alone, needed_after, frozenset(after) - frozenset(needed_after), shares_nodes)
+    skipped_after = frozenset(after) - frozenset(needed_after)
+    few = frozenset(n for n, inputs in enumerate(tape.num_inputs) if FEW_INPUTS * inputs <= x_cBh.shape[-1])
+    return LayerTrace(tuple(before), alone, needed_after, skipped_after, shares_nodes, few)
 
 
 class _TracingTape(LinearTape):
-    """A tape that records the autograd node of each product's output."""
+    """A tape that records the autograd node of each product's output, and how many inputs it has."""
 
     def __init__(self) -> None:
         super().__init__()
         self.nodes: list[Node | None] = []
+        self.num_inputs: list[int] = []
         self.num_before = 0
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
         y = super().product(x, weight, bias, transposed)
         self.nodes.append(y.grad_fn)
+        self.num_inputs.append(x.shape[-1])
         return y
 
 

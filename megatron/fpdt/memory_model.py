@@ -83,12 +83,13 @@ class StreamShape:
     ) -> StreamShape:
         """Build the shape from a resolved model configuration."""
         sizes = model.sizes
+        saved, outputs = (sizes.adapters.saved_outputs, sizes.adapters.outputs) if sizes.adapters else (0, 0)
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
-            projection_width=sizes.projection_width,
-            saved_mlp_outputs=sizes.saved_mlp_outputs,
-            mlp_outputs=sizes.mlp_outputs,
+            projection_width=sizes.projection_width + saved,
+            saved_mlp_outputs=sizes.saved_mlp_outputs + saved,
+            mlp_outputs=sizes.mlp_outputs + outputs,
             mlp_width=sizes.mlp_width,
             num_heads=model.num_attention_heads,
             num_key_value_heads=model.num_key_value_heads,

@@ -34,3 +34,7 @@ def put_on_tape(part: nn.Module) -> None:
     for name, module in part.named_modules():
         if type(module) in _TAPED and "experts" not in name.split("."):
             module.__class__ = _TAPED[type(module)]
+        elif type(module).__name__ == "DoraLinearLayer":
+            from megatron.hf.dora import StreamedDora  # imports peft, which other models do not need
+
+            module.__class__ = StreamedDora

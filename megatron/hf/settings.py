@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.config import Config, ConfigError, HuggingFaceModelConfig, ModelConfig, TokenizerConfig
+from megatron.config import AdaptersConfig, Config, ConfigError, HuggingFaceModelConfig, ModelConfig, TokenizerConfig
 from megatron.config.deepspeed_json import lookup
 from megatron.config.packages import require_package
 from megatron.config.rules.common import Rule, Run, listed
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 # Of transformers' configuration: what is not worth storing.
 _UNSTORED = ("id2label", "label2id", "quantization_config", "_name_or_path")
-_NEEDED = ("seq_length", "micro_batch_size", "global_batch_size")  # to choose the ranks per sequence
+# Read here, to choose the ranks per sequence and to count adapters, before other rules are checked.
+_NEEDED = ("seq_length", "micro_batch_size", "global_batch_size", "lora_rank", "lora_alpha", "lora_dropout")
 _OF_OTHER_MODELS = ("classifier", "summary", "cls")  # that share a config.json, such as one that classifies
 
 
@@ -59,8 +60,31 @@ def with_hugging_face_model(config: Config, world_size: int) -> Config:
     if folder.is_file():
         raise ConfigError(f"--hf-model ({folder}) is a file; name the folder that it is in")
     model = read_model(folder, config.model, config.given)
+    if config.adapters.is_used:
+        config, model = _with_adapters(config, model)
     chosen = _with_parallelism(replace(config, model=model, tokenizer=_tokenizer(config, folder)), world_size)
     return replace(chosen, notes=(*config.notes, *_notes(config, chosen, model)))
+
+
+def _with_adapters(config: Config, model: HuggingFaceModelConfig) -> tuple[Config, HuggingFaceModelConfig]:
+    """Return both with all settings of the adapters, and with their sizes."""
+    require_package("peft", "--lora-rank" if config.adapters.load_adapter is None else "--load-adapter")
+    from megatron.hf.adapter_settings import with_settings_of_folder  # imports peft
+
+    adapters = with_settings_of_folder(config.adapters)
+    model = with_adapters(model, adapters)
+    trained = model.counted.adapters.weights if model.counted.adapters else 0
+    kind = "DoRA" if adapters.use_dora else "LoRA"
+    note = f"{kind} of rank {adapters.lora_rank}: {trained / 1e6:.1f} million parameters are trained, all others frozen"
+    return replace(config, adapters=adapters, notes=(*config.notes, note)), model
+
+
+def with_adapters(model: HuggingFaceModelConfig, adapters: AdaptersConfig) -> HuggingFaceModelConfig:
+    """Return the model with the sizes of its adapters. ConfigError if they do not fit it."""
+    from megatron.hf.adapter_settings import adapter_sizes  # imports peft
+
+    counted = replace(model.counted, adapters=adapter_sizes(_config_of(model.hf_config), adapters))
+    return replace(model, counted=counted)
 
 
 def read_model(path: Path, flags: ModelConfig, given: frozenset[str] = frozenset()) -> HuggingFaceModelConfig:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from megatron.config import Config, HuggingFaceModelConfig
+from megatron.config import AdaptersConfig, Config, HuggingFaceModelConfig
 from megatron.engine.engine import whole_parameters
 from megatron.fpdt.observer import Observer
 from megatron.initialize import Context
@@ -31,7 +31,7 @@ def model_source(config: Config, context: Context, padded_vocab_size: int, execu
     execution = replace(execution, whole_parameters=whole_parameters)
     initialization = Initialization(context.dtype, context.device, config.training.seed)
     if isinstance(config.model, HuggingFaceModelConfig):
-        return _hugging_face_model(config.model, context, execution, initialization)
+        return _hugging_face_model(config.model, config.adapters, context, execution, initialization)
 
     def provide(observer: Observer) -> nn.Module:
         how = replace(execution, observer=observer)
@@ -41,7 +41,11 @@ def model_source(config: Config, context: Context, padded_vocab_size: int, execu
 
 
 def _hugging_face_model(
-    model: HuggingFaceModelConfig, context: Context, execution: Execution, initialization: Initialization
+    model: HuggingFaceModelConfig,
+    adapters: AdaptersConfig,
+    context: Context,
+    execution: Execution,
+    initialization: Initialization,
 ) -> ModelSource:
     # These import transformers, which native models do not need.
     from megatron.hf.building import build_hugging_face_model
@@ -53,6 +57,10 @@ def _hugging_face_model(
     # Before ZeRO-3 has changed how tensors are created: buffers such as RoPE's frequencies keep their number format.
     empty = empty_model(transformers_config(model), context.dtype)
     fix_rope(empty, model.seq_length)
+    if adapters.is_used:
+        from megatron.hf.adapters import add_adapters  # imports peft
+
+        add_adapters(empty, adapters)
 
     def provide(observer: Observer) -> nn.Module:
         materialize(empty, initialization, random=not has_weights(Path(model.hf_model or "")))

@@ -74,6 +74,11 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
             check_writable(flag, Path(folder))
     if config.checkpoint.save_hf is not None:
         check_new(Path(config.checkpoint.save_hf))
+    if config.adapters.is_used and not has_weights(Path(model.hf_model or "")):
+        raise ConfigError(
+            f"--hf-model ({model.hf_model}) has no weights, and adapters are trained on frozen weights; copy the whole "
+            "folder"
+        )
     if checkpoint is None and model.hf_model is not None and has_weights(Path(model.hf_model)):
         from megatron.hf.weights import folder_source  # imports transformers, which native models do not need
 

@@ -6,7 +6,8 @@ A weight may also be stored transposed, [I, O], as in GPT-2.
 
 Inside `LinearTape.running`, every call of `linear` is a numbered product of the tape: products are counted from 0 in
 the order of their calls. The tape can record the output of a product, replay a recorded one instead of computing it,
-skip one whose value nobody reads, and sum the gradient of a weight in fp32 over many runs of the same layer.
+skip one whose value nobody reads, and sum the gradient of a weight in fp32 over many runs of the same layer. The
+gradient of a frozen weight is not computed, nor is the product's input saved for it.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class _SummedLinear(torch.autograd.Function):
         for x in saved_x:
             factors = dy_TO, x.flatten(0, -2)
             ctx.weight_sum.add_product(*(factors[::-1] if ctx.transposed else factors))
-        return dy @ weight, None, dy_TO.sum(0) if ctx.needs_input_grad[2] else None, None, None, None, None
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        return dx, None, dy_TO.sum(0) if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
 def _output(x: Tensor, weight: Tensor, bias: Tensor | None, replayed: Tensor | None, is_skipped: bool) -> Tensor:

@@ -7,6 +7,8 @@ matrix product once forward and twice backward, and causal attention as a triang
     causal attention of one layer, forward             2 S^2 heads head_dim    (Q K^T and P V, 2 S^2 each, halved)
     backward                                           2 x forward
 
+The weights of a model with adapters are frozen: their products run once backward, those of the adapters twice.
+
 Where documents share a sequence, S^2 is the sum of the squares of their lengths: `attention_share` of the whole. In a
 layer with a window of W tokens it is S^2 - (S - W)^2.
 
@@ -64,9 +66,10 @@ def forward_flops(
 ) -> ForwardFlops:
     """Return the FLOPs of the forward pass of one sequence of `seq_length` tokens."""
     sizes = model.sizes
+    trained = sizes.adapters.weights if sizes.adapters else 0
     widths = model.num_attention_heads * (model.kv_channels + sizes.narrow_channels) * model.num_layers
     return ForwardFlops(
-        token_wise=2 * seq_length * sizes.token_weights.total,
+        token_wise=2 * seq_length * (sizes.token_weights.total + trained),
         attention=round(seq_length**2 * sizes.attention_share(seq_length, attention_share)) * widths,
         head=2 * seq_length * model.hidden_size * padded_vocab_size,
     )
@@ -74,7 +77,11 @@ def forward_flops(
 
 def model_flops(model: ModelConfig, padded_vocab_size: int, seq_length: int, attention_share: float = 1.0) -> int:
     """Return the model FLOPs of training on one sequence: forward and backward, without recomputation."""
-    return 3 * forward_flops(model, padded_vocab_size, seq_length, attention_share).total
+    forward = forward_flops(model, padded_vocab_size, seq_length, attention_share)
+    if model.sizes.adapters is None:
+        return 3 * forward.total
+    gradients = 2 * seq_length * model.sizes.adapters.weights
+    return 2 * (forward.token_wise + forward.head) + gradients + 3 * forward.attention
 
 
 def flops_of_checkpointing(model: ModelConfig, seq_length: int, attention_share: float = 1.0) -> int:

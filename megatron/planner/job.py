@@ -104,8 +104,20 @@ class Job:
     @property
     def num_parameters(self) -> int:
         """Parameters of the model."""
-        blocks = self.model.sizes.all_block_weights
+        adapters = self.model.sizes.adapters
+        blocks = self.model.sizes.all_block_weights + (adapters.weights if adapters else 0)
         return self.embedding_parameters + self.position_parameters + blocks + self.output_parameters
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that have gradients and optimizer states: all, or those of adapters."""
+        adapters = self.model.sizes.adapters
+        return self.num_parameters if adapters is None else adapters.weights
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether adapters alone are trained."""
+        return self.model.sizes.adapters is not None
 
     @property
     def global_tokens(self) -> int:

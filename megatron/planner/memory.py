@@ -102,10 +102,11 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
 
 def _streamed_bytes(job: Job, recompute: Recompute, interval: int, backend: str) -> int:
     """Estimate the peak bytes of blocks and head on the GPU, with the chunks stored there."""
+    added = job.model.sizes.adapters.added_stacks if job.model.sizes.adapters else 0
     placed = place(job.shape, recompute, interval, job.device_memory_bytes)
     forward, backward = block_bytes(job.shape, recompute, backend)
     return max(
-        forward + placed.forward_device_bytes + 2 * _gathered_bytes(job, job.block_parameters),
+        forward + placed.forward_device_bytes + 2 * _gathered_bytes(job, job.block_parameters) + HALF * added,
         _head_bytes(job) + placed.loss_device_bytes,
         backward + placed.backward_device_bytes + _block_parameters(job),
     )
@@ -123,14 +124,14 @@ class _States:
 
 def _states(job: Job) -> _States:
     """Estimate the model states of DeepSpeed 0.19.8 under each ZeRO stage."""
-    parameters, ranks = job.num_parameters, job.num_gpus
+    parameters, ranks = job.trained_parameters, job.num_gpus
     whole, shard = HALF * parameters, HALF * parameters // ranks
     optimizer = OPTIMIZER * parameters // ranks
     bucket = HALF * min(REDUCE_BUCKET, parameters)
-    weights = shard if job.zero_stage == 3 else whole
+    weights = HALF * job.num_parameters // (ranks if job.zero_stage == 3 else 1)
     if job.cpu_optimizer:
         # The largest table passes through a buffer on either side.
-        largest = HALF * max(job.embedding_parameters, job.position_parameters)
+        largest = HALF * min(max(job.embedding_parameters, job.position_parameters), parameters)
         buffers = bucket if job.zero_stage == 3 else largest
         gradients = (0 if job.zero_stage >= 2 else whole) + (0 if job.zero_stage == 3 else bucket)
         # Weights, gradients and weights in half precision are pinned, Adam's moments are not.
@@ -152,6 +153,8 @@ def _pinned_bytes(num_bytes: int) -> int:
 def _step_group(job: Job) -> int:
     """Return the largest group of a rank's parameters that ZeRO-3 steps at once: it is filled up to STEP_GROUP."""
     sizes = job.model.sizes
+    if sizes.adapters is not None:
+        return min(job.trained_parameters // job.num_gpus, STEP_GROUP)
     matrix = max(job.mean_block_parameters // MATRICES, sizes.largest_stack)
     tables = [job.embedding_parameters, job.position_parameters]
     largest = group = 0
@@ -165,7 +168,12 @@ def _step_group(job: Job) -> int:
 
 def _block_parameters(job: Job) -> int:
     """Bytes of a block's gathered weights, its gradients and their sums, and the next block's prefetched weights."""
-    return _whole_bytes(job, job.block_parameters) + _gathered_bytes(job, job.block_parameters)
+    adapters = job.model.sizes.adapters
+    if adapters is None:
+        return _whole_bytes(job, job.block_parameters) + _gathered_bytes(job, job.block_parameters)
+    gathered = 2 * _gathered_bytes(job, job.block_parameters + adapters.block_weights)
+    # Stacks of experts with what is added to them, and their gradients.
+    return gathered + (SUM + HALF) * adapters.block_weights + 2 * HALF * adapters.added_stacks
 
 
 def _head_bytes(job: Job) -> int:
@@ -181,8 +189,8 @@ def _embedding_bytes(job: Job) -> int:
 
 
 def _whole_bytes(job: Job, parameters: int) -> int:
-    """Bytes of gathered weights, with their gradients and the fp32 sums of these."""
-    return _gathered_bytes(job, parameters) + (SUM + HALF) * parameters
+    """Bytes of gathered weights and, where they are trained, their gradients and the fp32 sums of these."""
+    return _gathered_bytes(job, parameters) + (0 if job.is_frozen else (SUM + HALF) * parameters)
 
 
 def _gathered_bytes(job: Job, parameters: int) -> int:

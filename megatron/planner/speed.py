@@ -2,7 +2,8 @@
 
 block, forward     attention 2 S^2 B H D / p at the kernel's rate, products, token-wise kernels by their bytes, and the
                    packing of the all-to-all
-block, backward    attention 5/2 of that, products twice and those recomputed, kernels, sums over tiles, packing
+block, backward    attention 5/2 of that, products twice (of frozen weights once) and those recomputed, kernels, sums
+                   over tiles, packing
 link               bytes of the chunks that are on the host, out and in, overlapped with compute, so that the longer of
                    the two counts; and between two blocks the last chunk's way to the host and back, if the next block
                    needs it at once
@@ -10,7 +11,7 @@ exchange           ZeRO-3's gathers of weights and the all-to-all from tokens to
                    previous row, so not for the first row; the all-to-all back to tokens counts as exposed: the rates
                    come from steps in which it was, and no step was measured since rows hide it
                    (without FPDT nothing is overlapped, and checkpointing recomputes the whole forward pass)
-head               3 products with the vocabulary
+head               3 products with the vocabulary; 2 where it is frozen
 optimizer          on the GPU bound by its memory, on the host by the host's; before it, the gradients' way to
                    their rank
 """
@@ -71,9 +72,9 @@ def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, i
         waits = _streamed_waits(job, machines, (forward, backward), recompute, interval)
     else:
         waits = _plain_waits(job, machines, recompute)
-    parameters = job.num_parameters / job.num_gpus
+    parameters = job.trained_parameters / job.num_gpus
     on_gpu = parameters * OPTIMIZER_BYTES / (gpu.memory_gbps * GB * STREAMING)
-    reduced = steps * job.num_parameters * GRADIENT_BYTES / (gpu.memory_gbps * GB * STREAMING)
+    reduced = steps * job.trained_parameters * GRADIENT_BYTES / (gpu.memory_gbps * GB * STREAMING)
     sequences = job.global_tokens // job.model.seq_length
     return Speed(
         forward=steps * (layers * forward + waits.forward),
@@ -97,6 +98,7 @@ def _block_compute(
     attention, products = (share * part / model.num_layers for part in (flops.attention, flops.token_wise))
     attention *= shape.heads.largest_num_heads / model.num_attention_heads  # the others wait
     recomputed = share * _recomputed_products(job, interval, recompute) / model.num_layers
+    times = 1 if job.is_frozen else 2  # dx alone, or dx and dW
     recomputed_attention = attention if job.activations != "kept" and not job.streamed else 0.0
     rate_forward, rate_backward = (rate * TERA for rate in gpu.attention[backend])
     matmul, streaming = gpu.matmul_tflops * TERA, gpu.memory_gbps * GB * STREAMING
@@ -114,7 +116,7 @@ def _block_compute(
         + (tiles * 5 * queries + packed * (4 * queries + 2 * keys)) / streaming,
         2.5 * attention / rate_backward
         + recomputed_attention / rate_forward
-        + (2 * products + recomputed) / matmul
+        + (times * products + recomputed) / matmul
         + token_wise * 2 / 3
         + (tiles * 5 * (queries + keys) + packed * (10 * queries + 6 * keys) + _short_slice_bytes(job)) / streaming,
     )
@@ -124,7 +126,12 @@ def _short_slice_bytes(job: Job) -> float:
     """Bytes of the additions to the weights' gradients of one block beyond those in slices of the usual length."""
     shape = job.shape
     num_slices = sum(-(-length // shape.slice_length) for length in shape.layout.local_lengths)
-    return (num_slices - shape.layout.local_length / shape.slice_length) * 2 * SUM * job.mean_block_parameters
+    return (
+        (num_slices - shape.layout.local_length / shape.slice_length)
+        * 2
+        * SUM
+        * (0 if job.is_frozen else job.mean_block_parameters)
+    )
 
 
 def _recomputed_products(job: Job, interval: int, recompute: Recompute) -> int:
@@ -144,7 +151,8 @@ def _head_seconds(job: Job, machines: Machines) -> float:
     logits = share * job.model.seq_length * job.padded_vocab_size
     # Each tile reads and writes the sum of the weight's gradient in fp32.
     sums = logits / TILE_LOGITS * 2 * SUM * job.embedding_parameters / streaming
-    return 2 * product + max(product, sums) + logits * LOGIT_BYTES / streaming
+    gradient = 0.0 if job.is_frozen else max(product, sums)
+    return 2 * product + gradient + logits * LOGIT_BYTES / streaming
 
 
 @dataclass(frozen=True)

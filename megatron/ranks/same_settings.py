@@ -32,8 +32,11 @@ OWN = frozenset(
 )
 # Flags that name files; the names may differ where the content is the same.
 DATA = frozenset({"data_path", "train_data_path", "valid_data_path", "test_data_path"})
-FILES = frozenset({"hf_model", "vocab_file", "merge_file", "tokenizer_model", "chat_template"})
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FILES = frozenset({"hf_model", "load_adapter", "vocab_file", "merge_file", "tokenizer_model", "chat_template"})
+FOLDER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
 
 PACKAGES = (
     *("torch", "deepspeed", "numpy", "triton", "tokenizers", "sentencepiece", "transformers"),
@@ -169,9 +172,9 @@ def _version(package: str) -> str:
 
 
 def content(path: Path) -> str:
-    """Return size and hash of a file, hashed whole or by samples, or of the tokenizer files in a folder."""
+    """Return size and hash of a file, hashed whole or by samples; of a folder, those of a tokenizer or an adapter."""
     if path.is_dir():
-        return ", ".join(f"{name}: {content(path / name)}" for name in TOKENIZER_FILES if (path / name).is_file())
+        return ", ".join(f"{name}: {content(path / name)}" for name in FOLDER_FILES if (path / name).is_file())
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, load_checkpoint, starting_state
+from megatron.checkpointing.adapters import whole_source
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, deepspeed_config, default_batch_notes
 from megatron.engine.engine import Engine
@@ -60,7 +61,7 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
         context.log.info("loaded %s at iteration %d", checkpoint, state.iteration)
     elif config.model.hf_model is not None:
         with watchdog.working(f"loading {config.model.hf_model}"):
-            _load_published_weights(Path(config.model.hf_model), engine, context)
+            _load_published_weights(config, engine, context)
     finite_check = None
     if not config.training.no_check_for_nan_in_loss_and_grad:
         layout = stream.layout_of(config.model.seq_length)
@@ -75,8 +76,13 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
         writer.close()
 
 
-def _load_published_weights(folder: Path, engine: Engine, context: Context) -> None:
-    """Load the weights of a Hugging Face folder, if it has any. Collective over all ranks."""
+def _load_published_weights(config: Config, engine: Engine, context: Context) -> None:
+    """Load the weights of the folder of --hf-model, if it has any, and adapters. Collective over all ranks."""
+    folder = Path(config.model.hf_model or "")
+    if config.adapters.is_used:
+        engine.load_state(whole_source(engine, config, None), with_optimizer=False)
+        context.log.info("loaded the weights of %s, which are frozen, and %s", folder, _adapters(config))
+        return
     if not has_weights(folder):
         context.log.warning("%s has no weights: training starts from random ones", folder)
         return
@@ -84,6 +90,11 @@ def _load_published_weights(folder: Path, engine: Engine, context: Context) -> N
 
     engine.load_state(folder_source(folder), with_optimizer=False)
     context.log.info("loaded the weights of %s", folder)
+
+
+def _adapters(config: Config) -> str:
+    folder = config.adapters.load_adapter
+    return "new adapters" if folder is None else f"the adapters of {folder}"
 
 
 def _checkpoint_to_load(config: Config, context: Context, padded_vocab_size: int) -> Path | None:

@@ -10,6 +10,8 @@ from megatron.weights.portable_config import CONFIG_FILE, read_json
 
 # Its name inside a checkpoint of that model, where config.json is the configuration of the run.
 PUBLISHED_FILE = "hugging_face.json"
+# Says in a checkpoint of adapters which weights they were trained on.
+BASE_FILE = "adapter_base.json"
 # The key that describes quantized weights.
 QUANTIZATION = "quantization_config"
 _WEIGHT_FILES = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")

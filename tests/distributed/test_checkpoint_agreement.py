@@ -24,7 +24,7 @@ class OneFileEach:
     def __init__(self, failing_rank: int | None = None) -> None:
         self._failing_rank = failing_rank
 
-    def save(self, folder: Path, tag: str) -> list[Path]:
+    def save(self, folder: Path, tag: str, with_frozen: bool = True) -> list[Path]:
         path = folder / tag / f"shard_{dist.get_rank()}.pt"
         path.write_bytes(bytes(1000))
         if dist.get_rank() == self._failing_rank:

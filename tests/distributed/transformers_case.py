@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.config import OptimizerConfig
+from megatron.config import AdaptersConfig, OptimizerConfig
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.engine.engine import Engine, whole_parameters
+from megatron.hf.adapters import add_adapters
 from megatron.hf.building import build_hugging_face_model
 from megatron.hf.materialization import empty_model, materialize
 from megatron.hf.model import UNITS
@@ -41,9 +42,11 @@ class Case:
     sequence_parallel_size: int = 1
     offloading: bool = False
     fpdt: bool = True
+    adapters: AdaptersConfig | None = None
+    bf16: bool = False
 
     def __str__(self) -> str:
-        execution = "offloaded" if self.offloading else "fpdt" if self.fpdt else "plain"
+        execution = ("offloaded" if self.offloading else "fpdt" if self.fpdt else "plain") + "-bf16" * self.bf16
         return f"{self.family}-zero{self.zero_stage}-{self.num_ranks}ranks-sp{self.sequence_parallel_size}-{execution}"
 
     @property
@@ -75,6 +78,8 @@ def build(case: Case) -> tuple[Engine, ParallelState]:
     parallel_state = ParallelState.create(case.sequence_parallel_size)
     execution = Execution(fpdt=case.fpdt, chunk_size=CHUNK, offloading=case.offloading, slice_length=5)
     model = empty_model(config_of(case.family), torch.float32)
+    if case.adapters is not None:
+        add_adapters(model, case.adapters)
 
     def provide() -> Any:
         materialize(model, INITIALIZATION, random=True)
@@ -92,6 +97,7 @@ def build(case: Case) -> tuple[Engine, ParallelState]:
         "steps_per_print": 10**9,
         "gradient_clipping": 0.0,
         "zero_optimization": zero,
+        "bf16": {"enabled": case.bf16},
     }
     groups = lambda each: parameter_groups(each, WEIGHT_DECAY)  # noqa: E731
     return Engine(provide, UNITS, groups, OPTIMIZER, settings, torch.device("cpu")), parallel_state

@@ -159,6 +159,17 @@ def cpu_optimizer_agrees_with_json(run: Run) -> str | None:
     )
 
 
+def adapters_are_not_on_nvme(run: Run) -> str | None:
+    device = lookup(run.config.deepspeed_json, ("zero_optimization", "offload_optimizer", "device"))
+    if device != "nvme" or not run.config.adapters.is_used:
+        return None
+    return (
+        f'"zero_optimization.offload_optimizer.device" ("nvme") in {_file(run)} is for states that memory cannot hold, '
+        "and those of adapters are small: only DeepSpeed can read them there, and it needs the frozen weights, too; "
+        "remove it"
+    )
+
+
 def _file(run: Run) -> str:
     return run.config.deepspeed.deepspeed_config or "the DeepSpeed JSON"
 
@@ -171,4 +182,5 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     json_leaves_nothing_automatic,
     offload_has_its_zero_stage,
     cpu_optimizer_agrees_with_json,
+    adapters_are_not_on_nvme,
 )

@@ -43,6 +43,7 @@ def _offloads_block_inputs(config: Config) -> bool:
     return config.deepspeed.deepspeed_activation_checkpointing
 
 
+ADAPTER_SETTINGS = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_dora")
 DYNAMIC_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
 EFFECTS = (
     Effect(
@@ -187,6 +188,30 @@ EFFECTS = (
         lambda config: config.model.hf_model is not None,
         "without --hf-model",
         "convert a checkpoint with tools/hf2megads_weight_converter.py to-hf",
+    ),
+    Effect(
+        ("lora_rank", "load_adapter"),
+        lambda config: config.model.hf_model is not None,
+        "without --hf-model, whose weights are frozen for adapters",
+        "give the folder of a Hugging Face model",
+    ),
+    Effect(
+        ADAPTER_SETTINGS,
+        lambda config: config.adapters.is_used,
+        "without adapters",
+        "add --lora-rank",
+    ),
+    Effect(
+        ("lora_rank", *ADAPTER_SETTINGS),
+        lambda config: config.adapters.load_adapter is None,
+        "with --load-adapter, whose folder defines the adapters",
+        "start new ones without --load-adapter",
+    ),
+    Effect(
+        ("merge_adapter",),
+        lambda config: config.adapters.is_used and config.checkpoint.save_hf is not None,
+        "without adapters and --save-hf",
+        "add --lora-rank and --save-hf",
     ),
     Effect(
         ("heartbeat_seconds",),

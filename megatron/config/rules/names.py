@@ -12,7 +12,7 @@ from megatron.config.rules.common import Rule, Run, flag, value_of
 NAME_BYTES, PATH_BYTES, SUFFIX_BYTES = 255, 4095, 4
 PREFIXES = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 FILES_AND_FOLDERS = (
-    *("hf_model", "save", "save_hf", "load", "deepspeed_config", "data_cache_path", "chat_template"),
+    *("hf_model", "load_adapter", "save", "save_hf", "load", "deepspeed_config", "data_cache_path", "chat_template"),
     *("vocab_file", "merge_file", "tokenizer_model"),
     *("tensorboard_dir", "profile_dir", "wandb_save_dir"),
 )

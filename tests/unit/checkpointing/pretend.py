@@ -30,7 +30,7 @@ class PretendEngine:
         self.states_are_on_nvme = on_nvme
         self._error = error
 
-    def save(self, folder: Path, tag: str) -> list[Path]:
+    def save(self, folder: Path, tag: str, with_frozen: bool = True) -> list[Path]:
         paths = [folder / tag / name for name in ("weights.pt", "moments.pt")]
         for path in paths:
             path.write_bytes(bytes(1000))

@@ -87,6 +87,29 @@ def test_a_factor_needs_the_other_factor_and_a_number_does_not():
     assert traced(layer).skipped == {1, 2, 3}
 
 
+class LowRank(torch.nn.Module):
+    """A wide product, and two that pass through one number; their sum is normalized."""
+
+    def __init__(self):
+        super().__init__()
+        self.core_attention = StreamedAttention()
+        shapes = ((HIDDEN, HIDDEN), (1, HIDDEN), (HIDDEN, 1))
+        self.weights = torch.nn.ParameterList(torch.ones(shape, dtype=torch.float64) for shape in shapes)
+
+    def forward(self, x, positions):
+        wide, down, up = self.weights
+        q = F.layer_norm(linear(x, wide, None) + linear(linear(x, down, None), up, None), (HIDDEN,)).unflatten(
+            2, (3, 8)
+        )
+        return self.core_attention(q, q[:, :, :2], AttentionVariant(1.0), 0.0, None).flatten(2)
+
+
+def test_a_product_of_few_inputs_is_recomputed():
+    trace = traced(LowRank())
+    assert trace.before == (0, 1, 2)
+    assert trace.saved_before(Recompute.NONE) == (0, 1)
+
+
 @pytest.mark.parametrize(
     "recompute, before, after",
     [(Recompute.KV, (), ()), (Recompute.ALL, (), ()), (Recompute.MLP, (0,), (1,)), (Recompute.NONE, (0,), (1, 2))],
