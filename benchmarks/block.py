@@ -53,6 +53,7 @@ from megatron.fpdt.store import ChunkStore
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
 from megatron.model.layers import attention_request, attention_variant
+from megatron.model.transformer import LanguageModel
 from megatron.monitoring.kernel_times import kernels_of, seconds_by_kind, seconds_by_name
 from megatron.ops.attention import QKV, AttentionOutput, choose_backend
 from megatron.planner.flops import model_flops
@@ -60,6 +61,9 @@ from megatron.planner.flops import model_flops
 NO_VOCABULARY = 0
 SMALL_VOCABULARY = 128  # a model needs an embedding; the block does not
 GEMM_TOKENS = 32768
+
+# Takes the arguments of megatron.model.builder.build_model.
+Build = Callable[[ModelConfig, int, ParallelState, Execution, Initialization], LanguageModel]
 
 
 class Contestant(Protocol):
@@ -141,10 +145,15 @@ class ModelBlock(GraphContestant):
     """The block of this repository, run with `execution`; several are stacked, as in a model."""
 
     def __init__(
-        self, config: ModelConfig, execution: Execution, device: torch.device, documents: Documents | None = None
+        self,
+        config: ModelConfig,
+        execution: Execution,
+        device: torch.device,
+        documents: Documents | None = None,
+        build: Build = build_model,
     ) -> None:
         length, dtype = config.seq_length, compute_dtype(device)
-        model = build_model(config, SMALL_VOCABULARY, ParallelState(), execution, Initialization(dtype, device))
+        model = build(config, SMALL_VOCABULARY, ParallelState(), execution, Initialization(dtype, device))
         self._store: ChunkStore = model.execution.store  # type: ignore[attr-defined]
         blocks, shape = model.layers, (length, 1, config.hidden_size)
         positions = torch.arange(length).expand(1, length).contiguous()

@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import training_step
+from benchmarks import run_flags, training_step
 from benchmarks.common import (
     GIB,
     TINY_GEOMETRY,
@@ -109,7 +109,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and steps on the host")
     parser.add_argument("--backend", default="auto", help="attention kernel of all cases [%(default)s]")
     parser.add_argument("--attention", default="same-kernel", help="ALST's, by transformers' name [%(default)s]")
-    parser.add_argument("--plain", choices=training_step.PLAIN, default="on-host", help="[%(default)s]")
+    parser.add_argument("--plain", choices=run_flags.PLAIN, default="on-host", help="[%(default)s]")
     parser.add_argument("--chunk", default="auto", help="tokens per chunk of FPDT [%(default)s]")
     parser.add_argument(
         "--device-memory", default="auto", metavar="GIB", help="FPDT's chunks that may stay on the GPU [%(default)s]"

@@ -26,8 +26,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from torch import nn
 
-from benchmarks.block import ModelBlock, Way, automatic_recompute, measure
+from benchmarks.block import Build, ModelBlock, Way, automatic_recompute, measure
 from benchmarks.common import (
     TINY_GEOMETRY,
     Column,
@@ -47,6 +48,7 @@ from benchmarks.common import (
     allocated_bytes,
     attempt,
     build_parser,
+    compute_dtype,
     geometry_of,
     gib,
     parse,
@@ -59,8 +61,9 @@ from benchmarks.common import (
     wall_seconds,
 )
 from benchmarks.loopback import LoopbackGroup, init_loopback
+from benchmarks.run_flags import add_run_flags, as_flags, check_run_flags, num_gpus_of, run_flags
 from megatron.arguments import parse_args
-from megatron.config import Config, Recompute, deepspeed_config, validate
+from megatron.config import Config, ModelConfig, Recompute, deepspeed_config, validate
 from megatron.data.batch import Sample, slice_batch
 from megatron.fpdt.stream import Stream
 from megatron.initialize import initialize
@@ -76,13 +79,13 @@ from megatron.planner.flops import model_flops
 from megatron.planner.hardware import GIB, GPUS, gpu_like
 from megatron.planner.plan import Plan
 from megatron.ranks.world import World
-from megatron.tokenizer import pad_vocab_size
 
 NAME = "training_step"
 COLUMNS = (
     Column("what", "what", width=14),
     Column("seconds", "seconds", ".3f"),
     Column("tokens_per_second", "tokens/s", ".0f"),
+    Column("tokens_per_second_per_gpu", "tokens/s/GPU", ".0f"),
     Column("model_tflops", "model TFLOP/s", ".0f"),
     Column("times_matmul", "x matmul", ".3f"),
     Column("mfu", "MFU", ".1%"),
@@ -96,83 +99,61 @@ COLUMNS = (
     Column("loss", "loss", ".3f"),
 )
 DEFAULT = Geometry(hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24)
-PLAIN = {"kept": [], "recomputed": ["checkpoint_activations"],
-         "on-host": ["checkpoint_activations", "checkpoint_in_cpu"]}  # fmt: skip
 QUICK = {"num_layers": 4, "seq_length": 131072}
 TINY = {**TINY_GEOMETRY, "num_layers": 2, "vocab_size": 256, "seq_length": 128, "chunk": 48}
 
 
-def chunk_size(text: str) -> int:
-    """Parse a number of tokens; 0 for auto."""
-    return 0 if text == "auto" else int(text)
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model."""
+
+    prepare: Callable[[ModelConfig, torch.dtype], Build]
+    """Do what comes before DeepSpeed partitions parameters; return the rest of the construction, which runs once."""
+
+    leaf_modules: Sequence[type[nn.Module]]
+
+
+NATIVE = Kind(lambda model, dtype: build_model, (TokenEmbedding, TransformerLayer, LanguageModelHead))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser(NAME, str(__doc__))
     parser.add_argument("--num-layers", type=int, default=6, help="[%(default)s]")
     parser.add_argument("--vocab-size", type=int, default=128256, help="[%(default)s]")
-    parser.add_argument("--seq-length", type=int, default=262144, help="tokens [%(default)s]")
-    parser.add_argument("--chunk", type=chunk_size, default=32768,
-                        help="tokens per chunk, or auto with --step-only [%(default)s]")  # fmt: skip
-    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="[%(default)s]")
-    parser.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and steps on the host")
-    parser.add_argument("--on-device", action="store_true", help="without offloading")
-    parser.add_argument("--plain", choices=PLAIN, help="without FPDT, with activations saved (kept), recomputed, or "
-                        "recomputed from inputs on the host; measures no block")  # fmt: skip
-    parser.add_argument("--device-memory", default="0", metavar="GIB",
-                        help="chunks that may stay on the GPU, or auto [%(default)s]")  # fmt: skip
-    parser.add_argument("--recompute", type=Recompute, choices=[*Recompute],
-                        help="matmuls to recompute [by memory and the link's bandwidth]")  # fmt: skip
-    parser.add_argument("--checkpoint-interval", type=int, metavar="K",
-                        help="save the input of every Kth block [the smallest K that fits]")  # fmt: skip
-    parser.add_argument("--backend", default="auto", help="attention kernel [%(default)s]")
-    parser.add_argument("--steps", type=int, default=2, help="steps timed, after one to warm up [%(default)s]")
-    parser.add_argument("--short-warm-up", action="store_true",
-                        help="warm up with two chunks; the timed step then allocates the host memory")  # fmt: skip
-    parser.add_argument(
-        "--as-one-of", type=int, metavar="GPUS", help="simulate one of so many ranks that share a sequence"
-    )
-    parser.add_argument("--step-only", action="store_true", help="without the block")
-    parser.add_argument("--deterministic-mode", action="store_true", help="deterministic kernels only")
-    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    add_run_flags(parser)
     add_geometry_flags(parser, DEFAULT)
     arguments = parse(parser, argv, QUICK, TINY)
-    if not (arguments.chunk or arguments.step_only):
-        parser.error("--chunk auto plans a step, not a block; add --step-only")
-    if arguments.steps < 1:
-        parser.error(f"--steps ({arguments.steps}) must be at least 1")
-    num_processes = World.from_environment().size
-    if arguments.as_one_of is not None and (arguments.as_one_of < 2 or num_processes > 1):
-        parser.error(
-            f"--as-one-of ({arguments.as_one_of}) plays 2 or more GPUs in a single process, not in {num_processes}; "
-            "leave it out for one GPU, or the launcher"
-        )
+    check_run_flags(parser, arguments)
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    world = World.from_environment()
-    rank, num_gpus = world.rank, world.size
+    config = parse_args(training_flags(arguments, num_gpus_of(arguments)))
+    block = geometry_of(arguments).model_config(arguments.seq_length, arguments.backend)
+    return measure_run(arguments, config, block, NATIVE, NAME)
+
+
+def measure_run(arguments: argparse.Namespace, config: Config, block_model: ModelConfig, kind: Kind, name: str) -> int:
+    """Measure the block and the steps of a run, and report them as benchmark `name`; return the exit code."""
+    rank, num_gpus = World.from_environment().rank, num_gpus_of(arguments)
     if arguments.as_one_of:
-        num_gpus = arguments.as_one_of
         init_loopback(num_gpus)
-    config = parse_args(training_flags(arguments, num_gpus))
     validate(config, num_gpus, arguments.device)
     if config.training.deterministic_mode:
         use_deterministic_kernels(arguments.device)
     if rank:
-        measure_steps(config, arguments, num_gpus)
+        measure_steps(config, arguments, num_gpus, kind)
         torch.distributed.destroy_process_group()
         return 0
-    report = Report(NAME, arguments, COLUMNS)
+    report = Report(name, arguments, COLUMNS)
     with_block = num_gpus == 1 and not arguments.step_only and not arguments.plain
-    block = measure_block(arguments, report) if with_block else None
+    block = measure_block(arguments, config.model, block_model, kind, report) if with_block else None
     if block is not None:
         report.add(block)
         if "failed" in block:
             return 1
-    step = attempt(lambda: measure_steps(config, arguments, num_gpus), report.device)
+    step = attempt(lambda: measure_steps(config, arguments, num_gpus, kind), report.device)
     torch.distributed.destroy_process_group()
     step |= {"what": name_of_run(arguments, num_gpus)}
     if "failed" in step:
@@ -180,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     peak = peak_tflops(report.header["device"])
     step |= rates(step, num_gpus, report.matmul, peak)
-    report.add(step | (against_block(step, block, arguments.num_layers) if block else {}))
+    report.add(step | (against_block(step, block, config.model.num_layers) if block else {}))
     if not arguments.on_device:
         planned = planned_row(plan_of_step(config, arguments, step, num_gpus, report.device))
         report.add(planned | rates(planned, num_gpus, report.matmul, peak))
@@ -204,58 +185,39 @@ def name_of_run(arguments: argparse.Namespace, num_gpus: int) -> str:
 
 
 def training_flags(arguments: argparse.Namespace, num_gpus: int = 1) -> list[str]:
-    """Return the flags for pretrain_gpt.py. Tokens are random, so --data-path names no real dataset."""
+    """Return the flags for pretrain_gpt.py."""
     widths = {name: getattr(arguments, name) for name in vars(DEFAULT)}
-    values = {
-        "num_layers": arguments.num_layers, **widths, "seq_length": arguments.seq_length,
-        "rotary_position_embeddings_theta": 500000, "normalization": "rmsnorm", "lr": 1e-4,
-        "attention_backend": arguments.backend, "zero_stage": arguments.zero_stage,
-        "train_iters": arguments.steps + 1, "eval_iters": 0, "data_path": "random",
-        "tokenizer_type": "NullTokenizer", "vocab_size": arguments.vocab_size, "ds_sequence_parallel_size": num_gpus,
-    }  # fmt: skip
+    values = {"num_layers": arguments.num_layers, **widths, "rotary_position_embeddings_theta": 500000,
+              "normalization": "rmsnorm"}  # fmt: skip
     switches = ["use_rotary_position_embeddings", "swiglu", "disable_bias_linear",
                 "untie_embeddings_and_output_weights"]  # fmt: skip
-    if arguments.plain:
-        switches += PLAIN[arguments.plain]
-    else:
-        values["ds_sequence_parallel_fpdt_chunk_size"] = arguments.chunk
-        switches.append("ds_sequence_parallel_fpdt")
-        if not arguments.on_device:
-            switches.append("ds_sequence_parallel_fpdt_offloading")
-            values["ds_sequence_parallel_fpdt_device_memory"] = arguments.device_memory
-    if arguments.device == "cuda":
-        switches.append("bf16")
-    switches += [name for name in ("cpu_optimizer", "deterministic_mode") if getattr(arguments, name)]
-    if arguments.recompute:
-        values["ds_sequence_parallel_fpdt_recompute"] = arguments.recompute
-    if arguments.checkpoint_interval:
-        values["ds_sequence_parallel_fpdt_checkpoint_interval"] = arguments.checkpoint_interval
-    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return [*words, *(f"--{name.replace('_', '-')}" for name in switches)]
+    return [*as_flags(values, switches), *run_flags(arguments, num_gpus)]
 
 
-def measure_block(arguments: argparse.Namespace, report: Report) -> Row:
+def measure_block(
+    arguments: argparse.Namespace, model: ModelConfig, block_model: ModelConfig, kind: Kind, report: Report
+) -> Row:
     """Measure the row of one block; its seconds are those of forward plus backward."""
-    way, geometry = Way("block", streamed=True, offloading=not arguments.on_device), geometry_of(arguments)
-    model = geometry.model_config(arguments.seq_length, arguments.backend, arguments.num_layers)
+    way = Way("block", streamed=True, offloading=not arguments.on_device)
     automatic = automatic_recompute(model, arguments.chunk, report.device) if way.offloading else Recompute.ALL
     execution = way.execution(arguments.chunk, arguments.recompute or automatic)
-    config = geometry.model_config(arguments.seq_length, arguments.backend)
-    build = partial(ModelBlock, config, execution, report.device)
+    build_model = kind.prepare(block_model, compute_dtype(report.device))
+    build = partial(ModelBlock, block_model, execution, report.device, build=build_model)
     return {"what": "one block"} | measure(build, report.device, report.matmul, repeats=max(arguments.steps, 2))
 
 
-def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) -> Row:
+def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int, kind: Kind = NATIVE) -> Row:
     """Time steps as in the training loop: batch, forward, backward, optimizer. Collective over all ranks."""
     from megatron.engine.engine import Engine, whole_parameters  # imports DeepSpeed, which takes a while
 
     context = with_measured_link(config, initialize(config))
     model, device, parallel_state = config.model, context.device, context.parallel_state
-    vocabulary = pad_vocab_size(arguments.vocab_size, model.make_vocab_size_divisible_by)
+    vocabulary = model.num_rows(arguments.vocab_size)
     execution = replace(choose_execution(config, context, vocabulary), whole_parameters=whole_parameters)
+    build = kind.prepare(model, context.dtype)
     engine = Engine(
-        partial(build_model, model, vocabulary, parallel_state, execution, Initialization(context.dtype, device)),
-        [TokenEmbedding, TransformerLayer, LanguageModelHead],
+        partial(build, model, vocabulary, parallel_state, execution, Initialization(context.dtype, device)),
+        kind.leaf_modules,
         lambda module: parameter_groups(module, config.optimizer.weight_decay),
         config.optimizer,
         deepspeed_config(config, num_gpus),
@@ -307,7 +269,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int) 
 
 def plan_of_step(config: Config, arguments: argparse.Namespace, step: Row, num_gpus: int, device: torch.device) -> Plan:
     """Plan the step that was measured; on a CPU the times are those of some GPU."""
-    vocabulary = pad_vocab_size(arguments.vocab_size, config.model.make_vocab_size_divisible_by)
+    vocabulary = config.model.num_rows(arguments.vocab_size)
     gpu, backend = GPUS["H200"], "flash-attn-4"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -339,6 +301,7 @@ def rates(step: Row, num_gpus: int, matmul: float, peak: float | None) -> Row:
     rate = step["model_flops"] / step["seconds"] / num_gpus / 1e12
     return {
         "tokens_per_second": step["seq_length"] / step["seconds"],
+        "tokens_per_second_per_gpu": step["seq_length"] / step["seconds"] / num_gpus,
         "model_tflops": rate,
         "times_matmul": rate / matmul,
         "mfu": rate / peak if peak else None,

@@ -15,8 +15,10 @@ from benchmarks import (
     documents,
     generation,
     host_cost,
+    hugging_face,
     memory_over_length,
     planner,
+    run_flags,
     streamed_block,
     training_step,
 )
@@ -24,6 +26,7 @@ from benchmarks.common import REPOSITORY, Geometry, Report, geometry_of
 from megatron.arguments import parse_args
 from megatron.config import validate
 from tests.distributed.launcher import launch
+from tests.unit.hf.families import config_of
 
 
 def report_of(script, tmp_path, rows, *words):
@@ -250,7 +253,7 @@ def test_training_flags_are_those_of_the_program(words):
     assert not config.precision.bf16
 
 
-@pytest.mark.parametrize("activations", training_step.PLAIN)
+@pytest.mark.parametrize("activations", run_flags.PLAIN)
 def test_steps_without_fpdt_save_the_activations_asked_for(activations):
     arguments = training_step.parse_arguments(["--plain", activations, "--device", "cpu"])
     config = parse_args(training_step.training_flags(arguments))
@@ -281,6 +284,7 @@ def test_step_is_compared_with_its_blocks():
     step, block = {"model_flops": 60e12, "seconds": 10.0, "seq_length": 500}, {"model_tflops": 8.0, "seconds": 2.0}
     assert training_step.rates(step, num_gpus=2, matmul=12.0, peak=15.0) == {
         "tokens_per_second": pytest.approx(50.0),
+        "tokens_per_second_per_gpu": pytest.approx(25.0),
         "model_tflops": pytest.approx(3.0),
         "times_matmul": pytest.approx(0.25),
         "mfu": pytest.approx(0.2),
@@ -291,6 +295,28 @@ def test_step_is_compared_with_its_blocks():
         "times_block": pytest.approx(0.75),
         "outside_blocks_seconds": pytest.approx(2.0),
     }
+
+
+def test_a_hugging_face_geometry_runs_as_the_native_one(tmp_path):
+    pytest.importorskip("deepspeed")
+    config_of("llama").save_pretrained(tmp_path)
+    config = ["--device", "cpu", "--config", str(tmp_path), "--layers", "2", "--steps", "1"]
+    script, rows = REPOSITORY / "benchmarks" / "hugging_face.py", []
+    for way in ([], ["--native"]):
+        words = [*config, *way, "--output", str(tmp_path / "out")]
+        subprocess.run([sys.executable, script, *words], check=True, timeout=300)
+        rows.append(json.loads((tmp_path / "out.json").read_text())["rows"])
+    (_, step, _), (_, native_step, _) = rows
+    assert step["model_flops"] == pytest.approx(native_step["model_flops"], rel=0.1)  # whose vocabulary is padded
+    assert step["host_used_gib"] == pytest.approx(native_step["host_used_gib"])
+    assert step["loss"] == pytest.approx(4.1, abs=0.3)  # random tokens of 61: ln 61
+
+
+def test_a_block_of_a_hugging_face_model_has_each_kind_of_layer_and_no_dense_one():
+    content = hugging_face.one_block(config_of("gpt_oss").to_dict())
+    assert sorted(content["layer_types"]) == ["full_attention", "sliding_attention"]
+    content = hugging_face.one_block(config_of("deepseek_v3").to_dict())
+    assert (content["num_hidden_layers"], content["first_k_dense_replace"]) == (1, 0)
 
 
 def test_steps_run_and_allocate_in_the_first_one_alone(tmp_path):
