@@ -6,15 +6,18 @@ import sys
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron.core.head_layout import HeadLayout
 from megatron.core.parallel_state import ParallelState
 from megatron.hf.attention import register
 from megatron.hf.errors import UnsupportedModelError
+from megatron.hf.experts import use_grouped_experts
 from megatron.hf.fusion import fuse_modules
 from megatron.hf.inspection import ModelFacts, decoder_layers, inspect_model
 from megatron.hf.model import HuggingFaceModel
+from megatron.hf.routing import AuxiliaryLoss, Routing
 from megatron.hf.skeleton import Skeleton
 from megatron.model.builder import Execution, execution_on
 from megatron.ops.attention import AttentionBackend, AttentionRequest, choose_backend
@@ -36,6 +39,8 @@ def build_hugging_face_model(
         AttentionUnavailable: no attention kernel, or not the one called `backend`, serves the model.
     """
     register()
+    use_grouped_experts(model)
+    auxiliary_loss = AuxiliaryLoss.taken_from(model)
     skeleton = Skeleton(model, decoder_layers(model))
     facts = inspect_model(skeleton)
     fuse_modules(model)
@@ -46,6 +51,8 @@ def build_hugging_face_model(
     attention = _backend(backend, facts, parameter, execution.documents or heads.num_row_shares > 1)
     how = execution_on(execution, parallel_state, heads, attention, parameter.device, sys.maxsize)
     streamed = kind(skeleton, facts, how)
+    everyone = dist.group.WORLD if parallel_state.world_size > 1 else None
+    streamed.routing = Routing.of(model, auxiliary_loss, execution.fpdt, everyone)
     for layer in streamed.layers:
         how.attach(layer)  # type: ignore[arg-type]
     return streamed

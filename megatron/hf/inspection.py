@@ -92,8 +92,6 @@ def inspect_model(skeleton: Skeleton) -> ModelFacts:
 
 def _inspect(skeleton: Skeleton) -> ModelFacts:
     model: Any = skeleton.model
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise UnsupportedModelError("the auxiliary loss of routers is not supported; set output_router_logits to false")
     set_attention(model, STREAMED)
     run = _TracedRun(skeleton)
     run.from_tokens()

@@ -87,4 +87,6 @@ def stream_model(
     parallel_state = ParallelState.create(sequence_parallel_size) if dist.is_initialized() else ParallelState()
     streamed = build_hugging_face_model(model, parallel_state, execution, attention_backend, StreamedModel)
     streamed.parallel_state = parallel_state
+    if streamed.routing is not None:
+        streamed.routing.group = parallel_state.sequence_parallel_group
     return streamed

@@ -26,6 +26,7 @@ from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.inspection import LayerFacts, ModelFacts
 from megatron.hf.products import put_on_tape
 from megatron.hf.query_scale import take_query_scale
+from megatron.hf.routing import Routing
 from megatron.hf.skeleton import Skeleton
 from megatron.model.layers import CoreAttention
 from megatron.model.transformer import LanguageModel, ModelExecution
@@ -134,6 +135,9 @@ UNITS: tuple[type[Unit], ...] = (EmbeddingUnit, DecoderLayer, HeadUnit)
 class HuggingFaceModel(LanguageModel):
     """A Hugging Face decoder that returns its loss."""
 
+    routing: Routing | None = None
+    """What balances and counts its experts."""
+
     def __init__(self, skeleton: Skeleton, facts: ModelFacts, execution: ModelExecution) -> None:
         super().__init__()
         self.execution = execution
@@ -145,6 +149,21 @@ class HuggingFaceModel(LanguageModel):
             DecoderLayer(skeleton, number, each, head_size) for number, each in enumerate(facts.layers)
         )
         self.head = HeadUnit(skeleton, facts, execution)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        mask_BS: Tensor,
+        positions_BS: Tensor,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """Compute the sum of token losses; its gradient includes that of the routers' auxiliary loss, if any."""
+        routing = self.routing if self.training and torch.is_grad_enabled() else None
+        if routing is not None:
+            routing.start()
+        loss = super().forward(tokens_BS, labels_BS, mask_BS, positions_BS, documents)
+        return loss if routing is None else routing.finish(loss, mask_BS)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -26,7 +26,6 @@ LINEAR_ATTENTION = {"layer_types": ["linear_attention", "full_attention", "linea
         ),
         ("qwen3_next", {**EXPERTS, **LINEAR_ATTENTION}, r"layer 0 \(Qwen3NextDecoderLayer\) does not call attention"),
         ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3}, "does not let its attention be chosen"),
-        ("mixtral", {**EXPERTS, "output_router_logits": True}, "auxiliary loss of routers"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "LlamaForCausalLM"),
         ("deepseek_v32", MLA, "does not call attention before TypeError"),
         ("doge", {}, "between its layers"),
