@@ -165,6 +165,9 @@ class HuggingFaceModel(LanguageModel):
         loss = super().forward(tokens_BS, labels_BS, mask_BS, positions_BS, documents)
         return loss if routing is None else routing.finish(loss, mask_BS)
 
+    def take_report(self) -> dict[str, float]:
+        return {} if self.routing is None else self.routing.take_report()
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

@@ -86,15 +86,6 @@ class AuxiliaryLoss:
         return torch.allclose(torch.as_tensor(value), self.value(self.chosen(p), p.sum(0), torch.tensor(len(p))))
 
 
-@dataclass(frozen=True)
-class RoutingReport:
-    """Means over the micro-batches since the last report."""
-
-    auxiliary_loss: float | None
-    imbalance: float
-    """The load of the busiest expert over the mean load, of the layer where it is largest."""
-
-
 class Routing:
     """Counts what the routers choose in a forward pass, and adds the gradient of the auxiliary loss to their own.
 
@@ -147,13 +138,16 @@ class Routing:
         self._num_reported += 1
         return loss
 
-    def report(self) -> RoutingReport | None:
-        """Return the means since the last report; None if nothing ran. Waits for the device."""
+    def take_report(self) -> dict[str, float]:
+        """Return the means of the forward passes since the last call, by their names in the log. Waits for the device.
+
+        The imbalance is the load of the busiest expert over the mean load, of the layer where it is largest.
+        """
         if not self._num_reported:
-            return None
-        imbalance, *loss = (torch.stack(self._reported) / self._num_reported).tolist()
+            return {}
+        means = (torch.stack(self._reported) / self._num_reported).tolist()
         self._reported, self._num_reported = [], 0
-        return RoutingReport(loss[0] if loss else None, imbalance)
+        return dict(zip(("expert_imbalance", "router_aux_loss"), means, strict=False))
 
     def begin_backward(self, gradient_E: Tensor) -> None:
         """Take the gradient of each token's probabilities, which the layers' backward passes add from here on."""

@@ -49,6 +49,7 @@ def _hugging_face_model(
 ) -> ModelSource:
     # These import transformers, which native models do not need.
     from megatron.hf.building import build_hugging_face_model
+    from megatron.hf.experts import describe_experts
     from megatron.hf.fixed_rope import fix_rope
     from megatron.hf.materialization import empty_model, materialize
     from megatron.hf.model import UNITS
@@ -61,6 +62,8 @@ def _hugging_face_model(
         from megatron.hf.adapters import add_adapters  # imports peft
 
         add_adapters(empty, adapters)
+    if line := describe_experts(empty, context.device, context.dtype):
+        context.log.info(line)
 
     def provide(observer: Observer) -> nn.Module:
         materialize(empty, initialization, random=not has_weights(Path(model.hf_model or "")))

@@ -32,6 +32,10 @@ class IterationRecord:
     """Mean over the tokens of the iterations since the last log line; None if all of them were skipped."""
     loss_scale: float
     grad_norm: float | None
+    router_aux_loss: float | None = None
+    """Of a mixture of experts, without its coefficient; no part of `loss`. The line leaves it out where there is none."""
+    expert_imbalance: float | None = None
+    """The load of the busiest expert over the mean load, in the worst layer. The same applies."""
     tokens_per_second_per_gpu: float | None
     model_tflops_per_gpu: float | None
     mfu: float | None
@@ -86,6 +90,8 @@ class _Column:
     attribute: str
     form: str
     read: Callable[[str], float]
+    is_optional: bool = False
+    """Whether the column is left out where the value does not apply."""
 
 
 def _read_percent(text: str) -> float:
@@ -101,6 +107,8 @@ _COLUMNS = (
     _Column("lm loss", "loss", ".6E", float),
     _Column("loss scale", "loss_scale", ".1f", float),
     _Column("grad norm", "grad_norm", ".3f", float),
+    _Column("router aux loss", "router_aux_loss", ".6E", float, is_optional=True),
+    _Column("expert imbalance", "expert_imbalance", ".2f", float, is_optional=True),
     _Column("tokens/s/GPU", "tokens_per_second_per_gpu", ".1f", float),
     _Column("model TFLOP/s", "model_tflops_per_gpu", ".2f", float),
     _Column("MFU", "mfu", ".1%", _read_percent),
@@ -120,7 +128,11 @@ _BUCKET = re.compile(r" (\d+)-(\d+): (\S+) ")
 
 def format_iteration(record: IterationRecord) -> str:
     """Return the log line of one iteration, without a newline."""
-    columns = "".join(f" {column.label}: {_format(record, column)} |" for column in _COLUMNS)
+    columns = "".join(
+        f" {column.label}: {_format(record, column)} |"
+        for column in _COLUMNS
+        if not (column.is_optional and getattr(record, column.attribute) is None)
+    )
     return f" iteration {record.iteration:8d}/{record.train_iterations:8d} |{columns}"
 
 
@@ -171,7 +183,7 @@ def _parse_iteration(iteration: int, train_iterations: int, rest: str) -> Iterat
     texts = dict(_split_column(part) for part in rest.split(" |") if ":" in part)
     values: dict[str, float | None] = {}
     for column in _COLUMNS:
-        text = texts.get(column.label, "")
+        text = texts.get(column.label, UNKNOWN if column.is_optional else "")
         try:
             values[column.attribute] = None if text == UNKNOWN else column.read(text)
         except ValueError:

@@ -169,6 +169,10 @@ class LanguageModel(nn.Module):
         loss: Tensor = self.head(x, labels_BS, mask_BS)
         return loss
 
+    def take_report(self) -> dict[str, float]:
+        """Return what the log says of the steps since the last call, as fields of its record. Waits for the device."""
+        return {}
+
 
 class GPTModel(LanguageModel):
     """GPT or LLaMA."""

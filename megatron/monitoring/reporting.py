@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import psutil
 import torch
@@ -86,8 +87,11 @@ class Reporter:
         train_iterations: int,
         loss_scale: float,
         grad_norm: float | None,
+        of_model: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Write the line of the --log-interval that ends here, if a step was taken. Waits for the device.
+
+        `of_model` are further fields of its `IterationRecord`, which the model reports.
 
         After a rollback, the losses are those of the whole interval, and the times those of the steps since.
         """
@@ -121,6 +125,7 @@ class Reporter:
             host_pool_gib=self._stream.store.pool.allocated_bytes / GIB,
             skipped_iterations=state.skipped_iterations,
             nan_iterations=state.nan_iterations,
+            **of_model,
         )
         self._context.log.info(format_iteration(record))
         values = {f"train/{name}": getattr(record, name) for name in SCALARS}

@@ -8,6 +8,7 @@ from contextlib import closing
 from enum import Enum, auto
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from megatron.checkpointing import Saver
 from megatron.checkpointing.train_state import TrainState
@@ -109,7 +110,9 @@ class Training:
         else:
             self._skip_step()
         if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
-            run.reporter.line(state, rate, self._lengths.iterations, run.engine.loss_scale, run.engine.gradient_norm())
+            scale, norm = run.engine.loss_scale, run.engine.gradient_norm()
+            model: Any = run.engine.module
+            run.reporter.line(state, rate, self._lengths.iterations, scale, norm, model.take_report())
         return Outcome.EXIT if totals.stop else Outcome.CONTINUE
 
     def _after_step(self, outcome: Outcome) -> Outcome:
