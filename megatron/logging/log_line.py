@@ -33,7 +33,7 @@ class IterationRecord:
     loss_scale: float
     grad_norm: float | None
     router_aux_loss: float | None = None
-    """Of a mixture of experts, without its coefficient; no part of `loss`. The line leaves it out where there is none."""
+    """Of a mixture of experts, without its coefficient; no part of `loss`. Not in the line where there is none."""
     expert_imbalance: float | None = None
     """The load of the busiest expert over the mean load, in the worst layer. The same applies."""
     tokens_per_second_per_gpu: float | None

@@ -13,7 +13,7 @@ from tests.distributed.transformers_case import NUM_STEPS, Case, Trained, resume
 CASES = [
     Case("llama-tied", zero_stage=3, offloading=True),
     Case("llama-tied", zero_stage=1, sequence_parallel_size=2),
-    Case("qwen3_moe", zero_stage=3, sequence_parallel_size=2),
+    Case("qwen3_moe", zero_stage=3, sequence_parallel_size=2, balance=1.0),
     Case("gpt2", zero_stage=3, fpdt=False, sequence_parallel_size=2),
     Case("gpt_oss", zero_stage=3, sequence_parallel_size=2, offloading=True),
     Case("deepseek_v3", zero_stage=1, offloading=True),
@@ -27,18 +27,20 @@ WITH_FOUR = [
     Case("llama-tied", zero_stage=3, num_ranks=4, sequence_parallel_size=4, offloading=True),
     Case("qwen3_moe", zero_stage=3, num_ranks=4, sequence_parallel_size=2),
     Case("gpt_oss", zero_stage=1, num_ranks=4, sequence_parallel_size=4),
+    Case("mixtral", zero_stage=3, num_ranks=4, sequence_parallel_size=2, balance=1.0),
+    Case("mixtral", zero_stage=1, num_ranks=4, offloading=True, balance=1.0),
 ]
 # A checkpoint of one case is resumed by the other.
 RESUMED = [(CASES[0], CASES[1]), (CASES[1], CASES[0]), (CASES[2], CASES[2])]
 
 
 @cache
-def alone(family: str, num_samples: int) -> Trained:
-    return transformers_alone(Case(family, zero_stage=0, num_ranks=num_samples))
+def alone(family: str, num_samples: int, balance: float) -> Trained:
+    return transformers_alone(Case(family, zero_stage=0, num_ranks=num_samples, balance=balance))
 
 
 def assert_same(got: Trained, case: Case, first: int = 0) -> None:
-    want = alone(case.family, case.num_samples)
+    want = alone(case.family, case.num_samples, case.balance)
     assert got.losses == pytest.approx(want.losses[first:], rel=1e-5)
     assert got.norms == pytest.approx(want.norms[first:], rel=1e-4)
     assert got.evaluated == pytest.approx(want.evaluated, rel=1e-5)

@@ -44,10 +44,19 @@ class Case:
     fpdt: bool = True
     adapters: AdaptersConfig | None = None
     bf16: bool = False
+    balance: float = 0.0
+    """Coefficient of the routers' auxiliary loss."""
 
     def __str__(self) -> str:
         execution = ("offloaded" if self.offloading else "fpdt" if self.fpdt else "plain") + "-bf16" * self.bf16
-        return f"{self.family}-zero{self.zero_stage}-{self.num_ranks}ranks-sp{self.sequence_parallel_size}-{execution}"
+        family = f"{self.family}-balanced" if self.balance else self.family
+        return f"{family}-zero{self.zero_stage}-{self.num_ranks}ranks-sp{self.sequence_parallel_size}-{execution}"
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model."""
+        asked = {"output_router_logits": True, "router_aux_loss_coef": self.balance} if self.balance else {}
+        return config_of(self.family, **asked)
 
     @property
     def num_samples(self) -> int:
@@ -77,7 +86,7 @@ def build(case: Case) -> tuple[Engine, ParallelState]:
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     parallel_state = ParallelState.create(case.sequence_parallel_size)
     execution = Execution(fpdt=case.fpdt, chunk_size=CHUNK, offloading=case.offloading, slice_length=5)
-    model = empty_model(config_of(case.family), torch.float32)
+    model = empty_model(case.config, torch.float32)
     if case.adapters is not None:
         add_adapters(model, case.adapters)
 
@@ -157,7 +166,7 @@ def resume(cases: list[tuple[Path, Case]]) -> list[Trained]:
 
 def transformers_alone(case: Case) -> Trained:
     """Train in one process, everything whole, by transformers and torch."""
-    model: Any = empty_model(config_of(case.family), torch.float32)
+    model: Any = empty_model(case.config, torch.float32)
     materialize(model, replace(INITIALIZATION), random=True)
     model.set_attn_implementation("eager")
     model.train()
@@ -167,8 +176,9 @@ def transformers_alone(case: Case) -> Trained:
     for step in range(NUM_STEPS):
         batch = batch_of(step, case.num_samples)
         loss = eager_loss(model, *batch) / batch[2].sum()
+        balance = case.balance * model(input_ids=batch[0]).aux_loss if case.balance else torch.zeros(())
         adam.zero_grad()
-        loss.backward()
+        (loss + balance).backward()
         losses.append(float(loss.detach()))
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
         adam.step()
