@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     whole = read_model(Path(arguments.config), model_flags(arguments))
     content = dict(whole.hf_config)
-    arguments.num_layers, arguments.vocab_size = arguments.layers or whole.num_layers, whole.vocab_size
+    arguments.num_layers, arguments.vocab_size = arguments.layers or whole.num_layers, whole.embedding_rows
     if arguments.native:
         geometry = geometry_of_llama(whole)
         vars(arguments).update(vars(geometry))

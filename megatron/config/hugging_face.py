@@ -14,6 +14,7 @@ _NOT_OF_THE_MODEL = frozenset(
     (
         *("_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"),
         *("quantization_config", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+        *("output_router_logits", "router_aux_loss_coef"),  # of training
         *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type"),
     )
 )
