@@ -55,7 +55,7 @@ def run_experts(experts: Any, x_Th: Tensor, chosen_Tk: Tensor, weights_Tk: Tenso
     h_Pf = _product(experts, first, h_Ph, ends_E, expert_P)
     h_Pf = experts._apply_gate(h_Pf) if experts.has_gate else experts.act_fn(h_Pf)
     y_Ph = _product(experts, "down_proj", h_Pf, ends_E, expert_P)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # new in transformers 5.24
         y_Ph = experts.post_expert_norm(y_Ph)
     y_Tkh = _ToTokens.apply(y_Ph, order_P, place_P).unflatten(0, (-1, num_chosen))
     return (y_Tkh * weights_Tk[..., None]).sum(1).to(x_Th.dtype)

@@ -5,6 +5,7 @@ import torch
 
 from megatron.core.parallel_state import ParallelState
 from megatron.hf.building import build_hugging_face_model
+from megatron.hf.experts import run_experts
 from megatron.model.builder import Execution
 from tests.unit.hf.families import VOCAB, build, eager_loss, results
 
@@ -20,6 +21,10 @@ FAMILIES = {
     "gemma2": {**WIDE, "sliding_window": 300},
     "gpt2": {"n_embd": 256, "n_positions": LENGTH, "max_position_embeddings": LENGTH},
 }
+
+# In bf16 some tokens get other experts, so these are not compared.
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.01, "moe_intermediate_size": 128}
+EXPERTS = {"qwen3_moe": {**WIDE, **BALANCED}, "gpt_oss": {**WIDE, **BALANCED}, "deepseek_v3": {**WIDE, "head_dim": 4}}
 
 
 def inputs():
@@ -49,9 +54,9 @@ def test_bf16_errs_no_more_than_transformers(family):
     assert error(streamed_results(family), want) <= 1.2 * error(eager_results(family, torch.bfloat16), want)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | EXPERTS)
 def test_the_host_never_waits_for_the_gpu(family):
-    model = build(family, torch.bfloat16, **FAMILIES[family]).cuda().train()
+    model = build(family, torch.bfloat16, **(FAMILIES | EXPERTS)[family]).cuda().train()
     streamed = build_hugging_face_model(model, ParallelState(), STREAMED)
     batch = [t.pin_memory() for t in inputs()]
     with torch.autograd.set_multithreading_enabled(False):
@@ -62,3 +67,23 @@ def test_the_host_never_waits_for_the_gpu(family):
             streamed(*batch).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_grouped_experts_err_no_more_than_one_product_per_expert():
+    experts = next(m for m in build("gpt_oss", **WIDE).modules() if hasattr(m, "_is_expert_parallel")).cuda()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(200, 256, generator=generator).cuda().bfloat16()
+    chosen = (torch.rand(200, experts.num_experts - 1, generator=generator).topk(2).indices + 1).cuda()
+    weights = torch.rand(200, 2, generator=generator).cuda().bfloat16()
+
+    def run(dtype, function):
+        experts.to(torch.bfloat16).to(dtype)
+        leaves = [x.to(dtype).requires_grad_(), weights.to(dtype).requires_grad_()]
+        y = function(experts, leaves[0], chosen, leaves[1])
+        gradients = torch.autograd.grad(y.float().square().sum(), [*leaves, *experts.parameters()])
+        return dict(enumerate((y.detach(), *gradients)))
+
+    experts.config._experts_implementation = "eager"
+    eager = type(experts).forward
+    want = run(torch.float64, eager)
+    assert error(run(torch.bfloat16, run_experts), want) <= 1.2 * error(run(torch.bfloat16, eager), want)

@@ -21,7 +21,10 @@ LONGROPE = {
     **{"short_factor": [1.0] * 8, "long_factor": [2.0 + number for number in range(8)]},
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
+    "gpt_oss": {
+        **{**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
+        **{"output_router_logits": True, "router_aux_loss_coef": 0.5},
+    },
     "llama": {**SIZES, "tie_word_embeddings": True},
     "phi3": {**SIZES, "hidden_size": 64, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
 }
@@ -44,7 +47,9 @@ def test_every_execution_arrives_at_the_same_losses(corpus: Path, tmp_path: Path
     folder = folder_of(family, tmp_path / family)
     flags = ["--hf-model", str(folder), "--seq-length", str(SEQ_LENGTH), *TOKENIZER, *TRAINING]
     flags += ["--data-path", str(corpus), "--split", "90,6,4", "--train-iters", "4", "--eval-iters", "1"]
-    want = losses_of(train([*flags, *ONE_CHUNK], tmp_path / "want"))
+    run = train([*flags, *ONE_CHUNK], tmp_path / "want")
+    assert ("router aux loss:" in run.output) == ("expert imbalance:" in run.output) == (family == "gpt_oss")
+    want = losses_of(run)
     run = train(flags, tmp_path / "chosen", num_ranks=2)
     assert f"checked a small copy of {family} against transformers in " in run.output
     assert losses_of(run) == pytest.approx(want, rel=2e-5)
