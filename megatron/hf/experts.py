@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "fpdt"
 _GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGNED_ROWS = 8
 _HOPPER = 9  # compute capability of the first GPUs on which torch's grouped product is one kernel
 
 
@@ -76,7 +77,27 @@ def _product(experts: Any, name: str, x_PI: Tensor, ends_E: Tensor, expert_P: Te
         y_PO = F.grouped_mm(x_PI, weight_EIO, offs=ends_E)
     else:
         y_PO = torch.ops.transformers.grouped_mm_fallback(x_PI, weight_EIO, ends_E)
-    return y_PO + getattr(experts, f"{name}_bias")[expert_P] if experts.has_bias else y_PO
+    return _WithBias.apply(y_PO, getattr(experts, f"{name}_bias"), ends_E, expert_P) if experts.has_bias else y_PO
+
+
+class _WithBias(torch.autograd.Function):
+    """The rows of each expert plus its bias, whose gradient is not summed in half precision."""
+
+    @staticmethod
+    def forward(ctx: Any, y_PO: Tensor, bias_EO: Tensor, ends_E: Tensor, expert_P: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E, expert_P)
+        return y_PO + bias_EO[expert_P]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ends_E, expert_P = ctx.saved_tensors
+        dy_PO = grads[0].contiguous()
+        if not ctx.needs_input_grad[1]:
+            return dy_PO, None, None, None
+        if dy_PO.dtype in _GROUPED_DTYPES:  # as a product, of as many rows as its kernel needs
+            ones_KP = dy_PO.new_ones(len(dy_PO), _ALIGNED_ROWS).T
+            return dy_PO, F.grouped_mm(ones_KP, dy_PO, offs=ends_E)[:, 0], None, None
+        return dy_PO, dy_PO.new_zeros(len(ends_E), dy_PO.shape[1]).index_add_(0, expert_P, dy_PO), None, None
 
 
 class _ToExperts(torch.autograd.Function):
