@@ -45,8 +45,8 @@ from megatron.model.initialization import Initialization
 NAME = "hugging_face"
 QUICK: dict[str, Any] = {"seq_length": 131072}
 TINY: dict[str, Any] = {"seq_length": 128, "chunk": 48}
-# Of a block: it is measured without embedding and head.
-SMALL: dict[str, Any] = {"vocab_size": SMALL_VOCABULARY, "pad_token_id": None}
+# Of a block: it is measured without embedding, head and loss.
+SMALL: dict[str, Any] = {"vocab_size": SMALL_VOCABULARY, "pad_token_id": None, "output_router_logits": False}
 # Settings with one value per layer.
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
