@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.fixed_rope import fix_rope
 from megatron.hf.float64 import float64_stays
 from megatron.hf.refusals import refusal, refuse
+from megatron.hf.routing import AuxiliaryLoss
 from megatron.hf.shrinking import shrink
 from megatron.hf.structure import refuse_structure
 from megatron.model.builder import Execution
@@ -154,12 +156,26 @@ def whole(model: nn.Module, sample: Sample) -> Outcome:
     """Run transformers' own code, document by document, which needs no mask for them."""
     pieces = (tensor.split(list(sample.documents), 1) for tensor in (sample.tokens_BS, sample.positions_BS))
     loss = torch.zeros((), dtype=torch.float64)
+    routed = []
     for tokens, positions, labels in zip(*pieces, sample.labels_BS.split(list(sample.documents), 1), strict=True):
-        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-        loss = loss + functional.cross_entropy(logits[0], labels[0], ignore_index=IGNORED, reduction="sum")
+        output = model(input_ids=tokens, position_ids=positions, use_cache=False)
+        loss = loss + functional.cross_entropy(output.logits[0], labels[0], ignore_index=IGNORED, reduction="sum")
+        routed.append(getattr(output, "router_logits", None) or ())
     loss = loss / sample.num_labels
-    loss.backward()
+    (loss + auxiliary_loss(model, [torch.cat(layer) for layer in zip(*routed, strict=True)])).backward()
     return outcome(model, loss)
+
+
+def auxiliary_loss(model: Any, router_logits_TE: Sequence[Tensor]) -> Tensor | float:
+    """Return the loss by which a model's settings balance its experts, from the logits of each layer.
+
+    transformers counts in single precision. Its function is compared with the formula where the stream is built.
+    """
+    if not router_logits_TE or not getattr(model, "router_aux_loss_coef", 0):
+        return 0.0
+    loss = AuxiliaryLoss(model.router_aux_loss_coef, model.num_experts, model.num_experts_per_tok)
+    p = torch.cat(list(router_logits_TE)).softmax(-1)
+    return loss.coefficient * loss.value(loss.chosen(p), p.sum(0), torch.tensor(len(p)))
 
 
 def streamed(model: nn.Module, sample: Sample) -> Outcome:

@@ -57,6 +57,13 @@ def test_every_family_trains_as_in_transformers(family):
     assert re.fullmatch(words + r"[\d.]+ s: loss equal to \S+, gradients to \S+", found.line)
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_balanced_experts_train_as_in_transformers(name):
+    balanced = BY_NAME[name].config
+    balanced.output_router_logits, balanced.router_aux_loss_coef = True, 0.5
+    assert prove(balanced).gradient < 1e-12
+
+
 REFUSED = [
     ("bert", "its tokens attend to later ones"),
     ("longcat_flash", "LongcatFlashForCausalLM has no list of its 56 layers"),
