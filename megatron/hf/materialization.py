@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from megatron.hf.inspection import decoder_layers
 from megatron.model.initialization import Initialization
 
 
-def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the causal language model of a configuration; its parameters are on the meta device."""
-    with _parameters_on_meta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the causal language model of a configuration, in its own dtype by default; parameters are on meta."""
+    with _EmptyOnMeta(), _parameters_on_meta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and any(each in name for each in exact):
@@ -84,6 +86,14 @@ def _owners(model: PreTrainedModel) -> dict[nn.Module, PreTrainedModel]:
     """Return the innermost model of transformers that each module is a part of: it initializes the module."""
     models = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
     return {part: each for each in models for part in each.modules()}
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Creates tensors without values, which are to become parameters, without memory."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        how = {**(kwargs or {}), "device": "meta"} if function is torch.empty else kwargs or {}
+        return function(*args, **how)
 
 
 @contextmanager

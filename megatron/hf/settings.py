@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -177,10 +176,9 @@ def _require_known_model(content: Mapping[str, Any], file: Path) -> None:
 
 
 def _config_of(content: Mapping[str, Any]) -> PretrainedConfig:
-    from transformers import CONFIG_MAPPING
+    from megatron.hf.empty_model import parse_config  # which imports transformers
 
-    plain = {name: value for name, value in deepcopy(dict(content)).items() if name not in _UNSTORED}
-    return CONFIG_MAPPING[content["model_type"]].from_dict(plain)
+    return parse_config(content)
 
 
 def _stored(theirs: PretrainedConfig) -> dict[str, Any]:
