@@ -45,6 +45,9 @@ class LayerFacts(NamedTuple):
     head_size: int
     """Of queries, keys and values, the largest."""
 
+    narrow_head_size: int
+    """Of queries, keys and values, the smallest."""
+
     dropout: float
     same_arguments_as: int
     """Number of the first layer that gets the same arguments."""
@@ -79,8 +82,23 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 def inspect_model(skeleton: Skeleton) -> ModelFacts:
     """Find the parts of a model; its `skeleton` then bypasses what it has to. UnsupportedModelError for others."""
-    try:
+    with _refusing(skeleton):
+        facts = _inspect(skeleton)
+        _check_tokens_are_independent(skeleton, sorted({layer.same_arguments_as for layer in facts.layers}))
+    return facts
+
+
+def inspect_empty_model(skeleton: Skeleton) -> ModelFacts:
+    """Find the parts of a model whose parameters are on the meta device, before its RoPE is that of the run."""
+    with _refusing(skeleton):
         return _inspect(skeleton)
+
+
+@contextmanager
+def _refusing(skeleton: Skeleton) -> Iterator[None]:
+    """Raise an UnsupportedModelError for any error of the model's own code."""
+    try:
+        yield
     except UnsupportedModelError:
         raise
     except Exception as error:  # the model's own code may raise any
@@ -104,7 +122,6 @@ def _inspect(skeleton: Skeleton) -> ModelFacts:
     set_attention(model, STREAMED)
     firsts = [next(m for m in range(n + 1) if _same(arguments[m], arguments[n])) for n in range(len(arguments))]
     layers = [_facts(call, mask, first) for call, mask, first in zip(run.calls, masks, firsts, strict=True)]
-    _check_tokens_are_independent(skeleton, sorted(set(firsts)))
     return ModelFacts(run.before, run.after, layers, run.hidden_size, run.num_classes)
 
 
@@ -122,7 +139,7 @@ class _TracedRun:
         self._skeleton, self._model = skeleton, skeleton.model
         own = [*self._model.named_parameters(), *self._model.named_buffers()]
         self.names = {id(tensor): name for name, tensor in own}
-        self._tensors = {name: _on_meta(tensor) for name, tensor in own}
+        self._tensors = tensors_on_meta(self._model)
         self.calls: list[LayerCall] = []
         self.hidden_size, self.dtype = 0, torch.float32
         self._seen: list[nn.Module] = []
@@ -274,6 +291,7 @@ def _facts(call: LayerCall, mask: MaskStandIn | None, first: int) -> LayerFacts:
         num_heads=call.q_BHTD.shape[1],
         num_key_value_heads=call.k_BKTD.shape[1],
         head_size=max(size, call.v_BKTE.shape[-1]),
+        narrow_head_size=min(size, call.v_BKTE.shape[-1]),
         dropout=call.dropout,
         same_arguments_as=first,
     )
@@ -284,8 +302,9 @@ def _inputs(skeleton: Skeleton, positions: Sequence[int]) -> tuple[Tensor, Tenso
     weight: Any = next(skeleton.layers[0].parameters())
     config: Any = skeleton.model.config
     hidden_size = config.get_text_config().hidden_size
-    x = torch.zeros(1, len(positions), hidden_size, dtype=weight.dtype, device=weight.device)
-    return x, torch.tensor([list(positions)], device=weight.device)
+    device = torch.device("cpu") if weight.is_meta else weight.device  # masks and buffers have values
+    x = torch.zeros(1, len(positions), hidden_size, dtype=weight.dtype, device=device)
+    return x, torch.tensor([list(positions)], device=device)
 
 
 def _check_tokens_are_independent(skeleton: Skeleton, layers: Sequence[int]) -> None:
@@ -353,6 +372,11 @@ def _found(kind: type[Found], value: Any) -> Iterator[Found]:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def tensors_on_meta(model: nn.Module) -> dict[str, Tensor]:
+    """Return tensors without memory in place of a model's parameters and buffers, by name."""
+    return {name: _on_meta(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def _on_meta(tensor: Any) -> Tensor:

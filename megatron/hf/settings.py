@@ -104,7 +104,7 @@ def read_model(path: Path, flags: ModelConfig, given: frozenset[str] = frozenset
         "ffn_hidden_size": described.sizes.mlp_width,
         "num_attention_heads": layers[0].num_heads,
         "num_key_value_heads": layers[0].num_key_value_heads,
-        "kv_channels": max(max(layer.head_size, layer.value_size) for layer in layers),
+        "kv_channels": max(layer.head_size for layer in layers),
         "max_position_embeddings": longest if learned else max(longest, flags.seq_length),
         "use_rotary_position_embeddings": not learned,
         "untie_embeddings_and_output_weights": described.untied,

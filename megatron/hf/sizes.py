@@ -1,46 +1,39 @@
-"""Sizes of a transformers model, read off one run of a few tokens on the meta device, which computes nothing.
+"""Sizes of a transformers model, read off a run of a few tokens on the meta device, which computes nothing.
 
-The run shows what config.json says under many names: the heads and windows at each attention call, the linear products
-before and after it, and the experts of a token. The autograd graph shows which products the backward pass needs.
+What its layers ask of attention is found by megatron.hf.inspection. The run shows the linear products before and after
+attention and the experts of a token, which config.json has under many names. The autograd graph shows which products
+the backward pass needs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.integrations.moe import ExpertsInterface
 from transformers.pytorch_utils import Conv1D
 
 from megatron.config import ModelSizes, TokenWeights
 from megatron.fpdt.layer_trace import nodes_read
+from megatron.hf.attention import LayerCall, attending, register
+from megatron.hf.errors import UnsupportedModelError
+from megatron.hf.inspection import LayerFacts, ModelFacts, decoder_layers, inspect_empty_model, tensors_on_meta
+from megatron.hf.materialization import empty_model
+from megatron.hf.skeleton import Skeleton
 
-_IMPLEMENTATION = "megatron-sizes"
+_EXPERTS = "megatron-sizes"
 _NUM_TOKENS = 4
-_running: ContextVar[_Run | None] = ContextVar("run_on_meta", default=None)
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The attention call of one layer."""
-
-    num_heads: int
-    num_key_value_heads: int
-    head_size: int
-    value_size: int
-    dropout: float
-    softcap: float | None
-    window: int | None
-    local_block: int | None
+_running: ContextVar[_Layer | None] = ContextVar("layer_on_meta", default=None)
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class Description:
     """A model's layers, as it was run."""
 
     hidden_size: int
-    layers: tuple[Attention, ...]
+    layers: tuple[LayerFacts, ...]
     vocab_size: int
     learned_positions: bool
     untied: bool
@@ -56,32 +49,29 @@ class Description:
 
 
 def describe(config: PretrainedConfig) -> Description:
-    """Build and run the model of a configuration on the meta device.
+    """Build the model of a configuration without its weights, and run it on the meta device.
 
     Raises:
+        UnsupportedModelError: its layers cannot be streamed.
         Exception: whatever transformers raises for a configuration or a model that it cannot run so.
-        ValueError: the model's layers cannot be told apart, or one has another number of attention calls than one.
     """
-    AttentionInterface.register(_IMPLEMENTATION, _attend)
-    AttentionMaskInterface.register(_IMPLEMENTATION, _mask)
-    ExpertsInterface.register(_IMPLEMENTATION, _run_experts)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            _with_fixed_rope(config), attn_implementation=_IMPLEMENTATION, experts_implementation=_IMPLEMENTATION
-        )
-        run = _Run(config)
-        with run.recording(model):
-            model(
-                input_ids=torch.zeros(1, _NUM_TOKENS, dtype=torch.long),
-                attention_mask=torch.ones(1, _NUM_TOKENS, dtype=torch.long),  # without it, positions are compared
-                use_cache=False,
-            )
-    return _described(model, run)
+    register()
+    ExpertsInterface.register(_EXPERTS, _run_experts)
+    model = empty_model(_runnable(config))
+    skeleton = Skeleton(model, decoder_layers(model))
+    facts = inspect_empty_model(skeleton)
+    return _described(model, facts, _run(skeleton, facts.hidden_size))
 
 
-def _with_fixed_rope(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the configuration without RoPE types that read positions, which have no values on the meta device."""
+def _runnable(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration without what reads values, which tensors on the meta device do not have.
+
+    These are experts, the auxiliary loss of their routers, and RoPE types that follow the positions. None has weights.
+    """
     config = deepcopy(config)
+    config._experts_implementation = _EXPERTS
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
     rope = getattr(config, "rope_parameters", None) or {}
     for settings in (rope, *rope.values()):
         if isinstance(settings, dict) and settings.get("rope_type") in ("dynamic", "longrope"):
@@ -104,137 +94,83 @@ class _Layer:
     """What one layer does, in its order."""
 
     module: nn.Module
-    hidden_size: int = 0
+    hidden_size: int
     before: list[_Product] = field(default_factory=list)
     after: list[_Product] = field(default_factory=list)
-    calls: list[Attention] = field(default_factory=list)
+    attention_calls: int = 0
     read: set[Node] = field(default_factory=set)
     """The nodes whose values the backward pass reads."""
 
     experts_of_token: dict[nn.Module, int] = field(default_factory=dict)
 
-
-class _Mask:
-    """A stand-in for a mask, which layers pass on to attention unread."""
-
-    def __init__(self, local_size: int | None) -> None:
-        self.local_size = local_size
-
-
-class _Run:
-    """The record of a run."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        self.layers: list[_Layer] = []
-        self._block = getattr(config, "attention_chunk_size", None)
-        self._current: _Layer | None = None
-
-    @contextmanager
-    def recording(self, model: nn.Module) -> Iterator[None]:
-        """Record what runs in this context."""
-        handles = []
-        for layer in decoder_layers(model):
-            handles.append(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
-            handles.append(layer.register_forward_hook(self._leave))
-            linears = [module for module in layer.modules() if isinstance(module, nn.Linear | Conv1D)]
-            handles += [module.register_forward_hook(self._record_product) for module in linears]
-        token = _running.set(self)
-        try:
-            yield
-        finally:
-            _running.reset(token)
-            for handle in handles:
-                handle.remove()
-
-    def record_attention(self, qkv: tuple[Tensor, Tensor, Tensor], mask: Any, settings: dict[str, Any]) -> None:
-        q, k, v = qkv
-        window, block = settings.get("sliding_window"), None
-        if window is None and isinstance(mask, _Mask):
-            window, block = (None, mask.local_size) if mask.local_size == self._block else (mask.local_size, None)
-        if self._current is None:
-            return
-        self._current.read |= {node for t in qkv if t.grad_fn is not None for node in nodes_read(t.grad_fn)}
-        self._current.calls.append(
-            Attention(
-                q.shape[1],
-                k.shape[1],
-                q.shape[3],
-                v.shape[3],
-                settings.get("dropout") or 0.0,
-                settings.get("softcap"),
-                window,
-                block,
-            )
-        )
-
-    def record_experts(self, module: nn.Module, experts_of_token: int) -> None:
-        if self._current is not None:
-            self._current.experts_of_token[module] = experts_of_token
-
-    def _enter(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Begin a layer, and its autograd graph."""
-        x, *others = args if args else (kwargs["hidden_states"],)
-        self._current = _Layer(layer, x.shape[-1])
-        self.layers.append(self._current)
-        x = x.detach().requires_grad_()
-        return ((x, *others), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) else output
-        if self._current is not None:
-            self._current.read |= nodes_read(y.grad_fn)
-        self._current = None
-
-    def _record_product(self, module: Any, args: Any, y: Tensor) -> None:
-        if self._current is not None and isinstance(y, Tensor):  # a router's subclass may return something else
+    def record_product(self, module: Any, args: Any, y: Tensor) -> None:
+        """Record a linear product that has run."""
+        if isinstance(y, Tensor):  # a router's subclass may return something else
             product = _Product(module.weight.numel(), args[0].shape[-1], y.shape[-1], y.grad_fn)
-            (self._current.after if self._current.calls else self._current.before).append(product)
+            (self.after if self.attention_calls else self.before).append(product)
 
 
-def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **settings: Any) -> tuple[Tensor, None]:
-    if run := _running.get():
-        run.record_attention((q, k, v), mask, settings)
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).requires_grad_(), None
+def _run(skeleton: Skeleton, hidden_size: int) -> list[_Layer]:
+    """Run the model; return what its layers did."""
+    layers = [_Layer(layer, hidden_size) for layer in skeleton.layers]
+
+    def visit(number: int, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Run a layer, with an autograd graph of its own."""
+        layer = layers[number]
+        with _recording(layer):
+            y = skeleton.layer_forward(number, x.detach().requires_grad_(), arguments)
+        layer.read |= nodes_read(y.grad_fn)
+        if layer.attention_calls != 1:
+            raise UnsupportedModelError(
+                f"its layer {number} calls attention {layer.attention_calls} times, and one call is streamed"
+            )
+        return y
+
+    tokens = torch.zeros(1, _NUM_TOKENS, dtype=torch.long, device="meta")
+    skeleton.run(visit, tensors_on_meta(skeleton.model), input_ids=tokens, position_ids=tokens)
+    return layers
 
 
-def _mask(local_size: int | None = None, **settings: Any) -> _Mask:
-    return _Mask(local_size)
+@contextmanager
+def _recording(layer: _Layer) -> Iterator[None]:
+    """Record what the layer does in this context."""
+    token = _running.set(layer)
+    try:
+        with ExitStack() as hooks, attending(partial(_attend, layer)):
+            for module in layer.module.modules():
+                if isinstance(module, nn.Linear | Conv1D):
+                    hooks.enter_context(module.register_forward_hook(layer.record_product))
+            yield
+    finally:
+        _running.reset(token)
+
+
+def _attend(layer: _Layer, call: LayerCall) -> Tensor:
+    q, k, v = call.q_BHTD, call.k_BKTD, call.v_BKTE
+    layer.read |= {node for t in (q, k, v) if t.grad_fn is not None for node in nodes_read(t.grad_fn)}
+    layer.attention_calls += 1
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).requires_grad_()
 
 
 def _run_experts(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor, *others: Any, **settings: Any) -> Tensor:
-    if run := _running.get():
-        run.record_experts(module, index.shape[-1])
+    if layer := _running.get():
+        layer.experts_of_token[module] = index.shape[-1]
     return x * x * weights.sum(-1, keepdim=True)  # reads both, as experts do
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the list of a model's layers: the longest one that is not within another; ValueError without one."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    if not outermost:
-        raise ValueError("it has no list of layers")
-    return max(outermost, key=len)
-
-
-def _described(model: Any, run: _Run) -> Description:
-    if len(run.layers) != len(decoder_layers(model)):
-        raise ValueError(f"it ran {len(run.layers)} of its {len(decoder_layers(model))} layers")
-    for number, layer in enumerate(run.layers):
-        if len(layer.calls) != 1:
-            raise ValueError(f"its layer {number} calls attention {len(layer.calls)} times, and one call is streamed")
+def _described(model: Any, facts: ModelFacts, layers: Sequence[_Layer]) -> Description:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    counts = [_counts(layer) for layer in run.layers]
-    attention = tuple(layer.calls[0] for layer in run.layers)
-    inner = {parameter for layer in run.layers for parameter in layer.module.parameters()}
+    counts = [_counts(layer) for layer in layers]
+    inner = {parameter for layer in layers for parameter in layer.module.parameters()}
     outer = [parameter for parameter in model.parameters() if parameter not in inner | {embedding, head}]
     tables = {module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight in set(outer)}
     return Description(
-        hidden_size=run.layers[0].hidden_size,
-        layers=attention,
+        hidden_size=facts.hidden_size,
+        layers=tuple(facts.layers),
         vocab_size=embedding.shape[0],
         learned_positions=bool(tables),
         untied=head is not embedding,
-        sizes=_sizes(counts, attention, sum(map(_matrix_size, outer))),
+        sizes=_sizes(counts, facts.layers, sum(map(_matrix_size, outer))),
     )
 
 
@@ -324,9 +260,10 @@ def _chosen_experts(layer: nn.Module, num_experts: int) -> int:
     return next((chosen for chosen in named if isinstance(chosen, int)), num_experts)
 
 
-def _sizes(counts: Sequence[_Counts], attention: Sequence[Attention], outer_weights: int) -> ModelSizes:
+def _sizes(counts: Sequence[_Counts], attention: Sequence[LayerFacts], outer_weights: int) -> ModelSizes:
     weights = sum((each.token_weights for each in counts), Counter[str]())
-    windows, blocks = ([getattr(each, name) for each in attention] for name in ("window", "local_block"))
+    variants = [each.variant for each in attention]
+    windows, blocks = [each.window for each in variants], [each.local_block for each in variants]
     return ModelSizes(
         all_block_weights=sum(each.block_weights for each in counts),
         block_weights=max(each.block_weights for each in counts),
@@ -339,8 +276,8 @@ def _sizes(counts: Sequence[_Counts], attention: Sequence[Attention], outer_weig
         saved_mlp_outputs=max(each.saved_mlp_outputs for each in counts),
         mlp_outputs=max(each.mlp_outputs for each in counts),
         mlp_width=max(each.mlp_width for each in counts),
-        narrow_channels=max(min(each.head_size, each.value_size) for each in attention),
-        softcap=next((each.softcap for each in attention if each.softcap is not None), None),
+        narrow_channels=max(each.narrow_head_size for each in attention),
+        softcap=next((each.softcap for each in variants if each.softcap is not None), None),
         windows=tuple(windows) if any(windows) else (),
         local_blocks=tuple(blocks) if any(blocks) else (),
     )

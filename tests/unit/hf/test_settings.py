@@ -174,7 +174,7 @@ def test_a_checkpoint_of_a_model_of_flags_is_refused(llama):
         ({"model_type": "t5"}, "model_type 't5', which is no causal language model"),
         (
             {"model_type": "mamba", "num_hidden_layers": 1},
-            "a mamba, which is not streamed: its layer 0 calls attention",
+            "a mamba, which is not streamed: layer 0 (MambaBlock) does not call attention",
         ),
         ({"model_type": "opt", "layerdrop": 0.1}, '"layerdrop" (0.1) in config.json must be 0'),
         ({"model_type": "llama", "hidden_size": "wide"}, "describes no llama to transformers"),

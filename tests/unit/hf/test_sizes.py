@@ -106,7 +106,7 @@ def test_experts_of_a_token_count_as_flops_and_all_of_them_as_memory():
 def test_products_of_latent_attention_and_layers_of_two_kinds_are_added_up():
     described = describe(CONFIG_MAPPING["deepseek_v3"](**LATENT))
     sizes, first = described.sizes, described.layers[0]
-    assert (first.num_heads, first.num_key_value_heads, first.head_size, first.value_size) == (4, 4, 24, 12)
+    assert (first.num_heads, first.num_key_value_heads, first.head_size, first.narrow_head_size) == (4, 4, 24, 12)
     assert sizes.projection_width == 24 + 4 * 24 + (16 + 8) + 4 * (16 + 12)
     assert sizes.normalizes_products
     hidden, expert, dense = 64, 3 * 64 * 20, 3 * 64 * 96
@@ -163,6 +163,6 @@ def test_dynamic_and_long_rope_have_the_sizes_of_any_other():
     assert config.rope_parameters["rope_type"] == "dynamic"
 
 
-def test_a_model_with_several_numbers_of_heads_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"its layer 0 calls attention 0 times"):
+def test_a_layer_without_attention_is_named():
+    with pytest.raises(ValueError, match=r"layer 0 \(MambaBlock\) does not call attention"):
         describe(CONFIG_MAPPING["mamba"](num_hidden_layers=1, hidden_size=32, state_size=4))
