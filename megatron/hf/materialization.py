@@ -7,7 +7,7 @@ DeepSpeed partitions the parameters that a module has when its constructor is ov
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from megatron.hf.inspection import decoder_layers
 from megatron.model.initialization import Initialization
 
+_RANK_OF_STACK = 3  # [experts, outputs, inputs]
+
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Build the causal language model of a configuration, in its own dtype by default; parameters are on meta."""
-    with _EmptyOnMeta(), _parameters_on_meta():
+    with _NewOnMeta(), _parameters_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for name, buffer in model.named_buffers():
@@ -88,11 +90,14 @@ def _owners(model: PreTrainedModel) -> dict[nn.Module, PreTrainedModel]:
     return {part: each for each in models for part in each.modules()}
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Creates tensors without values, which are to become parameters, without memory."""
+class _NewOnMeta(TorchFunctionMode):
+    """Creates what is to become a parameter without memory: tensors without values, and stacks of zeros for experts."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        how = {**(kwargs or {}), "device": "meta"} if function is torch.empty else kwargs or {}
+        how = kwargs or {}
+        size = args[0] if args and isinstance(args[0], Sequence) else args
+        if function is torch.empty or (function is torch.zeros and len(size) == _RANK_OF_STACK):
+            how = {**how, "device": "meta"}
         return function(*args, **how)
 
 
