@@ -1,5 +1,8 @@
+from typing import Any
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from megatron.hf.materialization import empty_model, materialize
@@ -29,3 +32,22 @@ def test_a_model_has_the_tensors_and_the_initial_values_that_transformers_builds
     again = empty_model(config_of(family), dtype)
     materialize(again, Initialization(dtype, CPU, seed=3), random=True)
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), again.parameters(), strict=True))
+
+
+class LargestOnHost(TorchFunctionMode):
+    """Notes the elements of the largest tensor with memory."""
+
+    elements = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_meta:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "llama4", "deepseek_v3"])
+def test_an_empty_model_has_no_memory_for_its_matrices(family):
+    with LargestOnHost() as largest:
+        model = empty_model(config_of(family), torch.float32)
+    assert 0 < largest.elements < model.get_input_embeddings().weight.numel()
