@@ -156,11 +156,18 @@ def test_experts_are_recomputed_whatever_is_saved(tmp_path, recompute):
     assert (recomputed < least + rest) == recompute.saves_products
 
 
-def test_dynamic_and_long_rope_have_the_sizes_of_any_other():
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    config = CONFIG_MAPPING["llama"](**TINY, rope_parameters=rope)
-    assert describe(config) == describe(CONFIG_MAPPING["llama"](**TINY))
-    assert config.rope_parameters["rope_type"] == "dynamic"
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
+        ("mixtral", {"output_router_logits": True}),
+    ],
+)
+def test_what_reads_values_changes_no_size(model_type, changes):
+    config = CONFIG_MAPPING[model_type](**TINY, **changes)
+    before = config.to_dict()
+    assert describe(config) == describe(CONFIG_MAPPING[model_type](**TINY))
+    assert config.to_dict() == before
 
 
 def test_a_layer_without_attention_is_named():
