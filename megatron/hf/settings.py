@@ -93,6 +93,7 @@ def read_model(path: Path, flags: ModelConfig, given: frozenset[str] = frozenset
     """
     require_package("transformers", f"--hf-model ({path})")
     theirs = _read_config(path)
+    _refuse(theirs)
     _set_dropout(theirs, flags, given)
     described = _describe(theirs, path)
     settings = {member.name: getattr(flags, member.name) for member in fields(ModelConfig)}
@@ -181,6 +182,12 @@ def _config_of(content: Mapping[str, Any]) -> PretrainedConfig:
     return parse_config(content)
 
 
+def _refuse(theirs: PretrainedConfig) -> None:
+    from megatron.hf.refusals import refuse  # which imports transformers
+
+    refuse(theirs)
+
+
 def _stored(theirs: PretrainedConfig) -> dict[str, Any]:
     """Return a configuration as plain values, with the defaults of its class."""
     content = json.loads(theirs.to_json_string(use_diff=False))
@@ -222,11 +229,7 @@ def _dropout_of(theirs: PretrainedConfig, of_attention: bool) -> dict[str, float
 
 
 def _set_dropout(theirs: PretrainedConfig, flags: ModelConfig, given: frozenset[str]) -> None:
-    """Set the dropout that flags give. ConfigError for dropout that is not trained with, or that the model lacks."""
-    if getattr(theirs, "layerdrop", 0.0):
-        raise ConfigError(
-            f'"layerdrop" ({theirs.layerdrop}) in config.json must be 0, as every layer of a stream runs; set it to 0'
-        )
+    """Set the dropout that flags give. ConfigError for dropout that the model lacks."""
     for flag, of_attention in (("attention_dropout", True), ("hidden_dropout", False)):
         value = getattr(flags, flag)
         if flag not in given:

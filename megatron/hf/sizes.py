@@ -27,6 +27,7 @@ from megatron.config import ModelSizes, TokenWeights
 from megatron.fpdt.layer_trace import nodes_read
 from megatron.hf.attention import LayerCall, attending, register
 from megatron.hf.errors import UnsupportedModelError
+from megatron.hf.fixed_rope import FOLLOWING
 from megatron.hf.inspection import LayerFacts, ModelFacts, decoder_layers, inspect_empty_model, tensors_on_meta
 from megatron.hf.materialization import empty_model
 from megatron.hf.skeleton import Skeleton
@@ -74,7 +75,7 @@ def _runnable(config: PretrainedConfig) -> PretrainedConfig:
         config.output_router_logits = False
     rope = getattr(config, "rope_parameters", None) or {}
     for settings in (rope, *rope.values()):
-        if isinstance(settings, dict) and settings.get("rope_type") in ("dynamic", "longrope"):
+        if isinstance(settings, dict) and settings.get("rope_type") in FOLLOWING:
             settings["rope_type"] = "default"
     return config
 
