@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
@@ -66,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="seconds between saves of the progress, to resume from [%(default)s]")  # fmt: skip
     output.add_argument("--restart", action="store_true", help="start over instead of resuming an interrupted run")
     arguments = parser.parse_args(argv)
-    choose_tokenizer(parser, arguments)
+    refuse_two_tokenizers(parser, arguments)
     for flag in ("workers", "log_interval"):
         if getattr(arguments, flag) < 1:
             name = flag.replace("_", "-")
@@ -76,16 +77,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def choose_tokenizer(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Set the flags of the tokenizer to those of the folder of --hf-model, or to the default type."""
-    if arguments.hf_model is None:
-        arguments.tokenizer_type = arguments.tokenizer_type or TokenizerConfig().tokenizer_type
-        return
+def refuse_two_tokenizers(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     named = [f"--{name.replace('_', '-')}" for name in vars(TokenizerConfig()) if getattr(arguments, name) is not None]
-    if named:
+    if named and arguments.hf_model is not None:
         names = ", ".join(named)
         parser.error(f"{names} and --hf-model ({arguments.hf_model}) both name a tokenizer; keep one of them.")
-    vars(arguments).update(vars(tokenizer_settings_in(arguments.hf_model)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def preprocess(arguments: argparse.Namespace) -> None:
     """Write the datasets that the arguments describe, one per key."""
+    choose_tokenizer(arguments)
     keys = arguments.json_keys if arguments.input_format != "text" else ["text"]
     prefixes = {key: f"{arguments.output_prefix}_{key}_document" for key in keys}
     folder = Path(f"{arguments.output_prefix}.preprocessing")
@@ -127,6 +124,13 @@ def preprocess(arguments: argparse.Namespace) -> None:
         print(f"{prefix}: {num_documents} documents, {num_tokens} tokens, {dtype.name}")
     if mark.bad_records:
         print(f"{mark.bad_records} bad lines were left out")
+
+
+def choose_tokenizer(arguments: argparse.Namespace) -> None:
+    """Set the flags of the tokenizer to those of the folder of --hf-model, or to the default type."""
+    if arguments.hf_model is not None:
+        vars(arguments).update(vars(tokenizer_settings_in(arguments.hf_model)))
+    arguments.tokenizer_type = arguments.tokenizer_type or TokenizerConfig().tokenizer_type
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -85,5 +85,5 @@ def _blocks(num_tokens: int, max_tokens: int) -> list[tuple[int, int]]:
 def _message(token: int, vocab_size: int, where: str) -> str:
     return (
         f"token id {token} in {where} is outside the vocabulary, ids 0 to {vocab_size - 1}; use the tokenizer that the "
-        "data was made with, or make the data again with this one."
+        "data was made with and a model that has its ids, or make the data again with the tokenizer of the model."
     )

@@ -273,9 +273,9 @@ def _notes(before: Config, chosen: Config, model: HuggingFaceModelConfig) -> Ite
     weights, outside = model.counted, model.embedding_rows * model.hidden_size
     outside += model.counted.outer_weights + outside * model.untie_embeddings_and_output_weights
     total, active = weights.all_block_weights + outside, weights.token_weights.total + outside
-    of_a_token = f", {active / 1e9:.2f} of them for a token" if active < total else ""
+    of_a_token = f", {_in_words(active)} of them for a token" if active < total else ""
     yield (
-        f"--hf-model ({model.hf_model}): {model.model_type}, {model.num_layers} layers, {total / 1e9:.2f} billion "
+        f"--hf-model ({model.hf_model}): {model.model_type}, {model.num_layers} layers, {_in_words(total)} "
         f"parameters{of_a_token}"
     )
     given = [
@@ -306,6 +306,10 @@ def _changed(before: Any, after: Any) -> Iterator[str]:
         if value != getattr(before, member.name) and value is not None:
             flag = f"--{member.name.replace('_', '-')}"
             yield flag if value is True else f"{flag} {value}"
+
+
+def _in_words(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
 def _rope(model: HuggingFaceModelConfig) -> str:

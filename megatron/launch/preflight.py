@@ -73,7 +73,7 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
         if folder is not None:
             check_writable(flag, Path(folder))
     if config.checkpoint.save_hf is not None:
-        check_new(Path(config.checkpoint.save_hf))
+        check_new(Path(config.checkpoint.save_hf), "--save-hf")
     if config.adapters.is_used and not has_weights(Path(model.hf_model or "")):
         raise ConfigError(
             f"--hf-model ({model.hf_model}) has no weights, and adapters are trained on frozen weights; copy the whole "

@@ -67,16 +67,23 @@ def tokenizer_of(flags: TokenizerConfig) -> Tokenizer:
 
 
 def tokenizer_settings_in(folder: Path) -> TokenizerConfig:
-    """Return the settings of the tokenizer in a Hugging Face folder: that of tokenizer.json where there is one."""
+    """Return the settings of the tokenizer in the folder of --hf-model: that of tokenizer.json where there is one.
+
+    TokenizerError if the folder has none.
+    """
     sentence_piece, vocabulary, merges = (folder / name for name in ("tokenizer.model", "vocab.json", "merges.txt"))
-    if not (folder / "tokenizer.json").is_file():
-        if sentence_piece.is_file():
-            return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(sentence_piece))
-        if vocabulary.is_file() and merges.is_file():
-            return TokenizerConfig(
-                tokenizer_type="GPT2BPETokenizer", vocab_file=str(vocabulary), merge_file=str(merges)
-            )
-    return TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(folder))
+    if (folder / "tokenizer.json").is_file():
+        return TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(folder))
+    if sentence_piece.is_file():
+        return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(sentence_piece))
+    if vocabulary.is_file() and merges.is_file():
+        return TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=str(vocabulary), merge_file=str(merges))
+    files = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+    reason = f"has no tokenizer ({files})" if folder.is_dir() else "is no folder, and nothing is downloaded"
+    raise TokenizerError(
+        f"--hf-model ({folder}) {reason}; name a folder with the tokenizer of the model, or give one by "
+        "--tokenizer-type and the flags of its files."
+    )
 
 
 def pad_vocab_size(vocab_size: int, make_divisible_by: int) -> int:

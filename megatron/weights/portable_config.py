@@ -98,8 +98,9 @@ def refuse_hugging_face_model(folder: Path) -> None:
     if isinstance(model, dict) and model.get("hf_config") is not None:
         raise WeightsError(
             f"{folder} is of a Hugging Face model ({model['hf_config'].get('model_type')}, --hf-model), and only "
-            "models that flags describe are read here; write it with tools/hf2megads_weight_converter.py to-hf, and "
-            "use transformers."
+            "models that flags describe are read here; write its folder with tools/hf2megads_weight_converter.py "
+            f"to-hf {folder} OUT. transformers loads OUT, and so do the tools if the model is of a family that "
+            "to-megatron converts."
         )
 
 

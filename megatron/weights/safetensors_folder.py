@@ -227,10 +227,11 @@ class SafetensorsWriter:
         (self.staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def check_new(folder: Path) -> None:
-    """Raise WeightsError if a folder exists and is not empty."""
+def check_new(folder: Path, flag: str = "") -> None:
+    """Raise WeightsError, naming the flag that gave the folder, if it exists and is not empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise WeightsError(f"{folder} exists and is not an empty folder; name a new one, or remove it.")
+        shown = f"{flag} ({folder})" if flag else folder
+        raise WeightsError(f"{shown} exists and is not an empty folder; name a new one, or remove it.")
 
 
 class _ShardWriter:

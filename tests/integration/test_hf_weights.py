@@ -47,5 +47,5 @@ def test_a_folder_without_weights_gives_an_untrained_model(corpus: Path, tmp_pat
     run = train([*flags_of(tmp_path / "start", corpus, 1), "--save-hf", str(tmp_path / "end")], tmp_path / "events")
     assert f"{tmp_path / 'start'} has no weights: training starts from random ones" in run.output
     loaded(tmp_path / "end")
-    with pytest.raises(AssertionError, match=f"{tmp_path / 'end'} exists and is not an empty folder"):
+    with pytest.raises(AssertionError, match=rf"--save-hf \({tmp_path / 'end'}\) exists and is not an empty folder"):
         train([*flags_of(tmp_path / "start", corpus, 1), "--save-hf", str(tmp_path / "end")], tmp_path / "events")

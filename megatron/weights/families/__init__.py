@@ -16,5 +16,8 @@ def family_of(model_type: object) -> Family:
     """Return the family of a model_type; WeightsError if it is not supported."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
-        raise WeightsError(f"config.json has model_type {model_type!r}, and {supported} are supported.")
+        raise WeightsError(
+            f"config.json has model_type {model_type!r}, and {supported} are supported; train another with --hf-model, "
+            "and generate with transformers."
+        )
     return FAMILIES[model_type]

@@ -1,4 +1,4 @@
-"""Folders of tiny Hugging Face models, with config.json alone."""
+"""Folders of tiny Hugging Face models, without weights."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ BY_TYPE: dict[str, dict[str, Any]] = {
 
 
 def folder_of(folder: Path, model_type: str, **changes: Any) -> Path:
-    """Write the config.json of a tiny model."""
+    """Write the config.json of a tiny model, and an empty tokenizer.json."""
     config = CONFIG_MAPPING[model_type](**{**BY_TYPE.get(model_type, TINY), **changes})
     config.save_pretrained(folder)
+    (folder / "tokenizer.json").touch()
     return folder

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from megatron.arguments import parse_args
 from megatron.config import Config, ConfigError, HuggingFaceModelConfig, describe_mismatch, validate
 from megatron.hf.settings import read_model, transformers_config, with_hugging_face_model
+from megatron.tokenizer import TokenizerError
 from tests.unit.hf.folders import LLAMA, folder_of
 
 RUN = "--seq-length 256 --lr 1e-4 --train-iters 10 --data-path corpus --bf16"
@@ -86,14 +87,22 @@ def test_what_is_given_stays(llama, tmp_path):
     ],
 )
 def test_the_tokenizer_is_the_one_in_the_folder(llama, files, kind):
+    (llama / "tokenizer.json").unlink()
     for name in files:
         (llama / name).touch()
     assert parsed(llama).tokenizer.tokenizer_type == kind
 
 
+def test_a_folder_without_a_tokenizer_is_refused_unless_flags_name_one(llama):
+    (llama / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=rf"--hf-model \({llama}\) has no tokenizer \(tokenizer.json, .*; name a"):
+        parsed(llama)
+    assert parsed(llama, "--tokenizer-type NullTokenizer --vocab-size 100").tokenizer.vocab_size == 100
+
+
 def test_the_log_says_what_is_read_and_chosen(llama):
     model, chosen, positions = parsed(llama, "--zero-stage 3", 4).notes[-3:]
-    assert model == f"--hf-model ({llama}): llama, 2 layers, 0.00 billion parameters"
+    assert model == f"--hf-model ({llama}): llama, 2 layers, 0.1 million parameters"
     assert chosen == (
         "chosen with --hf-model: --ds-sequence-parallel-size 4 --ds-sequence-parallel-fpdt "
         f"--ds-sequence-parallel-fpdt-offloading --tokenizer-type HFTokenizer --tokenizer-model {llama}"

@@ -92,6 +92,8 @@ def test_the_tokenizer_may_be_that_of_a_hugging_face_model(tmp_path: Path, capsy
     with pytest.raises(SystemExit, match="2"):
         run_tool("preprocess_data", *arguments, *NUMBERS)
     assert "--tokenizer-type, --vocab-size and --hf-model (" in capsys.readouterr().err
+    assert run_tool("preprocess_data", *arguments[:-1], "someone/model") == 2
+    assert "--hf-model (someone/model) is no folder, and nothing is downloaded" in capsys.readouterr().err
 
 
 def test_missing_input_and_missing_tokenizer_files_exit_with_2(tmp_path: Path) -> None:
