@@ -26,7 +26,7 @@ REPOSITORY_FILES = (
 )  # fmt: skip
 # Flags of the tutorial, and the values that they have here; fine-tuning is short as it is.
 SHORTER = {
-    "--train-iters": {"100": "6", "200": "9", "60": "2", "40": "40"},
+    "--train-iters": {"100": "6", "200": "9", "60": "2", "20": "2", "40": "40"},
     "--lr-warmup-iters": {"10": "2", "5": "1"},
     "--log-interval": {"10": "1", "5": "1"},
     "--eval-interval": {"50": "3", "30": "2"},
@@ -141,6 +141,15 @@ def test_transformers_reads_the_export_and_agrees(walk: Walk) -> None:
     tokens = torch.arange(1024)
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens[None]).logits[0, -1], ours.prefill(tokens.tolist())[1])
+
+
+def test_a_hugging_face_model_is_continued_and_exported(walk: Walk) -> None:
+    first, continued = walk.training("--train-iters 100"), walk.training("--hf-model tutorial/hf")
+    assert list(continued.losses) == [1, 2]
+    assert max(continued.losses.values()) < first.losses[1]
+    assert "chosen with --hf-model:" in continued.output
+    assert (walk.made / "continued/latest").read_text() == "global_step2"
+    AutoModelForCausalLM.from_pretrained(walk.made / "continued_hf")
 
 
 def test_the_fine_tuned_model_answers_as_it_was_taught(walk: Walk) -> None:
