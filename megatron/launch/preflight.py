@@ -63,17 +63,7 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
         )
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
-    folders = {
-        "--save": config.checkpoint.save,
-        "--save-hf": config.checkpoint.save_hf,
-        "--tensorboard-dir": config.logging.tensorboard_dir,
-        "--profile-dir": config.logging.profile_dir,
-    }
-    for flag, folder in folders.items():
-        if folder is not None:
-            check_writable(flag, Path(folder))
-    if config.checkpoint.save_hf is not None:
-        check_new(Path(config.checkpoint.save_hf), "--save-hf")
+    check_output_folders(config)
     if config.adapters.is_used and not has_weights(Path(model.hf_model or "")):
         raise ConfigError(
             f"--hf-model ({model.hf_model}) has no weights, and adapters are trained on frozen weights; copy the whole "
@@ -101,6 +91,32 @@ def check_indexed_data(config: Config, tokenizer: Tokenizer) -> None:
             check_vocabulary(indexed, min(tokenizer.vocab_size, config.model.num_rows(tokenizer.vocab_size)))
             if config.data.separates_documents:
                 check_document_ends(indexed, tokenizer.eod)
+
+
+def check_output_folders(config: Config) -> None:
+    """Raise an error unless every output folder can be written, and that of --save-hf will still be empty at the end.
+
+    Creates nothing. The errors are those of `check_writable`, and WeightsError for --save-hf.
+    """
+    named = {
+        "--save": config.checkpoint.save,
+        "--tensorboard-dir": config.logging.tensorboard_dir,
+        "--profile-dir": config.logging.profile_dir,
+        "--save-hf": config.checkpoint.save_hf,
+    }
+    folders = {flag: Path(folder) for flag, folder in named.items() if folder is not None}
+    for flag, folder in folders.items():
+        check_writable(flag, folder)
+    exported = folders.pop("--save-hf", None)
+    if exported is None:
+        return
+    check_new(exported, "--save-hf")
+    for flag, folder in folders.items():
+        if exported.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise ConfigError(
+                f"--save-hf ({exported}) must be a folder of its own, and {flag} ({folder}) is written to it during "
+                f"training; use for example --save-hf {exported / 'hf'}"
+            )
 
 
 def check_writable(flag: str, folder: Path) -> None:

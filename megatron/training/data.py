@@ -38,7 +38,8 @@ class TrainingData:
         datasets = providers.datasets(num_samples)
         self._datasets: dict[Part, SampleDataset | None] = dict(zip(PARTS, datasets, strict=True))
         for part, share in zip(PARTS[1:], parse_split(config.data.split)[1:], strict=True):
-            if self._datasets[part] is None and share and config.training.eval_iters:
+            is_missed = self._datasets[part] is None and share and config.training.eval_iters
+            if is_missed and context.is_first_rank:
                 context.log.warning(
                     "there are no %s data: --split or --data-path leaves none, so none are evaluated", part
                 )

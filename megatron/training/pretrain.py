@@ -84,7 +84,8 @@ def _load_published_weights(config: Config, engine: Engine, context: Context) ->
         context.log.info("loaded the weights of %s, which are frozen, and %s", folder, _adapters(config))
         return
     if not has_weights(folder):
-        context.log.warning("%s has no weights: training starts from random ones", folder)
+        if context.is_first_rank:
+            context.log.warning("%s has no weights: training starts from random ones", folder)
         return
     from megatron.hf.weights import folder_source  # imports transformers, which native models do not need
 

@@ -1,6 +1,7 @@
 """Tokenizer and output folders are looked at before a training starts, and folders are not made."""
 
 import base64
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,13 @@ from megatron.config import ConfigError
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDatasetWriter
 from megatron.hf.settings import with_hugging_face_model
-from megatron.launch.preflight import Vocabulary, check_indexed_data, check_inputs, check_writable
+from megatron.launch.preflight import (
+    Vocabulary,
+    check_indexed_data,
+    check_inputs,
+    check_output_folders,
+    check_writable,
+)
 from megatron.tokenizer import TokenizerError
 from tests.unit.config.commands import parsed
 from tests.unit.hf.folders import LLAMA, folder_of
@@ -58,6 +65,25 @@ def test_the_tokenizers_flags_reach_it_and_its_vocabulary_is_padded(tmp_path: Pa
     assert vocabulary == Vocabulary(280, 257)  # 256 bytes and 21 places, padded
     with pytest.raises(TokenizerError, match="has 256 tokens, as many as no published file"):
         check_inputs(parsed(flags), 1, check_indexed_data)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--save runs --save-hf runs/hf", None),
+        (
+            "--save runs --save-hf runs",
+            r"--save-hf \(runs\) must be a folder of its own, and --save \(runs\) is written",
+        ),
+        ("--tensorboard-dir runs/events --save-hf ./runs", r"own, and --tensorboard-dir \(runs/events\) .* runs/hf$"),
+    ],
+)
+def test_the_exported_folder_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, message: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        check_output_folders(parsed(flags))
 
 
 @pytest.mark.parametrize(
