@@ -172,7 +172,9 @@ class Training:
         self._check_weights()
         with self._run.reporter.pause(), self._context.watchdog.working(f"writing {folder}"):
             self._saver.export(Path(folder))
-        self._context.log.info("saved %s, a Hugging Face model", folder)
+        adapters = self._config.adapters
+        what = "an adapter" if adapters.is_used and not adapters.merge_adapter else "a Hugging Face model"
+        self._context.log.info("saved %s, %s", folder, what)
 
     def _check_weights(self) -> None:
         """Raise NotFiniteError where the weights of any rank are not finite. Collective over all ranks."""

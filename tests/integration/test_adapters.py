@@ -37,6 +37,8 @@ def test_adapters_are_trained_resumed_and_written(flags: list[str], base: Path, 
     merging = ["--load", str(saved), "--save-hf", str(tmp_path / "merged"), "--merge-adapter"]
     resumed = train([*flags, *lora, *merging], tmp_path / "resumed")
     assert list(resumed.losses.values()) == list(whole.losses.values())[2:]
+    assert f"saved {tmp_path / 'adapter'}, an adapter" in whole.output
+    assert f"saved {tmp_path / 'merged'}, a Hugging Face model" in resumed.output
     model = AutoModelForCausalLM.from_pretrained(base)
     want = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
     got = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
