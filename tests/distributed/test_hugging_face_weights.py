@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.arguments import parse_args
 from megatron.weights.published_config import PUBLISHED_FILE
 from megatron.weights.safetensors_folder import SafetensorsFolder
 from tests.distributed.hugging_face_case import TAG, Job, load_and_write
@@ -49,7 +50,8 @@ def test_a_folder_comes_back_from_an_engine_and_from_its_checkpoint(
         assert not list(job.out.glob("full*"))
         checkpoint = job.out / TAG
         shutil.copyfile(job.source / "config.json", checkpoint / PUBLISHED_FILE)
-        (checkpoint / "config.json").write_text(json.dumps({"model": {"hf_model": str(job.source)}}))
+        config = parse_args(["--hf-model", str(job.source), "--seq-length", "32", "--lr", "1e-4", "--train-iters", "1"])
+        (checkpoint / "config.json").write_text(json.dumps(config.to_dict()))
         assert run_tool("hf2megads_weight_converter", "to-hf", checkpoint, job.out / "converted") == 0
         assert_same(job.out / "converted", job.source, torch.float32)
         assert (job.out / "converted" / "tokenizer.json").is_file()

@@ -110,6 +110,7 @@ def test_adapters_are_counted(family, settings):
 
 def test_lora_of_8b_at_256k_has_model_states_below_20_gib(tmp_path):
     CONFIG_MAPPING["llama"](**LLAMA_8B).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").touch()
     flags = [*FLAGS, "--seq-length", str(2**18)]
     whole = with_hugging_face_model(parse_args(["--hf-model", str(tmp_path), *flags]), 1)
     lora = with_hugging_face_model(parse_args(["--hf-model", str(tmp_path), *flags, "--lora-rank", "16"]), 1)
