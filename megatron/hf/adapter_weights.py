@@ -7,6 +7,7 @@ model.layers.0.self_attn.q_proj.lora_A.default.weight      initial values, peft'
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class AdaptedSource:
         return source.read(own, part, start, count)
 
 
-class _WeightsAlone:
+class _WeightsAlone(ABC):
     """A StateSource without moments over whole tensors, of which the last one is held."""
 
     step: int | None = None
@@ -97,8 +98,9 @@ class _WeightsAlone:
             self._held = name, self.whole(name)
         return self._held[1]
 
+    @abstractmethod
     def whole(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """Return a whole tensor."""
 
     def parts(self, name: str) -> Sequence[str]:
         return (WEIGHTS,)

@@ -12,22 +12,17 @@ from megatron.engine.engine import Engine
 from megatron.hf.adapter_weights import AdaptedSource, InitialAdapter
 from megatron.hf.adapters import add_adapters, is_of_adapter
 from megatron.hf.weights import folder_source
-from megatron.optimizer.param_groups import parameter_groups
 from megatron.weights.opening import open_state
 from tests.distributed.transformers_case import (
-    LEARNING_RATE,
     NUM_STEPS,
-    OPTIMIZER,
     TAG,
-    WEIGHT_DECAY,
     Case,
     Trained,
-    batch_of,
     build,
     finished,
     steps,
+    train_alone,
 )
-from tests.unit.hf.families import eager_loss
 
 SEED = 3
 
@@ -81,22 +76,7 @@ def peft_alone(case: Case, base: Path) -> Trained:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.get(name))
-    model.train()
-    groups = parameter_groups(model, WEIGHT_DECAY)
-    adam = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2), eps=1e-3)
-    losses, norms = [], []
-    for step in range(NUM_STEPS):
-        batch = batch_of(step, case.num_samples)
-        loss = eager_loss(model, *batch) / batch[2].sum()
-        adam.zero_grad()
-        loss.backward()
-        losses.append(float(loss.detach()))
-        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
-        adam.step()
-    batch = batch_of(NUM_STEPS, case.num_samples)
-    with torch.no_grad():
-        evaluated = float(eager_loss(model.eval(), *batch) / batch[2].sum())
-    return Trained(losses, norms, evaluated, {name: p.detach() for name, p in model.named_parameters()})
+    return train_alone(case, model)
 
 
 def sizes(weights: dict[str, Tensor]) -> tuple[int, int]:

@@ -169,6 +169,11 @@ def transformers_alone(case: Case) -> Trained:
     model: Any = empty_model(case.config, torch.float32)
     materialize(model, replace(INITIALIZATION), random=True)
     model.set_attn_implementation("eager")
+    return train_alone(case, model)
+
+
+def train_alone(case: Case, model: Any) -> Trained:
+    """Train a transformers model in one process, everything whole, by transformers and torch."""
     model.train()
     groups = parameter_groups(model, WEIGHT_DECAY)
     adam = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2), eps=1e-3)
