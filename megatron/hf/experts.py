@@ -34,7 +34,7 @@ def use_grouped_experts(model: Any) -> None:
 
 def describe_experts(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return how a model's experts run, for the log; None without experts that transformers lets choose."""
-    if not any(hasattr(module, "_is_expert_parallel") for module in model.modules()):
+    if not any(hasattr(module, "is_concatenated") for module in model.modules()):
         return None
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= _HOPPER:
         return "experts: torch's grouped products, one kernel for all experts"

@@ -70,7 +70,7 @@ def test_the_host_never_waits_for_the_gpu(family):
 
 
 def test_grouped_experts_err_no_more_than_one_product_per_expert():
-    experts = next(m for m in build("gpt_oss", **WIDE).modules() if hasattr(m, "_is_expert_parallel")).cuda()
+    experts = next(m for m in build("gpt_oss", **WIDE).modules() if hasattr(m, "is_concatenated")).cuda()
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(200, 256, generator=generator).cuda().bfloat16()
     chosen = (torch.rand(200, experts.num_experts - 1, generator=generator).topk(2).indices + 1).cuda()

@@ -95,7 +95,7 @@ def test_a_loss_of_another_definition_is_refused(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_products_err_no_more_than_one_product_per_expert(family, dtype):
     """Against fp64: experts of every shape, some of which have no token."""
-    experts = next(m for m in build(family).modules() if hasattr(m, "_is_expert_parallel"))
+    experts = next(m for m in build(family).modules() if hasattr(m, "is_concatenated"))
     experts.config._experts_implementation = "eager"
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(9, experts.gate_up_proj.shape[1 if experts.is_transposed else 2], generator=generator)
