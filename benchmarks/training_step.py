@@ -49,6 +49,7 @@ from benchmarks.common import (
     attempt,
     build_parser,
     compute_dtype,
+    free_memory,
     geometry_of,
     gib,
     parse,
@@ -151,6 +152,7 @@ def measure_run(arguments: argparse.Namespace, config: Config, block_model: Mode
     block = measure_block(arguments, config.model, block_model, kind, report) if with_block else None
     if block is not None:
         report.add(block)
+        free_memory(report.device)  # the block's model, which the preflight of the steps would count as used
         if "failed" in block:
             return 1
     step = attempt(lambda: measure_steps(config, arguments, num_gpus, kind), report.device)
