@@ -1,4 +1,4 @@
-"""Choice of the matrix products that the backward pass of a streamed block recomputes."""
+"""Choice of what the backward pass of a streamed block recomputes."""
 
 from enum import StrEnum
 
@@ -8,6 +8,9 @@ class Recompute(StrEnum):
 
     The outputs of the others are saved. The last product of a block is neither recomputed nor saved: nothing reads it.
     """
+
+    ATTENTION = "attention"
+    """All, and attention: a block saves at most its input."""
 
     KV = "kv"
     """All, and those before attention twice: keys and values are not saved."""
@@ -22,8 +25,13 @@ class Recompute(StrEnum):
     """None; the output of the MLP's first layer is saved too."""
 
     @property
+    def saves_attention(self) -> bool:
+        """Whether the output and log-sum-exp of attention are saved."""
+        return self is not Recompute.ATTENTION
+
+    @property
     def saves_keys_and_values(self) -> bool:
-        return self is not Recompute.KV
+        return self not in (Recompute.ATTENTION, Recompute.KV)
 
     @property
     def saves_products(self) -> bool:

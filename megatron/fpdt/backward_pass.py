@@ -112,16 +112,15 @@ class BackwardPass:
 
     def __init__(self, layer: StreamedLayer, block: ChainedBlock, dy_SBh: Tensor, parameters: Sequence[Tensor]) -> None:
         self._layer, self._stream, self._store = layer, layer.stream, layer.stream.store
-        self._block, saved = block, block.saved
-        self._saved = saved
-        self._gradients = GradientSums(parameters)
-        x = block.take_input()
-        store, self._layout = self._store, self._stream.layout(x)
+        self._block, self._gradients = block, GradientSums(parameters)
+        store, self._layout = self._store, self._stream.layout(dy_SBh)
         lengths = self._layout.local_lengths
+        dys = dy_SBh.split(lengths)
+        x, saved = block.take(dys[-1:])
+        self._saved = saved
         self._dx = store.empty(x.shape, x.dtype, ChunkKind.HIDDEN_GRADIENTS, block.input_is_on_device)
-        self._xs, self._positions, dys = x.split(lengths), saved.positions_BS.split(lengths, 1), dy_SBh.split(lengths)
-        is_saved = self._stream.recompute.saves_keys_and_values
-        self._kv = saved.kv_CBKD if is_saved else self._recomputed_keys_and_values()
+        self._xs, self._positions = x.split(lengths), saved.positions_BS.split(lengths, 1)
+        self._kv = self._recomputed_keys_and_values() if saved.kv_CBKD is None else saved.kv_CBKD
         self._own_dkv: list[Tensor] = []  # dkv summed so far for the next row's own chunk
         self._own_dsinks = GradientSum()  # of this rank's heads
         self._finished: list[Tensor] = []  # chunks of dx, those of the last row first
@@ -159,7 +158,7 @@ class BackwardPass:
     def _expect_first_loads_below(self) -> None:
         """Prefetch the chunks that the block below begins with, as far as they are finished."""
         if (below := self._block.below()) is not None:
-            self._store.expect([*below.first_loads, *self._finished[:1]])
+            self._store.expect(below.first_loads(self._finished[:1]))
 
     # One function per stage of a row, as in the forward pass: its locals die on return.
 

@@ -18,12 +18,9 @@ from megatron.fpdt.streamed_layer import StreamedLayer
 class ChainedBlock:
     """A block that has run, until its backward pass. Its input is the one at `position` of `inputs`."""
 
-    saved: Saved
     inputs: BlockInputs
     position: int
     input_is_on_device: bool
-    first_loads: Sequence[Tensor]
-    """The chunks that the backward pass begins with."""
 
     below: Callable[[], ChainedBlock | None]
     """The block below, if its backward pass is still to come."""
@@ -33,9 +30,13 @@ class ChainedBlock:
         """Whether the block's input is saved, not rebuilt."""
         return self.position == 0
 
-    def take_input(self) -> Tensor:
-        """Return the block's input, whose backward pass begins. Collective as `BlockInputs.take` is."""
-        return self.inputs.take(self.position)
+    def first_loads(self, dy: Sequence[Tensor]) -> list[Tensor]:
+        """Return the chunks that the backward pass begins with, `dy` of the gradient of the block's output."""
+        return self.inputs.first_loads(self.position, dy)
+
+    def take(self, dy: Sequence[Tensor]) -> tuple[Tensor, Saved]:
+        """Return the block's input, whose backward pass begins, and what it has saved, as `BlockInputs.take` does."""
+        return self.inputs.take(self.position, dy)
 
 
 class BlockChain:
@@ -53,17 +54,7 @@ class BlockChain:
             inputs = BlockInputs(stream, x_SBh)
             self._inputs = weakref.ref(inputs)
         position = len(inputs)
-        inputs.append(Step(layer, saved.trace, saved.positions_BS, saved.o_cBHD, saved.random_states), y_SBh)
-        recomputed_kv = () if stream.recompute.saves_keys_and_values else saved.plan.loaded_keys()
-        first_chunk = next(iter(recomputed_kv), -1)
-        first_x = x_SBh.split(stream.layout(x_SBh).local_lengths)[first_chunk]
-        block = ChainedBlock(
-            saved=saved,
-            inputs=inputs,
-            position=position,
-            input_is_on_device=stream.store.is_on_device(x_SBh),
-            first_loads=[*[first_x] * (position == 0), saved.o_cBHD[-1], saved.lse_BHC[-1]],
-            below=self._last,
-        )
+        inputs.append(Step(layer, saved), y_SBh)
+        block = ChainedBlock(inputs, position, stream.store.is_on_device(x_SBh), self._last)
         self._last = weakref.ref(block)
         return block

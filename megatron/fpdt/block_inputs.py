@@ -2,10 +2,21 @@
 
     x[l+1] = layer_l(x[l]), with its saved attention output o[l]
 
-The attention outputs o are saved for backward in any case, so rebuilding is token-wise work, without attention. With x
-saved for every k-th block only, the k-1 inputs between are rebuilt when the backward pass reaches the highest of these
-blocks. For large k this saves almost half of the host memory. The cost is one more run of the products after attention,
-for all blocks but every k-th.
+Where the attention outputs o are saved for backward, rebuilding is token-wise work, without attention. With x saved for
+every k-th block only, the k-1 inputs between are rebuilt when the backward pass reaches the highest of these blocks.
+For large k this saves almost half of the host memory. The cost is one more run of the products after attention, for all
+blocks but every k-th.
+
+Where they are not, the k blocks are recomputed, with attention, when the backward pass reaches the highest of them, and
+their k attention outputs are saved then. Of the inputs only that of the highest is saved: the others would be in memory
+together with all k attention outputs. They are rebuilt for the second highest block, when the outputs of the highest
+are released:
+
+    blocks of the chain    backward pass of       o      x saved, rebuilt
+    recomputed             4th                    4      1st, 4th
+                           3rd                    3      1st, 2nd, 3rd
+                           2nd                    2      1st, 2nd
+                           1st                    1      1st
 """
 
 from __future__ import annotations
@@ -19,8 +30,8 @@ from torch import Tensor
 
 from megatron.core.ranges import TOKEN_WISE, named_range
 from megatron.fpdt.device_budget import ChunkKind
-from megatron.fpdt.layer_trace import LayerTrace
-from megatron.fpdt.random_state import RandomStates
+from megatron.fpdt.forward_pass import RecomputedForwardPass
+from megatron.fpdt.saved import Saved
 from megatron.fpdt.seam import AttentionCall
 from megatron.fpdt.store import Prefetch
 from megatron.fpdt.stream import Stream
@@ -30,13 +41,10 @@ from megatron.ops.linear import LinearTape
 
 @dataclass
 class Step:
-    """What it takes to recompute a block's output from its input."""
+    """A block that has run, and what it has saved: with the attention output, its output can be rebuilt."""
 
     layer: StreamedLayer
-    trace: LayerTrace
-    positions_BS: Tensor
-    o_cBHD: Sequence[Tensor]
-    random_states: RandomStates
+    saved: Saved
 
 
 class BlockInputs:
@@ -61,24 +69,57 @@ class BlockInputs:
         self._steps.append(step)
         self._output = weakref.ref(y_SBh.untyped_storage())
 
-    def take(self, position: int) -> Tensor:
-        """Return the input of the block at `position`, whose backward pass begins. Drop it and all above it.
+    def first_loads(self, position: int, dy: Sequence[Tensor]) -> list[Tensor]:
+        """Return the chunks that the backward pass of the block at `position` begins with, `dy` of its gradient."""
+        if position >= len(self._steps):  # a block below has begun before it
+            return []
+        x, saved = self._inputs[0], self._steps[position].saved
+        xs = x.split(self._stream.layout(x).local_lengths)
+        if not saved.has_attention:
+            return [xs[0]]
+        recomputed_kv = saved.plan.loaded_keys() if saved.kv_CBKD is None else ()
+        first_x = xs[next(iter(recomputed_kv), -1)]
+        return [*[first_x] * (position == 0), saved.o_cBHD[-1], saved.lse_BHC[-1], *dy]
 
-        Collective over the sequence-parallel and data-parallel ranks where parameters are partitioned.
+    def take(self, position: int, dy: Sequence[Tensor]) -> tuple[Tensor, Saved]:
+        """Return the input of the block at `position`, whose backward pass begins, and what the block has saved.
+
+        Drop both, and all above. `dy` are chunks that the backward pass begins with. Collective over the
+        sequence-parallel ranks where attention is recomputed, and over the data-parallel ranks where parameters are
+        partitioned.
         """
-        del self._steps[position:]
+        del self._steps[position + 1 :]
+        if self._steps[position].saved.has_attention:
+            x = self._input(position)
+        else:
+            x = self._recompute_attention(dy)
+        del self._inputs[position:]
+        return x, self._steps.pop().saved
+
+    def _input(self, position: int) -> Tensor:
+        """Return an input; rebuild all up to it that are missing."""
         while len(self._inputs) <= position:
             step = self._steps[len(self._inputs) - 1]
             self._inputs.append(self._rebuild(self._inputs[-1], step))
-        x = self._inputs[position]
-        del self._inputs[position:]
+        return self._inputs[position]
+
+    @torch.no_grad()
+    def _recompute_attention(self, dy: Sequence[Tensor]) -> Tensor:
+        """Recompute the chain and save the attention outputs of all blocks; return the input of the highest."""
+        *others, highest = self._steps
+        x = self._inputs[0]
+        for step in others:
+            with self._stream.whole_parameters(step.layer.layer.parameters()):
+                x, step.saved = RecomputedForwardPass(step.layer, step.saved, x).run()
+        last_x = x.split(self._stream.layout(x).local_lengths)[-1]
+        highest.saved = RecomputedForwardPass(highest.layer, highest.saved, x).run_without_output([last_x, *dy])
         return x
 
     @torch.no_grad()
     def _rebuild(self, x: Tensor, step: Step) -> Tensor:
         stream, lengths = self._stream, self._stream.layout(x).local_lengths
         y = stream.store.empty(x.shape, x.dtype, ChunkKind.HIDDEN_STATES)
-        chunks = zip(x.split(lengths), step.positions_BS.split(lengths, 1), step.o_cBHD, strict=True)
+        chunks = zip(x.split(lengths), step.saved.positions_BS.split(lengths, 1), step.saved.o_cBHD, strict=True)
         ahead = stream.store.prefetch(chunks)
         with stream.whole_parameters(step.layer.layer.parameters()):
             for i, y_i in enumerate(y.split(lengths)):
@@ -93,11 +134,11 @@ class BlockInputs:
 
 def _output(step: Step, key: SliceKey, x: Tensor, positions: Tensor, o: Tensor) -> Tensor:
     """Recompute the layer's output for one slice, without the products that only attention needs."""
-    states = step.random_states
+    states = step.saved.random_states
 
     def attend(call: AttentionCall) -> Tensor:
         states.continue_with(random_key(key, "after"))
         return o
 
     with states.replay(random_key(key, "before")), named_range(TOKEN_WISE):
-        return step.layer.run(x, positions, LinearTape(skipped=step.trace.before_attention_alone), attend)
+        return step.layer.run(x, positions, LinearTape(skipped=step.saved.trace.before_attention_alone), attend)

@@ -18,7 +18,7 @@ first is on its way to tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,8 @@ class _SuspendedRow:
 class ForwardPass:
     """The forward pass of one block on one sequence."""
 
+    phase = "forward"
+
     def __init__(self, layer: StreamedLayer, plan: ChunkPlan, x_SBh: Tensor, positions_BS: Tensor, save: bool) -> None:
         """Prepare the prefetches. With `save`, `run` also returns what is saved for backward."""
         self._layer, self._stream, self._store = layer, layer.stream, layer.stream.store
@@ -60,7 +62,7 @@ class ForwardPass:
         self._products_before: Products = defaultdict(list)
         self._products_after: Products = defaultdict(list)
         self._started: list[StartedSlice] = []
-        self._save = save
+        self._save, self._saves_attention = save, save and self._stream.recompute.saves_attention
         self._trace: LayerTrace | None = None  # known from the first slice on, if the pass saves
         # Chunks on the tier.
         self._kv: dict[int, Tensor] = {}
@@ -78,20 +80,29 @@ class ForwardPass:
         """Return the block's output, on the tier, and what is saved for backward."""
         y = self._store.empty(self._x.shape, self._x.dtype, ChunkKind.HIDDEN_STATES)
         ys = y.split(self._layout.local_lengths)
+
+        def finish(chunk: int, row: _SuspendedRow) -> None:
+            self._store.put(ys[chunk], self._finish_row(chunk, row))
+
+        self._run_rows(finish, ys[:-1][:1])  # the block above begins with this chunk
+        kv_CBKD = self._kv if self._stream.recompute.saves_keys_and_values else None
+        return y, self._saved(kv_CBKD) if self._save else None
+
+    def _run_rows(self, finish: Callable[[int, _SuspendedRow], None], next_loads: Sequence[Tensor]) -> None:
+        """Run all rows; `finish` is the last stage of each. Prefetch `next_loads` during the last row."""
         rows = self._plan.forward_rows()
         started = self._stream.one_row_ahead(self._start_row(row[0].query) for row in rows)
         attended = self._stream.one_row_ahead(self._attend_row(row, next(started)) for row in rows)
         try:
             for row in rows:
                 i = row[0].query
-                with self._stream.chunk("forward", self._layer.layer_number, i):
+                with self._stream.chunk(self.phase, self._layer.layer_number, i):
                     if row is rows[-1]:
-                        self._store.expect(ys[:i][:1])  # the block above begins with this chunk
-                    self._store.put(ys[i], self._finish_row(i, next(attended)))
+                        self._store.expect(next_loads)
+                    finish(i, next(attended))
         finally:
             for each in self._started:
                 each.close()
-        return y, self._saved() if self._save else None
 
     # One function per stage of a row: its locals die on return, so a chunk's buffers are free before the next prefetch.
     # The device holds the chunk in use and the prefetched one.
@@ -101,7 +112,7 @@ class ForwardPass:
         slices = [self._start_slice(chunk, number, x, positions, s) for number, s in self._stream.numbered_slices(x)]
         projected = [joined([each.call.q_cBHD for each in slices]), joined([each.call.kv_cBKD for each in slices])]
         for what, value in zip(PROJECTED, projected, strict=True):
-            self._stream.observer.note("forward", what, self._layer.layer_number, chunk, value)
+            self._stream.observer.note(self.phase, what, self._layer.layer_number, chunk, value)
         num_shares = self._stream.num_head_shares(len(self._plan.forward_rows()), len(projected[0]))
         return _SuspendedRow(slices, self._stream.start_tokens_to_heads(projected, QUERIES_KEYS_VALUES, num_shares))
 
@@ -112,7 +123,7 @@ class ForwardPass:
             trace = self._trace = self._trace or self._layer.trace(x, positions)
             recompute = self._stream.recompute
             recorded = trace.saved_before(recompute) + trace.saved_after(recompute, number == 0)
-        self._random_states.record(random_key((chunk, number), "before"))
+        self._begin_random(random_key((chunk, number), "before"))
         started = self._layer.start(x, positions, recorded)
         self._started.append(started)
         self._products_before[chunk].append(self._save_products(started))
@@ -139,19 +150,23 @@ class ForwardPass:
         with named_range(ATTENTION):
             o_heads, lse = attend(row, q, kv, self._kv_ahead, sinks)
         del q, kv, exchange
-        self._stream.observer.note("forward", ATTENTION_OUTPUT, self._layer.layer_number, i, o_heads)
+        self._stream.observer.note(self.phase, ATTENTION_OUTPUT, self._layer.layer_number, i, o_heads)
         store.release_sent()  # the previous row's chunks, copied out by now
         to_tokens.start([o_heads])
         return lse
 
     def _finish_row(self, chunk: int, suspended: _SuspendedRow) -> Tensor:
         """Return the block's output for one query chunk."""
+        y = self._finish_slices(chunk, suspended.slices, self._attention_output(suspended))
+        return self._stream.noted(self.phase, OUTPUT, self._layer.layer_number, chunk, y)
+
+    def _attention_output(self, suspended: _SuspendedRow) -> Tensor:
+        """Return the attention output for this rank's tokens of a row; save it."""
         (o,) = suspended.exchanges.pop()()
-        if self._save:
+        if self._saves_attention:
             self._o.append(self._store.add(o, ChunkKind.ATTENTION_OUTPUTS))
             self._lse.append(self._store.add(joined(suspended.lse, 1), ChunkKind.ATTENTION_OUTPUTS))
-        y = self._finish_slices(chunk, suspended.slices, o)
-        return self._stream.noted("forward", OUTPUT, self._layer.layer_number, chunk, y)
+        return o
 
     def _finish_slices(self, chunk: int, slices: list[StartedSlice], o: Tensor) -> Tensor:
         outputs = o.split(self._stream.slice_length)
@@ -163,7 +178,7 @@ class ForwardPass:
         return y
 
     def _finish_slice(self, chunk: int, number: int, started: StartedSlice, o: Tensor) -> Tensor:
-        self._random_states.record(random_key((chunk, number), "after"))
+        self._begin_random(random_key((chunk, number), "after"))
         y = started.finish(o)
         self._started.remove(started)
         self._products_after[chunk].append(self._save_products(started))
@@ -172,7 +187,11 @@ class ForwardPass:
     def _save_products(self, layer: StartedSlice) -> list[Tensor]:
         return [self._store.save(output, ChunkKind.PRODUCTS) for output in layer.take_outputs()]
 
-    def _saved(self) -> Saved:
+    def _begin_random(self, key: Hashable) -> None:
+        """Begin the work of a key, which may draw random numbers."""
+        self._random_states.record(key)
+
+    def _saved(self, kv_CBKD: dict[int, Tensor] | None) -> Saved:
         assert self._trace is not None, "rows have run, and were to be saved"
         return Saved(
             plan=self._plan,
@@ -183,5 +202,38 @@ class ForwardPass:
             products_after=self._products_after,
             o_cBHD=self._o,
             lse_BHC=self._lse,
-            kv_CBKD=self._kv if self._stream.recompute.saves_keys_and_values else {},
+            kv_CBKD=kv_CBKD,
         )
+
+
+class RecomputedForwardPass(ForwardPass):
+    """The forward pass of a block again, for the attention output that the first one did not save. The same bits."""
+
+    phase = "recompute"
+
+    def __init__(self, layer: StreamedLayer, saved: Saved, x_SBh: Tensor) -> None:
+        """Prepare the prefetches, with what the first pass saved."""
+        super().__init__(layer, saved.plan, x_SBh, saved.positions_BS, save=True)
+        self._saves_attention, self._random_states = True, saved.random_states
+
+    def run(self) -> tuple[Tensor, Saved]:
+        with self._random_states.preserved():
+            y, saved = super().run()
+        assert saved is not None, "the pass saves"
+        return y, saved
+
+    def run_without_output(self, next_loads: Sequence[Tensor]) -> Saved:
+        """Run all up to the attention output; save keys and values too. Prefetch `next_loads` during the last row."""
+        with self._random_states.preserved():
+            self._run_rows(self._finish_attention, next_loads)
+        return self._saved(self._kv)
+
+    def _finish_attention(self, chunk: int, suspended: _SuspendedRow) -> None:
+        self._attention_output(suspended)
+        for each in suspended.slices:
+            each.close()
+            self._started.remove(each)
+            self._products_after[chunk].append([])
+
+    def _begin_random(self, key: Hashable) -> None:
+        self._random_states.continue_with(key)

@@ -4,8 +4,9 @@ Per rank, for S/p of its own tokens and element size e. H' and K' are p times th
 largest rank, rows shared and copies counted; H and lcm(K, p) where p divides H (megatron.core.head_layout):
 
     x         e S/p B h            input of every k-th block, and k-1 more while the inputs of a chain are rebuilt
-    o         e S/p B H D          every block
-    lse       4 S/p B H'           every block
+    o         e S/p B H D          every block, or only those of the chain in its backward pass, if attention is
+    lse       4 S/p B H'             recomputed: k while its highest block has its input alone, k-1 while the others
+                                     have theirs
     K, V      2 e S1/p B K' D      every block, or only the block in its backward pass, if they are recomputed;
                                    S1 leaves out the last chunk, which only its own row reads
     products  outputs of linear layers that are not recomputed, every block:
@@ -157,8 +158,9 @@ class StreamShape:
 
     def saved_bytes(self, recompute: Recompute) -> int:
         """Return the bytes that one block saves for backward, without its input."""
+        attention = self.attention_bytes if recompute.saves_attention else 0
         keys_and_values = self.key_value_bytes if recompute.saves_keys_and_values else 0
-        return self.attention_bytes + keys_and_values + self.product_bytes(recompute)
+        return attention + keys_and_values + self.product_bytes(recompute)
 
     @property
     def key_value_elements(self) -> int:
@@ -204,18 +206,26 @@ class StreamShape:
         layers = self.num_layers
         # The peak is reached while the highest chain is rebuilt and all others are saved, or while the next chain is
         # rebuilt, if that is longer by more than what the highest chain had saved.
-        tops = {layers, layers // interval * interval} - {0}
+        tops = {layers, layers // interval * interval}
+        if not recompute.saves_attention:  # or while the inputs below the highest block of a chain are rebuilt
+            tops |= {top - 1 for top in tops}
         return max(
-            (self._kind_bytes_up_to(top, interval, recompute) for top in tops), key=lambda kinds: sum(kinds.values())
+            (self._kind_bytes_up_to(top, interval, recompute) for top in tops if top > 0),
+            key=lambda kinds: sum(kinds.values()),
         )
 
     def _kind_bytes_up_to(self, top: int, interval: int, recompute: Recompute) -> dict[ChunkKind, int]:
         """Return the bytes of the lowest `top` blocks, the highest in its backward pass and its chain rebuilt."""
         chains, rebuilt = -(-top // interval), (top - 1) % interval
+        with_attention = top
+        if not recompute.saves_attention:
+            with_attention = rebuilt + 1
+            if top == self.num_layers or top % interval == 0:  # the chain has been recomputed, and nothing rebuilt
+                rebuilt = min(rebuilt, 1)
         return {
             ChunkKind.KEY_VALUE_GRADIENTS: self.key_value_gradient_bytes,
             ChunkKind.KEYS_VALUES: self.key_value_bytes * (top if recompute.saves_keys_and_values else 1),
-            ChunkKind.ATTENTION_OUTPUTS: self.attention_bytes * top,
+            ChunkKind.ATTENTION_OUTPUTS: self.attention_bytes * with_attention,
             ChunkKind.PRODUCTS: self.product_bytes(recompute) * top,
             ChunkKind.HIDDEN_GRADIENTS: self.residual_bytes * 2,
             ChunkKind.HIDDEN_STATES: self.residual_bytes * (chains + rebuilt),
@@ -292,7 +302,8 @@ def choose_saved_activations(
         products = [each for each in saving if saves_inputs and _may_save(shape, each, budget, flops_per_byte)]
         # For the bytes saved, recomputing keys and values takes much less time than rebuilding inputs.
         choices = [(each, 1) for each in products]
-        choices += [(Recompute.ALL, intervals[0]), *((Recompute.KV, each) for each in intervals)]
+        choices += [(Recompute.ALL, intervals[0])]
+        choices += [(each, k) for each in (Recompute.KV, Recompute.ATTENTION) for k in intervals]
 
     def host_bytes(choice: tuple[Recompute, int]) -> int:
         return shape.host_bytes(budget.device_bytes, choice[1], choice[0])

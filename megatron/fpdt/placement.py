@@ -6,7 +6,8 @@ the order in which a step allocates and releases its chunks decides. This module
     embedding    x
     forward      y, kv, o and lse, products; kv is released where it is recomputed, x where it is rebuilt
     loss         dy beside y, scaled as dy'
-    backward     rebuilt inputs of the chain, dx, recomputed kv, dkv; then all that the block has used is released
+    backward     where attention is recomputed, y, kv, o and lse of each block of the chain, and no y of the highest;
+                 rebuilt inputs of the chain, dx, recomputed kv, dkv; then all that the block has used is released
 
 Gradients of hidden states are stored with the hidden states, whatever the budget. Products are small beside the rest,
 and counted as one tensor that both may share.
@@ -36,6 +37,9 @@ class HostBytes(NamedTuple):
     dkv: int
     dx: int
     dy: int
+    x_again: int  # of the recomputed forward pass; 0 without one
+    kv_again: int
+    y_again: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class _Stored(NamedTuple):
     kind: ChunkKind
     on_device: int
     on_host: int
+
+
+_NOTHING = _Stored(ChunkKind.HIDDEN_STATES, 0, 0)
 
 
 class _Tiers:
@@ -104,13 +111,17 @@ class _Tiers:
 
 
 class _Block(NamedTuple):
-    """What the forward pass of a block has stored."""
+    """What the forward pass of a block has stored, and the recomputed forward pass."""
 
     x: _Stored
     y: _Stored
     kv: _Stored
     attention: _Stored
     products: _Stored
+    saved_kv: _Stored | None  # until the backward pass
+    x_again: _Stored = _NOTHING
+    kv_again: _Stored = _NOTHING
+    y_again: _Stored = _NOTHING
 
 
 @lru_cache(maxsize=256)
@@ -132,18 +143,22 @@ def place(shape: StreamShape, recompute: Recompute, interval: int, device_bytes:
     on_host: list[HostBytes] = []
     rebuilt: list[_Stored] = []
     for index in reversed(range(shape.num_layers)):
-        block, position = blocks[index], index % interval
-        missing = range(position - len(rebuilt))
-        rebuilt += [tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes) for _ in missing]
+        position = index % interval
+        if not recompute.saves_attention and (index == shape.num_layers - 1 or position == interval - 1):
+            chain = slice(index - position, index + 1)
+            blocks[chain] = _recompute(tiers, shape, blocks[chain])
+            rebuilt = [blocks[index].x_again]
+        else:
+            missing = range(position - len(rebuilt))
+            rebuilt += [tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes) for _ in missing]
+        block = blocks[index]
         x = rebuilt.pop() if position else block.x
         dx = tiers.store_gradient(block.x)
-        kv = block.kv
-        if not recompute.saves_keys_and_values:
-            kv = tiers.store_chunks(ChunkKind.KEYS_VALUES, shape.key_value_chunks)
+        kv = block.saved_kv or tiers.store_chunks(ChunkKind.KEYS_VALUES, shape.key_value_chunks)
         dkv = tiers.store_chunks(ChunkKind.KEY_VALUE_GRADIENTS, shape.key_value_gradient_chunks)
         tiers.release([x, dy, kv, dkv, block.attention, block.products])
         tensors = (x, block.y, block.attention, block.products, block.kv, kv, dkv, dx, dy)
-        on_host.append(HostBytes(*(each.on_host for each in tensors)))
+        on_host.append(HostBytes(*(each.on_host for each in (*tensors, block.x_again, block.kv_again, block.y_again))))
         dy = dx
     return Placement(forward, loss, tiers.end_of_phase(), tiers.most_on_host, tuple(on_host[::-1]))
 
@@ -151,8 +166,28 @@ def place(shape: StreamShape, recompute: Recompute, interval: int, device_bytes:
 def _forward(tiers: _Tiers, shape: StreamShape, recompute: Recompute, x: _Stored) -> _Block:
     y = tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes)
     kv = tiers.store_chunks(ChunkKind.KEYS_VALUES, shape.key_value_chunks)
-    attention = tiers.store_chunks(ChunkKind.ATTENTION_OUTPUTS, shape.attention_chunks)
+    attention, saved_kv = _NOTHING, None
+    if recompute.saves_attention:
+        attention = tiers.store_chunks(ChunkKind.ATTENTION_OUTPUTS, shape.attention_chunks)
     products = tiers.store_products(shape.product_bytes(recompute))
-    if not recompute.saves_keys_and_values:
+    if recompute.saves_keys_and_values:
+        saved_kv = kv
+    else:
         tiers.release([kv])
-    return _Block(x, y, kv, attention, products)
+    return _Block(x, y, kv, attention, products, saved_kv)
+
+
+def _recompute(tiers: _Tiers, shape: StreamShape, chain: list[_Block]) -> list[_Block]:
+    """Recompute the forward passes of a chain, as `BlockInputs` does."""
+    x, recomputed = chain[0].x, []
+    for position, block in enumerate(chain):
+        is_highest = position == len(chain) - 1
+        y = _NOTHING if is_highest else tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes)
+        kv = tiers.store_chunks(ChunkKind.KEYS_VALUES, shape.key_value_chunks)
+        attention = tiers.store_chunks(ChunkKind.ATTENTION_OUTPUTS, shape.attention_chunks)
+        saved_kv = kv if is_highest else None
+        recomputed.append(block._replace(attention=attention, saved_kv=saved_kv, x_again=x, kv_again=kv, y_again=y))
+        if not is_highest:
+            tiers.release([kv, x] if position else [kv])
+        x = y
+    return recomputed

@@ -38,7 +38,7 @@ class RandomStates:
             yield
 
     def continue_with(self, key: Hashable) -> None:
-        """Within `replay`, switch to the state recorded for `key`."""
+        """Within `replay` or `preserved`, switch to the state recorded for `key`."""
         if self._enabled:
             self._set(self._states[key])
 

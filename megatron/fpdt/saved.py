@@ -26,6 +26,11 @@ class Saved:
     random_states: RandomStates
     products_before: Products  # of the attention call
     products_after: Products
-    o_cBHD: Sequence[Tensor]  # this rank's tokens, all heads
+    o_cBHD: Sequence[Tensor]  # this rank's tokens, all heads; none if attention is recomputed
     lse_BHC: Sequence[Tensor]  # this rank's heads, and its rows of the chunk
-    kv_CBKD: Mapping[int, Tensor]  # of the chunks that tiles load, all tokens, this rank's heads; or kv is recomputed
+    kv_CBKD: Mapping[int, Tensor] | None  # of the chunks that tiles load, all tokens, this rank's heads; or recomputed
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether o and lse are saved, or recomputed by now."""
+        return bool(self.o_cBHD)
