@@ -166,8 +166,8 @@ class Reporter:
 def _recomputed_flops(config: Config, stream: Stream, attention_share: float) -> int:
     model, parallel = config.model, config.parallel
     if parallel.ds_sequence_parallel_fpdt:
-        layout = stream.layout_of(model.seq_length)
-        return flops_of_streaming(model, layout, stream.slice_length, stream.checkpoint_interval, stream.recompute)
+        how = (stream.slice_length, stream.checkpoint_interval, stream.recompute)
+        return flops_of_streaming(model, stream.layout_of(model.seq_length), *how, attention_share)
     if config.deepspeed.deepspeed_activation_checkpointing:
         return flops_of_checkpointing(model, model.seq_length, attention_share)
     return 0

@@ -18,6 +18,9 @@ Hardware FLOPs add the forward work that the backward pass recomputes:
     the streamed block          every product but the last, except those that were saved; and the products after
                                 attention of each block whose output, the next block's input, is recomputed. With a
                                 parallel residual attention's output product is a last one too. Experts are never saved
+    recomputed attention        the whole forward pass of each block, without the products after attention of the
+                                highest in a chain; keys and values of that block are not recomputed another time,
+                                nor the output of the second highest
 
 The head and the loss run once on every path.
 
@@ -90,8 +93,29 @@ def flops_of_checkpointing(model: ModelConfig, seq_length: int, attention_share:
     return forward.token_wise + forward.attention
 
 
+def flops_of_recomputed_attention(
+    model: ModelConfig,
+    seq_length: int,
+    checkpoint_interval: int,
+    recompute: Recompute,
+    attention_share: float = 1.0,
+) -> ForwardFlops:
+    """Return the FLOPs of the forward passes that the streamed blocks recompute for their attention outputs."""
+    if recompute.saves_attention:
+        return ForwardFlops(0, 0, 0)
+    forward = forward_flops(model, 0, seq_length, attention_share)
+    chains = -(-model.num_layers // checkpoint_interval)
+    highest = 2 * seq_length * model.sizes.token_weights.after * chains // model.num_layers
+    return ForwardFlops(forward.token_wise - highest, forward.attention, 0)
+
+
 def flops_of_streaming(
-    model: ModelConfig, layout: SequenceLayout, slice_length: int, checkpoint_interval: int, recompute: Recompute
+    model: ModelConfig,
+    layout: SequenceLayout,
+    slice_length: int,
+    checkpoint_interval: int,
+    recompute: Recompute,
+    attention_share: float = 1.0,
 ) -> int:
     """Return the FLOPs that the streamed blocks recompute for one sequence.
 
@@ -104,10 +128,16 @@ def flops_of_streaming(
     recomputed += (first_slices if recompute.saves_mlp_products else seq_length) * weights.mlp
     recomputed += seq_length * weights.unsaved
     recomputed += 0 if recompute.saves_products else seq_length * weights.before
+    num_layers, rest = model.num_layers, model.num_layers % checkpoint_interval
+    chains = -(-num_layers // checkpoint_interval)
+    rebuilt_blocks = num_layers - chains
     if not recompute.saves_keys_and_values:
-        recomputed += (seq_length - layout.chunk_lengths[-1]) * weights.before
-    rebuilt_blocks = model.num_layers - -(-model.num_layers // checkpoint_interval)
-    return 2 * (recomputed + seq_length * weights.after * rebuilt_blocks // model.num_layers)
+        blocks = num_layers if recompute.saves_attention else num_layers - chains
+        recomputed += (seq_length - layout.chunk_lengths[-1]) * weights.before * blocks // num_layers
+    if not recompute.saves_attention:  # the highest block of a chain has its input
+        rebuilt_blocks -= min(rebuilt_blocks, chains - (rest == 1))
+    forward = flops_of_recomputed_attention(model, seq_length, checkpoint_interval, recompute, attention_share)
+    return forward.total + 2 * (recomputed + seq_length * weights.after * rebuilt_blocks // num_layers)
 
 
 def throughput(

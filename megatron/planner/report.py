@@ -9,6 +9,7 @@ from megatron.planner.plan import Plan
 from megatron.planner.solver import Open
 
 _RECOMPUTED = {
+    Recompute.ATTENTION: "all matrix products, and attention",
     Recompute.KV: "all matrix products but the last, those before attention twice",
     Recompute.ALL: "all matrix products but the last",
     Recompute.MLP: "the matrix products of the MLP",

@@ -3,7 +3,7 @@
 block, forward     attention 2 S^2 B H D / p at the kernel's rate, products, token-wise kernels by their bytes, and the
                    packing of the all-to-all
 block, backward    attention 5/2 of that, products twice (of frozen weights once) and those recomputed, kernels, sums
-                   over tiles, packing
+                   over tiles, packing; before it the forward pass again where attention is recomputed
 link               bytes of the chunks that are on the host, out and in, overlapped with compute, so that the longer of
                    the two counts; and between two blocks the last chunk's way to the host and back, if the next block
                    needs it at once
@@ -23,7 +23,12 @@ from dataclasses import dataclass
 from megatron.config import Recompute
 from megatron.fpdt.loss import TILE_LOGITS
 from megatron.fpdt.placement import HostBytes, place
-from megatron.planner.flops import flops_of_streaming, forward_flops, model_flops
+from megatron.planner.flops import (
+    flops_of_recomputed_attention,
+    flops_of_streaming,
+    forward_flops,
+    model_flops,
+)
 from megatron.planner.hardware import GB, TERA, Machines
 from megatron.planner.job import HALF, SUM, Job
 
@@ -67,9 +72,9 @@ class Speed:
 def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, interval: int) -> Speed:
     """Estimate the time of one step."""
     gpu, steps, layers = machines.gpu, job.accumulation_steps, job.model.num_layers
-    forward, backward = _block_compute(job, machines, backend, recompute, interval)
+    compute = _block_compute(job, machines, backend, recompute, interval)
     if job.streamed:
-        waits = _streamed_waits(job, machines, (forward, backward), recompute, interval)
+        waits = _streamed_waits(job, machines, compute, recompute, interval)
     else:
         waits = _plain_waits(job, machines, recompute)
     parameters = job.trained_parameters / job.num_gpus
@@ -77,8 +82,8 @@ def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, i
     reduced = steps * job.trained_parameters * GRADIENT_BYTES / (gpu.memory_gbps * GB * STREAMING)
     sequences = job.global_tokens // job.model.seq_length
     return Speed(
-        forward=steps * (layers * forward + waits.forward),
-        backward=steps * (layers * backward + waits.backward),
+        forward=steps * (layers * compute.forward + waits.forward),
+        backward=steps * (layers * (compute.recomputed_forward + compute.backward) + waits.backward),
         head=steps * _head_seconds(job, machines),
         optimizer=reduced + (parameters / HOST_ADAM if job.cpu_optimizer else on_gpu),
         forward_waiting=steps * waits.forward,
@@ -88,16 +93,27 @@ def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, i
     )  # fmt: skip
 
 
-def _block_compute(
-    job: Job, machines: Machines, backend: str, recompute: Recompute, interval: int
-) -> tuple[float, float]:
-    """Estimate the seconds of one block's compute, forward and backward, on one rank."""
+@dataclass(frozen=True)
+class _Compute:
+    """Seconds of one block's compute on one rank."""
+
+    forward: float
+    recomputed_forward: float  # 0 if attention is not recomputed
+    backward: float
+
+
+def _block_compute(job: Job, machines: Machines, backend: str, recompute: Recompute, interval: int) -> _Compute:
+    """Estimate the seconds of one block's compute on one rank."""
     model, gpu, shape = job.model, machines.gpu, job.shape
     share = job.micro_batch_size / job.sequence_parallel_size
     flops = forward_flops(model, 0, model.seq_length)
+    again = flops_of_recomputed_attention(model, model.seq_length, interval, recompute)
+    recomputes_attention = job.streamed and not recompute.saves_attention
     attention, products = (share * part / model.num_layers for part in (flops.attention, flops.token_wise))
     attention *= shape.heads.largest_num_heads / model.num_attention_heads  # the others wait
     recomputed = share * _recomputed_products(job, interval, recompute) / model.num_layers
+    if recomputes_attention:
+        recomputed -= share * again.total / model.num_layers
     times = 1 if job.is_frozen else 2  # dx alone, or dx and dW
     recomputed_attention = attention if job.activations != "kept" and not job.streamed else 0.0
     rate_forward, rate_backward = (rate * TERA for rate in gpu.attention[backend])
@@ -109,11 +125,11 @@ def _block_compute(
     keys = shape.key_value_elements * HALF / chunks
     tiles = chunks * (chunks - 1) / 2
     packed = chunks if job.sequence_parallel_size > 1 else 0
-    return (
-        attention / rate_forward
-        + products / matmul
-        + token_wise / 3
-        + (tiles * 5 * queries + packed * (4 * queries + 2 * keys)) / streaming,
+    forward = attention / rate_forward + token_wise / 3
+    forward += (tiles * 5 * queries + packed * (4 * queries + 2 * keys)) / streaming
+    return _Compute(
+        forward + products / matmul,
+        forward + share * again.token_wise / model.num_layers / matmul if recomputes_attention else 0.0,
         2.5 * attention / rate_backward
         + recomputed_attention / rate_forward
         + (times * products + recomputed) / matmul
@@ -175,38 +191,41 @@ def _plain_waits(job: Job, machines: Machines, recompute: Recompute) -> _Waits:
     )
 
 
-def _streamed_waits(
-    job: Job, machines: Machines, compute: tuple[float, float], recompute: Recompute, interval: int
-) -> _Waits:
+def _streamed_waits(job: Job, machines: Machines, compute: _Compute, recompute: Recompute, interval: int) -> _Waits:
     """Compare the compute of each block, forward and backward, with its copies and collectives."""
-    exchanges = _exchanges(job, machines, recompute)
-    waits, for_link = [0.0, 0.0], 0.0
+    forward_exchange, backward_exchange = _exchanges(job, machines, recompute)
+    exchanges = (forward_exchange, backward_exchange, forward_exchange)
+    seconds = (compute.forward, compute.backward, compute.recomputed_forward)
+    waits, for_link = [0.0, 0.0, 0.0], 0.0
     for block in place(job.shape, recompute, interval, job.device_memory_bytes).blocks:
-        copies, turns = _copies(job, block, recompute), _turns(job, machines, block, recompute)
-        for phase in (0, 1):
-            copying = max(machines.link.seconds(*copies[phase]) - compute[phase], turns[phase], 0.0)
+        copies, (forward_turn, backward_turn) = _copies(job, block, recompute), _turns(job, machines, block, recompute)
+        turns = (forward_turn, backward_turn, forward_turn)
+        for phase in (0, 1) if recompute.saves_attention else (0, 1, 2):
+            copying = max(machines.link.seconds(*copies[phase]) - seconds[phase], turns[phase], 0.0)
             for_link += copying
-            waits[phase] += max(copying, exchanges[phase].overlapped - compute[phase]) + exchanges[phase].exposed
-    forward, backward = waits
-    return _Waits(forward, backward, for_link)
+            waits[phase] += max(copying, exchanges[phase].overlapped - seconds[phase]) + exchanges[phase].exposed
+    forward, backward, recomputed_forward = waits
+    return _Waits(forward, backward + recomputed_forward, for_link)
 
 
 Copies = tuple[float, float]  # bytes to the GPU and to the host
 
 
-def _copies(job: Job, block: HostBytes, recompute: Recompute) -> tuple[Copies, Copies]:
-    """Bytes that one block copies, forward and backward."""
+def _copies(job: Job, block: HostBytes, recompute: Recompute) -> tuple[Copies, Copies, Copies]:
+    """Bytes that one block copies, forward, backward, and in a forward pass that recomputes attention."""
     chunks = job.shape.layout.num_chunks
     # A column's tiles off the diagonal, on average; its first tile loads no sum, and its last stores none.
     kv_loads, dkv_loads = chunks / 2, (chunks - 1) / 2
     saved = block.attention + block.products
     recomputes_kv = not recompute.saves_keys_and_values  # from block inputs, which are copied in a second time
+    saved_forward = saved if recompute.saves_attention else block.products
     return (
-        (block.x + kv_loads * block.kv, block.y + block.kv + saved),
+        (block.x + kv_loads * block.kv, block.y + block.kv + saved_forward),
         (
             (1 + recomputes_kv) * block.x + block.dy + saved + kv_loads * block.kv_backward + dkv_loads * block.dkv,
             block.dx + recomputes_kv * block.kv_backward + dkv_loads * block.dkv,
         ),
+        (block.x_again + kv_loads * block.kv_again, block.y_again + block.kv_again + block.attention),
     )
 
 

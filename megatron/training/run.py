@@ -41,8 +41,9 @@ def forward_units(config: Config, chunk_length: int, num_microbatches: int) -> i
     return config.model.num_layers * num_chunks * num_microbatches
 
 
-def step_units(config: Config, chunk_length: int, num_microbatches: int) -> int:
+def step_units(config: Config, stream: Stream, num_microbatches: int) -> int:
     """Count the progress reports of one step: blocks that save their activations report forward alone."""
     recomputes = config.deepspeed.deepspeed_activation_checkpointing
     passes = 2 if recomputes or config.parallel.ds_sequence_parallel_fpdt else 1
-    return passes * forward_units(config, chunk_length, num_microbatches)
+    passes += not stream.recompute.saves_attention
+    return passes * forward_units(config, stream.chunk_length, num_microbatches)

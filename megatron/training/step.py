@@ -53,7 +53,7 @@ class OptimizerStep:
 
     def __init__(self, run: Run, rollback: Rollback, profiler: StepProfiler) -> None:
         self._run, self._rollback, self._profiler = run, rollback, profiler
-        self._num_units = step_units(run.config, run.stream.chunk_length, run.num_microbatches)
+        self._num_units = step_units(run.config, run.stream, run.num_microbatches)
 
     def take(self, batches: Sequence[Batch], totals: StepTotals, learning_rate: float, state: TrainState) -> Tensor:
         """Take the step that follows `state`; return its mean token loss. Collective over all ranks.
