@@ -203,16 +203,17 @@ class StreamShape:
 
     def kind_bytes(self, interval: int, recompute: Recompute) -> dict[ChunkKind, int]:
         """Estimate the bytes of each kind at the peak of `tier_bytes`, the kind that gains most on the device first."""
+        return max(self._peaks(interval, recompute), key=lambda kinds: sum(kinds.values()))
+
+    def _peaks(self, interval: int, recompute: Recompute) -> list[dict[ChunkKind, int]]:
+        """Return the bytes of each kind at the moments of a step that may be its peak."""
         layers = self.num_layers
         # The peak is reached while the highest chain is rebuilt and all others are saved, or while the next chain is
         # rebuilt, if that is longer by more than what the highest chain had saved.
         tops = {layers, layers // interval * interval}
         if not recompute.saves_attention:  # or while the inputs below the highest block of a chain are rebuilt
             tops |= {top - 1 for top in tops}
-        return max(
-            (self._kind_bytes_up_to(top, interval, recompute) for top in tops if top > 0),
-            key=lambda kinds: sum(kinds.values()),
-        )
+        return [self._kind_bytes_up_to(top, interval, recompute) for top in sorted(tops) if top > 0]
 
     def _kind_bytes_up_to(self, top: int, interval: int, recompute: Recompute) -> dict[ChunkKind, int]:
         """Return the bytes of the lowest `top` blocks, the highest in its backward pass and its chain rebuilt."""
@@ -264,7 +265,8 @@ class StreamShape:
     def host_bytes(self, device_bytes: int, interval: int, recompute: Recompute) -> int:
         """Estimate the peak bytes on the host, with so many bytes for chunks on the device."""
         stored = self.device_bytes(device_bytes, interval, recompute)
-        return self.tier_bytes(interval, recompute) - sum(stored.values())
+        peaks = self._peaks(interval, recompute)
+        return max(sum(max(n - stored[kind], 0) for kind, n in kinds.items()) for kinds in peaks)
 
     def overlaps_with_link(
         self, recompute: Recompute, flops_per_byte: FlopsPerByte = HOPPER_ALONE, host_share: float = 1.0
@@ -312,14 +314,14 @@ def choose_saved_activations(
     return next(fitting, min(choices, key=host_bytes))
 
 
-def lowest_memory(shape: StreamShape) -> tuple[Recompute, int]:
-    """Return (products recomputed, interval of the saved inputs) of the step that uses the least memory."""
-    return choose_saved_activations(shape, TierBudget(0))
+def lowest_memory(shape: StreamShape, device_bytes: int = 0) -> tuple[Recompute, int]:
+    """Return (products recomputed, interval of the saved inputs) of the step that uses the least host memory."""
+    return choose_saved_activations(shape, TierBudget(0, device_bytes))
 
 
 def least_bytes(shape: StreamShape, device_bytes: int = 0) -> int:
     """Estimate the peak bytes on the host, per rank, of the training step that uses the least memory."""
-    recompute, interval = lowest_memory(shape)
+    recompute, interval = lowest_memory(shape, device_bytes)
     return shape.host_bytes(device_bytes, interval, recompute)
 
 

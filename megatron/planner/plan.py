@@ -66,7 +66,7 @@ class Plan:
 
     def lowest_memory(self) -> Plan:
         """Return the plan that saves the least on the host."""
-        recompute, interval = lowest_memory(self.job.shape)
+        recompute, interval = lowest_memory(self.job.shape, self.job.device_memory_bytes)
         return self.with_job(replace(self.job, recompute=recompute, checkpoint_interval=interval))
 
     def longest_context(self) -> int:

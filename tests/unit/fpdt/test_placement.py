@@ -18,7 +18,7 @@ CHUNKS = len(SequenceLayout(LENGTH, OFFLOADED.chunk_size).chunk_lengths)
 @pytest.mark.parametrize("device_share", [0.0, 0.3, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize(
     "num_layers, interval, recompute",
-    [*product([1, 5], [1, 2], Recompute), (13, 6, Recompute.KV), (8, 7, Recompute.ALL)],
+    [*product([1, 5], [1, 2], Recompute), (13, 6, Recompute.KV), (8, 7, Recompute.ALL), (9, 4, Recompute.ATTENTION)],
 )
 def test_a_step_stores_its_chunks_where_the_replay_does(monkeypatch, num_layers, interval, recompute, device_share):
     used: list[int] = []

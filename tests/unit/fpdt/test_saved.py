@@ -18,13 +18,14 @@ from tests.unit.model.small_model import (
 
 
 @pytest.mark.parametrize("interval", [2, 3, 5])
+@pytest.mark.parametrize("recompute", [Recompute.ALL, Recompute.ATTENTION])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @TIERS
-def test_inputs_rebuilt_from_attention_outputs_change_no_bit(execution, interval, dropout):
+def test_rebuilt_inputs_and_recomputed_attention_change_no_bit(execution, interval, recompute, dropout):
     config = small_config(LENGTH, num_layers=5, hidden_dropout=dropout)
     inputs = small_inputs(config)
     results = []
-    for each in (execution, replace(execution, checkpoint_interval=interval)):
+    for each in (execution, replace(execution, checkpoint_interval=interval, recompute=recompute)):
         model = small_model(config, each)
         torch.manual_seed(7)
         results.append(loss_and_gradients(model, inputs))
@@ -35,7 +36,7 @@ def test_inputs_rebuilt_from_attention_outputs_change_no_bit(execution, interval
 
 @TIERS
 @CONFIGS
-@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.MLP, Recompute.NONE])
+@pytest.mark.parametrize("recompute", [Recompute.ATTENTION, Recompute.KV, Recompute.MLP, Recompute.NONE])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("slice_length", [3, 16])
 def test_what_is_saved_for_backward_changes_no_bit(execution, config_of, recompute, dropout, slice_length):
@@ -51,7 +52,13 @@ def test_what_is_saved_for_backward_changes_no_bit(execution, config_of, recompu
 #   chunks of 16, 16 and 8 tokens in slices of 4: 10 slices, 3 of them a chunk's first
 @pytest.mark.parametrize(
     "recompute, products",
-    [(Recompute.KV, 8 + 10 + 10 + 10), (Recompute.ALL, 10 + 10 + 10), (Recompute.MLP, 3 + 10), (Recompute.NONE, 3 + 3)],
+    [
+        (Recompute.ATTENTION, 10 + 10 + 10 + 10),
+        (Recompute.KV, 8 + 10 + 10 + 10),
+        (Recompute.ALL, 10 + 10 + 10),
+        (Recompute.MLP, 3 + 10),
+        (Recompute.NONE, 3 + 3),
+    ],
 )
 @TIERS
 def test_only_the_chosen_products_are_recomputed(execution, recompute, products, monkeypatch):
@@ -64,12 +71,13 @@ def test_only_the_chosen_products_are_recomputed(execution, recompute, products,
     assert len(computed) == products
 
 
-def test_two_forward_passes_before_their_backward_passes_do_not_share_a_chain():
+@pytest.mark.parametrize("recompute", [Recompute.ALL, Recompute.ATTENTION])
+def test_two_forward_passes_before_their_backward_passes_do_not_share_a_chain(recompute):
     config = small_config(LENGTH, num_layers=3)
     first, second = small_inputs(config), tuple(t.flip(0).contiguous() for t in small_inputs(config))
     gradients = []
     for interval in (1, 2):
-        model = small_model(config, replace(OFFLOADED, checkpoint_interval=interval))
+        model = small_model(config, replace(OFFLOADED, checkpoint_interval=interval, recompute=recompute))
         losses = [model(*inputs) for inputs in (first, second)]
         for loss in losses:
             loss.backward()

@@ -41,11 +41,21 @@ def test_matmul_results_are_saved_where_the_host_has_room():
     assert choose(host_gib=1000).checkpoint_interval == 1
 
 
-def test_with_little_host_memory_kv_is_recomputed_before_block_inputs():
-    for host_gib, rebuilds_inputs in ((36, False), (30, True)):
-        execution = choose(host_gib=host_gib)
-        assert execution.recompute == Recompute.KV
-        assert (execution.checkpoint_interval > 1) is rebuilds_inputs
+@pytest.mark.parametrize(
+    ("host_gib", "recompute", "rebuilds_inputs"),
+    [
+        (36, Recompute.KV, False),
+        (30, Recompute.KV, True),
+        (20, Recompute.ATTENTION, False),
+        (9, Recompute.ATTENTION, True),
+    ],
+)
+def test_with_little_host_memory_kv_are_recomputed_before_block_inputs_and_these_before_attention(
+    host_gib, recompute, rebuilds_inputs
+):
+    execution = choose(host_gib=host_gib)
+    assert execution.recompute == recompute
+    assert (execution.checkpoint_interval > 1) is rebuilds_inputs
 
 
 def test_heads_that_the_ranks_do_not_divide_are_logged(caplog):
@@ -96,12 +106,12 @@ def test_the_last_tensor_s_place_in_the_device_memory_is_not_counted_on(spare_te
 
 
 def test_a_sequence_that_the_host_cannot_hold_is_refused_with_one_that_it_can():
-    with pytest.raises(ConfigError, match=r"--seq-length \(262144\) take up .* and 9\.7 GiB are free") as refusal:
-        choose(host_gib=10)
+    with pytest.raises(ConfigError, match=r"--seq-length \(262144\) take up .* and 4\.85 GiB are free") as refusal:
+        choose(host_gib=5)
     longest = int(str(refusal.value).split("use --seq-length ")[1].split()[0])
-    choose("--seq-length", str(longest), host_gib=10)
+    choose("--seq-length", str(longest), host_gib=5)
     with pytest.raises(ConfigError):
-        choose("--seq-length", str(longest + 4), host_gib=10)
+        choose("--seq-length", str(longest + 4), host_gib=5)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +119,13 @@ def test_a_sequence_that_the_host_cannot_hold_is_refused_with_one_that_it_can():
     [("free", "--ds-sequence-parallel-fpdt-device-memory"), ("asked", "--ds-sequence-parallel-fpdt-host-memory")],
 )
 def test_the_memory_that_the_refusal_names_is_enough(budget, flag):
-    host = {"free": [], "asked": ["--ds-sequence-parallel-fpdt-host-memory", "10"]}[budget]
+    host = {"free": [], "asked": ["--ds-sequence-parallel-fpdt-host-memory", "5"]}[budget]
     with pytest.raises(ConfigError, match=flag) as refusal:
-        choose(*host, host_gib=10)
+        choose(*host, host_gib=5)
     enough = float(str(refusal.value).split(f"{flag} to ")[1].split(",")[0])
-    choose(flag, str(enough), host_gib=10)
+    choose(flag, str(enough), host_gib=5)
     with pytest.raises(ConfigError):
-        choose(flag, str(0.98 * enough), host_gib=10)
+        choose(flag, str(0.98 * enough), host_gib=5)
 
 
 @pytest.fixture

@@ -85,6 +85,20 @@ def test_the_stream_recomputes_token_wise_work_except_the_last_product(num_layer
 
 
 @pytest.mark.parametrize(
+    "num_layers, interval, chains, rebuilt", [(1, 1, 1, 0), (4, 1, 4, 0), (4, 2, 2, 0), (7, 3, 3, 2), (5, 4, 2, 2)]
+)
+def test_recomputed_attention_leaves_out_what_the_highest_block_of_a_chain_does_not_need(
+    num_layers, interval, chains, rebuilt
+):
+    model = replace(GPT_TINY, num_layers=num_layers)
+    blocks = num_layers - chains
+    forward = num_layers * (10 * 384 + 800) + blocks * 10 * (128 + 1024)
+    keys_and_values = blocks * 5 * 384
+    expected = forward + keys_and_values + 10 * (num_layers * (384 + 128 + 512) + rebuilt * (128 + 1024))
+    assert flops_of_streaming(model, SIX_KEPT, 2, interval, Recompute.ATTENTION, attention_share=0.5) == expected
+
+
+@pytest.mark.parametrize(
     "recompute, again",
     [
         (Recompute.KV, 5 * 384 + 10 * (384 + 128 + 512)),

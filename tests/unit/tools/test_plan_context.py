@@ -32,7 +32,7 @@ def test_a_model_that_fits(capsys, tmp_path):
 
 
 def test_a_model_that_does_not_fit_ends_with_what_would(capsys):
-    assert plan_context.main(["--model", "llama-8b", *FOUR_H100, "--seq-length", str(2**23)]) == 1
+    assert plan_context.main(["--model", "llama-8b", *FOUR_H100, "--seq-length", str(2**24)]) == 1
     assert "it does not fit the host:\n  - --seq-length" in capsys.readouterr().out
 
 
