@@ -65,7 +65,7 @@ EXECUTIONS = [
     {"num_key_value_heads": 8},
     {"sequence_parallel_size": 2, "batch_size": 3, "recompute": True},
     *({"chunk_length": 20, "sequence_parallel_size": size, "recompute": recompute, "slice_length": 3,
-       "offloading": size == 2, "batch_size": 3 - size}
+       "offloading": size == 2, "batch_size": 3 - size, "checkpoint_interval": 1 + (recompute is Recompute.ATTENTION)}
       for size in (1, 2) for recompute in Recompute),
 ]  # fmt: skip
 
@@ -96,6 +96,17 @@ CORNERS = {
         slice_length=3,
         offloading=True,
     ),
+    "attention is recomputed for chains of four blocks": replace(
+        LLAMA,
+        chunk_length=20,
+        sequence_parallel_size=4,
+        num_layers=6,
+        checkpoint_interval=4,
+        num_key_value_heads=2,
+        recompute=Recompute.ATTENTION,
+        slice_length=3,
+        offloading=True,
+    ),
     # The heads of a rank are exchanged in two shares.
     "one chunk of several slices": replace(
         LLAMA, chunk_length=48, sequence_parallel_size=2, batch_size=3, slice_length=5, offloading=True
@@ -105,6 +116,15 @@ CORNERS = {
     ),
     "one chunk of several slices, with recomputed keys and values": replace(
         LLAMA, chunk_length=48, sequence_parallel_size=2, slice_length=24, recompute=Recompute.KV
+    ),
+    "one chunk of several slices, with recomputed attention": replace(
+        GPT,
+        chunk_length=48,
+        sequence_parallel_size=2,
+        num_layers=3,
+        checkpoint_interval=3,
+        slice_length=5,
+        recompute=Recompute.ATTENTION,
     ),
     "the reference attention kernel": replace(
         LLAMA, chunk_length=20, sequence_parallel_size=2, attention_backend="reference", offloading=True
@@ -130,7 +150,15 @@ DOCUMENT_EXECUTIONS = [
     replace(LLAMA, chunk_length=16, num_key_value_heads=2, offloading=True),
     replace(GPT, chunk_length=20, recompute=Recompute.NONE, slice_length=3, offloading=True),
     replace(LLAMA, chunk_length=20, sequence_parallel_size=2, num_key_value_heads=1, offloading=True),
-    replace(LLAMA, chunk_length=16, sequence_parallel_size=4, num_key_value_heads=2, positions=0.25),
+    replace(
+        LLAMA,
+        chunk_length=16,
+        sequence_parallel_size=4,
+        num_key_value_heads=2,
+        positions=0.25,
+        recompute=Recompute.ATTENTION,
+        checkpoint_interval=2,
+    ),
     replace(LLAMA, chunk_length=16, sequence_parallel_size=2, recompute=Recompute.KV, slice_length=3, offloading=True),
     replace(LLAMA, chunk_length=48, sequence_parallel_size=2, slice_length=7, offloading=True),
 ]
@@ -215,7 +243,15 @@ LIMITED_EXECUTIONS = {
         slice_length=3,
         offloading=True,
     ),
-    "four ranks": replace(LLAMA, chunk_length=16, sequence_parallel_size=4, num_key_value_heads=2),
+    "recomputed attention": replace(
+        LLAMA,
+        chunk_length=16,
+        sequence_parallel_size=4,
+        num_layers=3,
+        checkpoint_interval=3,
+        num_key_value_heads=2,
+        recompute=Recompute.ATTENTION,
+    ),
     "one chunk whose heads travel in two shares": replace(
         LLAMA, chunk_length=48, sequence_parallel_size=2, slice_length=7
     ),
@@ -225,7 +261,13 @@ LIMITED_EXECUTIONS = {
         LLAMA, sequence_parallel_size=4, num_heads=2, num_key_value_heads=1, chunk_length=16, recompute=Recompute.KV
     ),
     "shared rows of large chunks": replace(
-        LLAMA, sequence_parallel_size=6, num_heads=2, num_key_value_heads=2, chunk_length=24, offloading=True
+        LLAMA,
+        sequence_parallel_size=6,
+        num_heads=2,
+        num_key_value_heads=2,
+        chunk_length=24,
+        offloading=True,
+        recompute=Recompute.ATTENTION,
     ),
 }
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.config import AdaptersConfig, OptimizerConfig
+from megatron.config import AdaptersConfig, OptimizerConfig, Recompute
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.engine.engine import Engine, whole_parameters
@@ -47,8 +47,12 @@ class Case:
     balance: float = 0.0
     """Coefficient of the routers' auxiliary loss."""
 
+    recomputed: int = 0
+    """Blocks that are recomputed together, with attention; 0: attention is not recomputed."""
+
     def __str__(self) -> str:
         execution = ("offloaded" if self.offloading else "fpdt" if self.fpdt else "plain") + "-bf16" * self.bf16
+        execution += f"-recomputed{self.recomputed}" if self.recomputed else ""
         family = f"{self.family}-balanced" if self.balance else self.family
         return f"{family}-zero{self.zero_stage}-{self.num_ranks}ranks-sp{self.sequence_parallel_size}-{execution}"
 
@@ -85,7 +89,15 @@ def build(case: Case) -> tuple[Engine, ParallelState]:
     """Return an engine over every rank of this process's world."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     parallel_state = ParallelState.create(case.sequence_parallel_size)
-    execution = Execution(fpdt=case.fpdt, chunk_size=CHUNK, offloading=case.offloading, slice_length=5)
+    execution = Execution(
+        fpdt=case.fpdt,
+        chunk_size=CHUNK,
+        offloading=case.offloading,
+        slice_length=5,
+        recompute=Recompute.ATTENTION if case.recomputed else Recompute.ALL,
+        checkpoint_interval=case.recomputed or 1,
+        whole_parameters=whole_parameters,
+    )
     model = empty_model(case.config, torch.float32)
     if case.adapters is not None:
         add_adapters(model, case.adapters)

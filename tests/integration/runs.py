@@ -41,7 +41,10 @@ OFFLOADED = [*FPDT, "--ds-sequence-parallel-fpdt-offloading"]
 THRIFTY = ["--ds-sequence-parallel-fpdt-checkpoint-interval", "2", "--ds-sequence-parallel-fpdt-recompute", "kv"]
 REBUILT = [*OFFLOADED, *THRIFTY]
 KEPT = [*OFFLOADED, "--ds-sequence-parallel-fpdt-recompute", "none"]
-EXECUTIONS = {"plain": PLAIN, "fpdt": FPDT, "offloaded": OFFLOADED, "rebuilt": REBUILT, "kept": KEPT}
+RECOMPUTED = [*REBUILT, "--ds-sequence-parallel-fpdt-recompute", "attention"]
+EXECUTIONS = {
+    "plain": PLAIN, "fpdt": FPDT, "offloaded": OFFLOADED, "rebuilt": REBUILT, "kept": KEPT, "recomputed": RECOMPUTED,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ SUBSET = [
     ("gpt", (1, 2), 0, "plain"),
     ("gpt", (2, 1), 1, "fpdt"),
     ("llama", (1, 4), 2, "fpdt"),
-    ("llama", (2, 2), 3, "rebuilt"),
+    ("llama", (2, 2), 3, "recomputed"),
     ("gpt", (2, 1), 3, "rebuilt"),
     ("gpt", (1, 2), 3, "kept"),
 ]

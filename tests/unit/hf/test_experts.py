@@ -12,6 +12,7 @@ from megatron.hf.building import build_hugging_face_model
 from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.experts import describe_experts
 from megatron.hf.library import stream_model
+from megatron.config import Recompute
 from megatron.model.builder import Execution
 from tests.unit.hf.families import build, float64_stays, inputs, results, worst_error
 from tests.unit.hf.test_model import EXECUTIONS, OFFLOADED, STREAMED
@@ -22,6 +23,9 @@ RECOMPUTED = {
     **EXECUTIONS,
     "checkpointed": Execution(activation_checkpointing=True),
     "intervals": Execution(fpdt=True, chunk_size=9, slice_length=4, checkpoint_interval=2),
+    "attention": Execution(
+        fpdt=True, chunk_size=9, slice_length=4, checkpoint_interval=3, recompute=Recompute.ATTENTION
+    ),
 }
 
 
