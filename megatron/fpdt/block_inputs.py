@@ -7,16 +7,13 @@ every k-th block only, the k-1 inputs between are rebuilt when the backward pass
 For large k this saves almost half of the host memory. The cost is one more run of the products after attention, for all
 blocks but every k-th.
 
-Where they are not, the k blocks are recomputed, with attention, when the backward pass reaches the highest of them, and
-their k attention outputs are saved then. Of the inputs only that of the highest is saved: the others would be in memory
-together with all k attention outputs. They are rebuilt for the second highest block, when the outputs of the highest
-are released:
+Where they are not, the k blocks are recomputed, with attention, when the backward pass reaches the highest of them.
+Their k attention outputs are saved then, and the inputs of the upper half of the blocks. Those of the lower half take
+their place when the upper half is through: they are rebuilt from the attention outputs. For k = 5, all at the begin of
 
-    blocks of the chain    backward pass of       o      x saved, rebuilt
-    recomputed             4th                    4      1st, 4th
-                           3rd                    3      1st, 2nd, 3rd
-                           2nd                    2      1st, 2nd
-                           1st                    1      1st
+    backward pass of block    5                4             3                2          1
+    o of blocks               1 2 3 4 5        1 2 3 4       1 2 3            1 2        1
+    x of blocks               1, 4 5           1, 4          1, 2 3 rebuilt   1, 2       1
 """
 
 from __future__ import annotations
@@ -52,7 +49,7 @@ class BlockInputs:
 
     def __init__(self, stream: Stream, x_SBh: Tensor) -> None:
         self._stream = stream
-        self._inputs = [x_SBh.detach()]
+        self._inputs = {0: x_SBh.detach()}
         self._steps: list[Step] = []
         self._output: Callable[[], torch.UntypedStorage | None] = lambda: None
 
@@ -73,13 +70,12 @@ class BlockInputs:
         """Return the chunks that the backward pass of the block at `position` begins with, `dy` of its gradient."""
         if position >= len(self._steps):  # a block below has begun before it
             return []
-        x, saved = self._inputs[0], self._steps[position].saved
-        xs = x.split(self._stream.layout(x).local_lengths)
+        saved = self._steps[position].saved
         if not saved.has_attention:
-            return [xs[0]]
+            return [self._chunks(0)[0]]
         recomputed_kv = saved.plan.loaded_keys() if saved.kv_CBKD is None else ()
-        first_x = xs[next(iter(recomputed_kv), -1)]
-        return [*[first_x] * (position == 0), saved.o_cBHD[-1], saved.lse_BHC[-1], *dy]
+        first_x = [self._chunks(position)[next(iter(recomputed_kv), -1)]] if position in self._inputs else []
+        return [*first_x, saved.o_cBHD[-1], saved.lse_BHC[-1], *dy]
 
     def take(self, position: int, dy: Sequence[Tensor]) -> tuple[Tensor, Saved]:
         """Return the input of the block at `position`, whose backward pass begins, and what the block has saved.
@@ -89,31 +85,35 @@ class BlockInputs:
         partitioned.
         """
         del self._steps[position + 1 :]
-        if self._steps[position].saved.has_attention:
-            x = self._input(position)
-        else:
-            x = self._recompute_attention(dy)
-        del self._inputs[position:]
+        if not self._steps[position].saved.has_attention:
+            self._recompute_attention(dy)
+        if position not in self._inputs:
+            self._rebuild_inputs(position)
+        x = self._inputs.pop(position)
         return x, self._steps.pop().saved
 
-    def _input(self, position: int) -> Tensor:
-        """Return an input; rebuild all up to it that are missing."""
-        while len(self._inputs) <= position:
-            step = self._steps[len(self._inputs) - 1]
-            self._inputs.append(self._rebuild(self._inputs[-1], step))
-        return self._inputs[position]
+    def _chunks(self, position: int) -> Sequence[Tensor]:
+        """Return the chunks of an input that is there."""
+        x = self._inputs[position]
+        return x.split(self._stream.layout(x).local_lengths)
 
     @torch.no_grad()
-    def _recompute_attention(self, dy: Sequence[Tensor]) -> Tensor:
-        """Recompute the chain and save the attention outputs of all blocks; return the input of the highest."""
+    def _recompute_attention(self, dy: Sequence[Tensor]) -> None:
+        """Recompute the chain; save the attention outputs of all blocks, and the inputs of the upper half."""
         *others, highest = self._steps
-        x = self._inputs[0]
-        for step in others:
+        num_rebuilt, x = len(others) // 2, self._inputs[0]
+        for position, step in enumerate(others, 1):
             with self._stream.whole_parameters(step.layer.layer.parameters()):
                 x, step.saved = RecomputedForwardPass(step.layer, step.saved, x).run()
-        last_x = x.split(self._stream.layout(x).local_lengths)[-1]
-        highest.saved = RecomputedForwardPass(highest.layer, highest.saved, x).run_without_output([last_x, *dy])
-        return x
+            if position > num_rebuilt:
+                self._inputs[position] = x
+        next_loads = [self._chunks(len(others))[-1], *dy]
+        highest.saved = RecomputedForwardPass(highest.layer, highest.saved, x).run_without_output(next_loads)
+
+    def _rebuild_inputs(self, position: int) -> None:
+        """Rebuild an input, and all below it."""
+        for below in range(position):
+            self._inputs[below + 1] = self._rebuild(self._inputs[below], self._steps[below])
 
     @torch.no_grad()
     def _rebuild(self, x: Tensor, step: Step) -> Tensor:

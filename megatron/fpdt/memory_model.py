@@ -4,9 +4,8 @@ Per rank, for S/p of its own tokens and element size e. H' and K' are p times th
 largest rank, rows shared and copies counted; H and lcm(K, p) where p divides H (megatron.core.head_layout):
 
     x         e S/p B h            input of every k-th block, and k-1 more while the inputs of a chain are rebuilt
-    o         e S/p B H D          every block, or only those of the chain in its backward pass, if attention is
-    lse       4 S/p B H'             recomputed: k while its highest block has its input alone, k-1 while the others
-                                     have theirs
+    o         e S/p B H D          every block, or those of the chain in its backward pass, if attention is recomputed:
+    lse       4 S/p B H'             together with k of them k/2 inputs of a chain, rounded down, are there at most
     K, V      2 e S1/p B K' D      every block, or only the block in its backward pass, if they are recomputed;
                                    S1 leaves out the last chunk, which only its own row reads
     products  outputs of linear layers that are not recomputed, every block:
@@ -210,10 +209,8 @@ class StreamShape:
         layers = self.num_layers
         # The peak is reached while the highest chain is rebuilt and all others are saved, or while the next chain is
         # rebuilt, if that is longer by more than what the highest chain had saved.
-        tops = {layers, layers // interval * interval}
-        if not recompute.saves_attention:  # or while the inputs below the highest block of a chain are rebuilt
-            tops |= {top - 1 for top in tops}
-        return [self._kind_bytes_up_to(top, interval, recompute) for top in sorted(tops) if top > 0]
+        tops = {layers, layers // interval * interval} - {0}
+        return [self._kind_bytes_up_to(top, interval, recompute) for top in sorted(tops)]
 
     def _kind_bytes_up_to(self, top: int, interval: int, recompute: Recompute) -> dict[ChunkKind, int]:
         """Return the bytes of the lowest `top` blocks, the highest in its backward pass and its chain rebuilt."""
@@ -221,8 +218,7 @@ class StreamShape:
         with_attention = top
         if not recompute.saves_attention:
             with_attention = rebuilt + 1
-            if top == self.num_layers or top % interval == 0:  # the chain has been recomputed, and nothing rebuilt
-                rebuilt = min(rebuilt, 1)
+            rebuilt = with_attention // 2
         return {
             ChunkKind.KEY_VALUE_GRADIENTS: self.key_value_gradient_bytes,
             ChunkKind.KEYS_VALUES: self.key_value_bytes * (top if recompute.saves_keys_and_values else 1),

@@ -141,18 +141,16 @@ def place(shape: StreamShape, recompute: Recompute, interval: int, device_bytes:
     tiers.release([unscaled])
     loss = tiers.end_of_phase()
     on_host: list[HostBytes] = []
-    rebuilt: list[_Stored] = []
+    inputs: dict[int, _Stored] = {}  # of the chain, by position; not the saved one
     for index in reversed(range(shape.num_layers)):
         position = index % interval
         if not recompute.saves_attention and (index == shape.num_layers - 1 or position == interval - 1):
             chain = slice(index - position, index + 1)
-            blocks[chain] = _recompute(tiers, shape, blocks[chain])
-            rebuilt = [blocks[index].x_again]
-        else:
-            missing = range(position - len(rebuilt))
-            rebuilt += [tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes) for _ in missing]
+            blocks[chain], inputs = _recompute(tiers, shape, blocks[chain])
+        if position and position not in inputs:
+            inputs = {n: tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes) for n in range(1, position + 1)}
         block = blocks[index]
-        x = rebuilt.pop() if position else block.x
+        x = inputs.pop(position) if position else block.x
         dx = tiers.store_gradient(block.x)
         kv = block.saved_kv or tiers.store_chunks(ChunkKind.KEYS_VALUES, shape.key_value_chunks)
         dkv = tiers.store_chunks(ChunkKind.KEY_VALUE_GRADIENTS, shape.key_value_gradient_chunks)
@@ -177,9 +175,10 @@ def _forward(tiers: _Tiers, shape: StreamShape, recompute: Recompute, x: _Stored
     return _Block(x, y, kv, attention, products, saved_kv)
 
 
-def _recompute(tiers: _Tiers, shape: StreamShape, chain: list[_Block]) -> list[_Block]:
-    """Recompute the forward passes of a chain, as `BlockInputs` does."""
-    x, recomputed = chain[0].x, []
+def _recompute(tiers: _Tiers, shape: StreamShape, chain: list[_Block]) -> tuple[list[_Block], dict[int, _Stored]]:
+    """Recompute the forward passes of a chain, as `BlockInputs` does; return the inputs that are saved, too."""
+    x, recomputed, inputs = chain[0].x, [], {}
+    num_rebuilt = (len(chain) - 1) // 2
     for position, block in enumerate(chain):
         is_highest = position == len(chain) - 1
         y = _NOTHING if is_highest else tiers.store(ChunkKind.HIDDEN_STATES, shape.residual_bytes)
@@ -187,7 +186,11 @@ def _recompute(tiers: _Tiers, shape: StreamShape, chain: list[_Block]) -> list[_
         attention = tiers.store_chunks(ChunkKind.ATTENTION_OUTPUTS, shape.attention_chunks)
         saved_kv = kv if is_highest else None
         recomputed.append(block._replace(attention=attention, saved_kv=saved_kv, x_again=x, kv_again=kv, y_again=y))
+        if position > num_rebuilt:
+            inputs[position] = x
+        elif position:
+            tiers.release([x])
         if not is_highest:
-            tiers.release([kv, x] if position else [kv])
+            tiers.release([kv])
         x = y
-    return recomputed
+    return recomputed, inputs

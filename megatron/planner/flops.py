@@ -19,8 +19,8 @@ Hardware FLOPs add the forward work that the backward pass recomputes:
                                 attention of each block whose output, the next block's input, is recomputed. With a
                                 parallel residual attention's output product is a last one too. Experts are never saved
     recomputed attention        the whole forward pass of each block, without the products after attention of the
-                                highest in a chain; keys and values of that block are not recomputed another time,
-                                nor the output of the second highest
+                                highest in a chain, whose keys and values are not recomputed another time. Of the inputs
+                                of a chain of n blocks (n-1)/2 are recomputed once more, rounded down
 
 The head and the loss run once on every path.
 
@@ -128,14 +128,15 @@ def flops_of_streaming(
     recomputed += (first_slices if recompute.saves_mlp_products else seq_length) * weights.mlp
     recomputed += seq_length * weights.unsaved
     recomputed += 0 if recompute.saves_products else seq_length * weights.before
-    num_layers, rest = model.num_layers, model.num_layers % checkpoint_interval
+    num_layers = model.num_layers
     chains = -(-num_layers // checkpoint_interval)
     rebuilt_blocks = num_layers - chains
     if not recompute.saves_keys_and_values:
         blocks = num_layers if recompute.saves_attention else num_layers - chains
         recomputed += (seq_length - layout.chunk_lengths[-1]) * weights.before * blocks // num_layers
-    if not recompute.saves_attention:  # the highest block of a chain has its input
-        rebuilt_blocks -= min(rebuilt_blocks, chains - (rest == 1))
+    if not recompute.saves_attention:
+        whole, rest = divmod(num_layers, checkpoint_interval)
+        rebuilt_blocks = whole * ((checkpoint_interval - 1) // 2) + max(rest - 1, 0) // 2
     forward = flops_of_recomputed_attention(model, seq_length, checkpoint_interval, recompute, attention_share)
     return forward.total + 2 * (recomputed + seq_length * weights.after * rebuilt_blocks // num_layers)
 

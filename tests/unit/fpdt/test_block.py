@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron.config import Recompute
 from tests.unit.fpdt.one_block import CONFIGS, LENGTH, TIERS, one_layer, positions, residual, run_layer
 from tests.unit.model.small_model import (
     OFFLOADED,
@@ -185,3 +186,15 @@ def test_a_step_reports_every_chunk_of_every_layer_once_in_each_direction(chunk_
     forward = [("forward", layer, chunk) for layer in (1, 2) for chunk in range(num_chunks)]
     backward = [("backward", *where) for _, *where in reversed(forward)]
     assert reports.chunks == forward + backward
+
+
+def test_recomputed_forward_passes_are_reported_as_such():
+    reports = Reports()
+    config = small_config(LENGTH, num_layers=3)
+    execution = replace(ON_DEVICE, recompute=Recompute.ATTENTION, checkpoint_interval=2)
+    model = small_model(config, replace(execution, observer=reports))
+    model(*small_inputs(config)).backward()
+    assert [phase for phase, _, chunk in reports.chunks if chunk == 0][3:] == [
+        *("recompute", "backward", "recompute", "recompute", "backward", "backward")
+    ]
+    assert [layer for phase, layer, chunk in reports.chunks if phase == "recompute" and chunk == 0] == [3, 1, 2]

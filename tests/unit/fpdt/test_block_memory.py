@@ -3,12 +3,14 @@
 import itertools
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from megatron.config import Recompute
 from megatron.fpdt.device_budget import DeviceBudget
+from megatron.fpdt.seam import SuspendedLayer
 from megatron.fpdt.store import ChunkStore
 from tests.unit.fpdt.one_block import (
     BATCH,
@@ -94,9 +96,14 @@ def test_a_window_copies_the_chunks_of_the_tiles_that_it_leaves(limits, loaded_k
     assert copied.bytes_in == LENGTH * BATCH * (2 * x + o + lse) + (loaded_kv + stored_dkv) * chunk * kv
 
 
-def test_the_backward_pass_releases_all_host_memory_and_later_steps_allocate_none():
-    config = small_config(LENGTH)
-    model, inputs = small_model(config, OFFLOADED), small_inputs(config)
+ATTENTION_RECOMPUTED = replace(OFFLOADED, recompute=Recompute.ATTENTION, checkpoint_interval=5)
+
+
+@pytest.mark.parametrize("execution", [OFFLOADED, ATTENTION_RECOMPUTED], ids=["all", "attention"])
+@pytest.mark.parametrize("num_layers", [2, 7])
+def test_the_backward_pass_releases_all_host_memory_and_later_steps_allocate_none(execution, num_layers):
+    config = small_config(LENGTH, num_layers=num_layers)
+    model, inputs = small_model(config, execution), small_inputs(config)
     pool = model.execution.store.pool
     model(*inputs).backward()
     after_one_step = pool.allocated_bytes
@@ -129,6 +136,42 @@ def test_work_that_fails_half_way_releases_its_host_memory(monkeypatch):
         layer(residual().requires_grad_(), positions())
     assert how.store.pool.used_bytes == 0
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("calls_before", [0, 2, 5])
+def test_a_recomputed_forward_pass_that_fails_half_way_leaves_nothing_suspended(monkeypatch, calls_before):
+    """Three chunks of the first block are recomputed, then three of the second up to its attention output."""
+    config = small_config(LENGTH, num_layers=2)
+    model, inputs = small_model(config, ATTENTION_RECOMPUTED), small_inputs(config)
+    loss = model(*inputs)
+    started, calls = watch_suspended(monkeypatch), itertools.count()
+
+    def failing(norm, x):
+        if next(calls) == calls_before:
+            raise ValueError("half way")
+        return norm(x)
+
+    for layer in model.layers:
+        norm = layer.input_layernorm
+        monkeypatch.setattr(norm, "forward", partial(failing, norm.forward))
+    with pytest.raises(ValueError, match="half way"):
+        loss.backward()
+    del loss
+    assert all(each._greenlet.dead for each in started)
+    assert model.execution.store.pool.used_bytes == 0
+    assert torch.is_grad_enabled()
+
+
+def watch_suspended(monkeypatch):
+    """Return the list to which layers that are started are added."""
+    started, start = [], SuspendedLayer.__init__
+
+    def watched(self, *args):
+        start(self, *args)
+        started.append(self)
+
+    monkeypatch.setattr(SuspendedLayer, "__init__", watched)
+    return started
 
 
 def arrivals_alive(monkeypatch):

@@ -117,10 +117,11 @@ def test_llama_3_8b_at_a_million_tokens_on_four_gpus():
     assert SHAPE.tier_bytes(1) == tokens * (32 * (8192 + 128 + keys_and_values) + 34 * 8192 + gradients)
     assert SHAPE.tier_bytes(1, Recompute.KV) == tokens * (32 * (8192 + 128) + keys_and_values + 34 * 8192 + gradients)
     of_the_block = keys_and_values + gradients + 2 * 8192
-    # 8 chains of 4: o of 4 blocks and the input of the highest, or o of 3 and 2 inputs rebuilt.
-    bytes_per_token = 8 * 8192 + 4 * (8192 + 128) + 8192 + of_the_block
-    assert SHAPE.tier_bytes(4, Recompute.ATTENTION) == tokens * bytes_per_token
-    assert bytes_per_token + keys_and_values // 7 + gradients // 3 < 145_000  # of however many chunks
+    # The inputs of 6 chains, and of the highest 2 blocks of one of 5 blocks, which has 5 attention outputs.
+    bytes_per_token = (6 + 2) * 8192 + 5 * (8192 + 128) + of_the_block
+    assert SHAPE.tier_bytes(5, Recompute.ATTENTION) == tokens * bytes_per_token
+    assert lowest_memory(SHAPE) == (Recompute.ATTENTION, 5)
+    assert bytes_per_token + keys_and_values // 7 + gradients // 3 == 135_808  # of however many chunks
 
 
 def test_products_of_llama_3_8b():

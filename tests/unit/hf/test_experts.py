@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron.config import Recompute
 from megatron.core.parallel_state import ParallelState
 from megatron.hf.building import build_hugging_face_model
 from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.experts import describe_experts
 from megatron.hf.library import stream_model
-from megatron.config import Recompute
 from megatron.model.builder import Execution
 from tests.unit.hf.families import build, float64_stays, inputs, results, worst_error
 from tests.unit.hf.test_model import EXECUTIONS, OFFLOADED, STREAMED
