@@ -21,6 +21,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -92,6 +93,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recompute", choices=["auto", *Recompute], nargs="+", default=["auto"],
                         help="matmuls that the streamed ways recompute; auto: as a training run with offloading "
                         "would choose [auto]")  # fmt: skip
+    parser.add_argument("--checkpoint-interval", type=int, default=1, metavar="K",
+                        help="save the input of every Kth block of the streamed ways [%(default)s]")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=1,
                         help="stacked blocks, as in a model; times are per block [%(default)s]")  # fmt: skip
     parser.add_argument("--deterministic-mode", nargs="+", choices=("off", "on"), default=["off"],
@@ -184,7 +187,9 @@ def executions(
         for recompute in dict.fromkeys(
             automatic if name == "auto" else Recompute(name) for name in arguments.recompute
         ):
-            yield {"chunk": thousands(chunk), "recompute": recompute}, WAYS[way].execution(chunk, recompute)
+            execution = WAYS[way].execution(chunk, recompute)
+            saved = replace(execution, checkpoint_interval=arguments.checkpoint_interval)
+            yield {"chunk": thousands(chunk), "recompute": recompute}, saved
 
 
 def against_deepspeed(rows: Sequence[Row]) -> Iterator[str]:

@@ -196,9 +196,10 @@ def _check_host_memory(
     least = least_bytes(shape, device)
     is_free_memory = config.parallel.ds_sequence_parallel_fpdt_host_memory is None
     if least <= host_memory:
+        recompute, interval = choose_saved_activations(shape, TierBudget(host_memory, device))
         advice = (
             "leave out --ds-sequence-parallel-fpdt-recompute and --ds-sequence-parallel-fpdt-checkpoint-interval, so "
-            "that they are chosen to fit"
+            f"that they are chosen to fit: {recompute} and {interval}"
         )
     else:
         longest = longest_sequence(shape, TierBudget(host_memory, device))

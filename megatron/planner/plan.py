@@ -115,6 +115,7 @@ class Plan:
                 lines += self._if_it_fits(replace(job, zero_stage=3), "--zero-stage 3 fits the GPU")
             if not job.cpu_optimizer:
                 lines += self._if_it_fits(replace(job, cpu_optimizer=True), "--cpu-optimizer fits the GPU")
+        lines += self._with_less_saved()
         lines += self._with_chunks_on_the_gpu()
         longest = self.longest_context()
         if longest:
@@ -124,6 +125,15 @@ class Plan:
         if not self.fits_gpu:
             lines.append("more GPUs, or GPUs with more memory")
         return lines
+
+    def _with_less_saved(self) -> list[str]:
+        """Return a line of advice where the host is too small for what the job says is saved, and not for the least."""
+        chosen = self.with_job(replace(self.job, recompute=None, checkpoint_interval=None))
+        if not self.job.streamed or self.fits_host or not chosen.fits_host:
+            return []
+        recompute = f"--ds-sequence-parallel-fpdt-recompute {chosen.memory.recompute}"
+        interval = f"--ds-sequence-parallel-fpdt-checkpoint-interval {chosen.memory.checkpoint_interval}"
+        return [f"{recompute} {interval} fits the host"]
 
     def _with_chunks_on_the_gpu(self) -> list[str]:
         """Return a line of advice where the host is too small and the GPU has room for the rest."""

@@ -206,7 +206,7 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.MLP, Recompute.NONE])
+@pytest.mark.parametrize("recompute", [Recompute.ATTENTION, Recompute.KV, Recompute.MLP, Recompute.NONE])
 @pytest.mark.parametrize("execution", [ON_DEVICE, OFFLOADED], ids=["on-device", "offloaded"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_kept_changes_no_bit(architecture, execution, recompute):
@@ -219,7 +219,7 @@ def test_what_is_kept_changes_no_bit(architecture, execution, recompute):
         assert differing(grads, other_grads) == []
 
 
-@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.ALL, Recompute.NONE])
+@pytest.mark.parametrize("recompute", [Recompute.ATTENTION, Recompute.KV, Recompute.ALL, Recompute.NONE])
 def test_delays_in_every_stream_change_no_bit(monkeypatch, recompute):
     config, inputs = _config(1024 + 192), _inputs(1024 + 192)
     loss, grads = _run(_model(config, OFFLOADED, slice_length=96), inputs, steps=2)
@@ -230,7 +230,7 @@ def test_delays_in_every_stream_change_no_bit(monkeypatch, recompute):
     assert differing(grads, slow_grads) == []
 
 
-@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.ALL, Recompute.NONE])
+@pytest.mark.parametrize("recompute", [Recompute.ATTENTION, Recompute.KV, Recompute.ALL, Recompute.NONE])
 def test_the_host_never_waits_for_the_device(recompute):
     config, inputs = _config(1024), _inputs(1024)
     model = _model(config, replace(OFFLOADED, recompute=recompute), slice_length=96)
@@ -282,7 +282,7 @@ def _peak_bytes(length, recompute):
     return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
-@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.ALL, Recompute.NONE])
+@pytest.mark.parametrize("recompute", [Recompute.ATTENTION, Recompute.KV, Recompute.ALL, Recompute.NONE])
 def test_peak_memory_does_not_grow_with_the_sequence(recompute):
     short, long = _peak_bytes(8 * 1024, recompute), _peak_bytes(64 * 1024, recompute)
     assert long <= 1.02 * short
@@ -323,13 +323,16 @@ def test_what_is_given_up_on_its_way_is_not_written_over_what_comes_after():
     assert not after.any()
 
 
+@pytest.mark.parametrize("recompute", [Recompute.ALL, Recompute.ATTENTION])
 @pytest.mark.parametrize("interval", [2, 3])
-def test_inputs_rebuilt_from_attention_outputs_change_no_bit(interval):
+def test_rebuilt_inputs_and_recomputed_attention_change_no_bit(interval, recompute):
     config, inputs = _config(1024 + 192, num_layers=3), _inputs(1024 + 192)
     loss, grads = _run(_model(config, OFFLOADED), inputs)
-    other_loss, other_grads = _run(_model(config, replace(OFFLOADED, checkpoint_interval=interval)), inputs)
-    assert torch.equal(loss, other_loss)
-    assert differing(grads, other_grads) == []
+    model = _model(config, replace(OFFLOADED, checkpoint_interval=interval, recompute=recompute))
+    for _ in range(2):
+        other_loss, other_grads = _run(model, inputs)
+        assert torch.equal(loss, other_loss)
+        assert differing(grads, other_grads) == []
 
 
 @pytest.mark.parametrize("device_memory_bytes", [2**22, 2**40])

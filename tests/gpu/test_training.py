@@ -161,6 +161,7 @@ def test_what_is_saved_and_where_changes_no_bit_of_a_deterministic_run(corpus, t
             "1",
         ],
         "recomputed": THRIFTY,
+        "with attention": [*THRIFTY, "--ds-sequence-parallel-fpdt-recompute", "attention"],
     }
     tensors = []
     for name, how in executions.items():

@@ -105,6 +105,12 @@ def test_the_last_tensor_s_place_in_the_device_memory_is_not_counted_on(spare_te
     assert plan.memory.checkpoint_interval == interval
 
 
+def test_a_refused_choice_of_what_is_saved_names_one_that_fits():
+    fits = "so that they are chosen to fit: attention and 2"
+    with pytest.raises(ConfigError, match=fits):
+        choose("--ds-sequence-parallel-fpdt-recompute", "kv", host_gib=15)
+
+
 def test_a_sequence_that_the_host_cannot_hold_is_refused_with_one_that_it_can():
     with pytest.raises(ConfigError, match=r"--seq-length \(262144\) take up .* and 4\.85 GiB are free") as refusal:
         choose(host_gib=5)

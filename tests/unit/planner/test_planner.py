@@ -349,11 +349,12 @@ def test_a_sequence_that_fits_the_gpu_is_not_streamed(name, num_gpus, length, st
     "plan, where, words",
     [
         (plan_of(length=2**23), "host", ["--seq-length", "GiB of host memory per machine"]),
+        (plan_of(length=2**22, recompute=Recompute.KV), "host", ["-recompute attention", "-checkpoint-interval"]),
         (plan_of(chunk=2**20, length=2**20), "gpu", ["--ds-sequence-parallel-fpdt-chunk-size"]),
         (plan_of(model="gpt-13b", zero_stage=1), "gpu", ["--zero-stage 3"]),
         (plan_of(model="llama-70b"), "gpu", ["fits the GPU, with", "more GPUs"]),
     ],
-    ids=["too long", "chunk too large", "not partitioned", "model too large"],
+    ids=["too long", "attention is saved", "chunk too large", "not partitioned", "model too large"],
 )
 def test_what_does_not_fit_is_told_what_would(plan, where, words):
     assert not plan.fits
