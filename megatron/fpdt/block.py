@@ -1,8 +1,9 @@
 """One transformer block as a stream: forward and backward chunk by chunk, nothing of full length on the device.
 
-Attention is never recomputed: its output and log-sum-exp are saved. Only token-wise work is recomputed. The outputs of
-linear layers may be saved too, on the tier like the rest (megatron.fpdt.layer_trace). Keys and values are saved, or
-recomputed in one pass before the first row. The schedules are in megatron.fpdt.forward_pass and backward_pass.
+The output and log-sum-exp of attention are saved, and only token-wise work is recomputed. The outputs of linear layers
+may be saved too, on the tier like the rest (megatron.fpdt.layer_trace). Keys and values are saved, or recomputed in one
+pass before the first row. With the least memory attention is recomputed as well, for several blocks together
+(megatron.fpdt.block_inputs). The schedules are in megatron.fpdt.forward_pass and backward_pass.
 
     S tokens of the sequence, c and C of one chunk (this rank's and all ranks'), B batch, h hidden size,
     H query heads, K key/value heads, D head size

@@ -10,7 +10,7 @@ INPUT, ATTENTION_OUTPUT, OUTPUT = "input", "attention output", "output"
 
 
 class Observer:
-    """Ignores what it sees. `phase` is "forward" or "backward"; layers count from 1."""
+    """Ignores what it sees. `phase` is "forward", "recompute" (forward again) or "backward"; layers count from 1."""
 
     def begin_chunk(self, phase: str, layer_number: int, chunk: int) -> None:
         """See that a layer begins to work on a chunk."""

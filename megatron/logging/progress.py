@@ -20,7 +20,7 @@ class StepProgress(Protocol):
         """Begin a step of `total_units` equal pieces of work."""
 
     def advance(self, phase: str, layer: int, chunk: int) -> None:
-        """Report that one piece of work starts: `chunk` of `layer` in "forward", "backward", ..."""
+        """Report that one piece of work starts: `chunk` of `layer` in "forward", "recompute" or "backward"."""
 
     def finish_step(self) -> None:
         """End the step and leave the stream ready for ordinary lines."""

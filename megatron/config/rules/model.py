@@ -172,9 +172,9 @@ def attention_dropout_can_be_replayed(run: Run) -> str | None:
     if dropout == 0 or not run.config.parallel.ds_sequence_parallel_fpdt:
         return None
     return (
-        f"{shown(run.config, 'attention_dropout')} must be 0 with --ds-sequence-parallel-fpdt, whose attention tiles "
-        "are never recomputed, so that a dropout mask cannot be replayed; use --attention-dropout 0 (--hidden-dropout "
-        "is replayed exactly)"
+        f"{shown(run.config, 'attention_dropout')} must be 0 with --ds-sequence-parallel-fpdt, whose backward pass "
+        "of an attention tile cannot replay a dropout mask; use --attention-dropout 0 (--hidden-dropout is replayed "
+        "exactly)"
     )
 
 

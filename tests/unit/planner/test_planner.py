@@ -161,6 +161,20 @@ def test_time_of_a_step_is_within_10_percent_of_what_was_measured(case):
     assert planned(case).speed.step == pytest.approx(MEASURED_STEPS[case][0], rel=0.1)
 
 
+@pytest.mark.parametrize("num_gpus", [1, 4])
+def test_recomputed_attention_takes_a_fifth_of_the_host_memory_and_28_percent_more_time(num_gpus):
+    machines = Machines(GPUS["H200"], num_gpus, num_gpus, 1000)
+    saved, recomputed = (
+        plan_of("llama-8b", num_gpus, 2**18, 2**16 * num_gpus, machines, recompute=recompute, checkpoint_interval=k)
+        for recompute, k in ((Recompute.ALL, 1), (Recompute.ATTENTION, 5))
+    )
+    assert (
+        recomputed.memory.host_chunks * num_gpus / 2**18 < 131_000 < 0.25 * saved.memory.host_chunks * num_gpus / 2**18
+    )
+    assert recomputed.speed.step / saved.speed.step == pytest.approx(1.28, abs=0.01)
+    assert recomputed.speed.backward > saved.speed.backward + 0.99 * recomputed.speed.forward
+
+
 @pytest.mark.parametrize("rank", MEASURED_RANKS, ids=str)
 def test_one_of_several_gpus_is_as_it_was_measured(rank):
     name, num_gpus, num_layers, length, chunk, recompute, gib = rank
