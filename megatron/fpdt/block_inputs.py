@@ -8,12 +8,13 @@ For large k this saves almost half of the host memory. The cost is one more run 
 blocks but every k-th.
 
 Where they are not, the k blocks are recomputed, with attention, when the backward pass reaches the highest of them.
-Their k attention outputs are saved then, and the inputs of the upper half of the blocks. Those of the lower half take
-their place when the upper half is through: they are rebuilt from the attention outputs. For k = 5, all at the begin of
+Their k attention outputs are saved then, and the inputs of the upper half of the blocks. When the backward pass of the
+upper half is over, the inputs of the lower half are rebuilt from the attention outputs and take their place. In memory
+at the start of a block's backward pass, for k = 5:
 
-    backward pass of block    5                4             3                2          1
-    o of blocks               1 2 3 4 5        1 2 3 4       1 2 3            1 2        1
-    x of blocks               1, 4 5           1, 4          1, 2 3 rebuilt   1, 2       1
+    block    5            4          3        2      1
+    o of     1 2 3 4 5    1 2 3 4    1 2 3    1 2    1
+    x of     1 4 5        1 4        1 2 3    1 2    1
 """
 
 from __future__ import annotations
