@@ -20,7 +20,7 @@ if __name__ == "__main__":  # the imports below take seconds
     record_place = supervise()
     use_expandable_segments(os.environ)
 
-from megatron.config import Config, ConfigError
+from megatron.config import Config, ConfigError, SampleLengths
 from megatron.data.batch import Sample
 from megatron.data.errors import DataError
 from megatron.data.vocabulary import CheckedTokens
@@ -49,12 +49,17 @@ def check_data(config: Config, tokenizer: Tokenizer) -> None:
             "--eod-mask-loss is for pretrain_gpt.py; here the loss is on the answers and the tokens that end them; "
             "remove it"
         )
+    if config.training.seq_length_schedule is not None:
+        raise ConfigError(
+            "--seq-length-schedule is for pretrain_gpt.py; here --group-by-length runs each step at the length of its "
+            "conversations; remove --seq-length-schedule"
+        )
     for path in (path for paths in data_paths(config) for path in paths):
         if not os.path.isfile(path):
             raise DataError(f"{path} is no file; give one or more files of conversations, JSON lines or one array.")
 
 
-def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
+def provide_source(config: Config, vocabulary: Vocabulary, lengths: SampleLengths) -> SampleSource:
     """Provide conversations, several per sequence."""
     tokenizer = tokenizer_of(config.tokenizer)
 

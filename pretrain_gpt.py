@@ -20,7 +20,8 @@ if __name__ == "__main__":  # the imports below take seconds
     record_place = supervise()
     use_expandable_segments(os.environ)
 
-from megatron.config import Config, ConfigError
+from megatron.config import Config, ConfigError, SampleLengths
+from megatron.config.sample_lengths import Phase
 from megatron.data.batch import EndOfDocument
 from megatron.data.blended_dataset import SampleDataset
 from megatron.data.gpt_dataset import SampleSettings, build_dataset, build_datasets
@@ -29,7 +30,7 @@ from megatron.launch.program import SampleSource, leave, run
 from megatron.tokenizer import Tokenizer
 from megatron.training.providers import Datasets
 
-FINETUNING_FLAGS = ("chat_template", "max_document_mb", "long_samples")
+FINETUNING_FLAGS = ("chat_template", "max_document_mb", "long_samples", "group_by_length")
 
 
 def main(argv: Sequence[str], record_place: Callable[[str], object] | None = None) -> int:
@@ -46,22 +47,25 @@ def check_data(config: Config, tokenizer: Tokenizer) -> None:
     check_indexed_data(config, tokenizer)
 
 
-def provide_source(config: Config, vocabulary: Vocabulary) -> SampleSource:
+def provide_source(config: Config, vocabulary: Vocabulary, lengths: SampleLengths) -> SampleSource:
     """Provide consecutive tokens of the datasets; flags determine the effect of an end of document."""
     data = config.data
     end_of_document = EndOfDocument(
         vocabulary.end_of_document, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss
     )
     return SampleSource(
-        lambda num_samples: datasets(config, num_samples, vocabulary.padded_size), end_of_document.sample
+        lambda num_samples: datasets(config, num_samples, vocabulary.padded_size, lengths.phases),
+        end_of_document.sample,
     )
 
 
-def datasets(config: Config, num_samples: tuple[int, int, int], vocab_size: int) -> Datasets:
+def datasets(
+    config: Config, num_samples: tuple[int, int, int], vocab_size: int, phases: tuple[Phase, ...] = ()
+) -> Datasets:
     """Build the training, validation and test data: parts of one dataset, or one dataset each."""
     data = config.data
     cache = Path(data.data_cache_path) if data.data_cache_path else None
-    settings = SampleSettings(config.model.seq_length, config.training.seed, cache, vocab_size)
+    settings = SampleSettings(config.model.seq_length, config.training.seed, cache, vocab_size, phases)
     if data.data_path:
         return build_datasets(data.data_path, data.split, num_samples, settings)
 

@@ -11,7 +11,7 @@ from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
 from megatron.checkpointing.random_state import random_state_path, restore_random_state
 from megatron.checkpointing.train_state import TrainState
-from megatron.config import Config, global_batch_size
+from megatron.config import Config, sample_lengths
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
 from megatron.weights.errors import WeightsError, first_line
@@ -39,8 +39,8 @@ def starting_state(path: Path | None, config: Config, context: Context) -> Train
     state, differences = TrainState(), list[str]()
     if path is not None:
         state, differences = on_first_rank(lambda: (saved_state(path, config), other_bits(path, config)))
-    batch_size = global_batch_size(config, context.parallel_state.world_size)
-    for difference in [*differences, *state.start(batch_size, config.model.seq_length)]:
+    lengths = sample_lengths(config, context.parallel_state.world_size)
+    for difference in [*differences, *state.start(lengths)]:
         context.log.warning("%s", difference)
     return state
 

@@ -18,6 +18,7 @@ from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, GibOrAuto, ParallelConfig, default_chunk
 from megatron.config.precision import PrecisionConfig
 from megatron.config.recompute import Recompute
+from megatron.config.sample_lengths import SampleLengths, sample_lengths
 from megatron.config.sizes import AdapterSizes, ModelSizes, TokenWeights
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.config.training import TrainingConfig
@@ -43,6 +44,7 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "Recompute",
+    "SampleLengths",
     "TokenWeights",
     "TokenizerConfig",
     "TrainingConfig",
@@ -58,6 +60,7 @@ __all__ = [
     "describe_mismatch",
     "global_batch_size",
     "offloads",
+    "sample_lengths",
     "validate",
     "with_rope_of",
     "zero_stage_run",

@@ -14,6 +14,7 @@ from megatron.config.optimizer import OptimizerConfig
 from megatron.config.rules.common import Rule, Run
 from megatron.config.rules.deepspeed import DEEPSPEED_RULES
 from megatron.config.rules.effects import EFFECT_RULES
+from megatron.config.rules.lengths import LENGTH_RULES
 from megatron.config.rules.model import ARCHITECTURE_RULES, MODEL_RULES
 from megatron.config.rules.names import NAME_RULES
 from megatron.config.rules.parallel import PARALLEL_RULES
@@ -26,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     *EFFECT_RULES,
     *MODEL_RULES,
     *PARALLEL_RULES,
+    *LENGTH_RULES,
     *TRAINING_RULES,
     *DEEPSPEED_RULES,
 )

@@ -18,6 +18,10 @@ class FinetuningConfig:
     """Largest size in MiB of one conversation: a line of a JSON-lines file or an entry of a JSON array. Memory must
     hold the longest several times."""
 
+    group_by_length: bool = False
+    """Pack conversations with others of similar length, and run each step at the length of its own sequences: half of
+    --seq-length, a quarter, and so on, down to a 64th. Evaluations keep --seq-length."""
+
     long_samples: LongSamples = "error"
     """Handling of a conversation longer than --seq-length: refuse the run (error), cut the conversation off there
     (truncate), or leave it out (skip)."""

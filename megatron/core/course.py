@@ -32,9 +32,19 @@ class Course:
         if unit == other:
             return length
         known, wanted = UNITS.index(unit), UNITS.index(other)
-        last = max(bisect_right([corner[known] for corner in self.corners], length) - 1, 0)
-        start, step = self.corners[last], self.step
-        if last + 1 < len(self.corners):
-            end = self.corners[last + 1]
-            step = (end[0] - start[0], end[1] - start[1], end[2] - start[2])
+        start, step = self._part(length, known)
         return start[wanted] + (length - start[known]) * step[wanted] / step[known]
+
+    def last_iteration(self, tokens: int) -> int:
+        """Return the last iteration that ends within so many tokens."""
+        start, step = self._part(tokens, UNITS.index("tokens"))
+        return start[0] + (tokens - start[2]) * step[0] // step[2]
+
+    def _part(self, length: float, unit: int) -> tuple[Counts, Counts]:
+        """Return (the last corner up to a count, the counts of steps that follow it)."""
+        last = max(bisect_right([corner[unit] for corner in self.corners], length) - 1, 0)
+        start = self.corners[last]
+        if last + 1 == len(self.corners):
+            return start, self.step
+        end = self.corners[last + 1]
+        return start, (end[0] - start[0], end[1] - start[1], end[2] - start[2])

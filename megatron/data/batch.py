@@ -71,7 +71,10 @@ class EndOfDocument:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on one rank, [B, S/p] each, on the host: pinned if it will be copied to a GPU."""
+    """One micro-batch on one rank, [B, S/p] each, on the host: pinned if it will be copied to a GPU.
+
+    `seq_length` is S, the tokens of each whole sequence.
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -80,6 +83,7 @@ class Batch:
     documents: Documents | None  # of the whole sequences; None: each is one document
     num_tokens: int  # unmasked tokens of the whole sequences, over all sequence-parallel ranks
     squared_lengths: int  # summed over the documents of the whole sequences: attention's work
+    seq_length: int
 
     def inputs(self) -> ModelInputs:
         """Return the arguments of the model's forward pass."""
@@ -111,6 +115,7 @@ def slice_batch(
         documents,
         num_tokens=sum(sample.num_unmasked for sample in samples),
         squared_lengths=documents.squared_lengths if documents else len(samples) * layout.sequence_length**2,
+        seq_length=layout.sequence_length,
     )
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron.config.sample_lengths import Phase
 from megatron.data.blended_dataset import BlendedDataset, SampleDataset
 from megatron.data.errors import DataError
 from megatron.data.index_helpers import build_blending_indices
 from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.phased_dataset import PhasedDataset
 from megatron.data.sample_order import OrderPlan, SampleOrder, build_order, cached_order, num_epochs_for
 from megatron.data.splits import PART_NAMES, parse_data_paths, parse_split, split_documents
 from megatron.data.tokens import read_pieces
@@ -54,21 +56,28 @@ class StoredSample:
 class SampleSettings:
     """How documents become samples, in an order determined by `seed`.
 
-    With `cache_dir` the order is cached there. With `vocab_size` every token read is checked against it.
+    With `cache_dir` the order is cached there. With `vocab_size` every token read is checked against it. `phases`
+    are the first sample and the length of each phase of training data whose samples are not all of `seq_length`.
+
+    In one phase, samples begin at `first_token` of the documents in their order. With `is_closed` they are shuffled
+    without those that would follow, so that the next phase can begin where they end.
     """
 
     seq_length: int
     seed: int
     cache_dir: Path | None = None
     vocab_size: int | None = None
+    phases: tuple[Phase, ...] = ()
+    first_token: int = 0
+    is_closed: bool = False
 
 
 class GPTDataset:
     """`num_samples` samples of some documents of an indexed dataset.
 
-    Sample i depends only on (documents, seq_length, seed, i), not on num_samples. Documents are read for as many epochs
-    as needed. Without a `cache_dir` the order is computed each time. Raises DataError if the documents hold too few
-    tokens or are not token ids.
+    Sample i depends only on (documents, settings, i), and not on num_samples unless they are closed. Documents are read
+    for as many epochs as needed. Without a `cache_dir` the order is computed each time. Raises DataError if the
+    documents hold too few tokens or are not token ids.
     """
 
     def __init__(
@@ -85,8 +94,9 @@ class GPTDataset:
         self._num_samples = num_samples
         self._vocab_size = settings.vocab_size
         num_tokens = _check_usable(indexed, documents, seq_length, name)
-        num_epochs = num_epochs_for(num_samples, num_tokens, seq_length)
-        plan = OrderPlan(indexed.document_sizes, documents, seq_length, settings.seed, num_epochs)
+        first_token, closed = settings.first_token, num_samples if settings.is_closed else None
+        num_epochs = num_epochs_for(num_samples, num_tokens, seq_length, first_token)
+        plan = OrderPlan(indexed.document_sizes, documents, seq_length, settings.seed, num_epochs, first_token, closed)
         cache_dir = settings.cache_dir
         self._order: SampleOrder = cached_order(plan, cache_dir) if cache_dir else build_order(plan)
 
@@ -168,20 +178,38 @@ def _build_part(
     name: str,
     settings: SampleSettings,
 ) -> SampleDataset | None:
+    """Build a part; each phase reads a source on from where the phase before left it."""
     if num_samples == 0:
         return None
-    if len(sources) == 1:
-        return _build_source(sources[0], ranges[0], num_samples, name, settings)
-    dataset_index, sample_index = build_blending_indices(np.asarray(weights, dtype=np.float64), num_samples)
-    counts = _samples_per_source(weights, num_samples)
-    datasets = [
-        _build_source(source, documents, count, name, settings) if count else None
-        for source, documents, count in zip(sources, ranges, counts, strict=True)
-    ]
-    return BlendedDataset(datasets, dataset_index, sample_index)
+    first_tokens = [0] * len(sources)
+    datasets, firsts = list[SampleDataset](), list[int]()
+    phases = (settings.phases if name == "train" else ()) or ((0, settings.seq_length),)
+    ends = [first for first, _ in phases[1:]]
+    for (first, length), end in zip(phases, [*ends, None], strict=True):
+        if first >= num_samples:
+            break
+        count = (end or num_samples) - first
+        counts = _samples_per_source(weights, count)
+        of_phase = replace(settings, seq_length=length, is_closed=end is not None)
+        parts = [
+            _build_source(source, documents, each, name, replace(of_phase, first_token=first_token)) if each else None
+            for source, documents, each, first_token in zip(sources, ranges, counts, first_tokens, strict=True)
+        ]
+        datasets.append(_blended(parts, weights, count))
+        firsts.append(first)
+        first_tokens = [before + each * length for before, each in zip(first_tokens, counts, strict=True)]
+    return datasets[0] if len(phases) == 1 else PhasedDataset(datasets, firsts)
+
+
+def _blended(parts: Sequence[SampleDataset | None], weights: Sequence[float], num_samples: int) -> SampleDataset:
+    if len(parts) == 1 and parts[0] is not None:
+        return parts[0]
+    return BlendedDataset(parts, *build_blending_indices(np.asarray(weights, dtype=np.float64), num_samples))
 
 
 def _samples_per_source(weights: Sequence[float], num_samples: int) -> list[int]:
+    if len(weights) == 1:
+        return [num_samples]
     dataset_index, _ = build_blending_indices(np.asarray(weights, dtype=np.float64), num_samples)
     return np.bincount(dataset_index, minlength=len(weights)).tolist()
 

@@ -40,13 +40,19 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class OrderPlan:
-    """The inputs of an order: document sizes int64 [...] of the whole file, the documents used, and the rest."""
+    """The inputs of an order: document sizes int64 [...] of the whole file, the documents used, and the rest.
+
+    The samples begin at token `first_token` of the concatenated epochs. There are as many as the epochs hold, or at
+    most `num_samples`, which are then shuffled without those that would follow.
+    """
 
     document_sizes: npt.NDArray[np.int64]
     documents: range
     seq_length: int
     seed: int
     num_epochs: int
+    first_token: int = 0
+    num_samples: int | None = None
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -54,21 +60,23 @@ class OrderPlan:
 
     def num_samples_after(self, num_epochs: int) -> int:
         """Return the number of complete samples after `num_epochs` epochs."""
-        return max(0, num_epochs * self.tokens_per_epoch - 1) // self.seq_length
+        count = max(0, num_epochs * self.tokens_per_epoch - 1 - self.first_token) // self.seq_length
+        return count if self.num_samples is None else min(count, self.num_samples)
 
     def fingerprint(self) -> str:
         """Return a name that two plans share only if they give the same order, in files of the same format."""
         digest = hashlib.sha256()
         settings = (CACHE_VERSION, self.documents.start, self.seq_length, self.seed, self.num_epochs)
-        digest.update(repr(settings).encode())
+        phase = (self.first_token, self.num_samples)
+        digest.update(repr(settings if phase == (0, None) else settings + phase).encode())
         sizes = self.document_sizes[self.documents.start : self.documents.stop]
         digest.update(np.ascontiguousarray(sizes, dtype="<i8").data)
         return digest.hexdigest()[:32]
 
 
-def num_epochs_for(num_samples: int, tokens_per_epoch: int, seq_length: int) -> int:
+def num_epochs_for(num_samples: int, tokens_per_epoch: int, seq_length: int, first_token: int = 0) -> int:
     """Return the number of epochs that hold `num_samples` samples of seq_length + 1 tokens that overlap by one."""
-    return -(-(num_samples * seq_length + 1) // tokens_per_epoch)
+    return -(-(first_token + num_samples * seq_length + 1) // tokens_per_epoch)
 
 
 def build_order(plan: OrderPlan) -> SampleOrder:
@@ -77,14 +85,32 @@ def build_order(plan: OrderPlan) -> SampleOrder:
     document_index = np.concatenate(
         [epoch_random(plan.seed, epoch, DOCUMENT_STREAM).permutation(documents) for epoch in range(plan.num_epochs)]
     )
-    sample_index = build_sample_index(
-        plan.document_sizes, document_index, plan.seq_length, plan.num_epochs, plan.tokens_per_epoch
-    )
-    shuffle_index = np.arange(len(sample_index) - 1, dtype=np.int64)
+    num_samples = plan.num_samples_after(plan.num_epochs)
+    sample_index = _sample_index(plan, document_index)[: num_samples + 1]
+    shuffle_index = np.arange(num_samples, dtype=np.int64)
     for epoch in range(plan.num_epochs):
         first, last = plan.num_samples_after(epoch), plan.num_samples_after(epoch + 1)
         epoch_random(plan.seed, epoch, SAMPLE_STREAM).shuffle(shuffle_index[first:last])
     return SampleOrder(document_index, sample_index, shuffle_index)
+
+
+def _sample_index(plan: OrderPlan, document_index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Cut the documents into samples from `first_token` on."""
+    if not plan.first_token:
+        return build_sample_index(
+            plan.document_sizes, document_index, plan.seq_length, plan.num_epochs, plan.tokens_per_epoch
+        )
+    ends = np.cumsum(plan.document_sizes[document_index])
+    first = int(np.searchsorted(ends, plan.first_token, side="right"))
+    rest = int(ends[first]) - plan.first_token
+    # The document that the first token is in counts as one of its own, of what is left of it.
+    sizes, documents = np.append(plan.document_sizes, rest), document_index[first:].copy()
+    read_before = int(plan.document_sizes[documents[0]]) - rest
+    documents[0] = len(sizes) - 1
+    index = build_sample_index(sizes, documents, plan.seq_length, 1, int(ends[-1]) - plan.first_token)
+    index[index[:, 0] == 0, 1] += read_before
+    index[:, 0] += first
+    return index
 
 
 def cached_order(

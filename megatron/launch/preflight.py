@@ -11,7 +11,7 @@ import torch
 
 from megatron.checkpointing import check_checkpoint, find_checkpoint, saved_state
 from megatron.checkpointing.train_state import TrainState
-from megatron.config import Config, ConfigError, global_batch_size
+from megatron.config import Config, ConfigError, sample_lengths
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.output_names import check_output_name
 from megatron.data.splits import parse_data_paths
@@ -22,6 +22,7 @@ from megatron.model.layers import attention_request, has_short_tiles
 from megatron.ops.attention import choose_backend
 from megatron.optimizer.schedule import LearningRateSchedule
 from megatron.tokenizer import Tokenizer, tokenizer_of
+from megatron.training.lengths import Lengths
 from megatron.weights.published_config import has_weights
 from megatron.weights.safetensors_folder import check_new
 
@@ -47,8 +48,8 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
     model = config.model
     checkpoint = find_checkpoint(config.checkpoint)
     state = TrainState() if checkpoint is None else saved_state(checkpoint, config)
-    state.start(global_batch_size(config, world_size), model.seq_length)
-    LearningRateSchedule.from_config(config.optimizer, config.training, state.course)
+    state.start(sample_lengths(config, world_size))
+    LearningRateSchedule.from_config(config.optimizer, config.training, Lengths.of(config, world_size, state).course)
     device, dtype = torch.device(device_type()), number_format(config)
     request = attention_request(model, device, dtype)
     num_ranks, documents = config.parallel.ds_sequence_parallel_size, config.data.reset_attention_mask

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron.arguments import parse_args
 from megatron.checkpointing import CheckpointError, only_writer
-from megatron.config import Config, ConfigError, validate
+from megatron.config import Config, ConfigError, SampleLengths, sample_lengths, validate
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.batch import Batch, Sample, slice_batch
 from megatron.data.errors import DataError
@@ -69,7 +69,7 @@ class SampleSource:
     """Convert an item of the datasets to a sample."""
 
 
-SourceProvider = Callable[[Config, Vocabulary], SampleSource]
+SourceProvider = Callable[[Config, Vocabulary, SampleLengths], SampleSource]
 
 
 def run(
@@ -101,7 +101,8 @@ def run(
             context = initialize(config, watchdog)
             check_model(config, context)
             context = with_measured_link(config, context)
-            train(config, context, vocabulary.padded_size, provide_source(config, vocabulary))
+            source = provide_source(config, vocabulary, sample_lengths(config, world.size))
+            train(config, context, vocabulary.padded_size, source)
     except (Exception, KeyboardInterrupt) as error:
         code = end_by(error, watchdog)
     # After an error the other ranks may be gone, and a group of several waits for all.
@@ -160,15 +161,15 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
     OutOfMemory, with a table of what uses the memory, where GPU or host memory runs out.
     """
     parallel_state, execution = context.parallel_state, choose_execution(config, context, padded_vocab_size)
-    seq_length = config.model.seq_length
-    chunk_length = min(execution.chunk_size, seq_length) if execution.fpdt else seq_length
-    layout = SequenceLayout(seq_length, chunk_length, parallel_state.sequence_parallel_size)
+    longest_chunk = execution.chunk_size if execution.fpdt else config.model.seq_length
     model = model_source(config, context, padded_vocab_size, execution)
 
-    def provide_batch(samples: Sequence[Any]) -> Batch:
+    def provide_batch(items: Sequence[Any]) -> Batch:
+        samples = [source.to_sample(item) for item in items]
+        length = len(samples[0].tokens) - 1
         return slice_batch(
-            [source.to_sample(sample) for sample in samples],
-            layout,
+            samples,
+            SequenceLayout(length, min(longest_chunk, length), parallel_state.sequence_parallel_size),
             parallel_state.sequence_parallel_rank,
             pin=context.device.type == "cuda",
             restart_positions=config.data.reset_position_ids,

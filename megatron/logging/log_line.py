@@ -28,6 +28,8 @@ class IterationRecord:
     """Mean wall time of an iteration since the last log line."""
     learning_rate: float
     global_batch_size: int
+    seq_length: int | None = None
+    """Tokens per sequence of the last iteration. Not in the line where all iterations have the same."""
     loss: float | None
     """Mean over the tokens of the iterations since the last log line; None if all of them were skipped."""
     loss_scale: float
@@ -104,6 +106,7 @@ _COLUMNS = (
     _Column("elapsed time per iteration (ms)", "milliseconds", ".1f", float),
     _Column("learning rate", "learning_rate", ".3E", float),
     _Column("global batch size", "global_batch_size", "5d", int),
+    _Column("sequence length", "seq_length", "7d", int, is_optional=True),
     _Column("lm loss", "loss", ".6E", float),
     _Column("loss scale", "loss_scale", ".1f", float),
     _Column("grad norm", "grad_norm", ".3f", float),

@@ -100,11 +100,9 @@ class StepRecord(Observer):
 class FiniteCheck:
     """Checks every training step, on every rank."""
 
-    def __init__(
-        self, record: StepRecord, model: nn.Module, find_weights: Callable[[], list[str]], layout: SequenceLayout
-    ) -> None:
+    def __init__(self, record: StepRecord, model: nn.Module, find_weights: Callable[[], list[str]]) -> None:
         """Record gradients of `model` too; `record` observes its stream. `find_weights` names weights not finite."""
-        self._record, self._find_weights, self._layout = record, find_weights, layout
+        self._record, self._find_weights = record, find_weights
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.register_hook(partial(record.note_result, "backward", f"weights of {_with_layer(name)}"))
@@ -113,11 +111,11 @@ class FiniteCheck:
         """Begin a micro-batch of the step, numbered from 0."""
         self._record.start_microbatch(number)
 
-    def finish(self, loss: Tensor) -> str | None:
+    def finish(self, loss: Tensor, layout: SequenceLayout) -> str | None:
         """End the step; describe the first value that is not finite if the loss or a gradient of any rank is not.
 
-        `loss` is this rank's, a scalar. Call it before the optimizer's step. Collective over all ranks. Waits for the
-        device.
+        `loss` is this rank's, a scalar, of sequences with this `layout`. Call it before the optimizer's step.
+        Collective over all ranks. Waits for the device.
         """
         self._record.note_result("forward", "sum of the losses", loss)
         norms = self._record.finish()
@@ -127,7 +125,7 @@ class FiniteCheck:
             return None
         order, place = self._record.first_fault(norms)
         finding = Finding(order, place, self._find_weights())
-        return first_fault(gather(finding), self._layout.chunk_length, self._layout.sequence_length)
+        return first_fault(gather(finding), layout.chunk_length, layout.sequence_length)
 
 
 def gather(finding: Finding) -> list[Finding]:

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from megatron.checkpointing.train_state import TrainState
-from megatron.config import Config
+from megatron.config import Config, sample_lengths
 from megatron.fpdt.stream import Stream
 from megatron.initialize import GIB, Context
 from megatron.logging.device_peak import peak_tflops
@@ -55,7 +55,9 @@ class Reporter:
         self._padded_vocab_size, self._stream = padded_vocab_size, stream
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
-        self._attention_shares: list[float] = []  # of each step that is timed; none if all its labels are masked
+        # Length, and share of attention, of each step that is timed; none if all its labels are masked.
+        self._steps: list[tuple[int, float]] = []
+        self._lengths_vary = sample_lengths(config, context.parallel_state.world_size).vary
         self._started = time.monotonic()
 
     @contextmanager
@@ -74,11 +76,11 @@ class Reporter:
     def restart(self) -> None:
         """Start to time the steps of the next line here."""
         self._started = time.monotonic()
-        self._attention_shares.clear()
+        self._steps.clear()
 
-    def count_step(self, attention_share: float) -> None:
-        """Count a step, and the share of the attention that documents leave of it."""
-        self._attention_shares.append(attention_share)
+    def count_step(self, seq_length: int, attention_share: float) -> None:
+        """Count a step of sequences of this length, and the share of the attention that documents leave of it."""
+        self._steps.append((seq_length, attention_share))
 
     def line(
         self,
@@ -95,7 +97,7 @@ class Reporter:
 
         After a rollback, the losses are those of the whole interval, and the times those of the steps since.
         """
-        if not self._attention_shares:
+        if not self._steps:
             return
         for warning in self._losses.take_warnings():
             self._context.log.warning("%s", warning)
@@ -103,7 +105,7 @@ class Reporter:
         losses = self._losses.after((state.iteration - 1) // interval * interval)
         finite = [loss for loss in losses if math.isfinite(loss)]
         state.nan_iterations += len(losses) - len(finite)
-        seconds = (time.monotonic() - self._started) / len(self._attention_shares)
+        seconds = (time.monotonic() - self._started) / len(self._steps)
         speed = self._throughput(state, seconds)
         record = IterationRecord(
             iteration=state.iteration,
@@ -114,6 +116,7 @@ class Reporter:
             learning_rate=learning_rate,
             global_batch_size=state.global_batch_size,
             loss=statistics.fmean(finite) if finite else None,
+            seq_length=self._steps[-1][0] if self._lengths_vary else None,
             loss_scale=loss_scale,
             grad_norm=grad_norm,
             tokens_per_second_per_gpu=speed.tokens_per_second_per_gpu,
@@ -144,18 +147,28 @@ class Reporter:
         self._writer.write(iteration, scalars)
 
     def _throughput(self, state: TrainState, seconds: float) -> ThroughputReport:
-        """Return the throughput of steps that took `seconds` each."""
-        model, attention_share = self._config.model, statistics.mean(self._attention_shares)
-        useful = model_flops(model, self._padded_vocab_size, model.seq_length, attention_share)
-        recomputed = _recomputed_flops(self._config, self._stream, attention_share)
+        """Return the throughput of steps that took `seconds` each, on average."""
+        shares: dict[int, list[float]] = {}
+        for length, share in self._steps:
+            shares.setdefault(length, []).append(share)
+        flops = [(self._flops(length, statistics.mean(each)), len(each)) for length, each in shares.items()]
+        num_steps, mean_length = len(self._steps), statistics.mean(length for length, _ in self._steps)
         return throughput(
-            tokens=state.global_batch_size * model.seq_length,
-            seq_length=model.seq_length,
+            tokens=state.global_batch_size * mean_length,
+            seq_length=mean_length,
             seconds=seconds,
             num_gpus=self._context.parallel_state.world_size,
-            flops_per_sequence=TrainingFlops(model=useful, hardware=useful + recomputed),
+            flops_per_sequence=TrainingFlops(
+                model=sum(each.model * count for each, count in flops) // num_steps,
+                hardware=sum(each.hardware * count for each, count in flops) // num_steps,
+            ),
             peak_tflops=self._peak_tflops,
         )
+
+    def _flops(self, seq_length: int, attention_share: float) -> TrainingFlops:
+        useful = model_flops(self._config.model, self._padded_vocab_size, seq_length, attention_share)
+        recomputed = _recomputed_flops(self._config, self._stream, seq_length, attention_share)
+        return TrainingFlops(model=useful, hardware=useful + recomputed)
 
     def _peak_gpu_gib(self) -> float | None:
         if self._context.device.type != "cuda":
@@ -163,11 +176,11 @@ class Reporter:
         return torch.cuda.max_memory_allocated(self._context.device) / GIB
 
 
-def _recomputed_flops(config: Config, stream: Stream, attention_share: float) -> int:
+def _recomputed_flops(config: Config, stream: Stream, seq_length: int, attention_share: float) -> int:
     model, parallel = config.model, config.parallel
     if parallel.ds_sequence_parallel_fpdt:
-        how = (stream.slice_length, stream.checkpoint_interval, stream.recompute)
-        return flops_of_streaming(model, stream.layout_of(model.seq_length), *how, attention_share)
+        layout = stream.layout_of(seq_length)
+        return flops_of_streaming(model, layout, stream.slice_length, stream.checkpoint_interval, stream.recompute)
     if config.deepspeed.deepspeed_activation_checkpointing:
-        return flops_of_checkpointing(model, model.seq_length, attention_share)
+        return flops_of_checkpointing(model, seq_length, attention_share)
     return 0

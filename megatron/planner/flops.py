@@ -143,8 +143,8 @@ def flops_of_streaming(
 
 def throughput(
     *,
-    tokens: int,
-    seq_length: int,
+    tokens: float,
+    seq_length: float,
     seconds: float,
     num_gpus: int,
     flops_per_sequence: TrainingFlops,

@@ -20,7 +20,7 @@ def evaluate(run: Run, data: TrainingData, part: Part, iteration: int) -> None:
 
 def _evaluate(run: Run, data: TrainingData, part: Part, iteration: int) -> None:
     logging, length, num_steps = run.config.logging, run.config.model.seq_length, run.config.training.eval_iters
-    num_units = num_steps * forward_units(run.config, run.stream.chunk_length, run.num_microbatches)
+    num_units = num_steps * forward_units(run.config, run.stream.layout_of(length), run.num_microbatches)
     run.progress.start_step(iteration, num_units)
     totals = torch.zeros(2, dtype=torch.float64, device=run.context.device)  # sum of losses, unmasked tokens
     by_position = LossByPosition(bucket_edges(logging, length), length, run.stream, run.token_losses)

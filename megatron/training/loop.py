@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron.checkpointing import Saver
 from megatron.checkpointing.train_state import TrainState
+from megatron.config import sample_lengths
 from megatron.data.batch import Batch
 from megatron.initialize import GIB
 from megatron.monitoring.finite_check import HOW_TO_RESUME, NotFiniteError, faulty_weights
@@ -63,8 +64,10 @@ class Training:
     def _plan_steps(self) -> None:
         """Plan the steps left, their data and their learning rates from the counts of the run so far."""
         config = self._config
-        self._lengths = Lengths.of(config, self._context.parallel_state.world_size, self.state)
-        self._schedule = LearningRateSchedule.from_config(config.optimizer, config.training, self.state.course)
+        world_size = self._context.parallel_state.world_size
+        self.state.enter(sample_lengths(config, world_size).at(self.state.data_samples))
+        self._lengths = Lengths.of(config, world_size, self.state)
+        self._schedule = LearningRateSchedule.from_config(config.optimizer, config.training, self._lengths.course)
         num_samples, *_ = self._lengths.num_samples(config, self.state)
         self._data.extend_training(num_samples)
 
@@ -97,18 +100,19 @@ class Training:
         """Take one optimizer step, count it and log it. Collective over all ranks."""
         state, run = self.state, self._run
         microbatches = list(islice(batches, self._lengths.num_microbatches))
+        self._enter_phase()
         totals = StepTotals.over_ranks(microbatches, self._wants_to_stop(), run)
-        rate = self._learning_rate()
+        rate = self._learning_rate(totals.seq_length)
         if totals.has_tokens:
             loss = self._optimizer_step.take(microbatches, totals, rate, state)
-            self._count_step()
+            self._count_step(totals.seq_length)
             run.losses.add(state.iteration, loss)
             if self._rollback.judge(state.iteration):
                 return Outcome.ROLL_BACK
-            run.reporter.count_step(totals.attention_share)
+            run.reporter.count_step(totals.seq_length, totals.attention_share)
             state.skipped_iterations += run.engine.step_was_skipped
         else:
-            self._skip_step()
+            self._skip_step(totals.seq_length)
         if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
             scale, norm = run.engine.loss_scale, run.engine.gradient_norm()
             model: Any = run.engine.module
@@ -130,20 +134,27 @@ class Training:
             self._context.log.info("exiting at iteration %d", iteration)
         return outcome
 
-    def _skip_step(self) -> None:
+    def _enter_phase(self) -> None:
+        """Begin the phase of the next step, if it is another one."""
+        length = self._lengths.samples.at(self.state.data_samples)
+        if length != self.state.seq_length:
+            self._context.log.info("iteration %d and on: sequences of %d tokens", self.state.iteration + 1, length)
+            self.state.enter(length)
+
+    def _skip_step(self, seq_length: int) -> None:
         """Count a step whose labels are all masked. It has no gradient: weights and moments must not change."""
         step = describe_next_step(self.state)
         self._context.log.warning("every label of %s is masked: no step is taken, the weights stay as they are", step)
-        self._count_step()
+        self._count_step(seq_length)
         self.state.skipped_iterations += 1
 
-    def _count_step(self) -> None:
-        self.state.advance(self._lengths.global_batch_size, self._config.model.seq_length)
+    def _count_step(self, seq_length: int) -> None:
+        self.state.advance(self._lengths.global_batch_size, seq_length)
 
-    def _learning_rate(self) -> float:
+    def _learning_rate(self, seq_length: int) -> float:
         """Return the learning rate of the next step, which counts as taken."""
         state, samples = self.state, self._lengths.global_batch_size
-        tokens = samples * self._config.model.seq_length
+        tokens = samples * seq_length
         return self._schedule.at(state.iteration + 1, state.consumed_samples + samples, state.consumed_tokens + tokens)
 
     def _wants_to_stop(self) -> bool:

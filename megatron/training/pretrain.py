@@ -64,8 +64,7 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
             _load_published_weights(config, engine, context)
     finite_check = None
     if not config.training.no_check_for_nan_in_loss_and_grad:
-        layout = stream.layout_of(config.model.seq_length)
-        finite_check = FiniteCheck(record, engine.module, engine.weights_not_finite, layout)
+        finite_check = FiniteCheck(record, engine.module, engine.weights_not_finite)
     losses = _build_loss_window(config)
     writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
     reporter = Reporter(config, context, writer, padded_vocab_size, stream, losses)

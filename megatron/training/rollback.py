@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from megatron.checkpointing import choose_checkpoint, load_checkpoint
 from megatron.checkpointing.train_state import TrainState
-from megatron.config import Config, global_batch_size
+from megatron.config import Config, sample_lengths
 from megatron.engine.engine import Engine
 from megatron.initialize import Context
 from megatron.monitoring.loss_window import LossWindow
@@ -58,7 +58,7 @@ class Rollback:
                 "lower --lr, or --save-interval."
             )
         world_size = self._context.parallel_state.world_size
-        saved.start(global_batch_size(self._config, world_size), self._config.model.seq_length)
+        saved.start(sample_lengths(self._config, world_size))
         first = saved.data_samples
         saved.leave_out_data_of(state)
         self._losses.forget_after(saved.iteration)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config import Config, accumulation_steps
+from megatron.core.sequence_layout import SequenceLayout
 from megatron.engine.engine import Engine
 from megatron.fpdt.stream import Stream
 from megatron.initialize import Context
@@ -35,15 +36,13 @@ class Run:
         return accumulation_steps(self.config, self.context.parallel_state.world_size)
 
 
-def forward_units(config: Config, chunk_length: int, num_microbatches: int) -> int:
+def forward_units(config: Config, layout: SequenceLayout, num_microbatches: int) -> int:
     """Count the progress reports of the forward passes over `num_microbatches` micro-batches."""
-    num_chunks = -(-config.model.seq_length // chunk_length)
-    return config.model.num_layers * num_chunks * num_microbatches
+    return config.model.num_layers * layout.num_chunks * num_microbatches
 
 
-def step_units(config: Config, stream: Stream, num_microbatches: int) -> int:
+def step_units(config: Config, layout: SequenceLayout, num_microbatches: int) -> int:
     """Count the progress reports of one step: blocks that save their activations report forward alone."""
     recomputes = config.deepspeed.deepspeed_activation_checkpointing
     passes = 2 if recomputes or config.parallel.ds_sequence_parallel_fpdt else 1
-    passes += not stream.recompute.saves_attention
-    return passes * forward_units(config, stream.chunk_length, num_microbatches)
+    return passes * forward_units(config, layout, num_microbatches)

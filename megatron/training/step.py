@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import global_batch_size
+from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.batch import Batch, ModelInputs
+from megatron.data.errors import DataError
 from megatron.monitoring.finite_check import HOW_TO_RESUME, NotFiniteError
 from megatron.monitoring.profiling import StepProfiler
 from megatron.training.rollback import Rollback
@@ -23,10 +26,12 @@ from megatron.training.run import Run, step_units
 class StepTotals:
     """What all ranks know alike of a step before they take it.
 
-    `num_tokens`, fp32 on the device, counts its unmasked tokens. `attention_share` is the share of attention that its
-    documents leave. `stop` is whether any rank wants to exit after it.
+    `seq_length` counts the tokens of each of its sequences. `num_tokens`, fp32 on the device, counts its unmasked
+    tokens. `attention_share` is the share of attention that its documents leave. `stop` is whether any rank wants to
+    exit after it.
     """
 
+    seq_length: int
     num_tokens: Tensor
     has_tokens: bool
     attention_share: float
@@ -34,18 +39,32 @@ class StepTotals:
 
     @classmethod
     def over_ranks(cls, batches: Sequence[Batch], stop: bool, run: Run) -> StepTotals:
-        """Sum up this rank's micro-batches and its wish to stop over all ranks. Collective over them."""
+        """Sum up this rank's micro-batches and its wish to stop over all ranks. Collective over them.
+
+        DataError where the sequences of the step differ in length.
+        """
         parallel = run.context.parallel_state
+        length = batches[0].seq_length
         own = torch.tensor(
-            [sum(batch.num_tokens for batch in batches), sum(batch.squared_lengths for batch in batches), stop],
+            [
+                sum(batch.num_tokens for batch in batches),
+                sum(batch.squared_lengths for batch in batches),
+                stop,
+                statistics.mean(batch.seq_length for batch in batches),
+            ],
             dtype=torch.float64,
         )
         own[:2] /= parallel.sequence_parallel_size  # every rank of a sequence counts the whole of it
         totals = own.to(run.context.device)
         dist.all_reduce(totals)
-        num_tokens, squared_lengths, num_stops = totals.tolist()
-        whole = global_batch_size(run.config, parallel.world_size) * run.config.model.seq_length**2
-        return cls(totals[0].float(), num_tokens > 0, squared_lengths / whole, num_stops > 0)
+        num_tokens, squared_lengths, num_stops, lengths = totals.tolist()
+        if lengths != length * parallel.world_size:
+            raise DataError(
+                f"the sequences of one step differ in length: {length} tokens on rank {parallel.rank}, "
+                f"{lengths / parallel.world_size:g} on average; the data of the ranks are not the same."
+            )
+        whole = global_batch_size(run.config, parallel.world_size) * length**2
+        return cls(length, totals[0].float(), num_tokens > 0, squared_lengths / whole, num_stops > 0)
 
 
 class OptimizerStep:
@@ -53,7 +72,6 @@ class OptimizerStep:
 
     def __init__(self, run: Run, rollback: Rollback, profiler: StepProfiler) -> None:
         self._run, self._rollback, self._profiler = run, rollback, profiler
-        self._num_units = step_units(run.config, run.stream, run.num_microbatches)
 
     def take(self, batches: Sequence[Batch], totals: StepTotals, learning_rate: float, state: TrainState) -> Tensor:
         """Take the step that follows `state`; return its mean token loss. Collective over all ranks.
@@ -61,10 +79,11 @@ class OptimizerStep:
         NotFiniteError where a loss or gradient is not finite, and no rollback takes it.
         """
         run, iteration = self._run, state.iteration + 1
-        run.progress.start_step(iteration, self._num_units)
+        layout = run.stream.layout_of(totals.seq_length)
+        run.progress.start_step(iteration, step_units(run.config, layout, run.num_microbatches))
         with self._profiler.step(iteration):
             loss = run.engine.train_step(
-                self._inputs(batches), totals.num_tokens, learning_rate, partial(self._check, state)
+                self._inputs(batches), totals.num_tokens, learning_rate, partial(self._check, state, layout)
             )
         run.progress.finish_step()
         dist.all_reduce(loss)
@@ -76,14 +95,14 @@ class OptimizerStep:
                 self._run.finite_check.start_microbatch(number)
             yield batch.inputs()
 
-    def _check(self, state: TrainState, loss: Tensor) -> None:
+    def _check(self, state: TrainState, layout: SequenceLayout, loss: Tensor) -> None:
         """Check loss and gradients for NaN and infinity before the step is taken. Collective over all ranks.
 
         NotFiniteError where `loss`, this rank's, or a gradient of any rank is not finite, unless the loss scaler will
         skip the step and try a smaller scale.
         """
         run = self._run
-        fault = run.finite_check.finish(loss) if run.finite_check else None
+        fault = run.finite_check.finish(loss, layout) if run.finite_check else None
         precision = run.config.precision
         is_scaled = precision.fp16 and (precision.loss_scale or run.engine.loss_scale > precision.min_loss_scale)
         if fault is None or is_scaled:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron.config.batch import global_batch_size
 from megatron.config.rules.common import Rule, Run, flag, listed, shown, value_of
+from megatron.config.sample_lengths import sample_lengths
 
 UNITS = ("iters", "samples", "tokens")
 LENGTH = tuple(f"train_{unit}" for unit in UNITS)
@@ -32,7 +32,8 @@ def training_has_a_length(run: Run) -> str | None:
 
 
 def training_is_at_least_one_batch(run: Run) -> str | None:
-    length, batch = run.config.model.seq_length, global_batch_size(run.config, run.world_size)
+    lengths = sample_lengths(run.config, run.world_size)
+    length, batch = lengths.at(0), lengths.global_batch_size
     for name, least in (("train_samples", batch), ("train_tokens", batch * length)):
         given = value_of(run.config, name)
         if given is not None and given < least:

@@ -101,6 +101,24 @@ CASES = [
         1,
         "--rope-scaling-attention-factor (1) and --rope-scaling-mscale both set the scale of attention",
     ),
+    # lengths
+    ("--seq-length-schedule 1K", 1, "(1K) must give lengths and how many iterations each is trained at, the last"),
+    ("--seq-length-schedule 512,1K", 1, "use for example 32K:1000,128K:500,1M"),
+    ("--seq-length-schedule 512:0,1K", 1, "use for example 32K:1000,128K:500,1M"),
+    ("--seq-length-schedule 512:5,1K:5", 1, "the last to the end of the training; use"),
+    (f"{SP} 4 --seq-length-schedule 510:5,1K", 4, "510 must be a multiple of --ds-sequence-parallel-size (4) above 0"),
+    (
+        "--seq-length-schedule 512:5,2K",
+        1,
+        "the longest length of --seq-length-schedule (512:5,2K) must be --seq-length (1024), for which memory is "
+        "planned and at which the run is evaluated; use --seq-length 2048, or",
+    ),
+    (
+        "--group-by-length --train-tokens 100000",
+        1,
+        "--train-tokens (100000) cannot be planned with --group-by-length, where the tokens of a step depend on the "
+        "conversations; use --train-iters or --train-samples",
+    ),
     # ranks, chunks, batch
     (f"{SP} 3", 3, "--seq-length (1024) must be a multiple of --ds-sequence-parallel-size (3), as each rank takes"),
     (f"{SP} 4", 6, "must divide the number of ranks (6); start 4 or 8 ranks, or --ds-sequence-parallel-size 1 or 2"),

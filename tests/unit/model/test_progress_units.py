@@ -15,7 +15,7 @@ def announced(config, execution, stream, num_microbatches):
     parallel = ParallelConfig(ds_sequence_parallel_fpdt=execution.fpdt)
     deepspeed = DeepSpeedConfig(deepspeed_activation_checkpointing=execution.activation_checkpointing)
     settings = SimpleNamespace(model=config, parallel=parallel, deepspeed=deepspeed)
-    return step_units(settings, stream, num_microbatches)
+    return step_units(settings, stream.layout_of(config.seq_length), num_microbatches)
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 3])

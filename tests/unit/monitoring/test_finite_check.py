@@ -50,7 +50,7 @@ def test_where_all_is_finite_nothing_is_said() -> None:
 
 
 def check_of(record: StepRecord, model: nn.Module) -> FiniteCheck:
-    return FiniteCheck(record, model, lambda: [], SequenceLayout(LENGTH, CHUNK))
+    return FiniteCheck(record, model, lambda: [])
 
 
 def say(notes: list[tuple[int, torch.Tensor]], loss: float, weight: float = 1.0, num_notes: int = 0) -> str | None:
@@ -66,7 +66,7 @@ def say(notes: list[tuple[int, torch.Tensor]], loss: float, weight: float = 1.0,
             check.start_microbatch(microbatch) if microbatch else None
             record.note("forward", "output", 3, 1, value if step else BAD)
         (model(torch.ones(1)) * weight).sum().backward()
-        said = check.finish(torch.tensor(loss))
+        said = check.finish(torch.tensor(loss), SequenceLayout(LENGTH, CHUNK))
         record.note("forward", "output", 4, 0, BAD)  # of an evaluation
     return said
 

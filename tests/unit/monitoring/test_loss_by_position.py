@@ -37,7 +37,13 @@ def evaluate_rank(case: Case) -> tuple[float, list[Bucket]]:
     model.load_state_dict(random_state(model_config(case), PADDED_VOCAB_SIZE, seed=3))
     positions = layout.owned_positions(parallel_state.sequence_parallel_rank)
     inputs = local_inputs(case, parallel_state.data_parallel_rank, positions)
-    batch = Batch(*inputs, Documents(case.documents) if case.documents else None, num_tokens=0, squared_lengths=0)
+    batch = Batch(
+        *inputs,
+        Documents(case.documents) if case.documents else None,
+        num_tokens=0,
+        squared_lengths=0,
+        seq_length=LENGTH,
+    )
     by_position = LossByPosition(EDGES, case.sequence_length, model.execution.stream, token_losses)
     three_tokens = PADDED_VOCAB_SIZE * BATCH * 3
     with torch.no_grad(), mock.patch.object(loss_module, "TILE_LOGITS", three_tokens):
@@ -92,6 +98,8 @@ def test_without_buckets_evaluation_is_as_it_was(ranks):
     assert edges(None, 16) == []
     model, *_ = build(Case())
     nothing = LossByPosition([], LENGTH, model.execution.stream, TokenLosses())
-    batch = Batch(*local_inputs(Case(), 0, torch.arange(LENGTH)), None, num_tokens=0, squared_lengths=0)
+    batch = Batch(
+        *local_inputs(Case(), 0, torch.arange(LENGTH)), None, num_tokens=0, squared_lengths=0, seq_length=LENGTH
+    )
     assert nothing.evaluate(batch, lambda inputs: inputs) == batch.inputs()
     assert nothing.buckets() == []

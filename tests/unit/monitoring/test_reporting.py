@@ -65,7 +65,7 @@ def iterate(reporter, state, losses):
     for loss in losses:
         state.advance(2, 1024)
         reporter._losses.add(state.iteration, torch.tensor(loss))
-        reporter.count_step(1.0)
+        reporter.count_step(64, 1.0)
 
 
 def test_losses_before_an_evaluation_count_and_its_time_does_not(clock, caplog):

@@ -4,6 +4,7 @@ import pytest
 
 from megatron.arguments import parse_args
 from megatron.checkpointing.train_state import TrainState
+from megatron.config import SampleLengths, sample_lengths
 from megatron.training.lengths import Lengths
 from tests.unit.config.commands import GPT
 
@@ -13,7 +14,7 @@ ROLLBACKS = "--rollback-on-loss-spike 3 --save x --save-interval 2 --loss-spike-
 def consumed(left_out: int = 0, rollbacks: int = 0) -> TrainState:
     """The counters after five steps of four samples of 1024 tokens."""
     state = TrainState()
-    state.start(4, 1024)
+    state.start(SampleLengths.constant(4, 1024))
     for _ in range(5):
         state.advance(4, 1024)
     state.left_out_samples, state.rollbacks = left_out, rollbacks
@@ -23,7 +24,7 @@ def consumed(left_out: int = 0, rollbacks: int = 0) -> TrainState:
 
 def plan(flags: str, state: TrainState) -> tuple[Lengths, tuple[int, int, int]]:
     config = parse_args([*GPT, *flags.split()])
-    state.start(config.training.global_batch_size or 1, config.model.seq_length)
+    state.start(sample_lengths(config, 1))
     lengths = Lengths.of(config, 1, state)
     return lengths, lengths.num_samples(config, state)
 
@@ -102,3 +103,36 @@ def test_what_is_left_is_said_in_one_line() -> None:
     assert lengths.left(state) == (
         "--train-samples (23) leaves 0 iterations of 4 samples; consumed so far: 5 iterations, 20 samples, 20480 tokens"
     )
+
+
+@pytest.mark.parametrize(
+    "budget, iterations",
+    [
+        ("--train-iters 10", 10),
+        ("--train-samples 43", 10),
+        ("--train-tokens 2047", 5),  # 3 steps of 4 x 64 tokens, then 2 of 4 x 128, then of 4 x 1024
+        ("--train-tokens 767", 2),
+        ("--train-tokens 768", 3),
+        ("--train-tokens 1279", 3),
+        ("--train-tokens 1280", 4),
+        ("--train-tokens 10000", 7),
+    ],
+)
+def test_budgets_of_a_schedule(budget: str, iterations: int) -> None:
+    flags = f"{budget} --global-batch-size 4 --seq-length-schedule 64:3,128:2,1K"
+    lengths, _ = plan(flags, TrainState())
+    assert lengths.iterations == iterations
+
+
+def test_the_course_of_a_schedule_goes_on_from_any_of_its_steps() -> None:
+    """So that a warm-up in tokens ends where it would have without the break."""
+    flags = "--train-iters 20 --global-batch-size 4 --seq-length-schedule 64:3,128:2,1K"
+    state = TrainState()
+    courses = []
+    for _ in range(8):
+        lengths, _ = plan(flags, state)
+        courses.append([lengths.course.convert(n, "iters", "tokens") for n in range(10)])
+        state.enter(length := lengths.samples.at(state.data_samples))
+        state.advance(4, length)
+    expected = [0, 256, 512, 768, 1280, 1792, 5888, 9984, 14080, 18176]
+    assert courses == [expected] * 8

@@ -1,0 +1,100 @@
+"""Lengths of the training samples in the order in which they are read: one length, phases, or groups of one length.
+
+A phase is a span of samples, not of iterations: what a rollback leaves out counts too, so that the phases, and with
+them the samples, do not depend on how a run went.
+
+    --seq-length-schedule 32K:1000,128K:500,1M, four sequences per step
+
+    samples    0 ------------ 4000 ------------ 6000 ...
+    length         32768             131072            1048576
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from megatron.config.batch import global_batch_size
+from megatron.config.config import Config
+from megatron.config.errors import ConfigError
+
+Phase = tuple[int, int]  # first sample, tokens per sample
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20}
+_PHASE = re.compile(r"(\d+)([KM]?)(?::(\d+))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class SampleLengths:
+    """The phases of a run and its global batch.
+
+    With `is_grouped` the batches of the data have lengths of their own, which at most reach the one phase's.
+    """
+
+    phases: tuple[Phase, ...]
+    global_batch_size: int
+    is_grouped: bool = False
+
+    @classmethod
+    def constant(cls, global_batch_size: int, seq_length: int) -> SampleLengths:
+        """Return the lengths of a run whose samples are all of one length."""
+        return cls(((0, seq_length),), global_batch_size)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether there are several phases."""
+        return len(self.phases) > 1
+
+    @property
+    def vary(self) -> bool:
+        """Whether steps may differ in length."""
+        return self.is_scheduled or self.is_grouped
+
+    def at(self, sample: int) -> int:
+        """Return the length of a sample; of a group the longest."""
+        return self.phases[self._phase(sample)][1]
+
+    def after(self, sample: int) -> tuple[Phase, ...]:
+        """Return the phases that begin after a sample."""
+        return self.phases[self._phase(sample) + 1 :]
+
+    def until(self, sample: int) -> tuple[tuple[Phase, ...], int | None]:
+        """Return the phases begun before or at a sample, and where the last of them ends: what their order follows."""
+        following = self.after(sample)
+        return self.phases[: len(self.phases) - len(following)], following[0][0] if following else None
+
+    def _phase(self, sample: int) -> int:
+        return bisect_right([first for first, _ in self.phases], sample) - 1
+
+
+def sample_lengths(config: Config, world_size: int) -> SampleLengths:
+    """Return the lengths of the training samples of a run."""
+    batch, schedule = global_batch_size(config, world_size), config.training.seq_length_schedule
+    if schedule is None:
+        return SampleLengths(((0, config.model.seq_length),), batch, config.finetuning.group_by_length)
+    phases, first = [], 0
+    for length, iterations in parse_schedule(schedule):
+        phases.append((first, length))
+        first += (iterations or 0) * batch
+    return SampleLengths(tuple(phases), batch)
+
+
+def parse_schedule(text: str) -> list[tuple[int, int | None]]:
+    """Return (tokens, iterations) of each phase of a --seq-length-schedule; None iterations, of the last, are the rest.
+
+    Raises:
+        ConfigError: the text is no schedule.
+    """
+    phases = [_PHASE.fullmatch(word.strip()) for word in text.split(",")]
+    *others, last = [phase and (phase[3] is not None and int(phase[3]) > 0) for phase in phases]
+    if not others or last is not False or not all(others):
+        raise ConfigError(
+            f"--seq-length-schedule ({text}) must give lengths and how many iterations each is trained at, the last "
+            "to the end of the training; use for example 32K:1000,128K:500,1M"
+        )
+    return [
+        (int(phase[1]) * _UNITS[phase[2].upper()], int(phase[3]) if phase[3] else None)
+        for phase in phases
+        if phase is not None
+    ]
