@@ -68,7 +68,10 @@ def provide_source(config: Config, vocabulary: Vocabulary, lengths: SampleLength
             return sample
         return replace(sample, tokens=CheckedTokens(sample.tokens, vocabulary.padded_size))
 
-    return SampleSource(lambda num_samples: build_packed_datasets(config, tokenizer, num_samples), within_vocabulary)
+    return SampleSource(
+        lambda num_samples: build_packed_datasets(config, tokenizer, num_samples, lengths.global_batch_size),
+        within_vocabulary,
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,34 @@ from megatron.data.splits import PART_NAMES, parse_split, split_documents
 from megatron.data.tokens import read_pieces
 from megatron.finetuning.chat_template import find_template
 from megatron.finetuning.encoding import ConversationEncoder
+from megatron.finetuning.grouped_dataset import GroupedDataset, bucket_lengths
 from megatron.finetuning.packing import pack
 from megatron.finetuning.token_cache import StoredConversation, TokenCache, tokenized, tokenizer_fingerprint
 from megatron.tokenizer import Tokenizer
 
 PACKING_STREAM = SAMPLE_STREAM + 1
 LOG = logging.getLogger("megatron")
+
+
+class SampleSequence(Protocol):
+    """A fixed number of samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class PartSettings:
+    """What a part of the data is built from besides its conversations: `padding` is the id that fills up a sequence.
+
+    With `group_size`, as many samples after each other are of one length.
+    """
+
+    name: str
+    num_samples: int
+    padding: int
+    group_size: int | None
 
 
 @dataclass(frozen=True)
@@ -126,6 +148,13 @@ class PackedDataset:
         tokens = PackedTokens(conversations, np.append(bounds, self._seq_length + 1), self._padding)
         return Sample(tokens, np.concatenate(loss_spans), tuple(documents))
 
+    def keep(self, num_sequences: int) -> npt.NDArray[np.int64]:
+        """Keep the first sequences of an epoch only; return the conversations of the others."""
+        left = self.packing.samples[self.packing.bounds[num_sequences] :]
+        self.packing = self.packing.first(num_sequences)
+        self._order = (0, self._order_of(0))
+        return left
+
     def _sequence(self, index: int) -> int:
         epoch, place = divmod(index, len(self.packing))
         order = self._order
@@ -137,16 +166,18 @@ class PackedDataset:
         return epoch_random(self._seed, epoch, SAMPLE_STREAM).permutation(len(self.packing))
 
 
-PackedDatasets = tuple[PackedDataset | None, PackedDataset | None, PackedDataset | None]
+PackedDatasets = tuple[SampleSequence | None, SampleSequence | None, SampleSequence | None]
 
 
-def build_packed_datasets(config: Config, tokenizer: Tokenizer, num_samples: tuple[int, int, int]) -> PackedDatasets:
+def build_packed_datasets(
+    config: Config, tokenizer: Tokenizer, num_samples: tuple[int, int, int], global_batch_size: int
+) -> PackedDatasets:
     """Build the training, validation and test parts: shares of --data-path, or files of their own.
 
-    A part is None if no samples of it are requested, or if it is for evaluation and has no conversations. Raises
-    DataError.
+    With --group-by-length, the training samples of each global batch are of one length. A part is None if no samples
+    of it are requested, or if it is for evaluation and has no conversations. Raises DataError.
     """
-    data = config.data
+    data, group_size = config.data, global_batch_size if config.finetuning.group_by_length else None
     encoder = ConversationEncoder(tokenizer, find_template(config.tokenizer, config.finetuning.chat_template))
     if data.data_path:
         whole = _open(data.data_path, config, encoder)
@@ -157,7 +188,7 @@ def build_packed_datasets(config: Config, tokenizer: Tokenizer, num_samples: tup
         ]
         sources = [(conversations, range(len(conversations))) for conversations in given]
     train, valid, test = (
-        _build_part(config, tokenizer.eod, name, conversations, part, count)
+        _build_part(PartSettings(name, count, tokenizer.eod, group_size), config, conversations, part)
         for name, (conversations, part), count in zip(PART_NAMES, sources, num_samples, strict=True)
     )
     return train, valid, test
@@ -172,18 +203,51 @@ def _open(paths: Sequence[str], config: Config, encoder: ConversationEncoder) ->
 
 
 def _build_part(
-    config: Config, padding: int, name: str, conversations: Conversations, part: range, num_samples: int
-) -> PackedDataset | None:
+    settings: PartSettings, config: Config, conversations: Conversations, part: range
+) -> SampleSequence | None:
+    name, num_samples = settings.name, settings.num_samples
     if not num_samples or (name != "train" and not part):
         return None
-    length = config.model.seq_length
+    length, seed = config.model.seq_length, config.training.seed
     chosen = choose(conversations, part, length, config.finetuning.long_samples, name)
-    dataset = PackedDataset(conversations, chosen, num_samples, length, config.training.seed, padding)
+    if name == "train" and settings.group_size is not None:
+        buckets = _buckets(settings, config, conversations, chosen)
+        return GroupedDataset(buckets, settings.group_size, num_samples, seed)
+    dataset = PackedDataset(conversations, chosen, num_samples, length, seed, settings.padding)
     LOG.info(
         "%s data: %d conversations in %d sequences an epoch, %.1f %% padding",
         name, len(chosen), len(dataset.packing), 100 * dataset.padding_share,
     )  # fmt: skip
     return dataset
+
+
+def _buckets(
+    settings: PartSettings, config: Config, conversations: Conversations, chosen: npt.NDArray[np.int64]
+) -> list[PackedDataset]:
+    """Pack each conversation into sequences of the shortest length that holds it.
+
+    Sequences beyond the last whole batch are packed again into the next length, so that none waits for later epochs.
+    """
+    assert settings.group_size is not None
+    # An epoch may read any of its samples first.
+    num_samples = settings.num_samples + len(chosen)
+    seed, inputs = config.training.seed, conversations.lengths - 1
+    longest, ranks = config.model.seq_length, config.parallel.ds_sequence_parallel_size
+    lengths = bucket_lengths(longest, min(int(inputs[chosen].max()), longest), ranks)
+    buckets, left, shorter = list[PackedDataset](), np.empty(0, np.int64), 0
+    for length in lengths:
+        upper = np.inf if length == lengths[-1] else length
+        own = chosen[(inputs[chosen] > shorter) & (inputs[chosen] <= upper)]
+        members, shorter = np.concatenate((left, own)), length
+        if not len(members):
+            continue
+        bucket = PackedDataset(conversations, members, num_samples, length, seed, settings.padding)
+        if length != lengths[-1]:
+            left = bucket.keep(len(bucket.packing) // settings.group_size * settings.group_size)
+        if len(bucket.packing):
+            buckets.append(bucket)
+            LOG.info("%s data: %d sequences of %d tokens an epoch", settings.name, len(bucket.packing), length)
+    return buckets
 
 
 def choose(

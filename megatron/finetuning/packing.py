@@ -30,6 +30,10 @@ class Packing:
         """Return the samples of a sequence, in order."""
         return self.samples[self.bounds[index] : self.bounds[index + 1]]
 
+    def first(self, num_sequences: int) -> Packing:
+        """Return the first sequences alone."""
+        return Packing(self.samples[: self.bounds[num_sequences]], self.bounds[: num_sequences + 1])
+
 
 def pack(lengths: npt.NDArray[np.int64], order: npt.NDArray[np.int64], capacity: int) -> Packing:
     """Pack the samples `order` into sequences of `capacity` tokens.

@@ -1,6 +1,7 @@
 """Fine-tuning on conversations: however a run is executed, packed or not, the answers' losses are the same."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,10 +75,29 @@ def test_packed_conversations_have_loss_and_gradients_of_those_alone(tmp_path: P
     flags = [*FLAGS, *MODELS["llama"], *execution, "--train-data-path", str(path), "--train-iters", "1"]
     packed = train([*flags, "--global-batch-size", "4"], tmp_path / "packed", script=SCRIPT)
     alone = train([*flags, "--seq-length", "17", "--global-batch-size", "16"], tmp_path / "alone", script=SCRIPT)
+    grouped = ["--group-by-length", "--global-batch-size", "16"]
+    of_16_tokens = train([*flags, *grouped], tmp_path / "grouped", script=SCRIPT)
+    assert "16 sequences of 16 tokens an epoch" in of_16_tokens.output
     assert "16 conversations in 4 sequences an epoch, 9.2 % padding" in packed.output
     assert "16 conversations in 16 sequences" in alone.output
-    assert packed.losses[1] == pytest.approx(alone.losses[1], rel=1e-6)
-    assert packed.grad_norms[1] == pytest.approx(alone.grad_norms[1], rel=1e-5)
+    for run in (packed, of_16_tokens):
+        assert run.losses[1] == pytest.approx(alone.losses[1], rel=1e-6)
+        assert run.grad_norms[1] == pytest.approx(alone.grad_norms[1], rel=1e-5)
+
+
+def test_grouped_steps_have_lengths_of_their_own_on_any_ranks_and_after_a_break(
+    conversations: Path, tmp_path: Path
+) -> None:
+    flags = [*FLAGS, *MODELS["llama"], *OFFLOADED, "--group-by-length", "--train-iters", "6"]
+    flags += ["--train-data-path", str(conversations), "--global-batch-size", "2", "--deterministic-mode"]
+    saved, half = str(tmp_path / "saved"), ["--exit-interval", "3"]
+    alone = train(flags, tmp_path / "alone", script=SCRIPT)
+    whole = train([*flags, *ranks(2, 3)], tmp_path / "whole", 2, script=SCRIPT)
+    first = train([*flags, *ranks(2, 3), "--save", saved, *half], tmp_path / "first", 2, script=SCRIPT)
+    second = train([*flags, *ranks(2, 3), "--load", saved], tmp_path / "second", 2, script=SCRIPT)
+    assert len(set(re.findall(r"sequence length: +(\d+)", whole.output))) > 1
+    assert first.losses | second.losses == whole.losses
+    assert losses_of(whole) == pytest.approx(losses_of(alone), rel=2e-5)
 
 
 def test_a_run_that_is_resumed_in_a_later_epoch_takes_the_samples_that_it_would_have(
