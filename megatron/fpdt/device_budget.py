@@ -45,7 +45,7 @@ class DeviceUse:
     """Bytes of chunks on the device, by kind, within a budget."""
 
     def __init__(self, budget: DeviceBudget) -> None:
-        self._budget = budget
+        self.budget = budget
         self._bytes = dict.fromkeys(ChunkKind, 0)
 
     @property
@@ -54,13 +54,13 @@ class DeviceUse:
 
     def room_bytes(self, kind: ChunkKind) -> int:
         """Return the room of the budget, without what is reserved for kinds that gain more and is not in use yet."""
-        reserved = self._budget.reserved_bytes
+        reserved = self.budget.reserved_bytes
         kept = sum(max(reserved.get(other, 0) - self._bytes[other], 0) for other in ChunkKind if other < kind)
-        return self._budget.total_bytes - self.total_bytes - kept
+        return self.budget.total_bytes - self.total_bytes - kept
 
     def has_room(self, num_bytes: int, kind: ChunkKind) -> bool:
         """Whether the budget has room for a tensor of a kind."""
-        return num_bytes <= self._budget.total_bytes and num_bytes <= self.room_bytes(kind)
+        return num_bytes <= self.budget.total_bytes and num_bytes <= self.room_bytes(kind)
 
     def add(self, num_bytes: int, kind: ChunkKind) -> None:
         self._bytes[kind] += num_bytes

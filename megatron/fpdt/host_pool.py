@@ -35,13 +35,14 @@ class HostMemoryError(MemoryError):
 class _Slab:
     """An anonymous memory map; a pinned one is unpinned before its addresses are freed."""
 
-    def __init__(self, num_bytes: int, pinned: bool) -> None:
+    def __init__(self, num_bytes: int, pinned: bool, length: int) -> None:
         self.memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # kernels built without huge pages
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.memory.madvise(mmap.MADV_DONTFORK)  # a child process would get copies of pinned pages
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.num_bytes = num_bytes
+        self.length = length
         if pinned:
             _touch(self.address, num_bytes)
             _register(self.address, num_bytes)
@@ -49,11 +50,16 @@ class _Slab:
 
 
 class HostPool:
-    """Host buffers by size in bytes, each used by one tensor at a time."""
+    """Host buffers by size in bytes, each used by one tensor at a time.
+
+    `length` is that of the sequences whose chunks are stored now. A buffer that was allocated at another length also
+    holds smaller tensors. At one length each size has buffers of its own, so that no tensor takes that of a larger one.
+    """
 
     def __init__(self, pinned: bool, budget_bytes: int | None = None) -> None:
         self.pinned = pinned
         self.budget_bytes = budget_bytes
+        self.length = 0
         self.allocated_bytes = 0
         self.used_bytes = 0
         self.peak_used_bytes = 0
@@ -68,12 +74,12 @@ class HostPool:
             return torch.empty(shape, dtype=dtype)
         num_bytes = num_elements * dtype.itemsize
         free = self._free.setdefault(num_bytes, [])
-        slab = free.pop() if free else self._allocate(num_bytes)
+        slab = free.pop() if free else self._left_by_another_length(num_bytes) or self._allocate(num_bytes)
         self.used_bytes += num_bytes
         self.peak_used_bytes = max(self.peak_used_bytes, self.used_bytes)
         # The storage references this view of the slab: when the last tensor on the storage goes, so does the view.
         view = memoryview(slab.memory)
-        weakref.finalize(view, self._release, slab).atexit = False
+        weakref.finalize(view, self._release, slab, num_bytes).atexit = False
         return torch.frombuffer(view, dtype=dtype, count=num_elements).view(shape)
 
     def owns(self, tensor: Tensor) -> bool:
@@ -84,8 +90,17 @@ class HostPool:
         position = bisect_right(self._addresses, (address, 1 << 64)) - 1
         return position >= 0 and address < self._addresses[position][1]
 
-    def _release(self, slab: _Slab) -> None:
-        self.used_bytes -= slab.num_bytes
+    def _left_by_another_length(self, num_bytes: int) -> _Slab | None:
+        """Take the smallest free slab of another length that holds so many bytes, if there is one."""
+        for size in sorted(size for size in self._free if size > num_bytes):
+            slabs = self._free[size]
+            for index, slab in enumerate(slabs):
+                if slab.length != self.length:
+                    return slabs.pop(index)
+        return None
+
+    def _release(self, slab: _Slab, num_bytes: int) -> None:
+        self.used_bytes -= num_bytes
         self._free[slab.num_bytes].append(slab)
 
     def _allocate(self, num_bytes: int) -> _Slab:
@@ -96,7 +111,7 @@ class HostPool:
                 f"{_gib(self.budget_bytes)} GiB (--ds-sequence-parallel-fpdt-host-memory); {_SHRINK}."
             )
         try:
-            slab = _Slab(num_bytes, self.pinned)
+            slab = _Slab(num_bytes, self.pinned, self.length)
         except OSError as error:
             raise HostMemoryError(
                 f"the machine refused {_gib(num_bytes)} GiB of host memory "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -18,6 +18,7 @@ from megatron.core.head_layout import HeadLayout, RowShare
 from megatron.core.parallel_state import ParallelState
 from megatron.core.ranges import named_range
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.device_budget import NO_DEVICE_MEMORY, DeviceBudget
 from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
 from megatron.ops.attention import AttentionBackend, AttentionVariant
@@ -65,14 +66,23 @@ class Layer(Protocol):
 
 
 @dataclass(frozen=True)
+class Saving:
+    """What sequences of one length save for backward, and the memory of the device that their chunks may use."""
+
+    recompute: Recompute
+    checkpoint_interval: int
+    device_budget: DeviceBudget
+
+
+@dataclass(eq=False)
 class Stream:
     """How chunks are executed. `chunk_length` counts global tokens, `slice_length` this rank's.
 
     With several ranks, `heads` are those of every layer. Token-wise work on a chunk runs in slices, so that the widest
     activation (the MLP's) is bounded independently of the chunk. The input of every `checkpoint_interval`-th block is
-    saved for backward; `recompute` says which of a block's matrix products are recomputed there. Within
-    `whole_parameters`, partitioned parameters are gathered, even if their block is neither in its forward nor in its
-    backward pass. The `observer` sees the values that are computed.
+    saved for backward; `recompute` says which of a block's matrix products are recomputed there. Sequences of a length
+    in `by_length` have their own of both. Within `whole_parameters`, partitioned parameters are gathered, even if their
+    block is neither in its forward nor in its backward pass. The `observer` sees the values that are computed.
     """
 
     store: ChunkStore
@@ -85,6 +95,22 @@ class Stream:
     recompute: Recompute = Recompute.ALL
     observer: Observer = field(default_factory=Observer)
     whole_parameters: WholeParameters = already_whole
+    by_length: Mapping[int, Saving] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        budget = self.store.device_tier.budget or NO_DEVICE_MEMORY
+        self._otherwise = Saving(self.recompute, self.checkpoint_interval, budget)
+
+    def begin_sequence(self, sequence_length: int) -> None:
+        """Save what sequences of this length save, until one of another length begins."""
+        saving = self.saving_at(sequence_length)
+        self.recompute, self.checkpoint_interval = saving.recompute, saving.checkpoint_interval
+        self.store.device_tier.limit(saving.device_budget)
+        self.store.pool.length = sequence_length
+
+    def saving_at(self, sequence_length: int) -> Saving:
+        """Return what sequences of this length save."""
+        return self.by_length.get(sequence_length, self._otherwise)
 
     def chunk(self, phase: str, layer_number: int, chunk: int) -> AbstractContextManager[object]:
         """Report that work on a chunk begins; return a named range of the profiler that ends with it."""
@@ -162,7 +188,7 @@ class Stream:
         return enumerate(slice(start, start + self.slice_length) for start in starts)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _layout(sequence_length: int, chunk_length: int, sequence_parallel_size: int) -> SequenceLayout:
     """Build a layout once, for all blocks and steps."""
     return SequenceLayout(sequence_length, min(chunk_length, sequence_length), sequence_parallel_size)

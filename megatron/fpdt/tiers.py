@@ -55,8 +55,18 @@ class DeviceTier:
     """Chunks that are stored on the compute device itself; only with a budget are their bytes counted."""
 
     def __init__(self, device: torch.device, budget: DeviceBudget | None = None) -> None:
-        self._device, self.budget = device, budget
+        self._device = device
         self._use = None if budget is None else DeviceUse(budget)
+
+    @property
+    def budget(self) -> DeviceBudget | None:
+        """The budget of the next chunks."""
+        return None if self._use is None else self._use.budget
+
+    def limit(self, budget: DeviceBudget) -> None:
+        """Give the next chunks another budget, in which those stored so far count."""
+        if self._use is not None:
+            self._use.budget = budget
 
     @property
     def used_bytes(self) -> int:

@@ -42,6 +42,7 @@ def stream_embedding(
 
     `anchor` is a scalar whose gradient, zero, arrives when the backward pass of the embedding is over.
     """
+    stream.begin_sequence(stream.layout(tokens_BS.T).sequence_length)
     parameters = [p for p in module.parameters() if p.requires_grad]
     save = torch.is_grad_enabled()
     return _StreamedEmbedding.apply(stream, module, tokens_BS, positions_BS, save, anchor, *parameters)

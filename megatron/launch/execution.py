@@ -9,7 +9,8 @@ from math import ceil
 import torch
 import torch.distributed as dist
 
-from megatron.config import Config, ConfigError, Recompute, default_chunk, offloads
+from megatron.config import Config, ConfigError, Recompute, default_chunk, offloads, sample_lengths
+from megatron.finetuning.grouped_dataset import bucket_lengths
 from megatron.fpdt.memory_model import (
     StreamShape,
     TierBudget,
@@ -17,6 +18,7 @@ from megatron.fpdt.memory_model import (
     least_bytes,
     longest_sequence,
 )
+from megatron.fpdt.stream import Saving
 from megatron.initialize import Context
 from megatron.model.builder import Execution
 from megatron.model.layers import attention_request, has_short_tiles, head_layout
@@ -67,8 +69,12 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
     if streaming is None:
         return plain
     shape, recompute, interval = _shape(config, context, streaming), streaming.recompute, streaming.checkpoint_interval
+    by_length = dict[int, Saving]()
     if offloading:
         _check_host_memory(shape, streaming, host_memory, config, device_is_full=plan is not None)
+        host_left = host_memory - shape.host_bytes(streaming.device_bytes, interval, recompute)
+        for length in _shorter_lengths(config, context.parallel_state.world_size):
+            by_length[length], host_left = _saving_at(length, streaming, plan, host_left, config, context)
     return replace(
         plain,
         fpdt=True,
@@ -78,7 +84,51 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
         host_memory_bytes=host_memory,
         checkpoint_interval=interval,
         recompute=recompute,
+        by_length=by_length,
     )
+
+
+def _shorter_lengths(config: Config, world_size: int) -> list[int]:
+    """Return the lengths of steps below --seq-length, the longest first."""
+    lengths, longest = sample_lengths(config, world_size), config.model.seq_length
+    if lengths.is_grouped:
+        return bucket_lengths(longest, longest, config.parallel.ds_sequence_parallel_size)[-2::-1]
+    return sorted({length for _, length in lengths.phases} - {longest}, reverse=True)
+
+
+def _saving_at(
+    length: int, longest: _Streaming, plan: Plan | None, host_left: int, config: Config, context: Context
+) -> tuple[Saving, int]:
+    """Choose what steps of a length save and keep on the GPU; return it, and the host memory that is then left.
+
+    What the longest steps save, shorter ones may save in the same memory. More is saved where there is host memory left
+    beside that, so that no step has to free the memory of another length.
+    """
+    at_length = replace(config, model=replace(config.model, seq_length=length))
+    if plan is None:
+        streaming = _unplanned(at_length, context, host_left)
+    else:
+        job = plan.job.at(length, min(longest.chunk_size, length))
+        solved = fastest(plan.with_job(job), replace(Open.of(config), chunk=False, plain=False))
+        streaming = longest if solved is None else _streaming_of(solved)
+    streaming = replace(_of_first_rank(streaming, context) or longest, chunk_size=longest.chunk_size)
+    shape = _shape(at_length, context, streaming)
+    needed = shape.host_bytes(streaming.device_bytes, streaming.checkpoint_interval, streaming.recompute)
+    if needed > host_left:
+        streaming = replace(longest, device_bytes=streaming.device_bytes)
+        needed = 0
+    recompute, interval = streaming.recompute, streaming.checkpoint_interval
+    context.log.info(
+        "steps of %d tokens: %.3g GiB of chunks may stay on the GPU, checkpoint interval %d, recompute %s",
+        length, streaming.device_bytes / GIB, interval, recompute,
+    )  # fmt: skip
+    budget = shape.device_budget(streaming.device_bytes, interval, recompute)
+    return Saving(recompute, interval, budget), host_left - needed
+
+
+def _streaming_of(plan: Plan) -> _Streaming:
+    job, memory = plan.job, plan.memory
+    return _Streaming(job.chunk_length, job.device_memory_bytes, memory.recompute, memory.checkpoint_interval)
 
 
 def _unplanned(config: Config, context: Context, host_memory: int) -> _Streaming:
@@ -110,12 +160,7 @@ def _planned(plan: Plan, config: Config, context: Context) -> _Streaming | None:
         check_gpu_memory(solved)
     for line in execution_lines(solved, choices):
         context.log.info(line)
-    job, memory = solved.job, solved.memory
-    streaming = None
-    if job.streamed:
-        device_bytes = job.device_memory_bytes
-        streaming = _Streaming(job.chunk_length, device_bytes, memory.recompute, memory.checkpoint_interval)
-    return _of_first_rank(streaming, context)
+    return _of_first_rank(_streaming_of(solved) if solved.job.streamed else None, context)
 
 
 def _of_first_rank(streaming: _Streaming | None, context: Context) -> _Streaming | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.device_budget import NO_DEVICE_MEMORY, DeviceBudget
 from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
-from megatron.fpdt.stream import SLICE_LENGTH, Stream, WholeParameters, already_whole
+from megatron.fpdt.stream import SLICE_LENGTH, Saving, Stream, WholeParameters, already_whole
 from megatron.model.initialization import Initialization
 from megatron.model.layers import attention_request, has_short_tiles, head_layout
 from megatron.model.plain import PlainExecution
@@ -28,6 +29,7 @@ class Execution:
     `device_budget` and `host_memory_bytes` are the memory that FPDT's chunks may use with offloading: the device first,
     then the host. `recompute` is that of FPDT's blocks; `activation_checkpointing` and `checkpoint_in_cpu` apply
     without FPDT. `documents` means that batches may hold documents that do not attend to each other.
+    `by_length` says the same of sequences of other lengths, of what is saved and of `device_budget`.
     `slice_length` counts the tokens of a rank that token-wise work runs on together. `observer` and `whole_parameters`
     are what the run gives the stream.
     """
@@ -43,6 +45,7 @@ class Execution:
     checkpoint_in_cpu: bool = False
     documents: bool = False
     slice_length: int = SLICE_LENGTH
+    by_length: Mapping[int, Saving] = field(default_factory=dict)
     observer: Observer = field(default_factory=Observer, compare=False)
     whole_parameters: WholeParameters = already_whole
 
@@ -88,6 +91,7 @@ def execution_on(
         execution.recompute,
         execution.observer,
         execution.whole_parameters,
+        execution.by_length,
     )
     if execution.fpdt:
         return StreamedExecution(stream)

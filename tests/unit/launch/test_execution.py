@@ -58,6 +58,22 @@ def test_with_little_host_memory_kv_are_recomputed_before_block_inputs_and_these
     assert (execution.checkpoint_interval > 1) is rebuilds_inputs
 
 
+def test_shorter_steps_save_more_where_the_host_has_room_beside_the_longest():
+    flags = ["--seq-length-schedule", "64K:5,16K:5,256K"]
+    for host_gib, of_longest, at_64k, at_16k in (
+        (60, "all", "all", "none"),
+        (38, "kv", "kv", "all"),
+        (36, *["kv"] * 3),
+    ):
+        execution = choose(*flags, host_gib=host_gib)
+        chosen = {length: str(saving.recompute) for length, saving in execution.by_length.items()}
+        assert (str(execution.recompute), chosen) == (of_longest, {65536: at_64k, 16384: at_16k}), host_gib
+        assert all(saving.checkpoint_interval == 1 for saving in execution.by_length.values())
+    grouped = choose("--group-by-length", host_gib=1000)
+    assert sorted(grouped.by_length) == [2**k for k in range(12, 18)]
+    assert choose(host_gib=1000).by_length == {}
+
+
 def test_heads_that_the_ranks_do_not_divide_are_logged(caplog):
     with caplog.at_level("INFO"):
         choose("--ds-sequence-parallel-size", "32", host_gib=1000)
@@ -178,6 +194,13 @@ def test_device_memory_is_as_asked_or_what_the_gpu_has_free(choose_on, caplog, g
     assert chosen.device_budget.total_bytes > 50 * GIB
     assert "tokens, chosen" in caplog.text
     assert "GiB   all of them, chosen" in caplog.text
+
+
+def test_the_gpu_stores_more_of_shorter_steps(choose_on):
+    execution = choose_on(GPUS["H200"], "--seq-length-schedule", "64K:5,256K", host_gib=60)
+    (at_64k,) = execution.by_length.values()
+    assert at_64k.device_budget.total_bytes > execution.device_budget.total_bytes > 50 * GIB
+    assert (at_64k.recompute, at_64k.checkpoint_interval) == (Recompute.NONE, 1)
 
 
 def test_two_million_tokens_of_an_8b_fit_four_h200_with_503_gib(choose_on):
