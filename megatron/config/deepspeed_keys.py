@@ -152,7 +152,7 @@ DEEPSPEED_KEYS: Keys = {
     "comet": refused("give --tensorboard-dir or --wandb-project"),
     "compile": refused(HERE),
     "compression_training": refused(REMOVED),
-    "curriculum_learning": refused(HERE),
+    "curriculum_learning": refused("give --seq-length-schedule, which reads the tokens that a truncated sample loses"),
     "data_efficiency": refused(HERE),
     "dataloader_drop_last": refused(HERE),
     "datastates_ckpt": refused(HERE),

@@ -243,7 +243,11 @@ REFUSED = (
     ),
     *_refused("the batch size is constant here", "rampup-batch-size", advice="use --global-batch-size alone"),
     *_refused("no tokens are dropped here", "random-ltd"),
-    *_refused("there is no curriculum here", "data-efficiency-curriculum-learning", "curriculum-learning"),
+    *_refused(
+        "no curriculum truncates samples here",
+        *("data-efficiency-curriculum-learning", "curriculum-learning", "curriculum-learning-legacy"),
+        advice="use --seq-length-schedule, which cuts the data to the length of each step and reads all of it",
+    ),
     *_refused(
         "this program trains", "skip-train", "inference", "ds-inference", advice="use tools/eval_long_context.py"
     ),
