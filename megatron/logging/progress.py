@@ -5,7 +5,8 @@ On a terminal, a bar that is redrawn a few times a second; elsewhere an occasion
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TextIO
 
 _REDRAW_SECONDS = 0.1
@@ -13,11 +14,25 @@ _BAR_WIDTH = 24
 _ERASE_LINE = "\r\x1b[2K"
 
 
+@dataclass(frozen=True)
+class StepWork:
+    """The work of a step, and that of one chunk of a layer in a forward and in a backward pass; without them, 1."""
+
+    total: float
+    forward: Sequence[float] = ()
+    backward: Sequence[float] = ()
+
+    def of(self, phase: str, chunk: int) -> float:
+        """Return the work of a chunk of a layer."""
+        chunks = self.backward if phase == "backward" else self.forward
+        return chunks[chunk] if chunks else 1.0
+
+
 class StepProgress(Protocol):
     """Receives the training loop's reports on the current step."""
 
-    def start_step(self, iteration: int, total_units: int) -> None:
-        """Begin a step of `total_units` equal pieces of work."""
+    def start_step(self, iteration: int, work: StepWork) -> None:
+        """Begin a step."""
 
     def advance(self, phase: str, layer: int, chunk: int) -> None:
         """Report that one piece of work starts: `chunk` of `layer` in "forward", "recompute" or "backward"."""
@@ -29,7 +44,7 @@ class StepProgress(Protocol):
 class NoProgress:
     """Reports nothing: for --progress off, and for every rank but the first."""
 
-    def start_step(self, iteration: int, total_units: int) -> None:
+    def start_step(self, iteration: int, work: StepWork) -> None:
         pass
 
     def advance(self, phase: str, layer: int, chunk: int) -> None:
@@ -40,38 +55,39 @@ class NoProgress:
 
 
 class _TimedProgress(ABC):
-    """Counts the pieces of work and shows the progress every `interval` seconds."""
+    """Sums up the work of the chunks and shows the progress every `interval` seconds."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float], interval: float) -> None:
         self._stream = stream
         self._clock = clock
         self._interval = interval
         self._iteration = 0
-        self._total_units = 0
-        self._units_done = 0
+        self._work = StepWork(1.0)
+        self._done = self._in_progress = 0.0
         self._started = 0.0
         self._due = 0.0
 
-    def start_step(self, iteration: int, total_units: int) -> None:
+    def start_step(self, iteration: int, work: StepWork) -> None:
         self._iteration = iteration
-        self._total_units = max(total_units, 1)
-        self._units_done = 0
+        self._work = work
+        self._done = self._in_progress = 0.0
         self._started = self._clock()
         self._due = self._started + self._interval
 
     def advance(self, phase: str, layer: int, chunk: int) -> None:
         now = self._clock()
+        self._done += self._in_progress
+        self._in_progress = self._work.of(phase, chunk)
         if now >= self._due:
             self._due = now + self._interval
             self._stream.write(self._text(now - self._started, f"{phase} layer {layer} chunk {chunk}"))
             self._stream.flush()
-        self._units_done += 1
 
     @abstractmethod
     def _text(self, elapsed: float, place: str) -> str: ...
 
     def _share_done(self) -> float:
-        return min(self._units_done / self._total_units, 1.0)
+        return min(self._done / self._work.total, 1.0)
 
     def _seconds_left(self, elapsed: float) -> str:
         share = self._share_done()

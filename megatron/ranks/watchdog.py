@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from megatron.logging.progress import StepProgress
+from megatron.logging.progress import StepProgress, StepWork
 from megatron.ranks.activity import is_in_collective, work_done
 
 EXIT_CODE = 4  # of a run in which a rank died or hangs
@@ -382,10 +382,10 @@ class WatchedProgress:
         self._progress, self._watchdog = progress, watchdog
         self._iteration = 0
 
-    def start_step(self, iteration: int, total_units: int) -> None:
+    def start_step(self, iteration: int, work: StepWork) -> None:
         self._iteration = iteration
         self._watchdog.move(f"iteration {iteration}")
-        self._progress.start_step(iteration, total_units)
+        self._progress.start_step(iteration, work)
 
     def advance(self, phase: str, layer: int, chunk: int) -> None:
         self._watchdog.move(f"iteration {self._iteration}, {phase} layer {layer} chunk {chunk}")

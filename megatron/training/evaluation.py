@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron.monitoring.loss_by_position import LossByPosition, bucket_edges
 from megatron.training.data import Part, TrainingData
-from megatron.training.run import Run, forward_units
+from megatron.training.run import Run, forward_work
 
 
 def evaluate(run: Run, data: TrainingData, part: Part, iteration: int) -> None:
@@ -20,8 +20,8 @@ def evaluate(run: Run, data: TrainingData, part: Part, iteration: int) -> None:
 
 def _evaluate(run: Run, data: TrainingData, part: Part, iteration: int) -> None:
     logging, length, num_steps = run.config.logging, run.config.model.seq_length, run.config.training.eval_iters
-    num_units = num_steps * forward_units(run.config, run.stream.layout_of(length), run.num_microbatches)
-    run.progress.start_step(iteration, num_units)
+    work = forward_work(run.config, run.stream.layout_of(length), num_steps * run.num_microbatches)
+    run.progress.start_step(iteration, work)
     totals = torch.zeros(2, dtype=torch.float64, device=run.context.device)  # sum of losses, unmasked tokens
     by_position = LossByPosition(bucket_edges(logging, length), length, run.stream, run.token_losses)
     with data.read(part, 0, num_steps) as batches:

@@ -19,7 +19,7 @@ from megatron.data.errors import DataError
 from megatron.monitoring.finite_check import HOW_TO_RESUME, NotFiniteError
 from megatron.monitoring.profiling import StepProfiler
 from megatron.training.rollback import Rollback
-from megatron.training.run import Run, step_units
+from megatron.training.run import Run, step_work
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class OptimizerStep:
         """
         run, iteration = self._run, state.iteration + 1
         layout = run.stream.layout_of(totals.seq_length)
-        run.progress.start_step(iteration, step_units(run.config, layout, run.num_microbatches))
+        work = step_work(run.config, run.stream, layout, run.num_microbatches, totals.attention_share)
+        run.progress.start_step(iteration, work)
         with self._profiler.step(iteration):
             loss = run.engine.train_step(
                 self._inputs(batches), totals.num_tokens, learning_rate, partial(self._check, state, layout)

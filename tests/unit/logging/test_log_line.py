@@ -36,7 +36,7 @@ RECORD = IterationRecord(
     skipped_iterations=0,
     nan_iterations=0,
 )
-OF_EXPERTS = {"router_aux_loss": 1.25, "expert_imbalance": 3.5}
+OF_SOME_RUNS = {"seq_length": 131072, "router_aux_loss": 1.25, "expert_imbalance": 3.5}
 
 
 def test_the_line_has_megatrons_form():
@@ -56,16 +56,17 @@ def test_an_iteration_survives_writing_and_reading():
     assert parse_line(format_iteration(RECORD)) == RECORD
 
 
-def test_columns_of_experts_stand_only_in_the_lines_of_models_with_experts():
-    record = replace(RECORD, **OF_EXPERTS)
+def test_columns_of_some_runs_are_only_in_their_lines():
+    record = replace(RECORD, **OF_SOME_RUNS)
     line = format_iteration(record)
+    assert " | global batch size:     8 | sequence length:  131072 | lm loss: " in line
     assert " | grad norm: 1.234 | router aux loss: 1.250000E+00 | expert imbalance: 3.50 | tokens/s/GPU: " in line
     assert parse_line(line) == record
 
 
 def test_unknown_values_are_written_and_read_as_such():
     optional = {field.name: None for field in fields(IterationRecord) if "None" in str(field.type)}
-    optional = {name: value for name, value in optional.items() if name not in OF_EXPERTS}
+    optional = {name: value for name, value in optional.items() if name not in OF_SOME_RUNS}
     unknown = replace(RECORD, **optional)
     assert format_iteration(unknown).count("n/a") == len(optional) == 9
     assert parse_line(format_iteration(unknown)) == unknown

@@ -1,8 +1,9 @@
 import io
+import re
 
 import pytest
 
-from megatron.logging.progress import Heartbeat, NoProgress, ProgressBar, build_progress, format_duration
+from megatron.logging.progress import Heartbeat, NoProgress, ProgressBar, StepWork, build_progress, format_duration
 
 
 class Clock:
@@ -21,7 +22,7 @@ class Terminal(io.StringIO):
 def test_a_heartbeat_says_where_the_step_is_and_how_long_it_will_take():
     stream, clock = io.StringIO(), Clock()
     progress = Heartbeat(stream, heartbeat_seconds=60, clock=clock)
-    progress.start_step(iteration=7, total_units=4)
+    progress.start_step(7, StepWork(4))
     progress.advance("forward", layer=0, chunk=0)
     clock.now += 90
     progress.advance("backward", layer=3, chunk=2)
@@ -30,10 +31,36 @@ def test_a_heartbeat_says_where_the_step_is_and_how_long_it_will_take():
     )
 
 
+def test_the_time_left_weighs_chunks_by_their_work():
+    """Chunks of a causal sequence: each takes as long as it has keys, and twice that backward."""
+    stream, clock = io.StringIO(), Clock()
+    progress = Heartbeat(stream, heartbeat_seconds=1, clock=clock)
+    forward, layers = [60.0 * n for n in range(1, 9)], 2
+    work = StepWork(3 * layers * sum(forward), forward, [2 * each for each in forward])
+    progress.start_step(1, work)
+    for phase, order, factor in (("forward", range(8), 1), ("backward", range(7, -1, -1), 2)):
+        for layer in range(layers):
+            for chunk in order:
+                progress.advance(phase, layer, chunk)
+                clock.now += factor * forward[chunk]
+    minutes = [tuple(map(_minutes, re.findall(r"(?:elapsed|left): ([\d:]+)", line))) for line in _lines(stream)]
+    assert len(minutes) == 31  # all but the first
+    assert {elapsed + left for elapsed, left in minutes} == {3 * layers * 36}
+
+
+def _lines(stream: io.StringIO) -> list[str]:
+    return stream.getvalue().splitlines()
+
+
+def _minutes(text: str) -> int:
+    hours, minutes, _ = map(int, f"0:{text}".split(":")[-3:])
+    return 60 * hours + minutes
+
+
 def test_heartbeats_keep_their_distance():
     stream, clock = io.StringIO(), Clock()
     progress = Heartbeat(stream, heartbeat_seconds=60, clock=clock)
-    progress.start_step(1, total_units=300)
+    progress.start_step(1, StepWork(300))
     for chunk in range(300):
         clock.now += 1
         progress.advance("forward", 0, chunk)
@@ -45,7 +72,7 @@ def test_short_steps_have_no_heartbeat():
     stream, clock = io.StringIO(), Clock()
     progress = Heartbeat(stream, heartbeat_seconds=60, clock=clock)
     for iteration in range(100):
-        progress.start_step(iteration, total_units=1)
+        progress.start_step(iteration, StepWork(1))
         progress.advance("forward", 0, 0)
         clock.now += 50
         progress.finish_step()
@@ -55,7 +82,7 @@ def test_short_steps_have_no_heartbeat():
 def test_the_bar_moves_and_is_gone_after_the_step():
     stream, clock = io.StringIO(), Clock()
     bar = ProgressBar(stream, clock)
-    bar.start_step(3, total_units=2)
+    bar.start_step(3, StepWork(2))
     bar.advance("forward", 0, 0)
     clock.now += 5
     bar.advance("backward", 0, 0)
@@ -68,7 +95,7 @@ def test_the_bar_moves_and_is_gone_after_the_step():
 def test_more_work_than_announced_stays_at_the_end():
     stream, clock = io.StringIO(), Clock()
     bar = ProgressBar(stream, clock)
-    bar.start_step(1, total_units=1)
+    bar.start_step(1, StepWork(1))
     for chunk in range(3):
         clock.now += 1
         bar.advance("forward", 0, chunk)
@@ -93,7 +120,7 @@ def test_the_style_the_terminal_and_the_rank_decide(style, rank, stream, kind):
 
 def test_no_progress_takes_every_call():
     progress = NoProgress()
-    progress.start_step(1, 2)
+    progress.start_step(1, StepWork(2))
     progress.advance("forward", 0, 0)
     progress.finish_step()
 

@@ -17,6 +17,7 @@ from megatron.monitoring import reporting
 from megatron.monitoring.loss_window import LossWindow
 from megatron.monitoring.reporting import Reporter
 from megatron.ops.attention.reference import ReferenceAttention
+from megatron.planner.flops import model_flops
 from tests.unit.config.commands import parsed
 
 
@@ -128,6 +129,22 @@ def test_steps_without_a_loss_leave_the_others_and_their_iterations(clock, caplo
     line(reporter, state)
     assert caplog.messages == ["the loss of iteration 2 is inf"]
     assert writer.written[4]["train/loss"] == 2.0
+
+
+def test_throughput_counts_each_step_at_its_own_length(clock):
+    (reporter, writer), state = reporter_of("--group-by-length"), TrainState(global_batch_size=2)
+    flops = 0
+    for length, share in ((64, 1.0), (1024, 0.5), (64, 1.0), (256, 1.0)):
+        state.advance(2, length)
+        reporter._losses.add(state.iteration, torch.tensor(1.0))
+        reporter.count_step(length, share)
+        flops += 2 * model_flops(parsed().model, 128, length, share)
+    clock.now += 7
+    line(reporter, state)
+    written = writer.written[4]
+    assert written["train/tokens_per_second_per_gpu"] == pytest.approx(2 * (64 + 1024 + 64 + 256) / 7)
+    assert written["train/model_tflops_per_gpu"] == pytest.approx(flops / 7 / 1e12)
+    assert written["train/seq_length"] == 256
 
 
 def test_an_evaluation_writes_its_buckets(clock, caplog):
