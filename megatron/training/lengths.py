@@ -62,6 +62,11 @@ class Lengths:
             f"{state.iteration} iterations, {state.consumed_samples} samples, {state.consumed_tokens} tokens"
         )
 
+    def unreached(self, state: TrainState) -> list[int]:
+        """Return the lengths of the phases that begin after the last step."""
+        last = state.data_samples + (self.iterations - state.iteration) * self.global_batch_size - 1
+        return [length for _, length in self.samples.after(last)] if last >= state.data_samples else []
+
     def num_samples(self, config: Config, state: TrainState) -> tuple[int, int, int]:
         """Return the most samples that training, validation and test can read; training includes future rollbacks.
 

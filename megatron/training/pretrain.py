@@ -112,6 +112,12 @@ def _build_data(config: Config, context: Context, providers: Providers, state: T
     """Build what the rest of the training reads. Collective over all ranks."""
     lengths = Lengths.of(config, context.parallel_state.world_size, state)
     context.log.info("training to iteration %d: %s", lengths.iterations, lengths.left(state))
+    unreached = lengths.unreached(state)
+    if unreached:
+        context.log.warning(
+            "the training ends before its sequences have %s tokens: raise its length, or shorten "
+            "--seq-length-schedule", " and ".join(map(str, unreached)),
+        )  # fmt: skip
     with context.watchdog.working("building the data index"):
         return TrainingData(config, context, providers, lengths.num_samples(config, state))
 

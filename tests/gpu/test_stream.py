@@ -11,6 +11,7 @@ from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import store as store_module
 from megatron.fpdt.device_budget import DeviceBudget
+from megatron.fpdt.stream import Saving
 from megatron.fpdt.tiers import HostTier
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
@@ -254,6 +255,27 @@ def test_a_sequence_of_another_length_takes_the_place_of_the_one_before():
     assert model.execution.store.pool.allocated_bytes <= needed
     assert torch.equal(loss, other_loss)
     assert differing(grads, other_grads) == []
+
+
+def test_changing_lengths_compute_what_each_does_alone_and_pin_no_memory_once_seen():
+    """The shortest stays on the GPU; the others are offloaded."""
+    on_gpu = {512: Saving(Recompute.NONE, 1, DeviceBudget(2**30))}
+    lengths = (2048, 512, 1024 + 192)
+    model = _model(_config(2048), replace(OFFLOADED, by_length=on_gpu))
+    weights = model.state_dict()
+    alone = {
+        length: _run(_model(_config(length), replace(OFFLOADED, by_length=on_gpu), weights=weights), _inputs(length))
+        for length in lengths
+    }
+    for length in lengths:
+        _run(model, _inputs(length))
+    pool = model.execution.store.pool
+    allocated = pool.allocated_bytes
+    for length in (*lengths, *lengths[::-1]):
+        loss, grads = _run(model, _inputs(length))
+        assert torch.equal(loss, alone[length][0])
+        assert differing(grads, alone[length][1]) == []
+        assert (pool.allocated_bytes, pool.used_bytes) == (allocated, 0)
 
 
 def test_host_pool_allocates_in_the_first_step_only_and_exactly():

@@ -122,6 +122,7 @@ def test_budgets_of_a_schedule(budget: str, iterations: int) -> None:
     flags = f"{budget} --global-batch-size 4 --seq-length-schedule 64:3,128:2,1K"
     lengths, _ = plan(flags, TrainState())
     assert lengths.iterations == iterations
+    assert lengths.unreached(TrainState()) == [length for first, length in ((3, 128), (5, 1024)) if first >= iterations]
 
 
 def test_the_course_of_a_schedule_goes_on_from_any_of_its_steps() -> None:
