@@ -86,15 +86,16 @@ def parse_schedule(text: str) -> list[tuple[int, int | None]]:
     Raises:
         ConfigError: the text is no schedule.
     """
-    phases = [_PHASE.fullmatch(word.strip()) for word in text.split(",")]
-    *others, last = [phase and (phase[3] is not None and int(phase[3]) > 0) for phase in phases]
-    if not others or last is not False or not all(others):
+    found = [_PHASE.fullmatch(word.strip()) for word in text.split(",")]
+    phases = [
+        (int(match[1]) * _UNITS[match[2].upper()], int(match[3]) if match[3] else None)
+        for match in found
+        if match is not None
+    ]
+    *before, last = [iterations for _, iterations in phases] or [0]
+    if len(phases) < len(found) or not before or not all(before) or last is not None:
         raise ConfigError(
             f"--seq-length-schedule ({text}) must give lengths and how many iterations each is trained at, the last "
             "to the end of the training; use for example 32K:1000,128K:500,1M"
         )
-    return [
-        (int(phase[1]) * _UNITS[phase[2].upper()], int(phase[3]) if phase[3] else None)
-        for phase in phases
-        if phase is not None
-    ]
+    return phases

@@ -99,6 +99,9 @@ def slice_batch(
     separate_documents: bool = True,
 ) -> Batch:
     """Slice this rank's part of the samples; optionally restart positions and separate attention per document."""
+    lengths = {len(sample.tokens) - 1 for sample in samples}
+    if lengths != {layout.sequence_length}:
+        raise ValueError(f"samples of {sorted(lengths)} tokens cannot share a batch of {layout.sequence_length}")
     spans, shape = layout.owned_spans(sequence_parallel_rank), (len(samples), layout.local_length)
     tokens_BS, labels_BS, mask_BS, positions_BS = (
         torch.empty(shape, dtype=dtype, pin_memory=pin)

@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron.checkpointing import Saver
 from megatron.checkpointing.train_state import TrainState
-from megatron.config import sample_lengths
 from megatron.data.batch import Batch
 from megatron.initialize import GIB
 from megatron.monitoring.finite_check import HOW_TO_RESUME, NotFiniteError, faulty_weights
@@ -64,9 +63,7 @@ class Training:
     def _plan_steps(self) -> None:
         """Plan the steps left, their data and their learning rates from the counts of the run so far."""
         config = self._config
-        world_size = self._context.parallel_state.world_size
-        self.state.enter(sample_lengths(config, world_size).at(self.state.data_samples))
-        self._lengths = Lengths.of(config, world_size, self.state)
+        self._lengths = Lengths.of(config, self._context.parallel_state.world_size, self.state)
         self._schedule = LearningRateSchedule.from_config(config.optimizer, config.training, self._lengths.course)
         num_samples, *_ = self._lengths.num_samples(config, self.state)
         self._data.extend_training(num_samples)

@@ -113,7 +113,7 @@ def _build_data(config: Config, context: Context, providers: Providers, state: T
     lengths = Lengths.of(config, context.parallel_state.world_size, state)
     context.log.info("training to iteration %d: %s", lengths.iterations, lengths.left(state))
     unreached = lengths.unreached(state)
-    if unreached:
+    if unreached and context.is_first_rank:
         context.log.warning(
             "the training ends before its sequences have %s tokens: raise its length, or shorten "
             "--seq-length-schedule", " and ".join(map(str, unreached)),

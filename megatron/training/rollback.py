@@ -57,10 +57,11 @@ class Rollback:
                 f"{reason}; --save ({self._config.checkpoint.save}) has no checkpoint of this run to go back to yet: "
                 "lower --lr, or --save-interval."
             )
-        world_size = self._context.parallel_state.world_size
-        saved.start(sample_lengths(self._config, world_size))
+        lengths = sample_lengths(self._config, self._context.parallel_state.world_size)
+        saved.start(lengths)
         first = saved.data_samples
         saved.leave_out_data_of(state)
+        saved.enter(lengths.at(saved.data_samples))
         self._losses.forget_after(saved.iteration)
         self._context.log.warning(
             "%s; going back to iteration %d and on without samples %d to %d (rollback %d of %d)",

@@ -105,6 +105,8 @@ CASES = [
     ("--seq-length-schedule 1K", 1, "(1K) must give lengths and how many iterations each is trained at, the last"),
     ("--seq-length-schedule 512,1K", 1, "use for example 32K:1000,128K:500,1M"),
     ("--seq-length-schedule 512:0,1K", 1, "use for example 32K:1000,128K:500,1M"),
+    ("--seq-length-schedule 512:5,1K:0", 1, "use for example 32K:1000,128K:500,1M"),
+    ("--seq-length-schedule 512:5,1Q", 1, "use for example 32K:1000,128K:500,1M"),
     ("--seq-length-schedule 512:5,1K:5", 1, "the last to the end of the training; use"),
     (f"{SP} 4 --seq-length-schedule 510:5,1K", 4, "510 must be a multiple of --ds-sequence-parallel-size (4) above 0"),
     (
