@@ -135,7 +135,7 @@ class Training:
         """Begin the phase of the next step, if it is another one."""
         length = self._lengths.samples.at(self.state.data_samples)
         if length != self.state.seq_length:
-            self._context.log.info("iteration %d and on: sequences of %d tokens", self.state.iteration + 1, length)
+            self._context.log.info("from iteration %d: sequences of %d tokens", self.state.iteration + 1, length)
             self.state.enter(length)
 
     def _skip_step(self, seq_length: int) -> None:

@@ -30,4 +30,4 @@ def test_a_run_resumes_in_the_middle_of_a_phase(corpus: Path, tmp_path: Path) ->
     assert_same_checkpoint(straight / "global_step8", resumed / "global_step8", 2)
     assert alone.losses == pytest.approx(second.losses, rel=1e-5)
     assert re.findall(r"consumed tokens: +(\d+)", whole.output)[-1] == str(4 * (3 * 16 + 3 * 32 + 2 * 64))
-    assert "iteration 4 and on: sequences of 32 tokens" in whole.output
+    assert "from iteration 4: sequences of 32 tokens" in whole.output
