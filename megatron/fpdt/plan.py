@@ -131,7 +131,7 @@ class ChunkPlan:
 
 
 # As many plans are in use at a time as there are kinds of layers, in training and in evaluation.
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def chunk_plan(
     chunk_lengths: tuple[int, ...],
     documents: Documents | None = None,
