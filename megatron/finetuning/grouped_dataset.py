@@ -26,7 +26,7 @@ GROUP_STREAM = SAMPLE_STREAM + 2
 NUM_HALVINGS = 6
 
 
-class Bucket(Protocol):
+class LengthBucket(Protocol):
     """Sequences of one length, epoch after epoch, each in an order of its own."""
 
     packing: Packing
@@ -37,7 +37,7 @@ class Bucket(Protocol):
 class GroupedDataset:
     """`num_samples` samples of several buckets, `group_size` of one bucket after another."""
 
-    def __init__(self, buckets: Sequence[Bucket], group_size: int, num_samples: int, seed: int) -> None:
+    def __init__(self, buckets: Sequence[LengthBucket], group_size: int, num_samples: int, seed: int) -> None:
         """Every bucket but the last holds a multiple of `group_size` sequences."""
         self._buckets, self._group_size, self._num_samples, self._seed = buckets, group_size, num_samples, seed
         self._sizes = [len(bucket.packing) for bucket in buckets]
