@@ -25,7 +25,7 @@ class TrainingConfig:
 
     seq_length_schedule: str | None = None
     """Lengths of the training sequences and how many iterations each is trained at, such as 32K:1000,128K:500,1M; the
-    last lasts to the end, and the longest is --seq-length. Each length reads the data on from where the one before
+    last lasts to the end, and the longest is --seq-length. Each length continues in the data where the one before
     ended. Default: --seq-length throughout."""
 
     seed: int = 1234

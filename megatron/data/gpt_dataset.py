@@ -178,7 +178,7 @@ def _build_part(
     name: str,
     settings: SampleSettings,
 ) -> SampleDataset | None:
-    """Build a part; each phase reads a source on from where the phase before left it."""
+    """Build a part; each phase continues in a source at the token where the phase before ended."""
     if num_samples == 0:
         return None
     first_tokens = [0] * len(sources)

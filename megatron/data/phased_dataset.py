@@ -1,4 +1,4 @@
-"""Samples of several lengths, phase after phase, of which each reads on where the one before ended."""
+"""Samples of several lengths, phase after phase."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _saving_at(
     streaming = replace(_of_first_rank(streaming, context) or longest, chunk_size=longest.chunk_size)
     shape = _shape(at_length, context, streaming)
     needed = shape.host_bytes(streaming.device_bytes, streaming.checkpoint_interval, streaming.recompute)
-    if needed > host_left:
+    if needed > host_left or _saved(streaming) < _saved(longest):
         streaming = replace(longest, device_bytes=streaming.device_bytes)
         needed = 0
     recompute, interval = streaming.recompute, streaming.checkpoint_interval
@@ -124,6 +124,11 @@ def _saving_at(
     )  # fmt: skip
     budget = shape.device_budget(streaming.device_bytes, interval, recompute)
     return Saving(recompute, interval, budget), host_left - needed
+
+
+def _saved(streaming: _Streaming) -> tuple[int, int]:
+    """Return what orders choices by how much they save for backward."""
+    return list(Recompute).index(streaming.recompute), -streaming.checkpoint_interval
 
 
 def _streaming_of(plan: Plan) -> _Streaming:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from megatron.config import Config, accumulation_steps
+from megatron.config import Config, Recompute, accumulation_steps
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.engine.engine import Engine
 from megatron.fpdt.stream import Stream
@@ -62,12 +62,15 @@ def step_work(
         passes = 2 if config.deepspeed.deepspeed_activation_checkpointing else 1
         return replace(forward, total=passes * forward.total)
     model, saving = config.model, stream.saving_at(layout.sequence_length)
-    how = stream.slice_length, saving.checkpoint_interval, saving.recompute
+    # Attention's forward passes again report chunks of their own.
+    recompute = saving.recompute if saving.recompute.saves_attention else Recompute.KV
+    how = stream.slice_length, saving.checkpoint_interval, recompute
     recomputed = flops_of_streaming(model, layout, *how) / forward_flops(model, 0, layout.sequence_length).token_wise
     token_wise = recomputed + (2 if model.sizes.adapters is None else 1)
     chunks = _chunk_flops(config, layout, attention_share)
     backward = [token_wise * tokens + _ATTENTION_BACKWARD * pairs for tokens, pairs in chunks]
-    total = forward.total + model.num_layers * num_microbatches * sum(backward)
+    num_forward_passes = 1 if saving.recompute.saves_attention else 2
+    total = num_forward_passes * forward.total + model.num_layers * num_microbatches * sum(backward)
     return StepWork(total, forward.forward, backward)
 
 
@@ -78,7 +81,8 @@ def _chunk_flops(config: Config, layout: SequenceLayout, attention_share: float)
     """
     model, length, start = config.model, layout.sequence_length, 0
     flops, chunks = forward_flops(model, 0, length, attention_share), list[tuple[float, float]]()
-    window = length * (1 - math.sqrt(1 - model.sizes.attention_share(length, attention_share)))
+    unseen = max(1 - model.sizes.attention_share(length, attention_share), 0.0)
+    window = max(length * (1 - math.sqrt(unseen)), 1.0)
 
     def pairs_up_to(position: int) -> float:
         return position**2 if position <= window else (2 * position - window) * window
