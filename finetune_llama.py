@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 if __name__ == "__main__":  # the imports below take seconds
     from megatron.launch.gpu_allocator import use_expandable_segments
@@ -23,6 +24,7 @@ if __name__ == "__main__":  # the imports below take seconds
 from megatron.config import Config, ConfigError, SampleLengths
 from megatron.data.batch import Sample
 from megatron.data.errors import DataError
+from megatron.data.saved_datasets import is_saved
 from megatron.data.vocabulary import CheckedTokens
 from megatron.finetuning.chat_template import find_template
 from megatron.finetuning.packed_dataset import build_packed_datasets
@@ -43,7 +45,7 @@ def separate_conversations(config: Config) -> Config:
 
 def check_data(config: Config, tokenizer: Tokenizer) -> None:
     """Raise ConfigError or DataError for errors that are visible before the conversations are tokenized."""
-    find_template(config.tokenizer, config.finetuning.chat_template)
+    find_template(config.tokenizer, config.finetuning)
     if config.data.eod_mask_loss:
         raise ConfigError(
             "--eod-mask-loss is for pretrain_gpt.py; here the loss is on the answers and the tokens that end them; "
@@ -55,8 +57,11 @@ def check_data(config: Config, tokenizer: Tokenizer) -> None:
             "conversations; remove --seq-length-schedule"
         )
     for path in (path for paths in data_paths(config) for path in paths):
-        if not os.path.isfile(path):
-            raise DataError(f"{path} is no file; give one or more files of conversations, JSON lines or one array.")
+        if not (os.path.isfile(path) or is_saved(Path(path))):
+            raise DataError(
+                f"{path} is neither a file nor a folder of Hugging Face datasets (save_to_disk); give JSON lines, one "
+                "JSON array, Parquet or such a folder."
+            )
 
 
 def provide_source(config: Config, vocabulary: Vocabulary, lengths: SampleLengths) -> SampleSource:

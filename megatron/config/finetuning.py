@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 LongSamples = Literal["error", "truncate", "skip"]
+RewrittenAnswers = Literal["split", "skip", "error"]
+RefusedConversations = Literal["error", "skip"]
+ChatFormat = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "segments", "tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +17,22 @@ class FinetuningConfig:
     """File with the Jinja template that turns a conversation into text. Default: the tokenizer's own, else a plain
     one."""
 
+    chat_format: ChatFormat | None = None
+    """Format of the conversations: messages (of OpenAI), sharegpt, prompt_completion, alpaca, segments of text, or
+    tokens. Default: detected by the keys of each record."""
+
+    rewritten_answers: RewrittenAnswers = "split"
+    """Handling of an answer that the chat template writes differently once turns follow, such as without its
+    reasoning: train it in a sample of its own, with the text that the model really sees (split), leave it out of the
+    loss (skip), or refuse the conversation (error)."""
+
+    refused_conversations: RefusedConversations = "error"
+    """Handling of a conversation that is malformed or cannot be trained exactly: refuse the run (error), or leave it
+    out and report how many and why (skip)."""
+
     max_document_mb: int = 256
-    """Largest size in MiB of one conversation: a line of a JSON-lines file or an entry of a JSON array. Memory must
-    hold the longest several times."""
+    """Largest size in MiB of one conversation: a line, an entry of a JSON array or a row. Memory must hold the longest
+    several times."""
 
     group_by_length: bool = False
     """Pack conversations with others of similar length, and run each step at the length of its own sequences: half of

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.errors import DataError
+from megatron.data.json_records import TooLong
 from megatron.data.packed_files import require, unreadable
 
-ROWS_PER_READ = 1024
+ROWS_PER_READ, OBJECTS_PER_READ = 1024, 64
 LARGEST_HEADER_START = 32  # bytes that hold the first four fields of a page's header
 NEXT_FIELD_INT32 = 0x15
 
@@ -30,6 +31,47 @@ def read_rows(path: Path, columns: Sequence[str], skip: int = 0) -> Iterator[tup
     # UnicodeDecodeError: from the name of a column, even one that is not read.
     except (arrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         raise unreadable(path, " ".join(str(error).split())) from error
+
+
+def read_objects(path: Path, columns: Sequence[str], max_bytes: int) -> Iterator[dict[str, Any] | TooLong]:
+    """Yield the values, of any type, of each row in those of `columns` that the file has. DataError if it is damaged.
+
+    A row of more than `max_bytes` bytes is not converted.
+    """
+    arrow: Any = require("pyarrow", f"{path}, a Parquet file,")
+    parquet: Any = require("pyarrow.parquet", f"{path}, a Parquet file,")
+    try:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            found = check_any_column(path, file.schema_arrow.names, columns)
+            _check_counts(path, file.metadata)
+            for batch in file.iter_batches(OBJECTS_PER_READ, columns=found):
+                yield from objects_of(batch, max_bytes)
+    except (arrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+        raise unreadable(path, " ".join(str(error).split())) from error
+
+
+def check_any_column(path: Path, names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return those of `columns` that a file has. DataError if there is none."""
+    found = [name for name in columns if name in names]
+    if not found:
+        raise DataError(f"{path}: columns {', '.join(names) or 'none'}; one of {', '.join(columns)} is needed.")
+    return found
+
+
+def objects_of(batch: Any, max_bytes: int) -> Iterator[dict[str, Any] | TooLong]:
+    """Yield the values of each row of a batch of Arrow, without nulls.
+
+    Arrow gives every object of a column the keys of all of them, null where an object has no such key.
+    """
+    for place in range(batch.num_rows):
+        row = batch.slice(place, 1)
+        yield TooLong(max_bytes) if row.nbytes > max_bytes else _without_nulls(row.to_pylist()[0])
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def has_checksums(path: Path, columns: Sequence[str]) -> bool:

@@ -10,38 +10,39 @@ An answer is the text after the generation prompt, up to and including the token
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property
-from itertools import count
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron.config import ConfigError, TokenizerConfig
+from megatron.config.finetuning import FinetuningConfig, RewrittenAnswers
 from megatron.core.json_text import parse_json
 from megatron.data.errors import DataError
-from megatron.finetuning.conversations import ANSWERING, Conversation, Message
-from megatron.finetuning.time_limit import TimeLimitExceeded, cpu_time_limit
+from megatron.finetuning.answer_spans import Turns, Writer, find_answer, rewritten
+from megatron.finetuning.context_check import mark_context
+from megatron.finetuning.conversations import ANSWERING, FORMS, Conversation, Form, Message
+from megatron.finetuning.jinja_sandbox import Rendering, Span, compile_template, reason, render
+from megatron.finetuning.time_limit import TimeLimitExceeded
 
-Span = tuple[int, int]  # first character, one past the last
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-SECONDS_TO_RENDER = 10.0  # of CPU time; a conversation of a million tokens takes less than one
 
 
 @dataclass(frozen=True)
 class Part:
-    """Text that is tokenized at once, its answers, and whether an end-of-document id follows as part of an answer."""
+    """Text that is tokenized at once, its answers, and whether an end-of-document id follows the last as part of it."""
 
     text: str
     answers: tuple[Span, ...]
     ends: bool
+    ends_answer: bool = True
+    """Whether the end-of-document id belongs to an answer that counts in the loss."""
+
+
+Sample = list[Part]
 
 
 class ChatTemplate(Protocol):
@@ -51,8 +52,8 @@ class ChatTemplate(Protocol):
     def description(self) -> str:
         """A string that two templates share only if they render the same text."""
 
-    def render(self, conversation: Conversation) -> list[Part]:
-        """Render the text, in parts. DataError if the template cannot render the conversation."""
+    def render(self, conversation: Conversation) -> list[Sample]:
+        """Render the text, as one or more samples. DataError if the template cannot render the conversation."""
 
 
 @dataclass(frozen=True)
@@ -68,100 +69,113 @@ class PlainTemplate:
     def description(self) -> str:
         return f"plain 1, {self.names_roles}"
 
-    def render(self, conversation: Conversation) -> list[Part]:
+    def render(self, conversation: Conversation) -> list[Sample]:
+        if conversation.tools or not all(message.is_plain for message in conversation.messages):
+            raise DataError(
+                "it has tools, tool calls or reasoning, which the plain template does not write; give --chat-template."
+            )
         parts, text = [], ""
-        for message in conversation:
+        for message in conversation.messages:
             text += f"{message.role.capitalize()}:\n" if self.names_roles else ""
-            begin, text = len(text), text + message.content.strip()
+            begin, text = len(text), text + message.text
             if message.role == ANSWERING:
-                parts.append(Part(text, ((begin, len(text)),), ends=True))
+                spans = ((begin, len(text)),) if message.is_learned else ()
+                parts.append(Part(text, spans, ends=True, ends_answer=message.is_learned))
                 text = ""
             else:
                 text += "\n\n"
-        return parts
+        return [parts]
 
 
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A Jinja template and the special tokens that it may use."""
+    """A Jinja template, the special tokens that it may use, and the template for conversations with tools."""
 
     source: str
     special_tokens: tuple[tuple[str, str], ...] = ()
+    tool_source: str | None = None
+    rewritten_answers: RewrittenAnswers = "split"
 
     @property
     def description(self) -> str:
-        return repr((self.source, self.special_tokens))
+        return repr((self.source, self.special_tokens, self.tool_source, self.rewritten_answers))
 
     @cached_property
     def compiled(self) -> jinja2.Template:
-        """The template, compiled in a sandbox. Raises whatever the compiler raises."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        return environment.from_string(self.source)
+        """The template. Raises whatever the compiler raises."""
+        return compile_template(self.source)
 
-    def render(self, conversation: Conversation) -> list[Part]:
-        text = self._text(conversation)
-        turns = [place for place, message in enumerate(conversation) if message.role == ANSWERING]
-        return [Part(text, tuple(self._answer(conversation, turn, text) for turn in turns), ends=False)]
+    @cached_property
+    def compiled_for_tools(self) -> jinja2.Template:
+        """The template for conversations with tools. Raises whatever the compiler raises."""
+        return compile_template(self.tool_source) if self.tool_source else self.compiled
 
-    def _answer(self, conversation: Conversation, turn: int, text: str) -> Span:
-        """Find the characters of `text`, the whole conversation, that the assistant writes in a turn."""
-        answered, before = self._text(conversation[: turn + 1]), self._text(conversation[:turn])
-        header, tail = self._around_answer(conversation[: turn + 1], answered)
-        prompt = self._text(conversation[:turn], add_generation_prompt=True)
-        is_announced = prompt != before and answered.startswith(prompt)
-        if not is_announced:
-            prompt = before
-        follows = answered.startswith(prompt) and (is_announced or header.startswith(prompt))
-        if not follows or not text.startswith(answered):
-            raise DataError(
-                f"the chat template writes turn {turn + 1} in another way when turns follow, so that what the model "
-                "would see there is not what it is trained on; give one line for each answer, or another "
-                "--chat-template."
-            )
-        end = len(answered) - len(tail)
-        # Some contents have no header, such as one with a thought where other contents get an empty thought.
-        begins = (len(header), len(prompt)) if answered.startswith(header) else (len(prompt),)
-        content = conversation[turn].content.strip()
-        begin = next((begin for begin in begins if answered[begin:end].strip() == content), None)
-        if begin is None or len(prompt) > end or not answered.endswith(tail):
-            raise _changed_answer(turn)
-        if not answered[len(prompt) : begin].strip():
-            begin = len(prompt)  # text other than whitespace there comes from the template, not from the model
-        closed = tail.rstrip()
-        # If a template ends a turn with only whitespace, that whitespace is the end.
-        return begin, end + len(closed) if closed else len(answered)
+    def render(self, conversation: Conversation) -> list[Sample]:
+        """Render the conversation as one sample, and each answer that is rewritten there as `rewritten_answers` says.
 
-    def _around_answer(self, conversation: Conversation, answered: str) -> tuple[str, str]:
-        """Find what the template writes before and after the content of the last turn, whose text is `answered`.
-
-        A mark replaces the content, so words that header and content share cannot be confused. DataError if the mark
-        is not rendered exactly once and unchanged.
+        A rewritten answer's own sample also trains the answers before it that are written there as the model sees them.
         """
-        mark = next(mark for number in count() if (mark := f"aNsWeR-{number}-") not in answered)
-        header, *tails = self._text((*conversation[:-1], Message(ANSWERING, mark))).split(mark)
-        if len(tails) != 1:
-            raise _changed_answer(len(conversation) - 1)
-        return header, tails[0]
+        messages, write = conversation.messages, self._writer(conversation)
+        end_of_text = dict(self.special_tokens).get("eos_token", "")
+        whole = write(messages, False, True).text
+        learned = [place for place, message in enumerate(messages, start=1) if message.is_learned]
+        left = [find_answer(Turns(messages[:place], write, end_of_text)) for place in learned]
+        samples: list[Sample] = []
+        text = whole
+        while left:
+            shown = [answer for answer in left if answer.is_shown_in(text)]
+            left = [answer for answer in left if not answer.is_shown_in(text)]
+            if left and self.rewritten_answers == "error":
+                raise rewritten(left[0].turn + 1)
+            if shown:
+                samples.append([Part(text, tuple(span for answer in shown for span in answer.spans), ends=False)])
+            if self.rewritten_answers == "skip":
+                break
+            text = left[-1].text if left else text
+        if not samples:
+            raise rewritten(learned[0])
+        return samples
 
-    def _text(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
-        messages = [{"role": message.role, "content": message.content} for message in conversation]
-        settings = {"add_generation_prompt": add_generation_prompt, **dict(self.special_tokens)}
-        try:
-            with cpu_time_limit(SECONDS_TO_RENDER):
-                return self.compiled.render(messages=messages, tools=None, documents=None, **settings)
-        except (Exception, TimeLimitExceeded) as error:  # a template is a program and may raise anything
-            raise DataError(
-                f"the chat template refuses it: {_reason(error)}; change the line or --chat-template."
-            ) from error
+    def _writer(self, conversation: Conversation) -> Writer:
+        """Return the function that renders turns, in the first of `FORMS` in which all of them are written.
+
+        DataError if the template leaves out a turn, a tool or a tool call.
+        """
+        marked = mark_context(conversation)
+        reasons = []
+        for form in FORMS if marked.has_calls else FORMS[:1]:
+            try:
+                write = partial(self._render, marked.conversation.tools, form)
+                turns = marked.conversation.messages
+                # Some templates write a part only while it belongs to the last question.
+                marked.check(write(turns).text + write(turns[:-1], True).text)
+                return partial(self._render, conversation.tools, form)
+            except DataError as error:
+                reasons.append(error)
+        # Rather what the template leaves out than what it raised for a form that it does not expect.
+        raise next((error for error in reasons if error.__cause__ is None), reasons[0])
+
+    def _render(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        form: Form,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        thinks: bool = True,
+    ) -> Rendering:
+        variables = {
+            **dict(self.special_tokens),
+            **({} if thinks else {"enable_thinking": False, "thinking": False}),
+            "messages": [message.for_template(form) for message in messages],
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return render(self.compiled_for_tools if tools else self.compiled, variables)
 
 
-def find_template(flags: TokenizerConfig, chat_template: str | None) -> ChatTemplate:
-    """Return the template of the file `chat_template`, else the tokenizer's own, else the plain one.
+def find_template(flags: TokenizerConfig, finetuning: FinetuningConfig) -> ChatTemplate:
+    """Return the template of the file --chat-template, else the tokenizer's own, else the plain one.
 
     ConfigError if it cannot be read or is not a Jinja template.
     """
@@ -170,18 +184,19 @@ def find_template(flags: TokenizerConfig, chat_template: str | None) -> ChatTemp
     model = Path(flags.tokenizer_model)
     folder = model if model.is_dir() else model.parent
     settings = _read_settings(folder / "tokenizer_config.json")
-    own = folder / "chat_template.jinja"
+    own, chat_template = folder / "chat_template.jinja", finetuning.chat_template
     where = f"--chat-template ({chat_template})" if chat_template else f"the chat template of {folder}"
     file = Path(chat_template) if chat_template else own if own.is_file() else None
-    source = _read(file, where) if file else _default_of(settings.get("chat_template"))
+    configured = settings.get("chat_template")
+    source = _read(file, where) if file else _named(configured, "default")
     if source is None:
         return PlainTemplate()
-    template = JinjaTemplate(source, _special_tokens(settings))
+    tool_source = None if file else _named(configured, "tool_use")
+    template = JinjaTemplate(source, _special_tokens(settings), tool_source, finetuning.rewritten_answers)
     try:
-        with cpu_time_limit(SECONDS_TO_RENDER):  # the compiler evaluates constant expressions
-            _ = template.compiled
+        _ = template.compiled, template.compiled_for_tools
     except (Exception, TimeLimitExceeded) as error:
-        raise ConfigError(f"{where} is no Jinja template: {_reason(error)}; repair it or give another file.") from error
+        raise ConfigError(f"{where} is no Jinja template: {reason(error)}; repair it or give another file.") from error
     return template
 
 
@@ -202,11 +217,13 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _default_of(configured: Any) -> str | None:
-    """Return the template of a tokenizer_config.json: text, or the one called "default" in a list of named ones."""
+def _named(configured: Any, name: str) -> str | None:
+    """Return the template of a tokenizer_config.json: text, which is the default, or one of a list of named ones."""
     if isinstance(configured, list):
         named = {entry.get("name"): entry.get("template") for entry in configured if isinstance(entry, dict)}
-        configured = named.get("default")
+        configured = named.get(name)
+    elif name != "default":
+        return None
     return configured if isinstance(configured, str) else None
 
 
@@ -215,36 +232,3 @@ def _special_tokens(settings: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     given = {name: settings.get(name) for name in SPECIAL_TOKENS}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
     return tuple((name, text) for name, text in texts.items() if isinstance(text, str))
-
-
-class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, with which some templates mark answers; it is accepted and ignored."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _changed_answer(turn: int) -> DataError:
-    return DataError(
-        f"the chat template does not write the answer of turn {turn + 1} as it is given, once; give another "
-        "--chat-template."
-    )
-
-
-def _reason(error: BaseException) -> str:
-    """Describe a template's error in one line."""
-    message = " ".join(str(error).split())
-    known = isinstance(error, jinja2.TemplateError | TimeLimitExceeded) and message
-    return message if known else f"{type(error).__name__}: {message}"
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """Serialize to JSON without the HTML escapes of Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)

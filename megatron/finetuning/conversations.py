@@ -1,109 +1,134 @@
-"""Reader of conversations from JSON lines, or one JSON array, in the three common forms."""
+"""Conversations: turns with tool calls and reasoning, the tools they may use, and data that is no conversation."""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from megatron.core.json_text import parse_json
 from megatron.data.errors import DataError
-from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB, TooLong, bytes_of, is_array, read_entries, read_lines
-from megatron.data.packed_files import open_unpacked
 
-ROLES = ("system", "user", "assistant")
 ANSWERING = "assistant"
-FORMS = '"messages", "prompt" and "response", or "instruction" and "output"'
+ROLES = ("system", "developer", "user", ANSWERING, "tool")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of messages on which chat templates differ: what they expect of tool calls."""
+
+    arguments_as_text: bool = False
+    empty_content: str | None = ""
+
+
+FORMS = (Form(), Form(arguments_as_text=True), Form(empty_content=None), Form(True, None))
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call of a function; `arguments` is an object, or text that is none."""
+
+    name: str
+    arguments: Mapping[str, Any] | str
+    id: str | None = None
+
+    def for_template(self, form: Form) -> dict[str, Any]:
+        """Return the call in the form of OpenAI, with its arguments as an object or as JSON text."""
+        is_object = not isinstance(self.arguments, str)
+        arguments = (
+            json.dumps(self.arguments, ensure_ascii=False) if form.arguments_as_text and is_object else self.arguments
+        )
+        call = {"type": "function", "function": {"name": self.name, "arguments": arguments}}
+        return {"id": self.id, **call} if self.id is not None else call
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One turn. `content` is None where an answer consists of tool calls alone and has no text."""
 
     role: str
-    content: str
+    content: str | None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+    is_trained: bool = True
+    """Whether an answer counts in the loss; other turns never do."""
+
+    @property
+    def text(self) -> str:
+        """The content without the whitespace around it."""
+        return (self.content or "").strip()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the turn is text alone."""
+        return not (self.reasoning.strip() or self.tool_calls)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether this is an answer that counts in the loss."""
+        return self.role == ANSWERING and self.is_trained
+
+    def for_template(self, form: Form) -> dict[str, Any]:
+        """Return the message as chat templates take it; templates differ in their name for the reasoning."""
+        given: dict[str, Any] = {
+            "role": self.role,
+            "content": self.content if self.content is not None else form.empty_content,
+        }
+        if self.reasoning.strip():
+            given |= dict.fromkeys(REASONING_KEYS, self.reasoning)
+        if self.tool_calls:
+            given["tool_calls"] = [call.for_template(form) for call in self.tool_calls]
+        optional = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return given | {key: value for key, value in optional.items() if value is not None}
 
 
-Conversation = tuple[Message, ...]
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, and the tools that the assistant may call, as JSON schemas."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
-def where(path: Path, number: int) -> str:
-    """Name a line, or an entry of a file that is one array, for a message."""
-    return f"{path}, {'entry' if is_array(path) else 'line'} {number}"
+@dataclass(frozen=True)
+class Segments:
+    """Texts without a template, and whether each counts in the loss."""
+
+    texts: tuple[tuple[str, bool], ...]
 
 
-def read_conversations(
-    path: Path, max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB
-) -> Iterator[tuple[int, Conversation]]:
-    """Yield the number of each line or entry, from 1, and its conversation; empty lines are skipped.
+@dataclass(frozen=True)
+class TokenRecord:
+    """Tokens, and whether each counts in the loss."""
 
-    The file may be compressed (.gz, .zst). Raises DataError, naming file and line, if a line is not a conversation that
-    ends with an answer, or has more than `max_document_mb` MiB.
-    """
-    of_array, max_bytes = is_array(path), bytes_of(max_document_mb)
-    with open_unpacked(path) as file:
-        records = read_entries(file, max_bytes, path) if of_array else read_lines(file, max_bytes)
-        for number, record in enumerate(records, start=1):
-            if isinstance(record, TooLong):
-                raise record.error(where(path, number))
-            if record.strip():
-                yield number, _parse(record, path, number)
+    tokens: tuple[int, ...]
+    is_answer: tuple[bool, ...]
 
 
-def _parse(record: bytes, path: Path, number: int) -> Conversation:
-    try:
-        return parse_conversation(parse_json(record.decode("utf-8-sig")))
-    except DataError as error:
-        raise DataError(f"{where(path, number)}: {error}") from error
-    except ValueError as error:
-        raise DataError(
-            f"{where(path, number)}: not JSON ({error}); every line, or entry of one array, must be one JSON object; "
-            "repair it."
-        ) from error
+TrainingRecord = Conversation | Segments | TokenRecord
 
 
-def parse_conversation(record: Any) -> Conversation:
-    """Parse the turns of {"messages": [{"role", "content"}, ..]}, {"prompt", "response"} or Alpaca's {"instruction",
-    "input", "output"}, whose input is optional and is appended to the instruction. DataError if it is none of them."""
-    if not isinstance(record, dict):
-        raise DataError(f"a JSON {type(record).__name__}; give an object with {FORMS}.")
-    if "messages" in record:
-        return _checked(_messages(record["messages"]))
-    if {"prompt", "response"} <= record.keys():
-        return _checked((_turn("user", record, "prompt"), _turn(ANSWERING, record, "response")))
-    if {"instruction", "output"} <= record.keys():
-        question = "\n\n".join(_text(record, key) for key in ("instruction", "input") if record.get(key))
-        return _checked((Message("user", question), _turn(ANSWERING, record, "output")))
-    raise DataError(f"keys {', '.join(record) or 'none'}; give an object with {FORMS}.")
-
-
-def _messages(given: Any) -> Conversation:
-    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
-        raise DataError('"messages" is no list of objects; give each turn as {"role": ..., "content": ...}.')
-    return tuple(Message(_text(message, "role"), _text(message, "content")) for message in given)
-
-
-def _turn(role: str, record: Mapping[str, Any], key: str) -> Message:
-    return Message(role, _text(record, key))
-
-
-def _text(record: Mapping[str, Any], key: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise DataError(f"{key!r} is {json.dumps(value)[:40]}, not text; give a string.")
-    return value
-
-
-def _checked(conversation: Conversation) -> Conversation:
-    for place, message in enumerate(conversation, start=1):
+def checked(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Conversation:
+    """Return the conversation. DataError unless its roles are known and it ends with an answer to learn from."""
+    for place, message in enumerate(messages, start=1):
         if message.role not in ROLES:
             raise DataError(f"turn {place} has the role {message.role!r}; use one of {', '.join(ROLES)}.")
-        if message.role == ANSWERING and not message.content.strip():
+        if message.role == ANSWERING and message.is_plain and not message.text:
             raise DataError(f"turn {place}, an answer of the assistant, is empty; give its text or remove the line.")
-    if not any(message.role == ANSWERING for message in conversation):
+        if message.role != ANSWERING and not message.is_plain:
+            raise DataError(
+                f"turn {place}, of the {message.role}, has tool calls or reasoning, which only the assistant has; "
+                "correct its role."
+            )
+    if not any(message.role == ANSWERING for message in messages):
         raise DataError("no turn of the assistant, so nothing to learn; add the answer or remove the line.")
-    if conversation[-1].role != ANSWERING:
+    if messages[-1].role != ANSWERING:
         raise DataError(
-            f"the last turn is of the {conversation[-1].role}, which nobody answers; add the answer or remove the turn."
+            f"the last turn is of the {messages[-1].role}, which nobody answers; add the answer or remove the turn."
         )
-    return conversation
+    if not any(message.is_learned for message in messages):
+        raise DataError("no answer has a weight other than 0, so nothing to learn; give one or remove the line.")
+    return Conversation(tuple(messages), tuple(tools))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 
@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.data.errors import DataError
-from megatron.finetuning.chat_template import ChatTemplate, JinjaTemplate, Part
-from megatron.finetuning.conversations import Conversation
+from megatron.finetuning.chat_template import ChatTemplate, JinjaTemplate, Part, Sample
+from megatron.finetuning.conversations import Segments, TokenRecord, TrainingRecord
 from megatron.tokenizer import Tokenizer
 from megatron.tokenizer.hugging_face import HFTokenizer
 
@@ -33,27 +33,61 @@ class ConversationEncoder:
     tokenizer: Tokenizer
     template: ChatTemplate
 
-    def encode(self, conversation: Conversation) -> EncodedConversation:
-        """Tokenize a conversation. DataError if a token belongs both to an answer and to the text around it, or if
-        no token is left to learn."""
+    def encode(self, record: TrainingRecord) -> list[EncodedConversation]:
+        """Tokenize a record, as one or more samples. DataError if a token belongs both to an answer and to the text
+        around it, or if a sample has no token to learn."""
+        if isinstance(record, TokenRecord):
+            return [self._checked(*self._known(record))]
+        if isinstance(record, Segments):
+            return [self._checked(*self._encode_segments(record))]
+        return [self._checked(*self._encode(sample)) for sample in self.template.render(record)]
+
+    def _encode(self, sample: Sample) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         is_answer: list[bool] = []
-        for part in self.template.render(conversation):
+        for part in sample:
             tokens, bounds = _tokens_and_bounds(self._tokenize, part)
             marks = [False] * len(tokens)
             for first, last in zip(bounds[::2], bounds[1::2], strict=True):
                 marks[first:last] = [True] * (last - first)
             ids += [*tokens, self.tokenizer.eod] if part.ends else tokens
-            is_answer += [*marks, True] if part.ends else marks
+            is_answer += [*marks, part.ends_answer] if part.ends else marks
+        return ids, is_answer
+
+    def _encode_segments(self, record: Segments) -> tuple[list[int], list[bool]]:
+        """Tokenize each segment by itself, so that no token crosses its bounds; special tokens are read as such."""
+        ids: list[int] = []
+        is_answer: list[bool] = []
+        for text, counts in record.texts:
+            tokens = self._tokenize_markup(text)
+            ids += tokens
+            is_answer += [counts] * len(tokens)
+        return ids, is_answer
+
+    def _known(self, record: TokenRecord) -> tuple[Sequence[int], Sequence[bool]]:
+        unknown = next((token for token in record.tokens if not 0 <= token < self.tokenizer.vocab_size), None)
+        if unknown is not None:
+            raise DataError(
+                f"the token {unknown} is not in the vocabulary of {self.tokenizer.vocab_size}; tokenize with the same "
+                "tokenizer."
+            )
+        return record.tokens, record.is_answer
+
+    def _checked(self, tokens: Sequence[int], is_answer: Sequence[bool]) -> EncodedConversation:
         if not any(is_answer[1:]):
             raise DataError("its answers have no token that others precede; give a prompt before the answer.")
-        return EncodedConversation(np.array(ids, np.int32), np.array(is_answer, np.bool_))
+        return EncodedConversation(np.array(tokens, np.int32), np.array(is_answer, np.bool_))
 
     def _tokenize(self, text: str) -> list[int]:
         """Tokenize a part, which may hold special tokens of a Jinja template."""
-        if isinstance(self.template, JinjaTemplate) and isinstance(self.tokenizer, HFTokenizer):
-            return self.tokenizer.tokenize_markup(text)
-        return self.tokenizer.tokenize(text)
+        return (
+            self._tokenize_markup(text) if isinstance(self.template, JinjaTemplate) else self.tokenizer.tokenize(text)
+        )
+
+    def _tokenize_markup(self, text: str) -> list[int]:
+        """Tokenize a text that spells out special tokens, where the tokenizer can."""
+        tokenizer = self.tokenizer
+        return tokenizer.tokenize_markup(text) if isinstance(tokenizer, HFTokenizer) else tokenizer.tokenize(text)
 
 
 def _tokens_and_bounds(tokenize: Tokenize, part: Part) -> tuple[list[int], list[int]]:

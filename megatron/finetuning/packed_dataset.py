@@ -177,8 +177,8 @@ def build_packed_datasets(
     With --group-by-length, the training samples of each global batch are of one length. A part is None if no samples
     of it are requested, or if it is for evaluation and has no conversations. Raises DataError.
     """
-    data, group_size = config.data, global_batch_size if config.finetuning.group_by_length else None
-    encoder = ConversationEncoder(tokenizer, find_template(config.tokenizer, config.finetuning.chat_template))
+    data = config.data
+    encoder = ConversationEncoder(tokenizer, find_template(config.tokenizer, config.finetuning))
     if data.data_path:
         whole = _open(data.data_path, config, encoder)
         sources = [(whole, part) for part in split_documents(len(whole), parse_split(data.split))]
@@ -196,9 +196,11 @@ def build_packed_datasets(
 
 def _open(paths: Sequence[str], config: Config, encoder: ConversationEncoder) -> Conversations:
     cache_dir, fingerprint = config.data.data_cache_path, tokenizer_fingerprint(config.tokenizer)
-    most = config.finetuning.max_document_mb
     return Conversations(
-        [tokenized(Path(path), Path(cache_dir or f"{path}_cache"), encoder, fingerprint, most) for path in paths]
+        [
+            tokenized(Path(path), Path(cache_dir or f"{Path(path)}_cache"), encoder, fingerprint, config.finetuning)
+            for path in paths
+        ]
     )
 
 

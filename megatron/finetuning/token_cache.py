@@ -1,11 +1,13 @@
 """Cache of tokenized conversations: one folder per file, written atomically, memory-mapped by every rank.
 
     tokens.bin     int32 [num_tokens]       id for a token of an answer, -1 - id for any other token
-    samples.npy    int64 [num_samples, 2]   for each conversation, the end of its tokens and its line in the file
+    samples.npy    int64 [num_samples, 2]   for each sample, the end of its tokens and its line in the file
+    summary.json   what was read, and what was left out and why; every run reports it
 
-The folder's name is a hash of everything its content depends on: the content of the file, the tokenizer and the chat
-template. So an edit that preserves size and time is detected, and a copy elsewhere is recognized. Both files end with
-their checksum. While the cache is written, only line numbers and token counts of the file stay in memory.
+The folder's name is a hash of everything its content depends on: the content of the file, the tokenizer, the chat
+template and the settings of --help's "Fine-tuning". So an edit that preserves size and time is detected, and a copy
+elsewhere is recognized. The files end with their checksum. While the cache is written, only line numbers and token
+counts of the file stay in memory. A conversation is one sample, or several where the template rewrites its answers.
 """
 
 from __future__ import annotations
@@ -26,17 +28,20 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.config import TokenizerConfig
+from megatron.config.finetuning import FinetuningConfig
 from megatron.core.atomic_file import flush_to_disk, publish, temporary_path
-from megatron.data.checked_file import append_checksum, is_as_written
+from megatron.data.checked_file import CHECKSUM_BYTES, append_checksum, is_as_written
 from megatron.data.errors import DataError
-from megatron.data.json_records import DEFAULT_MAX_DOCUMENT_MB
 from megatron.data.tokens import blocks
-from megatron.finetuning.conversations import read_conversations, where
-from megatron.finetuning.encoding import ConversationEncoder
+from megatron.finetuning.chat_formats import format_of, parse_record
+from megatron.finetuning.conversation_files import RawRecord, content_files, kind_of, read_records, where
+from megatron.finetuning.encoding import ConversationEncoder, EncodedConversation
+from megatron.finetuning.reading_summary import ReadingSummary, SummaryCounts
 from megatron.tokenizer import TokenizerError
 
-CACHE_VERSION = 3
-TOKENS, SAMPLES = "tokens.bin", "samples.npy"
+CACHE_VERSION = 4
+TOKENS, SAMPLES, SUMMARY = "tokens.bin", "samples.npy", "summary.json"
+FILES = (TOKENS, SAMPLES, SUMMARY)
 SECONDS_BETWEEN_LINES = 30.0
 LOG = logging.getLogger("megatron")
 
@@ -71,10 +76,10 @@ class StoredConversation:
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The tokenized conversations of one file."""
+    """The tokenized conversations of one file or folder, which may be several samples each."""
 
     path: Path
-    """The file of JSON lines, or of one array."""
+    """The file, or the folder of Hugging Face `datasets`."""
 
     tokens: npt.NDArray[np.int32]
     samples: npt.NDArray[np.int64]
@@ -87,12 +92,12 @@ class TokenCache:
         return StoredConversation(self.tokens[start : int(self.samples[index, 0])])
 
     def where(self, index: int) -> str:
-        """Return the file and the line, or entry, that a conversation was read from."""
+        """Return the file and the line, entry or row that a sample was read from."""
         return where(self.path, int(self.samples[index, 1]))
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """int64 [num_samples]: tokens of each conversation."""
+        """int64 [num_samples]: tokens of each sample."""
         return np.diff(self.samples[:, 0], prepend=0)
 
 
@@ -111,27 +116,29 @@ def tokenized(
     cache_dir: Path,
     encoder: ConversationEncoder,
     tokenizer: str,
-    max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB,
+    finetuning: FinetuningConfig,
 ) -> TokenCache:
     """Load the tokenized conversations of `path` from `cache_dir`; tokenize and cache them if they are not there.
 
     `tokenizer` is the fingerprint of the encoder's tokenizer. Any number of processes, on machines that share the
-    folder, may call this at once: one tokenizes and the others wait. Raises DataError for the file, also for a line or
-    entry of more than `max_document_mb` MiB, or if the folder cannot be written.
+    folder, may call this at once: one tokenizes and the others wait. Raises DataError for the file, also for a record
+    that cannot be trained unless `finetuning` leaves those out, or if the folder cannot be written.
     """
     content = _content_hash(path)
-    settings = (CACHE_VERSION, content, tokenizer, encoder.tokenizer.eod, encoder.template.description)
+    given = (finetuning.chat_format, finetuning.refused_conversations, finetuning.max_document_mb)
+    settings = (CACHE_VERSION, content, tokenizer, encoder.tokenizer.eod, encoder.template.description, given)
     folder = cache_dir / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:32]}-conversations"
     try:
         if not _is_whole(folder):
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _locked(folder.with_suffix(".lock"), f"another process tokenizes {path}; waiting for it"):
                 if not _is_whole(folder):
-                    _write(path, content, folder, encoder, max_document_mb)
+                    _Writer(path, content, encoder, finetuning).write(folder)
     except OSError as error:
         raise DataError(
             f"--data-cache-path ({cache_dir}) cannot be used: {error.strerror}; give a folder that can be written."
         ) from error
+    ReadingSummary.parse(path, (folder / SUMMARY).read_bytes()[:-CHECKSUM_BYTES]).log()
     samples = np.load(folder / SAMPLES, mmap_mode="r")
     tokens = np.memmap(folder / TOKENS, dtype="<i4", mode="r", shape=int(samples[-1, 0]))
     return TokenCache(path, np.asarray(tokens), np.asarray(samples))
@@ -139,7 +146,7 @@ def tokenized(
 
 def _is_whole(folder: Path) -> bool:
     """Return whether a cache exists and is undamaged."""
-    return all(is_as_written(folder / name, _key(folder, name)) for name in (TOKENS, SAMPLES))
+    return all(is_as_written(folder / name, _key(folder, name)) for name in FILES)
 
 
 def _key(folder: Path, name: str) -> str:
@@ -147,12 +154,15 @@ def _key(folder: Path, name: str) -> str:
 
 
 def _content_hash(path: Path) -> str:
-    """Hash a file with SHA-256, at more than a gigabyte per second."""
+    """Hash a file, or the files of a folder, with SHA-256, at more than a gigabyte per second."""
+    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        for part in content_files(path):
+            with part.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; give a readable file of conversations.") from error
+    return f"{kind_of(path)} {digest.hexdigest()}"
 
 
 @contextmanager
@@ -167,42 +177,65 @@ def _locked(path: Path, while_waiting: str) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, content: str, folder: Path, encoder: ConversationEncoder, max_document_mb: int) -> None:
-    if folder.is_dir():
-        LOG.warning("%s is cut short or was changed since it was written; rebuilding it", folder)
-        shutil.rmtree(folder)
-    LOG.info("tokenizing %s into %s", path, folder)
-    temporary = temporary_path(folder)
-    temporary.mkdir()
-    try:
-        samples = _write_tokens(path, temporary / TOKENS, encoder, max_document_mb)
-        if not samples:
-            raise DataError(f"{path} holds no conversation; give a file with one JSON object on each line.")
-        if _content_hash(path) != content:
-            raise DataError(f"{path} was changed while it was tokenized; run again once it is whole.")
-        np.save(temporary / SAMPLES, np.frombuffer(samples, np.int64).reshape(-1, 2))
-        for name in (TOKENS, SAMPLES):
-            append_checksum(temporary / name, _key(folder, name))
-            flush_to_disk(temporary / name)
-        publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the cache of one file."""
 
+    path: Path
+    content: str
+    encoder: ConversationEncoder
+    finetuning: FinetuningConfig
 
-def _write_tokens(path: Path, token_path: Path, encoder: ConversationEncoder, max_document_mb: int) -> array[int]:
-    """Write the tokens of all conversations; return, for each in turn, where its tokens end and its line."""
-    samples, num_tokens, reported = array("q"), 0, time.monotonic()
-    with token_path.open("wb") as file:
-        for line, conversation in read_conversations(path, max_document_mb):
-            try:
-                encoded = encoder.encode(conversation)
-            except (DataError, TokenizerError) as error:
-                raise DataError(f"{where(path, line)}: {error}") from error
-            file.write(np.where(encoded.is_answer, encoded.tokens, -1 - encoded.tokens).astype("<i4").tobytes())
-            num_tokens += len(encoded.tokens)
-            samples.extend((num_tokens, line))
-            if time.monotonic() - reported > SECONDS_BETWEEN_LINES:
-                LOG.info("tokenizing %s: line %d, %d tokens", path, line, num_tokens)
-                reported = time.monotonic()
-    LOG.info("tokenized %s: %d conversations, %d tokens", path, len(samples) // 2, num_tokens)
-    return samples
+    def write(self, folder: Path) -> None:
+        """Tokenize the file into `folder`, which appears once it is whole."""
+        if folder.is_dir():
+            LOG.warning("%s is cut short or was changed since it was written; rebuilding it", folder)
+            shutil.rmtree(folder)
+        LOG.info("tokenizing %s into %s", self.path, folder)
+        temporary = temporary_path(folder)
+        temporary.mkdir()
+        try:
+            samples, summary = self._write_tokens(temporary / TOKENS)
+            if not samples:
+                raise DataError(summary.nothing_left())
+            if _content_hash(self.path) != self.content:
+                raise DataError(f"{self.path} was changed while it was tokenized; run again once it is whole.")
+            np.save(temporary / SAMPLES, np.frombuffer(samples, np.int64).reshape(-1, 2))
+            (temporary / SUMMARY).write_bytes(summary.to_json())
+            for name in FILES:
+                append_checksum(temporary / name, _key(folder, name))
+                flush_to_disk(temporary / name)
+            publish(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write_tokens(self, token_path: Path) -> tuple[array[int], ReadingSummary]:
+        """Write the tokens of all samples; return, for each in turn, where its tokens end and its line."""
+        samples, num_tokens, reported = array("q"), 0, time.monotonic()
+        counts = SummaryCounts(self.path, kind_of(self.path))
+        with token_path.open("wb") as file:
+            for record in read_records(self.path, self.finetuning.max_document_mb):
+                for encoded in self._encode(record, counts):
+                    stored = np.where(encoded.is_answer, encoded.tokens, -1 - encoded.tokens)
+                    file.write(stored.astype("<i4").tobytes())
+                    num_tokens += len(encoded.tokens)
+                    samples.extend((num_tokens, record.number))
+                if time.monotonic() - reported > SECONDS_BETWEEN_LINES:
+                    LOG.info("tokenizing %s: %d tokens", record.where, num_tokens)
+                    reported = time.monotonic()
+        return samples, counts.summary()
+
+    def _encode(self, record: RawRecord, counts: SummaryCounts) -> list[EncodedConversation]:
+        """Tokenize a record; none are returned if it cannot be trained and such are to be left out."""
+        try:
+            values = record.values()
+            chat_format = self.finetuning.chat_format or format_of(values)
+            encoded = self.encoder.encode(parse_record(values, chat_format))
+        except (DataError, TokenizerError) as error:
+            reason = str(error).removeprefix(f"{record.where}: ")
+            if self.finetuning.refused_conversations == "error":
+                raise DataError(f"{record.where}: {reason}") from error
+            counts.leave_out(record.place, reason)
+            return []
+        counts.take(chat_format, encoded)
+        return encoded

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron.arguments import parse_args
 from megatron.config import TokenizerConfig, validate
-from megatron.finetuning.conversations import Message
+from megatron.finetuning.conversations import Conversation, Message
 from tests.distributed.launcher import REPOSITORY, free_port, read_log
 from tests.integration.shell import run
 from tests.unit.finetuning.conftest import CHATML, chat_of, write_hf_folder
@@ -34,7 +34,7 @@ def hf_model(tmp_path: Path, bpe_files: tuple[Path, Path]) -> Path:  # noqa: F81
 def their_loss(model_folder: Path, tokenizer_folder: Path) -> float:
     """The loss of the answer in transformers."""
     chat = chat_of(TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(tokenizer_folder)))
-    encoded = chat.encoder.encode((Message("user", PAIR[0]), Message("assistant", PAIR[1])))
+    (encoded,) = chat.encoder.encode(Conversation((Message("user", PAIR[0]), Message("assistant", PAIR[1]))))
     tokens = torch.from_numpy(encoded.tokens).long()
     labels = torch.where(torch.from_numpy(encoded.is_answer), tokens, -100)
     with torch.no_grad():

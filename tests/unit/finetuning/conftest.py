@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron.config import TokenizerConfig
+from megatron.config.finetuning import FinetuningConfig
 from megatron.finetuning.chat_template import ChatTemplate, find_template
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.tokenizer import build_tokenizer
@@ -40,7 +41,7 @@ def chat_of(flags: TokenizerConfig) -> Chat:
     tokenizer = build_tokenizer(
         flags.tokenizer_type, flags.vocab_file, flags.merge_file, flags.tokenizer_model, flags.vocab_size
     )
-    template = find_template(flags, None)
+    template = find_template(flags, FinetuningConfig())
     return Chat(flags, template, ConversationEncoder(tokenizer, template))
 
 

@@ -218,7 +218,7 @@ ANSWERS = [
 ]
 
 
-def conversations(answer: str) -> list[Conversation]:
+def conversations(answer: str) -> list[tuple[Message, ...]]:
     """An answer alone, after an equal one, before another, and after a question with the same words."""
     asked, said = Message("user", "question"), Message("assistant", answer)
     other = Message("assistant", "Yes.")
@@ -226,7 +226,7 @@ def conversations(answer: str) -> list[Conversation]:
             (Message("user", answer), said)]  # fmt: skip
 
 
-def expected(shape: str, conversation: Conversation) -> tuple[list[int], list[bool]]:
+def expected(shape: str, conversation: tuple[Message, ...]) -> tuple[list[int], list[bool]]:
     _, write = SHAPES[shape]
     segments = [segment for turn in conversation for segment in write(turn.role, turn.content)]
     begin = {"llama 3": "<|begin_of_text|>", "mistral": "<s>"}.get(shape, "")
@@ -239,7 +239,7 @@ def expected(shape: str, conversation: Conversation) -> tuple[list[int], list[bo
 def test_the_mask_is_that_of_the_answers_and_their_ends(tokenizer: HFTokenizer, shape: str, answer: str) -> None:
     encoder = ConversationEncoder(tokenizer, JinjaTemplate(SHAPES[shape][0]))
     for conversation in conversations(answer):
-        encoded = encoder.encode(conversation)
+        (encoded,) = encoder.encode(Conversation(conversation))
         tokens, is_answer = expected(shape, conversation)
         assert encoded.tokens.tolist() == tokens
         assert encoded.is_answer.tolist() == is_answer
@@ -251,7 +251,7 @@ def test_the_mask_is_that_of_the_answers_and_their_ends(tokenizer: HFTokenizer, 
         ALL + "{{ message.role + ': ' + message.content.upper() + '</s>' }}{% endfor %}",
         ALL + "{{ message.role + ': ' + message.content.replace('a', 'b') + '</s>' }}{% endfor %}",
         ALL + "{{ message.role + ': ' + message.content + '</s>' + message.content }}{% endfor %}",
-        ALL + "{{ message.role + ': ' + message.content[:3] + '</s>' }}{% endfor %}",
+        ALL + "{{ message.role + ': ' + message.content[: 3 if loop.index0 else 99] + '</s>' }}{% endfor %}",
         ALL + "{{ message.role + message.content | length | string + message.content + '</s>' }}{% endfor %}",
         ALL + "{{ message.role + (' a' if 'cat' in message.content else ' ') + message.content + '</s>' }}{% endfor %}",
         ALL + "{{ message.role + ': ' }}{% endfor %}{{ messages[0].content }}",
@@ -261,10 +261,10 @@ def test_the_mask_is_that_of_the_answers_and_their_ends(tokenizer: HFTokenizer, 
 def test_a_template_whose_mask_cannot_be_exact_is_refused(tokenizer: HFTokenizer, template: str) -> None:
     conversation = (Message("user", "Which?"), Message("assistant", "a cat"))
     with pytest.raises(DataError, match="does not write the answer of turn 2 as it is given, once"):
-        ConversationEncoder(tokenizer, JinjaTemplate(template)).encode(conversation)
+        ConversationEncoder(tokenizer, JinjaTemplate(template)).encode(Conversation(conversation))
 
 
 def test_a_text_that_ends_as_the_answer_begins_is_no_prompt(tokenizer: HFTokenizer) -> None:
     template = JinjaTemplate(ALL + "{{ message.content + '\\n' }}{% endfor %}A")
-    with pytest.raises(DataError, match="writes turn 2 in another way when turns follow"):
-        ConversationEncoder(tokenizer, template).encode((Message("user", "q"), Message("assistant", "A")))
+    with pytest.raises(DataError, match="turn 2 in another way when turns follow"):
+        ConversationEncoder(tokenizer, template).encode(Conversation((Message("user", "q"), Message("assistant", "A"))))

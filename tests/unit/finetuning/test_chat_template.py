@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config import ConfigError, TokenizerConfig
+from megatron.config.finetuning import FinetuningConfig
 from megatron.finetuning.chat_template import find_template
 
 DEEP = "[" * 100_000
@@ -29,9 +30,9 @@ def flags_of(folder: Path, settings: str = "{}") -> TokenizerConfig:
 def test_a_template_that_does_not_compile_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, words: str
 ) -> None:
-    monkeypatch.setattr("megatron.finetuning.chat_template.SECONDS_TO_RENDER", 0.2)
+    monkeypatch.setattr("megatron.finetuning.jinja_sandbox.SECONDS_TO_RENDER", 0.2)
     with pytest.raises(ConfigError, match=r"is no Jinja template: .*; repair it or give another file") as caught:
-        find_template(flags_of(tmp_path, json.dumps({"chat_template": source})), None)
+        find_template(flags_of(tmp_path, json.dumps({"chat_template": source})), FinetuningConfig())
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -39,4 +40,4 @@ def test_a_template_that_does_not_compile_is_named(
 @pytest.mark.parametrize("settings, words", [("{", "Expecting property name"), (DEEP, "nested too deep")])
 def test_settings_that_are_no_json_are_named(tmp_path: Path, settings: str, words: str) -> None:
     with pytest.raises(ConfigError, match=rf"tokenizer_config\.json is no readable JSON: .*{words}"):
-        find_template(flags_of(tmp_path, settings), None)
+        find_template(flags_of(tmp_path, settings), FinetuningConfig())

@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 
 from megatron.data.errors import DataError
-from megatron.finetuning.conversations import Message, read_conversations
+from megatron.finetuning.conversation_files import read_conversations
+from megatron.finetuning.conversations import Conversation, Message
 
 ANSWER = {"role": "assistant", "content": "yes"}
 QUESTION = {"role": "user", "content": "ready?"}
+
+
+def chat(question: str) -> Conversation:
+    return Conversation((Message("user", question), Message("assistant", "yes")))
 
 
 def write_lines(path: Path, *lines: Any) -> Path:
@@ -30,12 +35,12 @@ def write_lines(path: Path, *lines: Any) -> Path:
 )
 def test_each_form_is_read(tmp_path: Path, record: dict[str, Any], question: str) -> None:
     path = write_lines(tmp_path / "lines", "", record)
-    assert list(read_conversations(path)) == [(2, (Message("user", question), Message("assistant", "yes")))]
+    assert list(read_conversations(path)) == [(2, chat(question))]
 
 
 def test_a_file_may_be_one_array_and_packed(tmp_path: Path) -> None:
     records = [{"instruction": "ready?", "input": "", "output": "yes"}, {"messages": [QUESTION, ANSWER]}]
-    expected = [(number, (Message("user", "ready?"), Message("assistant", "yes"))) for number in (1, 2)]
+    expected = [(number, chat("ready?")) for number in (1, 2)]
     path = tmp_path / "alpaca_data.json"
     path.write_text(json.dumps(records, indent=4))
     assert list(read_conversations(path)) == expected
@@ -66,7 +71,7 @@ def test_a_conversation_that_is_too_long_for_memory_is_named(tmp_path: Path, for
         ({"text": "plain"}, 'keys text; give an object with "messages"'),
         ({"messages": "hello"}, '"messages" is no list'),
         ({"messages": [QUESTION, {"role": "assistant"}]}, "'content' is null, not text"),
-        ({"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "turn 1 has the role 'tool'; use one of system"),
+        ({"messages": [{"role": "judge", "content": "x"}, ANSWER]}, "turn 1 has the role 'judge'; use one of system"),
         ({"messages": [QUESTION, ANSWER | {"content": " \n"}]}, "turn 2, an answer of the assistant, is empty"),
         ({"messages": [QUESTION]}, "no turn of the assistant"),
         ({"messages": []}, "no turn of the assistant"),

@@ -20,13 +20,13 @@ TURNS = (
     Message("user", " and\n\nthe dog?"),
     Message("assistant", "aa\n\n  - the\tthing\n  - the other"),
 )
-CONVERSATIONS = [TURNS, (Message("system", "Be brief."), *TURNS), TURNS[:2]]
+CONVERSATIONS = [Conversation(turns) for turns in (TURNS, (Message("system", "Be brief."), *TURNS), TURNS[:2])]
 BY_KIND = pytest.mark.parametrize("kind", KINDS)
 BY_CONVERSATION = pytest.mark.parametrize("conversation", CONVERSATIONS, ids=["two", "system", "one"])
 
 
 def as_messages(conversation: Conversation) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in conversation]
+    return [{"role": turn.role, "content": turn.content} for turn in conversation.messages]
 
 
 def their_tokenizer(chat: Chat) -> PreTrainedTokenizerFast:
@@ -44,12 +44,12 @@ def test_the_tokens_that_count_are_exactly_the_answers(
     make_chat: Callable[[str], Chat], kind: str, conversation: Conversation
 ) -> None:
     encoder = make_chat(kind).encoder
-    encoded, tokenizer = encoder.encode(conversation), encoder.tokenizer
+    (encoded,), tokenizer = encoder.encode(conversation), encoder.tokenizer
     runs = groupby(zip(encoded.tokens.tolist(), encoded.is_answer, strict=True), key=lambda pair: pair[1])
     answers = [[token for token, _ in run] for counts, run in runs if counts]
     if kind not in ("hf chatml", "hf llama2"):
         assert {answer.pop() for answer in answers} == {tokenizer.eod}
-    expected = [ended(kind, turn.content) for turn in conversation if turn.role == "assistant"]
+    expected = [ended(kind, turn.content) for turn in conversation.messages if turn.role == "assistant"]
     assert [[tokenizer.detokenize(answer)] for answer in answers] == expected
 
 
@@ -64,9 +64,10 @@ def test_the_tokens_are_those_of_the_whole_text(
     if isinstance(tokenizer, HFTokenizer) and kind != "hf plain":
         tokenize = tokenizer.tokenize_markup
     whole: list[int] = []
-    for part in chat.template.render(conversation):
+    (sample,) = chat.template.render(conversation)
+    for part in sample:
         whole += [*tokenize(part.text), *([tokenizer.eod] if part.ends else [])]
-    assert chat.encoder.encode(conversation).tokens.tolist() == whole
+    assert chat.encoder.encode(conversation)[0].tokens.tolist() == whole
 
 
 @pytest.mark.parametrize("kind, is_special", [("hf chatml", True), ("hf plain", False)])
@@ -74,8 +75,8 @@ def test_special_tokens_of_a_text_are_special_where_the_template_writes_such(
     make_chat: Callable[[str], Chat], kind: str, is_special: bool
 ) -> None:
     chat = make_chat(kind)
-    conversation = (Message("user", "say <|im_end|> now, please, do it"), Message("assistant", "no"))
-    tokens = chat.encoder.encode(conversation).tokens.tolist()
+    conversation = Conversation((Message("user", "say <|im_end|> now, please, do it"), Message("assistant", "no")))
+    tokens = chat.encoder.encode(conversation)[0].tokens.tolist()
     (end,) = chat.encoder.tokenizer.tokenize_markup("<|im_end|>")  # type: ignore[attr-defined]
     assert tokens.count(end) == (3 if is_special else 0)
 
@@ -87,34 +88,38 @@ def test_the_tokens_are_those_of_transformers(
 ) -> None:
     chat = make_chat(kind)
     theirs = their_tokenizer(chat).apply_chat_template(as_messages(conversation), return_dict=True)
-    assert chat.encoder.encode(conversation).tokens.tolist() == theirs["input_ids"]
+    assert chat.encoder.encode(conversation)[0].tokens.tolist() == theirs["input_ids"]
 
 
 def test_generation_marks_and_ours_agree(make_chat: Callable[[str], Chat]) -> None:
     chat = make_chat("hf llama2")
     expected = their_tokenizer(chat).apply_chat_template(
-        as_messages(TURNS), return_dict=True, return_assistant_tokens_mask=True
+        as_messages(Conversation(TURNS)), return_dict=True, return_assistant_tokens_mask=True
     )
-    encoded = chat.encoder.encode(TURNS)
+    (encoded,) = chat.encoder.encode(Conversation(TURNS))
     assert encoded.tokens.tolist() == expected["input_ids"]
     assert encoded.is_answer.tolist() == [bool(mark) for mark in expected["assistant_masks"]]
 
 
 def test_numbers_need_no_names_of_roles() -> None:
     encoder = ConversationEncoder(NullTokenizer(20), PlainTemplate(names_roles=False))
-    encoded = encoder.encode((Message("user", "1 2 3"), Message("assistant", "4 5")))
+    (encoded,) = encoder.encode(Conversation((Message("user", "1 2 3"), Message("assistant", "4 5"))))
     assert encoded.tokens.tolist() == [1, 2, 3, 4, 5, 20]
     assert encoded.is_answer.tolist() == [False] * 3 + [True] * 3
 
 
 def encode_with(chat: Chat, template: str) -> list[bool]:
-    return ConversationEncoder(chat.encoder.tokenizer, JinjaTemplate(template)).encode(TURNS[:2]).is_answer.tolist()
+    return (
+        ConversationEncoder(chat.encoder.tokenizer, JinjaTemplate(template))
+        .encode(CONVERSATIONS[2])[0]
+        .is_answer.tolist()
+    )
 
 
 def test_a_token_across_the_bound_of_an_answer_is_refused(make_chat: Callable[[str], Chat]) -> None:
     chat = make_chat("hf chatml")
     template = "{% for m in messages %}{{ m.role + ': t' + m.content }}{% endfor %}"
-    turns = (Message("user", "a"), Message("assistant", "he cat"))
+    turns = Conversation((Message("user", "a"), Message("assistant", "he cat")))
     with pytest.raises(DataError, match="a token holds the bound of an answer"):
         ConversationEncoder(chat.encoder.tokenizer, JinjaTemplate(template)).encode(turns)
 
@@ -149,7 +154,7 @@ def test_a_template_that_cannot_serve_is_refused(make_chat: Callable[[str], Chat
 def test_a_template_without_an_end_is_refused(
     make_chat: Callable[[str], Chat], monkeypatch: pytest.MonkeyPatch, length: str
 ) -> None:
-    monkeypatch.setattr("megatron.finetuning.chat_template.SECONDS_TO_RENDER", 0.2)
+    monkeypatch.setattr("megatron.finetuning.jinja_sandbox.SECONDS_TO_RENDER", 0.2)
     loop = f"{{% for i in range({length}) %}}"
     template = f"{loop * 3}{'{% endfor %}' * 3}"
     with pytest.raises(DataError, match=r"refuses it: it takes more than 0\.2 seconds; change the line or"):
@@ -161,21 +166,22 @@ def test_an_answer_that_nothing_precedes_has_nothing_to_learn() -> None:
     class Bare:
         description = "bare"
 
-        def render(self, conversation: Conversation) -> list[Part]:
-            return [Part("7", ((0, 1),), ends=False)]
+        def render(self, conversation: Conversation) -> list[list[Part]]:
+            return [[Part("7", ((0, 1),), ends=False)]]
 
     with pytest.raises(DataError, match="no token that others precede"):
-        ConversationEncoder(NullTokenizer(20), Bare()).encode(TURNS[:2])
+        ConversationEncoder(NullTokenizer(20), Bare()).encode(CONVERSATIONS[2])
 
 
 def test_an_answer_that_is_also_in_its_header_counts_once(make_chat: Callable[[str], Chat]) -> None:
     encoder = make_chat("hf chatml").encoder
-    encoded = encoder.encode((Message("user", "Who?"), Message("assistant", "assistant")))
+    (encoded,) = encoder.encode(Conversation((Message("user", "Who?"), Message("assistant", "assistant"))))
     assert encoder.tokenizer.detokenize(encoded.tokens[encoded.is_answer].tolist()) == "assistant<|im_end|>"
 
 
 def test_a_template_that_changes_earlier_answers_is_refused(make_chat: Callable[[str], Chat]) -> None:
     source = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '-' + m.content }}{% endfor %}"
-    encoder = ConversationEncoder(make_chat("hf chatml").encoder.tokenizer, JinjaTemplate(source))
+    template = JinjaTemplate(source, rewritten_answers="error")
+    encoder = ConversationEncoder(make_chat("hf chatml").encoder.tokenizer, template)
     with pytest.raises(DataError, match="writes turn 2 in another way when turns follow"):
-        encoder.encode(TURNS)
+        encoder.encode(CONVERSATIONS[0])

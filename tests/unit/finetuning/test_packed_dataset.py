@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron.config import TokenizerConfig
+from megatron.config.finetuning import FinetuningConfig
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.batch import Sample, slice_batch
 from megatron.data.errors import DataError
@@ -34,7 +35,7 @@ def write(path: Path, pairs: list[tuple[str, str]] = PAIRS) -> Path:
 
 
 def cache_of(path: Path) -> TokenCache:
-    return tokenized(path, path.parent / "cache", ENCODER, "tokenizer")
+    return tokenized(path, path.parent / "cache", ENCODER, "tokenizer", FinetuningConfig())
 
 
 @pytest.fixture
@@ -205,17 +206,17 @@ def test_a_file_that_changes_while_it_is_tokenized_is_refused(tmp_path: Path) ->
     path = write(tmp_path / "a")
 
     class Growing(PlainTemplate):
-        def render(self, conversation: Conversation) -> list[Part]:
+        def render(self, conversation: Conversation) -> list[list[Part]]:
             path.write_text(path.read_text() + "\n")
             return super().render(conversation)
 
     encoder = ConversationEncoder(NullTokenizer(END), Growing(names_roles=False))
     with pytest.raises(DataError, match="a was changed while it was tokenized; run again"):
-        tokenized(path, tmp_path / "cache", encoder, "tokenizer")
+        tokenized(path, tmp_path / "cache", encoder, "tokenizer", FinetuningConfig())
     assert not list((tmp_path / "cache").glob("*-conversations"))
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "samples.npy"])
+@pytest.mark.parametrize("name", ["tokens.bin", "samples.npy", "summary.json"])
 @pytest.mark.parametrize(
     "damage",
     [
