@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
+from itertools import count, takewhile
 
 from megatron.data.errors import DataError
 from megatron.finetuning.conversations import Message
@@ -37,11 +37,12 @@ AROUND_THOUGHTS = re.compile(r"\s*(</?think>)\s*")
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, and the spans of it that the model writes in the turn of index `turn`."""
+    """A text, the spans of it that the model writes in turn `place`, from 1, and whether a token ends the turn."""
 
-    turn: int
+    place: int
     text: str
     spans: tuple[Span, ...]
+    is_ended: bool = True
 
     def is_shown_in(self, text: str) -> bool:
         """Return whether a text begins like this one, up to the end of the answer."""
@@ -54,6 +55,9 @@ class Turns:
 
     messages: tuple[Message, ...]
     render: Writer
+    whole: str
+    """The text of all turns, also those that follow."""
+
     end_of_text: str
     """The token with which some templates end a text, whatever turn is the last."""
 
@@ -70,10 +74,14 @@ class Turns:
     @cached_property
     def answered(self) -> Rendering:
         """The turns with the answer, which follows the prompt."""
-        written = self.render(self.messages, False, True)
-        moved = len(self._after_prompt(written.text)) - len(written.text)
-        spans = tuple((begin + moved, end + moved) for begin, end in written.generated)
-        return Rendering(self._after_prompt(written.text), spans)
+        written, text = self._written, self._after_prompt(self._written.text)
+        moved = len(text) - len(written.text)
+        return Rendering(text, tuple((begin + moved, end + moved) for begin, end in written.generated))
+
+    @cached_property
+    def _written(self) -> Rendering:
+        """The turns with the answer, as the template writes them."""
+        return self.render(self.messages, False, True)
 
     @cached_property
     def before(self) -> str:
@@ -108,7 +116,7 @@ class Turns:
     @cached_property
     def _beginning(self) -> str | None:
         """What `answered` has in place of the prompt; None if it has the prompt, or if that is not to be found."""
-        written, context = self.render(self.messages, False, True).text, self.messages[:-1]
+        written, context = self._written.text, self.messages[:-1]
         shared = self.before.removesuffix(self.closing)
         if written.startswith((self.prompt, shared)) or not context or not self.prompt.startswith(shared):
             return None
@@ -143,30 +151,36 @@ class Turns:
         if len(tails) != 1:
             raise changed(self.place)
         tail = tails[0].removesuffix(self.closing)
-        if self.prompt == self.before:
-            self._check_end(marked, mark, tail)
+        self._check_end(marked, mark, tail.rstrip())
         return header, tail
 
     def _check_end(self, marked: Sequence[Message], mark: str, tail: str) -> None:
-        """Raise DataError if a template without a prompt ends every text with one, so that answers seem to have it."""
+        """Raise DataError if a template writes the next prompt behind every turn, so that answers seem to end with it.
+
+        An end that differs only while no turn follows, such as another token, is the end.
+        """
+        ended = self.answered.text.rstrip()
+        if not tail or (len(ended) < len(self.whole.rstrip()) and self.whole.startswith(ended)):
+            return
         try:
             followed = self.render((*marked, Message("user", "next")), False, True).text
         except DataError:  # no turn may follow
             return
-        if not followed.partition(mark)[2].startswith(tail.rstrip()):
+        backwards = zip(reversed(tail), reversed(self.before.rstrip()), strict=False)
+        ends_every_turn = any(ours.isalnum() for ours, _ in takewhile(lambda pair: pair[0] == pair[1], backwards))
+        if not followed.partition(mark)[2].startswith(tail) and ends_every_turn:
             raise DataError(
-                f"the chat template ends turn {self.place} in another way when turns follow, and does not know "
-                "add_generation_prompt, so the end of the answer is not known; give another --chat-template."
+                f"the chat template ends turn {self.place} with {tail!r} only while no turn follows, so the end of the "
+                "answer is not known; give another --chat-template."
             )
 
 
 def find_answer(turns: Turns) -> Answer:
     """Find the characters that the assistant writes in the last turn. DataError if they cannot be told exactly."""
     if turns.answered.generated:
-        return Answer(turns.place - 1, turns.answered.text, _generated(turns))
-    plain = turns.answer.is_plain
-    span = _plain_answer(turns) if plain else _rich_answer(turns)
-    return Answer(turns.place - 1, turns.answered.text, (span,))
+        return Answer(turns.place, turns.answered.text, _generated(turns))
+    span, tail = _plain_answer(turns) if turns.answer.is_plain else _rich_answer(turns)
+    return Answer(turns.place, turns.answered.text, (span,), is_ended=bool(tail))
 
 
 def _generated(turns: Turns) -> tuple[Span, ...]:
@@ -182,8 +196,8 @@ def _generated(turns: Turns) -> tuple[Span, ...]:
     return spans
 
 
-def _plain_answer(turns: Turns) -> Span:
-    """Find an answer that is text alone."""
+def _plain_answer(turns: Turns) -> tuple[Span, str]:
+    """Find an answer that is text alone, and what the template writes after its content."""
     text = turns.answered.text.removesuffix(turns.closing)
     start, (header, tail) = turns.start, turns.around(turns.answer)
     if not turns.is_announced and not header.startswith(start):
@@ -200,13 +214,16 @@ def _plain_answer(turns: Turns) -> Span:
     between = text[len(start) : begin].strip()
     if not between or (turns.is_announced and not _is_empty_thought(turns, between)):
         begin = len(start)  # the model writes what stands between the prompt and the content
-    return begin, _end(text, tail)
+    return (begin, _end(text, tail)), tail
 
 
-def _rich_answer(turns: Turns) -> Span:
-    """Find an answer with reasoning or tool calls. DataError if the text lacks any of it, or changes it."""
+def _rich_answer(turns: Turns) -> tuple[Span, str]:
+    """Find an answer with reasoning or tool calls, and what the template writes after an answer.
+
+    DataError if the text lacks any of it, or changes it.
+    """
     text, start = turns.answered.text.removesuffix(turns.closing), turns.start
-    header, tail = turns.around(Message(turns.answer.role, "", is_trained=True))
+    header, tail = turns.around(Message(turns.answer.role, ""))
     begin = len(start)
     if not turns.is_announced:
         if not text.startswith(header) or len(header) < begin:
@@ -214,10 +231,10 @@ def _rich_answer(turns: Turns) -> Span:
         begin = len(header)
     elif not turns.answer.reasoning.strip() and (empty := _empty_thought_at(turns, text, begin)):
         begin += len(empty)
-    span = begin, _end(text, tail if tail.strip() else "")
+    span = begin, _end(text, tail)
     _check_content(turns, text, span)
     _check_reasoning(turns, (span,))
-    return span
+    return span, tail
 
 
 def _end(text: str, tail: str) -> int:

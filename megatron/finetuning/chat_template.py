@@ -11,7 +11,7 @@ An answer is the text after the generation prompt, up to and including the token
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,9 @@ class Part:
     ends: bool
     ends_answer: bool = True
     """Whether the end-of-document id belongs to an answer that counts in the loss."""
+
+    num_open: int = 0
+    """Number of answers that no token ends."""
 
 
 Sample = list[Part]
@@ -119,16 +122,19 @@ class JinjaTemplate:
         end_of_text = dict(self.special_tokens).get("eos_token", "")
         whole = write(messages, False, True).text
         learned = [place for place, message in enumerate(messages, start=1) if message.is_learned]
-        left = [find_answer(Turns(messages[:place], write, end_of_text)) for place in learned]
+        answers = (find_answer(Turns(messages[:place], write, whole, end_of_text)) for place in learned)
+        left = [replace(answer, text=whole) if answer.is_shown_in(whole) else answer for answer in answers]
         samples: list[Sample] = []
         text = whole
         while left:
             shown = [answer for answer in left if answer.is_shown_in(text)]
             left = [answer for answer in left if not answer.is_shown_in(text)]
             if left and self.rewritten_answers == "error":
-                raise rewritten(left[0].turn + 1)
+                raise rewritten(left[0].place)
             if shown:
-                samples.append([Part(text, tuple(span for answer in shown for span in answer.spans), ends=False)])
+                spans = tuple(span for answer in shown for span in answer.spans)
+                num_open = sum(not answer.is_ended for answer in shown)
+                samples.append([Part(text, spans, ends=False, num_open=num_open)])
             if self.rewritten_answers == "skip":
                 break
             text = left[-1].text if left else text

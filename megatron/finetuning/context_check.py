@@ -10,7 +10,6 @@ from typing import Any
 from megatron.data.errors import DataError
 from megatron.finetuning.conversations import ANSWERING, Conversation, Message, ToolCall
 
-
 FIRST_MARK = 730_511_900  # of digits, which no change of case touches
 
 

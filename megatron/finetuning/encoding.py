@@ -20,10 +20,11 @@ Tokenize = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """tokens int32 [L], and is_answer bool [L]: the tokens that the assistant writes."""
+    """tokens int32 [L], is_answer bool [L]: the tokens that count, and the answers that no token ends."""
 
     tokens: npt.NDArray[np.int32]
     is_answer: npt.NDArray[np.bool_]
+    num_open: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class ConversationEncoder:
             return [self._checked(*self._known(record))]
         if isinstance(record, Segments):
             return [self._checked(*self._encode_segments(record))]
-        return [self._checked(*self._encode(sample)) for sample in self.template.render(record)]
+        return [
+            self._checked(*self._encode(sample), num_open=sum(part.num_open for part in sample))
+            for sample in self.template.render(record)
+        ]
 
     def _encode(self, sample: Sample) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
@@ -73,10 +77,10 @@ class ConversationEncoder:
             )
         return record.tokens, record.is_answer
 
-    def _checked(self, tokens: Sequence[int], is_answer: Sequence[bool]) -> EncodedConversation:
+    def _checked(self, tokens: Sequence[int], is_answer: Sequence[bool], num_open: int = 0) -> EncodedConversation:
         if not any(is_answer[1:]):
             raise DataError("its answers have no token that others precede; give a prompt before the answer.")
-        return EncodedConversation(np.array(tokens, np.int32), np.array(is_answer, np.bool_))
+        return EncodedConversation(np.array(tokens, np.int32), np.array(is_answer, np.bool_), num_open)
 
     def _tokenize(self, text: str) -> list[int]:
         """Tokenize a part, which may hold special tokens of a Jinja template."""

@@ -53,6 +53,8 @@ def render(template: jinja2.Template, variables: Mapping[str, Any]) -> Rendering
         raise DataError(
             f"the chat template refuses it: {reason(error)}; change the line or --chat-template."
         ) from error
+    if BEGIN not in marked and END not in marked:
+        return Rendering(marked, ())
     bounds = [match.start() - earlier for earlier, match in enumerate(MARKS.finditer(marked))]
     if MARKS.findall(marked) != [BEGIN, END] * (len(bounds) // 2):
         raise DataError("the text has a character U+FDD0 or U+FDD1, or {% generation %} is nested; remove it.")

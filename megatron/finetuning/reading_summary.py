@@ -43,6 +43,9 @@ class ReadingSummary:
     num_trained: int
     """Tokens that count in the loss."""
 
+    num_open: int
+    """Answers that no token ends."""
+
     left_out: tuple[LeftOut, ...]
 
     def to_json(self) -> bytes:
@@ -77,6 +80,12 @@ class ReadingSummary:
                 "each with the text that the model sees; --rewritten-answers skip trains one of each",
                 self.path, self.num_split,
             )  # fmt: skip
+        if self.num_open:
+            LOG.warning(
+                "%s: %d answers end without a token that says so, as the chat template writes none there; the model "
+                "does not learn to stop after them; give a --chat-template that ends every answer",
+                self.path, self.num_open,
+            )  # fmt: skip
         for entry in self.left_out:
             LOG.warning("left out %d of %s; the first, %s: %s", entry.count, self.path, entry.first, entry.reason)
 
@@ -102,6 +111,7 @@ class SummaryCounts:
     num_samples: int = 0
     num_tokens: int = 0
     num_trained: int = 0
+    num_open: int = 0
     left_out: dict[str, LeftOut] = field(default_factory=dict)
 
     def take(self, chat_format: str, samples: Sequence[EncodedConversation]) -> None:
@@ -110,6 +120,7 @@ class SummaryCounts:
         self.num_split += len(samples) > 1
         self.num_samples += len(samples)
         self.num_tokens += sum(len(sample.tokens) for sample in samples)
+        self.num_open += sum(sample.num_open for sample in samples)
         self.num_trained += sum(int(sample.is_answer[1:].sum()) for sample in samples)
 
     def leave_out(self, place: str, reason: str) -> None:
@@ -122,5 +133,5 @@ class SummaryCounts:
         """Return the counts."""
         return ReadingSummary(
             self.path, self.kind, dict(self.formats), self.num_split, self.num_samples, self.num_tokens,
-            self.num_trained, tuple(self.left_out.values()),
+            self.num_trained, self.num_open, tuple(self.left_out.values()),
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Tokenizers of every kind, with the chat templates that go with them."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron.config.finetuning import FinetuningConfig
 from megatron.finetuning.chat_template import ChatTemplate, find_template
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.tokenizer import build_tokenizer
+from megatron.tokenizer.hugging_face import HFTokenizer
 from tests.unit.tokenizer.conftest import bpe_files, sentencepiece_file  # noqa: F401
 
 CHATML = (
@@ -25,6 +27,11 @@ LLAMA2 = (
     "{{ ' ' + message.content | trim + ' ' + eos_token }}{% endgeneration %}{% else %}"
     "{{ '[INST] ' + message.content | trim + ' [/INST]' }}{% endif %}{% endfor %}"
 )
+MARKUP = [
+    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|return|>", "<|channel|>", "<|message|>"),
+    *("<|eot_id|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+]
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -78,3 +85,35 @@ def make_chat(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str],
         return chat_of(write_hf_folder(tmp_path / "hf", bpe, template))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HFTokenizer:
+    """Return a tokenizer of bytes and special tokens alone."""
+    folder = tmp_path_factory.mktemp("bytes")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
+    file = tokenizers.Tokenizer(models.BPE(symbols, []))
+    file.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    file.decoder = decoders.ByteLevel()
+    file.add_special_tokens(MARKUP)
+    file.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return HFTokenizer(folder)
+
+
+def ids_of(text: str) -> list[int]:
+    """Compute the expected tokens of a text without the tokenizer: its bytes, and ids from 256 for special tokens."""
+    parts = re.split(f"({'|'.join(map(re.escape, MARKUP))})", text)
+    return [token for part in parts for token in ([256 + MARKUP.index(part)] if part in MARKUP else part.encode())]
+
+
+Segments = list[tuple[str, bool]]
+"""Texts, and whether the model writes them."""
+
+
+def masked(segments: Segments) -> tuple[list[int], list[bool]]:
+    """Return the expected tokens of the segments, and which of them count."""
+    pairs = [(token, counts) for text, counts in segments for token in ids_of(text)]
+    return [token for token, _ in pairs], [counts for _, counts in pairs]

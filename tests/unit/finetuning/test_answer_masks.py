@@ -3,47 +3,17 @@
 The tokenizer has a token per byte and per special token, so that every bound is one between tokens.
 """
 
-import json
-import re
-
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from megatron.data.errors import DataError
 from megatron.finetuning.chat_template import JinjaTemplate
 from megatron.finetuning.conversations import Conversation, Message
 from megatron.finetuning.encoding import ConversationEncoder
 from megatron.tokenizer.hugging_face import HFTokenizer
+from tests.unit.finetuning.conftest import ids_of
 
-SPECIAL = [
-    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
-    *("<|eot_id|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
-]
 Segments = list[tuple[str, bool]]
 """Texts, and whether the model writes them."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HFTokenizer:
-    """Return a tokenizer of bytes and special tokens alone."""
-    folder = tmp_path_factory.mktemp("bytes")
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    symbols = {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
-    file = tokenizers.Tokenizer(models.BPE(symbols, []))
-    file.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    file.decoder = decoders.ByteLevel()
-    file.add_special_tokens(SPECIAL)
-    file.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    return HFTokenizer(folder)
-
-
-def ids_of(text: str) -> list[int]:
-    """Compute the expected tokens of a text without the tokenizer: its bytes, and ids from 256 for special tokens."""
-    parts = re.split(f"({'|'.join(map(re.escape, SPECIAL))})", text)
-    return [token for part in parts for token in ([256 + SPECIAL.index(part)] if part in SPECIAL else part.encode())]
 
 
 # Each pair: a template, and the text of a conversation by turns.
@@ -236,8 +206,8 @@ def expected(shape: str, conversation: tuple[Message, ...]) -> tuple[list[int], 
 
 @pytest.mark.parametrize("answer", [answer for answer in ANSWERS if answer.strip()])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_mask_is_that_of_the_answers_and_their_ends(tokenizer: HFTokenizer, shape: str, answer: str) -> None:
-    encoder = ConversationEncoder(tokenizer, JinjaTemplate(SHAPES[shape][0]))
+def test_the_mask_is_that_of_the_answers_and_their_ends(byte_tokenizer: HFTokenizer, shape: str, answer: str) -> None:
+    encoder = ConversationEncoder(byte_tokenizer, JinjaTemplate(SHAPES[shape][0]))
     for conversation in conversations(answer):
         (encoded,) = encoder.encode(Conversation(conversation))
         tokens, is_answer = expected(shape, conversation)
@@ -258,13 +228,15 @@ def test_the_mask_is_that_of_the_answers_and_their_ends(tokenizer: HFTokenizer, 
     ],
     ids=["upper case", "replaced", "twice", "cut", "its length", "a header by content", "left out"],
 )
-def test_a_template_whose_mask_cannot_be_exact_is_refused(tokenizer: HFTokenizer, template: str) -> None:
+def test_a_template_whose_mask_cannot_be_exact_is_refused(byte_tokenizer: HFTokenizer, template: str) -> None:
     conversation = (Message("user", "Which?"), Message("assistant", "a cat"))
     with pytest.raises(DataError, match="does not write the answer of turn 2 as it is given, once"):
-        ConversationEncoder(tokenizer, JinjaTemplate(template)).encode(Conversation(conversation))
+        ConversationEncoder(byte_tokenizer, JinjaTemplate(template)).encode(Conversation(conversation))
 
 
-def test_a_text_that_ends_as_the_answer_begins_is_no_prompt(tokenizer: HFTokenizer) -> None:
+def test_a_text_that_ends_as_the_answer_begins_is_no_prompt(byte_tokenizer: HFTokenizer) -> None:
     template = JinjaTemplate(ALL + "{{ message.content + '\\n' }}{% endfor %}A")
-    with pytest.raises(DataError, match="turn 2 in another way when turns follow"):
-        ConversationEncoder(tokenizer, template).encode(Conversation((Message("user", "q"), Message("assistant", "A"))))
+    with pytest.raises(DataError, match=r"ends turn 2 with .* only while no turn follows"):
+        ConversationEncoder(byte_tokenizer, template).encode(
+            Conversation((Message("user", "q"), Message("assistant", "A")))
+        )

@@ -7,7 +7,7 @@ import pytest
 
 from megatron.config import ConfigError, TokenizerConfig
 from megatron.config.finetuning import FinetuningConfig
-from megatron.finetuning.chat_template import find_template
+from megatron.finetuning.chat_template import JinjaTemplate, find_template
 
 DEEP = "[" * 100_000
 
@@ -41,3 +41,13 @@ def test_a_template_that_does_not_compile_is_named(
 def test_settings_that_are_no_json_are_named(tmp_path: Path, settings: str, words: str) -> None:
     with pytest.raises(ConfigError, match=rf"tokenizer_config\.json is no readable JSON: .*{words}"):
         find_template(flags_of(tmp_path, settings), FinetuningConfig())
+
+
+def test_conversations_with_tools_take_the_template_of_that_name(tmp_path: Path) -> None:
+    named = [{"name": name, "template": f"{name} {{{{ messages[-1].content }}}}"} for name in ("default", "tool_use")]
+    template = find_template(flags_of(tmp_path, json.dumps({"chat_template": named})), FinetuningConfig())
+    assert isinstance(template, JinjaTemplate)
+    assert (template.source.split()[0], str(template.tool_source).split()[0]) == ("default", "tool_use")
+    (tmp_path / "own").write_text("own")
+    given = find_template(flags_of(tmp_path), FinetuningConfig(chat_template=str(tmp_path / "own")))
+    assert given == JinjaTemplate("own")

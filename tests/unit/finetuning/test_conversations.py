@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet as parquet
 import pytest
 
 from megatron.data.errors import DataError
@@ -85,3 +88,56 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: Any, words: s
         list(read_conversations(path))
     assert str(caught.value).startswith(f"{path}, line 2: ")
     assert words in str(caught.value)
+
+
+CALLS = [
+    {"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [{"name": name, "arguments": given}]}]}
+    for name, given in (("sky", {"city": "Paris"}), ("sum", {"terms": [1, 2]}))
+]
+
+
+def write_rows(path: Path, kind: str) -> Path:
+    """Write two files of rows, a Parquet file or a folder as `save_to_disk` of datasets writes it."""
+    rows = [pyarrow.Table.from_pylist([record | {"id": 7}]) for record in [{"messages": [QUESTION, ANSWER]}, *CALLS]]
+    table = pyarrow.concat_tables(rows, promote_options="permissive")
+    if kind == "parquet":
+        parquet.write_table(table, path.with_suffix(".parquet"), row_group_size=2)
+        return path.with_suffix(".parquet")
+    path.mkdir()
+    names = [f"data-0000{place}-of-00002.arrow" for place in range(2)]
+    for name, part in zip(names, (table.slice(0, 1), table.slice(1)), strict=True):
+        with pyarrow.OSFile(str(path / name), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(part)
+    (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_rows_are_the_conversations_of_the_same_json(tmp_path: Path, kind: str) -> None:
+    """A column of Arrow gives each object the keys of all, null where it has none; those are not there."""
+    expected = list(read_conversations(write_lines(tmp_path / "lines", {"messages": [QUESTION, ANSWER]}, *CALLS)))
+    path = write_rows(tmp_path / "rows", kind)
+    assert list(read_conversations(path)) == expected
+    big = pyarrow.Table.from_pylist([{"prompt": "a" * 2**20, "response": "b"}])
+    parquet.write_table(big, tmp_path / "big.parquet")
+    with pytest.raises(DataError, match=r"big\.parquet, row 1: more than --max-document-mb \(1\) MiB"):
+        list(read_conversations(tmp_path / "big.parquet", max_document_mb=1))
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows", "folder")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["rows", "test"]}')
+    with pytest.raises(DataError, match=r"holds the splits rows, test; give the folder of one, such as .*rows\."):
+        list(read_conversations(tmp_path))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["rows"]}')
+    assert len(list(read_conversations(tmp_path))) == 3
+    file = path / "data-00001-of-00002.arrow"
+    file.write_bytes(file.read_bytes()[:-400])
+    with pytest.raises(DataError, match=r"data-00001-of-00002\.arrow cannot be read"):
+        list(read_conversations(path))
+    file.unlink()
+    with pytest.raises(DataError, match=r"has no .*data-00001-of-00002\.arrow, which its state\.json names"):
+        list(read_conversations(path))
+    parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: columns text; one of messages, conversations, .* is needed"):
+        list(read_conversations(tmp_path / "x.parquet"))

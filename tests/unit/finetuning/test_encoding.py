@@ -10,6 +10,7 @@ from megatron.data.errors import DataError
 from megatron.finetuning.chat_template import JinjaTemplate, Part, PlainTemplate
 from megatron.finetuning.conversations import Conversation, Message
 from megatron.finetuning.encoding import ConversationEncoder
+from megatron.finetuning.jinja_sandbox import compile_template
 from megatron.tokenizer.hugging_face import HFTokenizer
 from megatron.tokenizer.null import NullTokenizer
 from tests.unit.finetuning.conftest import CHATML, KINDS, Chat
@@ -142,12 +143,37 @@ def test_a_header_that_is_not_in_the_generation_prompt_does_not_count(make_chat:
         ("{{ messages[0].content.encode('ascii').decode('x') }}", "refuses it: LookupError: unknown encoding: x;"),
         ("{{ 'a' * 10 ** 15 }}{{ messages[0].content }}", "refuses it: MemoryError"),
         ("{% for i in range(messages | length * 99999) %}{% endfor %}", "refuses it: OverflowError: Range too big"),
+        ("{{ messages.append(messages[0]) }}", "refuses it: access to attribute 'append' of 'list' object is unsafe"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "refuses it: access to attribute '__class__'"),
         ("{{ raise_exception('two\nlines') }}", "refuses it: two lines; change the line"),
     ],
 )
 def test_a_template_that_cannot_serve_is_refused(make_chat: Callable[[str], Chat], template: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
         encode_with(make_chat("hf chatml"), template)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "m.content | tojson",
+        "{'b': m.content, 'a': [1, '漢<&>']} | tojson(indent=2, sort_keys=true)",
+        "{'b': 1, 'a': 2} | tojson(separators=(',', ':'), ensure_ascii=true)",
+        "strftime_now('%Y')",
+    ],
+)
+def test_extras_of_templates_are_those_of_transformers(make_chat: Callable[[str], Chat], expression: str) -> None:
+    source = (
+        "{% for m in messages %}{% if loop.index0 > 3 %}{% break %}{% endif %}\n  {% if true %}\n"
+        f"{{{{ {expression} }}}}{{% endif %}}{{{{ m.role + m.content + eos_token }}}}\n{{% endfor %}}"
+    )
+    conversation, chat = CONVERSATIONS[0], make_chat("hf chatml")
+    template = JinjaTemplate(source, (("eos_token", "</s>"),))
+    theirs = their_tokenizer(chat).apply_chat_template(as_messages(conversation), chat_template=source, tokenize=False)
+    assert compile_template(source).render(messages=as_messages(conversation), eos_token="</s>") == theirs
+    if "content" not in expression:
+        ((part,),) = template.render(conversation)
+        assert part.text == theirs
 
 
 @pytest.mark.parametrize("length", ["99999", "messages | length * 9999"])
