@@ -59,8 +59,8 @@ def check_data(config: Config, tokenizer: Tokenizer) -> None:
     for path in (path for paths in data_paths(config) for path in paths):
         if not (os.path.isfile(path) or is_saved(Path(path))):
             raise DataError(
-                f"{path} is neither a file nor a folder of Hugging Face datasets (save_to_disk); give JSON lines, one "
-                "JSON array, Parquet or such a folder."
+                f"{path} is no file, and no folder that save_to_disk of Hugging Face datasets wrote; give JSON lines, "
+                "one JSON array, Parquet or such a folder."
             )
 
 

@@ -9,7 +9,8 @@ class DataConfig:
 
     data_path: tuple[str, ...] = ()
     """One dataset prefix (PREFIX.bin and PREFIX.idx), or pairs of weight and prefix to blend. For
-    finetune_llama.py: one or more files of conversations, a JSON object per line or one JSON array."""
+    finetune_llama.py: one or more files of conversations (JSON lines, one JSON array, Parquet) or folders that
+    save_to_disk of Hugging Face datasets wrote."""
 
     split: str = "969, 30, 1"
     """Shares of the documents for training, validation and test."""

@@ -172,9 +172,13 @@ def _version(package: str) -> str:
 
 
 def content(path: Path) -> str:
-    """Return size and hash of a file, hashed whole or by samples; of a folder, those of a tokenizer or an adapter."""
+    """Return size and hash of a file, hashed whole or by samples; of a folder, those of a tokenizer, an adapter or
+    Hugging Face datasets."""
     if path.is_dir():
-        return ", ".join(f"{name}: {content(path / name)}" for name in FOLDER_FILES if (path / name).is_file())
+        found = [*path.glob("*.arrow"), *path.glob("*/*.arrow")]
+        tables = sorted(file.relative_to(path).as_posix() for file in found)
+        present = [name for name in (*FOLDER_FILES, *tables) if (path / name).is_file()]
+        return ", ".join(f"{name}: {content(path / name)}" for name in present)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -120,6 +120,7 @@ def test_a_run_that_is_resumed_in_a_later_epoch_takes_the_samples_that_it_would_
         ("finetune_llama.py", ["--data-path", str(REPOSITORY / "LICENSE")], ["LICENSE, line 2: not JSON", "repair"]),
         ("finetune_llama.py", ["--eod-mask-loss"], ["--eod-mask-loss is for pretrain_gpt.py", "remove it"]),
         ("finetune_llama.py", ["--chat-template", "x"], ["--chat-template (x) has no effect", "HFTokenizer"]),
+        ("finetune_llama.py", ["--rewritten-answers", "skip"], ["--rewritten-answers (skip) has no effect", "HFTok"]),
         ("pretrain_gpt.py", ["--long-samples", "skip"], ["--long-samples has no effect in pretrain_gpt.py"]),
     ],
 )

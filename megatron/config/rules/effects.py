@@ -154,7 +154,7 @@ EFFECTS = (
         "give --data-path instead of --train-data-path",
     ),
     Effect(
-        ("chat_template",),
+        ("chat_template", "rewritten_answers"),
         lambda config: config.tokenizer.tokenizer_type == "HFTokenizer",
         "with a --tokenizer-type other than HFTokenizer, which reads no special tokens in text",
         "use --tokenizer-type HFTokenizer",

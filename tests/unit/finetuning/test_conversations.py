@@ -5,9 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.ipc
-import pyarrow.parquet as parquet
 import pytest
 
 from megatron.data.errors import DataError
@@ -96,17 +93,23 @@ CALLS = [
 ]
 
 
+def write_parquet(path: Path, row: dict[str, str]) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist([row]), path)
+
+
 def write_rows(path: Path, kind: str) -> Path:
     """Write two files of rows, a Parquet file or a folder as `save_to_disk` of datasets writes it."""
-    rows = [pyarrow.Table.from_pylist([record | {"id": 7}]) for record in [{"messages": [QUESTION, ANSWER]}, *CALLS]]
-    table = pyarrow.concat_tables(rows, promote_options="permissive")
+    arrow = pytest.importorskip("pyarrow")
+    rows = [arrow.Table.from_pylist([record | {"id": 7}]) for record in [{"messages": [QUESTION, ANSWER]}, *CALLS]]
+    table = arrow.concat_tables(rows, promote_options="permissive")
     if kind == "parquet":
-        parquet.write_table(table, path.with_suffix(".parquet"), row_group_size=2)
+        pytest.importorskip("pyarrow.parquet").write_table(table, path.with_suffix(".parquet"), row_group_size=2)
         return path.with_suffix(".parquet")
     path.mkdir()
     names = [f"data-0000{place}-of-00002.arrow" for place in range(2)]
     for name, part in zip(names, (table.slice(0, 1), table.slice(1)), strict=True):
-        with pyarrow.OSFile(str(path / name), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        with arrow.OSFile(str(path / name), "wb") as file, arrow.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(part)
     (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
     return path
@@ -118,8 +121,7 @@ def test_rows_are_the_conversations_of_the_same_json(tmp_path: Path, kind: str) 
     expected = list(read_conversations(write_lines(tmp_path / "lines", {"messages": [QUESTION, ANSWER]}, *CALLS)))
     path = write_rows(tmp_path / "rows", kind)
     assert list(read_conversations(path)) == expected
-    big = pyarrow.Table.from_pylist([{"prompt": "a" * 2**20, "response": "b"}])
-    parquet.write_table(big, tmp_path / "big.parquet")
+    write_parquet(tmp_path / "big.parquet", {"prompt": "a" * 2**20, "response": "b"})
     with pytest.raises(DataError, match=r"big\.parquet, row 1: more than --max-document-mb \(1\) MiB"):
         list(read_conversations(tmp_path / "big.parquet", max_document_mb=1))
 
@@ -138,6 +140,6 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(DataError, match=r"has no .*data-00001-of-00002\.arrow, which its state\.json names"):
         list(read_conversations(path))
-    parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "x.parquet")
+    write_parquet(tmp_path / "x.parquet", {"text": "x"})
     with pytest.raises(DataError, match=r"x\.parquet: columns text; one of messages, conversations, .* is needed"):
         list(read_conversations(tmp_path / "x.parquet"))

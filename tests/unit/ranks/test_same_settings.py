@@ -92,13 +92,16 @@ def test_data_count_by_content_and_not_by_name(tmp_path: Path) -> None:
     assert differing("--data-path", "0.4", here, "0.6", there, without=blend) == ["--data-path"]
 
 
-def test_files_of_the_tokenizer_count_by_content(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flag, name", [("--tokenizer-model", "tokenizer.json"), ("--data-path", "data-00000-of-00001.arrow")]
+)
+def test_files_of_folders_count_by_content(tmp_path: Path, flag: str, name: str) -> None:
     for folder, text in (("a", "{}"), ("b", "{}"), ("c", "[]")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "tokenizer.json").write_text(text)
-    flags = {name: ("--tokenizer-model", str(tmp_path / name)) for name in "abc"}
+        (tmp_path / folder / name).write_text(text)
+    flags = {folder: (flag, str(tmp_path / folder)) for folder in "abc"}
     assert differing(*flags["b"], without=flags["a"]) == []
-    assert differing(*flags["c"], without=flags["a"]) == ["the content of --tokenizer-model"]
+    assert differing(*flags["c"], without=flags["a"]) == [f"the content of {flag}"]
 
 
 def test_code_versions_and_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
