@@ -16,8 +16,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
-
 from megatron.config import ConfigError, TokenizerConfig
 from megatron.config.finetuning import FinetuningConfig, RewrittenAnswers
 from megatron.core.json_text import parse_json
@@ -25,7 +23,7 @@ from megatron.data.errors import DataError
 from megatron.finetuning.answer_spans import Turns, Writer, find_answer, rewritten
 from megatron.finetuning.context_check import mark_context
 from megatron.finetuning.conversations import ANSWERING, FORMS, Conversation, Form, Message
-from megatron.finetuning.jinja_sandbox import Rendering, Span, compile_template, reason, render
+from megatron.finetuning.jinja_sandbox import CompiledTemplate, Rendering, Span, compile_template, reason, render
 from megatron.finetuning.time_limit import TimeLimitExceeded
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -104,12 +102,12 @@ class JinjaTemplate:
         return repr((self.source, self.special_tokens, self.tool_source, self.rewritten_answers))
 
     @cached_property
-    def compiled(self) -> jinja2.Template:
+    def compiled(self) -> CompiledTemplate:
         """The template. Raises whatever the compiler raises."""
         return compile_template(self.source)
 
     @cached_property
-    def compiled_for_tools(self) -> jinja2.Template:
+    def compiled_for_tools(self) -> CompiledTemplate:
         """The template for conversations with tools. Raises whatever the compiler raises."""
         return compile_template(self.tool_source) if self.tool_source else self.compiled
 

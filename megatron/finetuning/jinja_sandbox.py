@@ -22,6 +22,7 @@ Span = tuple[int, int]  # first character, one past the last
 SECONDS_TO_RENDER = 10.0  # of CPU time; a conversation of a million tokens takes less than one
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode reserves these for use within a program; text has none
 MARKS = re.compile(f"[{BEGIN}{END}]")
+GENERATION = re.compile(r"{%[-+]?\s*generation\b")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,15 @@ class Rendering:
     generated: tuple[Span, ...]
 
 
-def compile_template(source: str) -> jinja2.Template:
+@dataclass(frozen=True)
+class CompiledTemplate:
+    """A template, and whether it marks what is generated."""
+
+    template: jinja2.Template
+    marks: bool
+
+
+def compile_template(source: str) -> CompiledTemplate:
     """Compile a template, in a sandbox. Raises whatever the compiler raises."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -41,23 +50,25 @@ def compile_template(source: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     with cpu_time_limit(SECONDS_TO_RENDER):  # the compiler evaluates constant expressions
-        return environment.from_string(source)
+        return CompiledTemplate(environment.from_string(source), bool(GENERATION.search(source)))
 
 
-def render(template: jinja2.Template, variables: Mapping[str, Any]) -> Rendering:
+def render(compiled: CompiledTemplate, variables: Mapping[str, Any]) -> Rendering:
     """Render a template. DataError if it fails, or takes too long."""
     try:
         with cpu_time_limit(SECONDS_TO_RENDER):
-            marked = template.render(variables)
+            marked = compiled.template.render(variables)
     except (Exception, TimeLimitExceeded) as error:  # a template is a program and may raise anything
         raise DataError(
             f"the chat template refuses it: {reason(error)}; change the line or --chat-template."
         ) from error
-    if BEGIN not in marked and END not in marked:
+    if not compiled.marks:
         return Rendering(marked, ())
+    if MARKS.search(json.dumps([variables["messages"], variables["tools"]], ensure_ascii=False)):
+        raise DataError("it has a character U+FDD0 or U+FDD1, which Unicode keeps out of texts; remove it.")
     bounds = [match.start() - earlier for earlier, match in enumerate(MARKS.finditer(marked))]
     if MARKS.findall(marked) != [BEGIN, END] * (len(bounds) // 2):
-        raise DataError("the text has a character U+FDD0 or U+FDD1, or {% generation %} is nested; remove it.")
+        raise DataError("the chat template nests {% generation %} or cuts its text; give another --chat-template.")
     return Rendering(MARKS.sub("", marked), tuple(zip(bounds[::2], bounds[1::2], strict=True)))
 
 

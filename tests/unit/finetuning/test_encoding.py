@@ -170,7 +170,7 @@ def test_extras_of_templates_are_those_of_transformers(make_chat: Callable[[str]
     conversation, chat = CONVERSATIONS[0], make_chat("hf chatml")
     template = JinjaTemplate(source, (("eos_token", "</s>"),))
     theirs = their_tokenizer(chat).apply_chat_template(as_messages(conversation), chat_template=source, tokenize=False)
-    assert compile_template(source).render(messages=as_messages(conversation), eos_token="</s>") == theirs
+    assert compile_template(source).template.render(messages=as_messages(conversation), eos_token="</s>") == theirs
     if "content" not in expression:
         ((part,),) = template.render(conversation)
         assert part.text == theirs

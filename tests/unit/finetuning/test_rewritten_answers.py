@@ -4,6 +4,7 @@ What the model sees for an answer is the text of the turns before it with the ge
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -135,6 +136,11 @@ def test_answers_without_weight_cause_no_samples(byte_tokenizer: HFTokenizer) ->
     assert samples == [masked(SHAPES["dropped reasoning"][2][0])]
 
 
+MARKED = CHATML.replace(
+    "message.content + '<|im_end|>\n' }}",
+    "'' }}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}{{ '<|im_end|>\n' }}",
+)
 CALLING = Message("assistant", None, tool_calls=(ToolCall("sky", {"city": "Paris"}),))
 AS_TEXT = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
@@ -162,7 +168,7 @@ def test_arguments_are_given_in_the_form_that_is_written_as_json(byte_tokenizer:
         (CHATML.replace("in messages", "in messages if message.role != 'system'"), Conversation((SYSTEM, ASKED, PARIS)),
          "leaves out turn 1, of the system"),
         (ALWAYS_ASKING, Conversation((ASKED, PARIS)), "ends turn 2 with '<|end|><|assistant|>' only while"),
-        ("{{ '\ufdd0' }}" + CHATML, Conversation((ASKED, PARIS)), "has a character U+FDD0 or U+FDD1"),
+        (MARKED, Conversation((ASKED, replace(PARIS, content="\ufdd0x\ufdd1"))), "has a character U+FDD0 or U+FDD1"),
     ],
     ids=["reasoning", "calls", "tools", "arguments", "system", "always asking", "marks"],
 )  # fmt: skip
@@ -175,10 +181,7 @@ def test_a_template_that_leaves_something_out_is_refused(
 
 
 def test_marks_of_generation_are_used_as_they_stand(byte_tokenizer: HFTokenizer) -> None:
-    marked = CHATML.replace("message.content + '<|im_end|>\n' }}", "'' }}{% if message.role == 'assistant' %}"
-                            "{% generation %}{{ message.content }}{% endgeneration %}{% else %}{{ message.content }}"
-                            "{% endif %}{{ '<|im_end|>\n' }}")  # fmt: skip
-    (sample,) = encode(byte_tokenizer, JinjaTemplate(marked), *TWO)
+    (sample,) = encode(byte_tokenizer, JinjaTemplate(MARKED), *TWO)
     first, last = (chatml("assistant", (text, True), ("<|im_end|>", False)) for text in ("Paris.", "Rome."))
     assert sample == masked([*ASKED_ML, *first, *AND_ML, *last])
 
