@@ -155,7 +155,7 @@ class Turns:
         return header, tail
 
     def _check_end(self, marked: Sequence[Message], mark: str, tail: str) -> None:
-        """Raise DataError if a template writes the next prompt behind every turn, so that answers seem to end with it.
+        """Raise DataError if a template writes the next prompt after every turn, so that answers seem to end with it.
 
         An end that differs only while no turn follows, such as another token, is the end.
         """
@@ -176,7 +176,7 @@ class Turns:
 
 
 def find_answer(turns: Turns) -> Answer:
-    """Find the characters that the assistant writes in the last turn. DataError if they cannot be told exactly."""
+    """Find the characters that the assistant writes in the last turn. DataError if they cannot be located exactly."""
     if turns.answered.generated:
         return Answer(turns.place, turns.answered.text, _generated(turns))
     span, tail = _plain_answer(turns) if turns.answer.is_plain else _rich_answer(turns)
@@ -184,7 +184,7 @@ def find_answer(turns: Turns) -> Answer:
 
 
 def _generated(turns: Turns) -> tuple[Span, ...]:
-    """Return the marked spans of the last turn: those behind the text of the turns before it."""
+    """Return the marked spans of the last turn: those after the text of the turns before it."""
     start = turns.start
     spans = tuple(span for span in turns.answered.generated if span[1] > len(start))
     if not spans:
@@ -305,12 +305,11 @@ def _new_mark(text: str) -> str:
     return next(mark for number in count() if (mark := f"aNsWeR-{number}-") not in text)
 
 
-def rewritten(place: int) -> DataError:
+def rewritten(place: int, remedy: str = "give another --chat-template") -> DataError:
     """Return the error for an answer that the template writes differently once turns follow."""
     return DataError(
         f"the chat template writes turn {place} in another way when turns follow, so that what the model "
-        "would see there is not what it is trained on; give one line for each answer, or another "
-        "--chat-template."
+        f"would see there is not what it is trained on; {remedy}."
     )
 
 

@@ -42,6 +42,9 @@ class Part:
     num_open: int = 0
     """Number of answers that no token ends."""
 
+    num_skipped: int = 0
+    """Number of answers that count nowhere, since the template rewrites them."""
+
 
 Sample = list[Part]
 
@@ -128,16 +131,17 @@ class JinjaTemplate:
             shown = [answer for answer in left if answer.is_shown_in(text)]
             left = [answer for answer in left if not answer.is_shown_in(text)]
             if left and self.rewritten_answers == "error":
-                raise rewritten(left[0].place)
+                raise rewritten(left[0].place, "choose --rewritten-answers split or skip")
             if shown:
                 spans = tuple(span for answer in shown for span in answer.spans)
                 num_open = sum(not answer.is_ended for answer in shown)
-                samples.append([Part(text, spans, ends=False, num_open=num_open)])
+                num_skipped = len(left) if self.rewritten_answers == "skip" else 0
+                samples.append([Part(text, spans, ends=False, num_open=num_open, num_skipped=num_skipped)])
             if self.rewritten_answers == "skip":
                 break
             text = left[-1].text if left else text
         if not samples:
-            raise rewritten(learned[0])
+            raise rewritten(learned[0], "choose --rewritten-answers split")
         return samples
 
     def _writer(self, conversation: Conversation) -> Writer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 
 import numpy as np
@@ -20,11 +20,15 @@ Tokenize = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """tokens int32 [L], is_answer bool [L]: the tokens that count, and the answers that no token ends."""
+    """tokens int32 [L], is_answer bool [L]: the tokens that count.
+
+    `num_open` answers are ended by no token, and `num_skipped` count nowhere, since the template rewrites them.
+    """
 
     tokens: npt.NDArray[np.int32]
     is_answer: npt.NDArray[np.bool_]
     num_open: int = 0
+    num_skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,11 @@ class ConversationEncoder:
         if isinstance(record, Segments):
             return [self._checked(*self._encode_segments(record))]
         return [
-            self._checked(*self._encode(sample), num_open=sum(part.num_open for part in sample))
+            replace(
+                self._checked(*self._encode(sample)),
+                num_open=sum(part.num_open for part in sample),
+                num_skipped=sum(part.num_skipped for part in sample),
+            )
             for sample in self.template.render(record)
         ]
 
@@ -77,10 +85,10 @@ class ConversationEncoder:
             )
         return record.tokens, record.is_answer
 
-    def _checked(self, tokens: Sequence[int], is_answer: Sequence[bool], num_open: int = 0) -> EncodedConversation:
+    def _checked(self, tokens: Sequence[int], is_answer: Sequence[bool]) -> EncodedConversation:
         if not any(is_answer[1:]):
             raise DataError("its answers have no token that others precede; give a prompt before the answer.")
-        return EncodedConversation(np.array(tokens, np.int32), np.array(is_answer, np.bool_), num_open)
+        return EncodedConversation(np.array(tokens, np.int32), np.array(is_answer, np.bool_))
 
     def _tokenize(self, text: str) -> list[int]:
         """Tokenize a part, which may hold special tokens of a Jinja template."""

@@ -177,7 +177,7 @@ def build_packed_datasets(
     With --group-by-length, the training samples of each global batch are of one length. A part is None if no samples
     of it are requested, or if it is for evaluation and has no conversations. Raises DataError.
     """
-    data = config.data
+    data, group_size = config.data, global_batch_size if config.finetuning.group_by_length else None
     encoder = ConversationEncoder(tokenizer, find_template(config.tokenizer, config.finetuning))
     if data.data_path:
         whole = _open(data.data_path, config, encoder)

@@ -46,6 +46,9 @@ class ReadingSummary:
     num_open: int
     """Answers that no token ends."""
 
+    num_skipped: int
+    """Answers that count nowhere, since the template rewrites them."""
+
     left_out: tuple[LeftOut, ...]
 
     def to_json(self) -> bytes:
@@ -80,6 +83,12 @@ class ReadingSummary:
                 "each with the text that the model sees; --rewritten-answers skip trains one of each",
                 self.path, self.num_split,
             )  # fmt: skip
+        if self.num_skipped:
+            LOG.warning(
+                "%s: %d answers are left out of the loss, as the chat template rewrites them once turns follow; "
+                "--rewritten-answers split trains them",
+                self.path, self.num_skipped,
+            )  # fmt: skip
         if self.num_open:
             LOG.warning(
                 "%s: %d answers end without a token that says so, as the chat template writes none there; the model "
@@ -112,6 +121,7 @@ class SummaryCounts:
     num_tokens: int = 0
     num_trained: int = 0
     num_open: int = 0
+    num_skipped: int = 0
     left_out: dict[str, LeftOut] = field(default_factory=dict)
 
     def take(self, chat_format: str, samples: Sequence[EncodedConversation]) -> None:
@@ -121,6 +131,7 @@ class SummaryCounts:
         self.num_samples += len(samples)
         self.num_tokens += sum(len(sample.tokens) for sample in samples)
         self.num_open += sum(sample.num_open for sample in samples)
+        self.num_skipped += sum(sample.num_skipped for sample in samples)
         self.num_trained += sum(int(sample.is_answer[1:].sum()) for sample in samples)
 
     def leave_out(self, place: str, reason: str) -> None:
@@ -133,5 +144,5 @@ class SummaryCounts:
         """Return the counts."""
         return ReadingSummary(
             self.path, self.kind, dict(self.formats), self.num_split, self.num_samples, self.num_tokens,
-            self.num_trained, self.num_open, tuple(self.left_out.values()),
+            self.num_trained, self.num_open, self.num_skipped, tuple(self.left_out.values()),
         )  # fmt: skip

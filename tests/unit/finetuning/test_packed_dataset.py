@@ -18,8 +18,9 @@ from megatron.data.batch import Sample, slice_batch
 from megatron.data.errors import DataError
 from megatron.finetuning.chat_template import Part, PlainTemplate
 from megatron.finetuning.conversations import Conversation
-from megatron.finetuning.encoding import ConversationEncoder
+from megatron.finetuning.encoding import ConversationEncoder, EncodedConversation
 from megatron.finetuning.packed_dataset import Conversations, PackedDataset, choose
+from megatron.finetuning.reading_summary import ReadingSummary, SummaryCounts
 from megatron.finetuning.token_cache import StoredConversation, TokenCache, tokenized, tokenizer_fingerprint
 from megatron.tokenizer.null import NullTokenizer
 
@@ -293,6 +294,22 @@ def test_what_is_left_out_is_reported_by_every_run(tmp_path: Path, caplog: pytes
     write(path, [("x", "y")])
     with pytest.raises(DataError, match="a: all 1 conversations were left out; the first, line 1: "):
         tokenized(path, tmp_path / "cache", ENCODER, "tokenizer", skipping)
+
+
+def test_answers_that_are_split_skipped_or_not_ended_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    counts = SummaryCounts(Path("a"), "JSON lines")
+    tokens, is_answer = np.arange(4, dtype=np.int32), np.array([False, True, True, False])
+    sample = EncodedConversation(tokens, is_answer, num_open=1, num_skipped=2)
+    counts.take("messages", [sample, sample])
+    caplog.set_level("INFO", "megatron")
+    ReadingSummary.parse(Path("b"), counts.summary().to_json()).log()
+    report = [record.getMessage() for record in caplog.records]
+    assert report[0] == (
+        "b (JSON lines): conversations 1 messages; 2 samples of 8 tokens, 4 trained (50.0 %); 0 left out"
+    )
+    expected = ("so 1 conversations became", "4 answers are left out", "2 answers end")
+    for line, words in zip(report[1:], expected, strict=True):
+        assert words in line
 
 
 def test_a_stated_format_is_that_of_every_line(tmp_path: Path) -> None:

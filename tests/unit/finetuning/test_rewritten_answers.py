@@ -114,7 +114,9 @@ def test_rewritten_answers_are_left_out_or_refused_where_asked(byte_tokenizer: H
     _, _, samples = SHAPES["dropped reasoning"]
     skipping = JinjaTemplate(DROPPING, rewritten_answers="skip")
     assert encode(byte_tokenizer, skipping, *THOUGHTS) == [masked(samples[0])]
-    with pytest.raises(DataError, match="writes turn 2 in another way when turns follow"):
+    (skipped,) = ConversationEncoder(byte_tokenizer, skipping).encode(Conversation(THOUGHTS))
+    assert skipped.num_skipped == 1
+    with pytest.raises(DataError, match=r"writes turn 2 in another way .*choose --rewritten-answers split or skip"):
         encode(byte_tokenizer, JinjaTemplate(DROPPING, rewritten_answers="error"), *THOUGHTS)
     assert len(encode(byte_tokenizer, JinjaTemplate(CHATML, rewritten_answers="error"), *TWO)) == 1
 
