@@ -22,17 +22,26 @@ from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any, Literal, NoReturn, TypeVar
 
-from megatron.config import ALONE, AUTOMATIC_CHUNK, ChunkSize, Config, ConfigError, GibOrAuto, config_sections
+from megatron.config import (
+    ALONE,
+    AUTOMATIC_CHUNK,
+    ChunkSize,
+    Config,
+    ConfigError,
+    GibOrAuto,
+    TokenCount,
+    config_sections,
+)
 from megatron.config.model import ARCHITECTURE_FLAGS
 from megatron.config.resolve import resolve
 from megatron.config.unknown_flags import describe_unknown
 from megatron.config.upstream_flags import ACCEPTED, ALIASES, ANY, Accepted
+from megatron.core.token_count import LARGEST, parse_token_count
 
 DESCRIPTION = "Train GPT and LLaMA at ultra-long context: DeepSpeed ZeRO, Ulysses sequence parallelism and FPDT."
 UPSTREAM_PREFIX = "upstream:"
 Section = TypeVar("Section")
 HELP_COLUMN, HELP_WIDTH = 34, 120
-INT64 = 2**63 - 1
 
 
 def parse_args(argv: Sequence[str]) -> Config:
@@ -75,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_flags(parser: argparse.ArgumentParser, section: type) -> None:
     """Add a group with a flag per field of a dataclass; one that is not given gets the parser's `argument_default`."""
     group = parser.add_argument_group((section.__doc__ or "").splitlines()[0].rstrip("."))
-    descriptions, annotations = field_descriptions(section), typing.get_type_hints(section)
+    descriptions, annotations = field_descriptions(section), typing.get_type_hints(section, include_extras=True)
     for member in fields(section):
         _add_flag(group, member, annotations[member.name], descriptions[member.name])
 
@@ -192,8 +201,8 @@ def _whole_number(text: str) -> int:
         number = int(text) if text.lstrip("+-").isdecimal() else _exactly(float(text))
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{_shortened(text)!r} is not a whole number; give one, such as 32") from None
-    if abs(number) > INT64:
-        raise argparse.ArgumentTypeError(f"{_shortened(text)!r} is too large; give at most {INT64}")
+    if abs(number) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{_shortened(text)!r} is too large; give at most {LARGEST}")
     return number
 
 
@@ -226,8 +235,16 @@ def _one_of(choices: Sequence[Any], otherwise: str = "") -> Callable[[str], Any]
     return parse
 
 
+def token_count(text: str) -> int:
+    """Parse a number of tokens such as 131072, 128K or 1M, as a type for argparse."""
+    try:
+        return parse_token_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _chunk_size(text: str) -> int:
-    return AUTOMATIC_CHUNK if text.casefold() == "auto" else _whole_number(text)
+    return AUTOMATIC_CHUNK if text.casefold() == "auto" else token_count(text)
 
 
 def _gib_or_auto(text: str) -> float | None:
@@ -238,7 +255,8 @@ _PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int: (_whole_number, "N"),
     float: (_number, "X"),
     str: (str, "TEXT"),
-    ChunkSize: (_chunk_size, "N|auto"),
+    TokenCount: (token_count, "TOKENS"),
+    ChunkSize: (_chunk_size, "TOKENS|auto"),
     GibOrAuto: (_gib_or_auto, "X|auto"),
 }
 

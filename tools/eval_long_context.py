@@ -41,6 +41,7 @@ from model_arguments import (
     tokenizer_of,
 )
 
+from megatron.arguments import token_count
 from megatron.config.packages import require_package
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.vocabulary import check_tokens
@@ -69,9 +70,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--data-path", metavar="PREFIX", help="a dataset, PREFIX.bin and PREFIX.idx")
     data.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="text files, a document each")
     perplexity.add_argument(
-        "--contexts", type=int, nargs="+", default=CONTEXTS, metavar="N", help=f"tokens before the scored {CONTEXTS}"
+        "--contexts",
+        type=token_count,
+        nargs="+",
+        default=CONTEXTS,
+        metavar="TOKENS",
+        help=f"tokens before the scored {CONTEXTS}",
     )
-    perplexity.add_argument("--scored-tokens", type=int, default=256, metavar="N", help="[%(default)s]")
+    perplexity.add_argument("--scored-tokens", type=token_count, default=256, metavar="TOKENS", help="[%(default)s]")
     perplexity.add_argument("--documents", type=int, default=8, metavar="N", help="maximum to read [%(default)s]")
     perplexity.add_argument("--output", type=Path, metavar="FILE", help="JSON to write [none]")
     needle = kinds.add_parser("needle", help="find one statement in a long context")
@@ -79,7 +85,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     needle.add_argument("--question", default=QUESTION, help="of a text; {key} is a name [%(default)r]")
     needle.add_argument("--num-keys", type=int, default=1, help="synthetic ids that are keys [%(default)s]")
     needle.add_argument("--num-values", type=int, default=16, help="synthetic ids that are values [%(default)s]")
-    needle.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help=f"tokens {LENGTHS}")
+    needle.add_argument("--lengths", type=token_count, nargs="+", default=LENGTHS, metavar="TOKENS", help=f"{LENGTHS}")
     needle.add_argument("--depths", type=int, default=11, metavar="N", help="from 0%% to 100%% [%(default)s]")
     needle.add_argument("--trials", type=int, default=4, metavar="N", help="needles per square [%(default)s]")
     needle.add_argument("--seed", type=whole(0, "1234"), default=1234, help="[%(default)s]")

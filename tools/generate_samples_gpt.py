@@ -37,6 +37,7 @@ from model_arguments import (
     tokenizer_of,
 )
 
+from megatron.arguments import token_count
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.generation.cached_model import CachedModel, check_prompt
 from megatron.generation.errors import GenerationError
@@ -67,8 +68,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     sampling.add_argument("--seed", type=whole(0, "1234"), default=1234, help="[%(default)s]")
     length = sampling.add_mutually_exclusive_group()
-    length.add_argument("--max-new-tokens", type=int, metavar="N", help="maximum number of tokens after a prompt [128]")
-    length.add_argument("--out-seq-length", type=int, metavar="N", help="maximum number of tokens, prompt included")
+    length.add_argument("--max-new-tokens", type=token_count, metavar="TOKENS", help="maximum after a prompt [128]")
+    length.add_argument("--out-seq-length", type=token_count, metavar="TOKENS", help="maximum, prompt included")
     output = parser.add_argument_group("output")
     output.add_argument("--sample-output-file", type=Path, metavar="FILE", help="[stdout]")
     output.add_argument("--output-format", choices=("text", "jsonl"), default="text", help="[%(default)s]")

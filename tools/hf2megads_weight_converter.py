@@ -34,6 +34,7 @@ if __name__ == "__main__":  # the imports below take seconds
 from model_arguments import add_verification_argument
 from upstream_converter import Translation, is_upstream_line, translate
 
+from megatron.arguments import token_count
 from megatron.config import Config
 from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import TokenizerError
@@ -84,7 +85,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="for a model trained from scratch: use this tokenizer.json, its vocabulary and its end of text",
     )  # fmt: skip
     to_hf.add_argument(
-        "--max-position-embeddings", type=int, metavar="N",
+        "--max-position-embeddings", type=token_count, metavar="TOKENS",
         help="of a checkpoint of --hf-model: context length to write into config.json [the model's own]",
     )  # fmt: skip
     to_hf.add_argument("--vocab-size", type=int, help="rows to keep [those before the padding, where it is known]")

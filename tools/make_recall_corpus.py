@@ -25,6 +25,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
     end_on_interrupt()
 
+from megatron.arguments import token_count
 from megatron.data.errors import DataError
 from megatron.data.indexed_dataset import IndexedDatasetWriter, smallest_dtype
 from megatron.evaluation.errors import EvaluationError
@@ -36,7 +37,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-prefix", required=True, help="the files are PREFIX.bin and PREFIX.idx")
     parser.add_argument("--documents", type=whole(1, "10000"), default=10000, metavar="N", help="[%(default)s]")
-    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of a document [%(default)s]")
+    parser.add_argument("--length", type=token_count, default=128, metavar="TOKENS", help="of a document [%(default)s]")
     parser.add_argument(
         "--max-mentions", type=int, default=16, metavar="N", help="pairs in a document, from 2 to this [%(default)s]"
     )

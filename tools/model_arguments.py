@@ -10,6 +10,7 @@ from typing import get_args
 import torch
 from argument_types import real, whole
 
+from megatron.arguments import token_count
 from megatron.config.tokenizer import TiktokenPattern, TokenizerConfig
 from megatron.generation.loading import Inference, OpenedModel
 from megatron.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerError, build_tokenizer
@@ -32,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", choices=FORMATS, help="number format of weights and cache [bf16; fp32 on the CPU]")
     fpdt = "--ds-sequence-parallel-fpdt"
     model.add_argument(
-        f"{fpdt}-chunk-size", type=int, default=65536, metavar="N", help="tokens per chunk [%(default)s]"
+        f"{fpdt}-chunk-size", type=token_count, default=65536, metavar="TOKENS", help="tokens per chunk [%(default)s]"
     )
     model.add_argument(f"{fpdt}-offloading", action="store_true", help="offload chunks and the KV cache to host memory")
     model.add_argument(

@@ -13,7 +13,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.finetuning import FinetuningConfig
 from megatron.config.hugging_face import HuggingFaceModelConfig
 from megatron.config.logging import ALONE, LoggingConfig
-from megatron.config.model import ModelConfig
+from megatron.config.model import ModelConfig, TokenCount
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, GibOrAuto, ParallelConfig, default_chunk
 from megatron.config.precision import PrecisionConfig
@@ -44,7 +44,7 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "Recompute",
-    "SampleLengths",
+    "TokenCount",
     "TokenWeights",
     "TokenizerConfig",
     "TrainingConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron.config.sizes import ModelSizes, TokenWeights
 
@@ -21,6 +21,7 @@ AttentionBackendName = Literal[
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 Normalization = Literal["layernorm", "rmsnorm"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
+TokenCount = Annotated[int, "tokens of a length, which a flag writes as 131072 or 128K"]
 
 # The parameters that each RoPE scaling type uses.
 ROPE_SCALING_PARAMETERS: dict[RopeScaling, tuple[str, ...]] = {
@@ -78,10 +79,10 @@ class ModelConfig:
     kv_channels: int = 0
     """Width of one attention head. Default: hidden size / number of query heads."""
 
-    seq_length: int
-    """Tokens per training sequence, over all sequence-parallel ranks together."""
+    seq_length: TokenCount
+    """Tokens per training sequence, over all sequence-parallel ranks together, such as 131072 or 128K."""
 
-    max_position_embeddings: int = 0
+    max_position_embeddings: TokenCount = 0
     """Longest sequence the model has positions for. Default: --seq-length."""
 
     use_rotary_position_embeddings: bool = False
@@ -104,7 +105,7 @@ class ModelConfig:
     rope_scaling_factor: float | None = None
     """Ratio of the target context to the original context; needed by every --rope-scaling-type but none."""
 
-    rope_scaling_original_max_position_embeddings: int | None = None
+    rope_scaling_original_max_position_embeddings: TokenCount | None = None
     """Original context that the model was trained at, in tokens; needed by dynamic, yarn and llama3."""
 
     rope_scaling_low_freq_factor: float = 1.0

@@ -99,6 +99,17 @@ def test_token_counts_may_be_written_in_scientific_form():
     assert parsed("--lr-decay-tokens 9007199254740993").optimizer.lr_decay_tokens == 9007199254740993
 
 
+def test_lengths_and_chunks_may_be_written_in_k_and_m():
+    chunk, original = "--ds-sequence-parallel-fpdt-chunk-size", "--rope-scaling-original-max-position-embeddings"
+    config = parsed(f"--seq-length 256K --max-position-embeddings 1M {chunk} 64k {original} 8,192")
+    model = config.model
+    assert (model.seq_length, model.max_position_embeddings) == (262144, 1048576)
+    assert model.rope_scaling_original_max_position_embeddings == 8192
+    assert config.parallel.ds_sequence_parallel_fpdt_chunk_size == 65536
+    words = "--seq-length: '128 KB' is not a number of tokens; give one, such as 131072, 128K or 1M"
+    assert refusal(*GPT, "--seq-length", "128 KB").startswith(words)
+
+
 @pytest.mark.parametrize("text", ["many", "1.5", "inf", "nan", "", "1e400"])
 def test_a_count_that_is_no_whole_number_is_refused(text):
     assert refusal("--num-layers", text).startswith(

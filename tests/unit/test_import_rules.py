@@ -26,7 +26,7 @@ RULES: dict[str, set[str]] = {
     "generation": {"weights", "model", "fpdt", "ops", "core", "config"},
     "hf": {"weights", "model", "fpdt", "ops", "tokenizer", "core", "config"},
     "evaluation": {"generation", "model", "core", "config"},
-    "arguments": {"config"},
+    "arguments": {"core", "config"},
 }
 # Only what stands on these may print, read the environment, or wait for the device or for other ranks.
 QUIET_ROOMS = set(RULES)
