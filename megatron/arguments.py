@@ -2,10 +2,11 @@
 
 A field's type determines the flag's form, and the string below the field is its --help:
 
-    bool                switch                    tuple[str, ...]     one or more words, or with int numbers
+    bool                switch; =false resets it  tuple[str, ...]     one or more words, or with int numbers
     int, float, str     one value                 Literal, StrEnum    one of these words, in any case; with `ALONE` in
                                                                       the field's metadata, no word means that one
-Underscores and dashes in a flag's name are equivalent.
+Underscores and dashes in a flag's name are equivalent. --config names files of flags (`megatron.config.settings_file`),
+which count as if they came first on the command line.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from megatron.config import (
@@ -34,12 +36,15 @@ from megatron.config import (
 )
 from megatron.config.model import ARCHITECTURE_FLAGS
 from megatron.config.resolve import resolve
+from megatron.config.settings_file import Setting, own_name, read_settings
 from megatron.config.unknown_flags import describe_unknown
-from megatron.config.upstream_flags import ACCEPTED, ALIASES, ANY, Accepted
+from megatron.config.upstream_flags import ACCEPTED, ANY, Accepted
 from megatron.core.token_count import LARGEST, parse_token_count
 
 DESCRIPTION = "Train GPT and LLaMA at ultra-long context: DeepSpeed ZeRO, Ulysses sequence parallelism and FPDT."
 UPSTREAM_PREFIX = "upstream:"
+FILES = "config"
+SWITCH_VALUES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has them
 Section = TypeVar("Section")
 HELP_COLUMN, HELP_WIDTH = 34, 120
 
@@ -53,15 +58,28 @@ def parse_args(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: a flag is unknown, missing or malformed, flags contradict each other, or the file is unusable.
     """
-    namespace, unknown = build_parser().parse_known_args([_in_own_spelling(word) for word in argv])
-    if unknown:
-        raise ConfigError(describe_unknown(unknown, _known_flags()))
-    given = {name: value for name, value in vars(namespace).items() if not name.startswith(UPSTREAM_PREFIX)}
+    parser = build_parser()
+    namespace = _parse(parser, expand_files(argv, parser))
+    not_settings = (UPSTREAM_PREFIX, FILES)
+    given = {name: value for name, value in vars(namespace).items() if not name.startswith(not_settings)}
     if "hf_model" in given:  # megatron.hf.settings reads these from the folder
         vars(namespace).update({name: 0 for name in _required_flags() if name in ARCHITECTURE_FLAGS - given.keys()})
     _require_flags(vars(namespace))
     sections = {name: section_of(namespace, section) for name, section in config_sections().items()}
     return resolve(Config(**sections, given=frozenset(given), notes=_upstream_notes(namespace)))
+
+
+def expand_files(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) -> list[str]:
+    """Return the words of a command line, in this program's spelling, after those of the files that --config names.
+
+    Raises:
+        ConfigError: a file is unusable, or has a flag that is unknown or malformed; the message has its line.
+    """
+    parser = parser or build_parser()
+    words = [_in_own_spelling(word) for word in argv]
+    files = getattr(parser.parse_known_args(_without_reset_switches(words, parser))[0], FILES, ())
+    settings = itertools.chain.from_iterable(read_settings(Path(file)) for file in files)
+    return [*itertools.chain.from_iterable(_words_of(setting, parser) for setting in settings), *words]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s FLAGS",
         formatter_class=_HelpFormatter,
     )
+    group = parser.add_argument_group("Configuration files")
+    text = "YAML files of flags. Flags on the command line win over them, and a file over those before it."
+    group.add_argument(f"--{FILES}", nargs="+", action="extend", metavar="FILE", help=text)
     for section in config_sections().values():
         add_flags(parser, section)
     group = parser.add_argument_group("Accepted for Megatron's scripts, without effect")
@@ -269,8 +290,53 @@ def _in_own_spelling(word: str) -> str:
     if not word.startswith("--"):
         return word
     name, equals, value = word.removeprefix("--").partition("=")
-    name = name.replace("_", "-")
-    return f"--{ALIASES.get(name, name)}{equals}{value}"
+    return f"--{own_name(name)}{equals}{value}"
+
+
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    namespace, unknown = parser.parse_known_args(_without_reset_switches(words, parser))
+    if unknown:
+        raise ConfigError(describe_unknown(unknown, _known_flags()))
+    return namespace
+
+
+def _without_reset_switches(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Return the words with --SWITCH for --SWITCH=true, and without a switch that a later --SWITCH=false resets."""
+    switches, left = _switches(parser), list[str]()
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if not equals or flag not in switches:
+            left.append(word)
+            continue
+        if value.casefold() not in SWITCH_VALUES:
+            raise ConfigError(f"{flag} is a switch, and {value!r} is given; use true or false")
+        left = [other for other in left if other != flag]
+        if SWITCH_VALUES[value.casefold()]:
+            left.append(flag)
+    return left
+
+
+def _words_of(setting: Setting, parser: argparse.ArgumentParser) -> list[str]:
+    """Return a setting of a file as words of the command line. ConfigError, with its place, where they are wrong."""
+    flag, value = f"--{setting.name}", setting.value
+    action = parser._option_string_actions.get(flag)
+    if action is None or action.dest in (FILES, "help"):
+        message = describe_unknown([flag], _known_flags())
+    elif not isinstance(value, str) and action.nargs != "+":
+        message = f"{flag} takes one value, and a list is given; write NAME: VALUE"
+    else:
+        words = [f"{flag}={value}"] if isinstance(value, str) else [flag, *value]
+        try:
+            _parse(parser, words)
+        except ConfigError as error:
+            raise ConfigError(f"{setting.place}: {error}") from None
+        return words
+    raise ConfigError(f"{setting.place}: {message}")
+
+
+def _switches(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the flags without a value."""
+    return {flag for flag, action in parser._option_string_actions.items() if action.nargs == 0}
 
 
 def _required_flags() -> list[str]:

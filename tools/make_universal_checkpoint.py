@@ -28,6 +28,7 @@ if __name__ == "__main__":  # the imports below take seconds
 from model_arguments import add_verification_argument
 from progress_bar import progress_bar
 
+from megatron.config.settings_file import SETTINGS_FILE
 from megatron.core.atomic_file import atomic_path
 from megatron.ranks.interrupts import run_tool
 from megatron.weights.errors import WeightsError
@@ -35,7 +36,10 @@ from megatron.weights.opening import newest_checkpoint, open_state
 from megatron.weights.published_config import BASE_FILE, PUBLISHED_FILE
 from megatron.weights.universal_checkpoint import write_universal_checkpoint
 
-COMPANIONS = ("config.json", "layout.json", "train_state.json", "random_*.pt", PUBLISHED_FILE, BASE_FILE)
+COMPANIONS = (
+    *("config.json", "layout.json", "train_state.json", "random_*.pt"),
+    *(SETTINGS_FILE, PUBLISHED_FILE, BASE_FILE),
+)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -32,7 +32,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
     end_on_interrupt()
 
-from megatron.arguments import parse_args
+from megatron.arguments import expand_files, parse_args
 from megatron.config import (
     AdaptersConfig,
     Config,
@@ -129,7 +129,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     output.add_argument("--plot", type=Path, help="plot memory and time over length to a PNG")
     output.add_argument("--published", action="store_true", help="print the table of published configurations")
     arguments = parser.parse_args(argv[:training])
-    arguments.training = completed(argv[training + 1 :])
+    arguments.training = argv[training + 1 :]
     if not (arguments.published or arguments.model or arguments.training):
         parser.error("--model is missing; name one, or give flags of pretrain_gpt.py after --")
     described_twice = sorted(DESCRIBED_BY_TRAINING & {flag.split("=")[0] for flag in argv[:training]})
@@ -142,8 +142,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def completed(flags: Sequence[str]) -> list[str]:
-    """Add stand-ins to the flags of a run for required flags that a plan does not depend on; [] stays []."""
-    given = {flag.split("=")[0] for flag in flags}
+    """Add stand-ins for required flags that a plan does not depend on, where neither `flags` nor their files have them.
+
+    [] stays [].
+    """
+    given = {word.split("=")[0] for word in expand_files(flags)}
     missing = [(names[0], value) for names, value in STAND_INS if given.isdisjoint(names)] if flags else []
     return [*flags, *chain.from_iterable(missing)]
 
@@ -188,7 +191,7 @@ def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Open]:
     machines = Machines(
         gpu, arguments.gpus, per_node, arguments.host_memory, arguments.network, link_of(arguments.link)
     )
-    flags = arguments.training
+    flags = completed(arguments.training)
     config = with_hugging_face_model(parse_args(flags), arguments.gpus) if flags else None
     job = job_of_model(arguments) if config is None else job_of_config(config, arguments)
     asked = arguments.backend or (config.model.attention_backend if config else "auto")

@@ -1,4 +1,4 @@
-"""Small JSON files: written and flushed to disk, and read with a clear error."""
+"""Small files: written and flushed to disk; JSON is read with a clear error."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from megatron.core.atomic_file import flush_to_disk
 from megatron.core.json_text import parse_object
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file; it is on the disk when this returns."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(text)
     flush_to_disk(path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object; it is on the disk when this returns."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from megatron.checkpointing.adapters import base_digest
 from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
 from megatron.checkpointing.compatibility import Layout
 from megatron.checkpointing.errors import CheckpointError
-from megatron.checkpointing.files import write_json
+from megatron.checkpointing.files import write_json, write_text
 from megatron.checkpointing.folder import (
     checkpoint_path,
     delete_retired,
@@ -25,6 +25,7 @@ from megatron.checkpointing.folder import (
 from megatron.checkpointing.random_state import random_state_path, write_random_state
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config
+from megatron.config.settings_file import SETTINGS_FILE, settings_text
 from megatron.core.atomic_file import flush_to_disk
 from megatron.engine.engine import Engine
 from megatron.initialize import GIB, Context
@@ -120,6 +121,8 @@ class Saver:
             for name, content in contents.items():
                 written.append(unfinished / name)
                 write_json(written[-1], content)
+            written.append(unfinished / SETTINGS_FILE)
+            write_text(written[-1], settings_text(self._config))
         return describe_files(unfinished, written)
 
     def _publish(self, unfinished: Path, path: Path, manifest: Manifest) -> None:

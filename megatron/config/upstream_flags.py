@@ -202,6 +202,7 @@ OTHER_NAMES = {
     "reset-iteration": "finetune",
     "rotary-base": "rotary-position-embeddings-theta",
     "warmup": "lr-warmup-fraction",
+    "yaml-cfg": "config",
 }
 
 REFUSED = (

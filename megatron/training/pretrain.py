@@ -10,6 +10,7 @@ from megatron.checkpointing import Saver, check_checkpoint, choose_checkpoint, l
 from megatron.checkpointing.adapters import whole_source
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, deepspeed_config, default_batch_notes
+from megatron.config.settings_file import settings_lines
 from megatron.engine.engine import Engine
 from megatron.fpdt.observer import Observer, Observers
 from megatron.fpdt.stream import Stream
@@ -38,6 +39,9 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
     `ledger` gets the engine and the stream, whose memory it reports.
     """
     watchdog, world_size = context.watchdog, context.parallel_state.world_size
+    context.log.info("settings, as a file for --config:")
+    for line in settings_lines(config):
+        context.log.info("  %s", line)
     for note in (*config.notes, *default_batch_notes(config, world_size)):
         context.log.info("note: %s", note)
     checkpoint = _checkpoint_to_load(config, context, padded_vocab_size)

@@ -1,4 +1,6 @@
-"""A run that stopped and went on is the run that never stopped, bit for bit: losses, weights, moments, random numbers.
+"""A run that stopped and resumed is the run that never stopped, bit for bit: losses, weights, moments, random numbers.
+
+It resumes from the file of settings in its checkpoint.
 
 Hidden dropout is on, so a random state that is not restored shows.
 """
@@ -61,7 +63,8 @@ def test_a_resumed_run_is_bit_identical_to_a_straight_one(corpus: Path, tmp_path
 
     whole = run("whole_events", "--save", str(straight))
     first = run("first_events", "--save", str(resumed), "--exit-interval", "4")
-    second = run("second_events", "--save", str(resumed), "--load", str(resumed))
+    settings = ["--config", str(resumed / HALF / "run.yaml"), "--load", str(resumed)]
+    second = train(settings, tmp_path / "second_events", layout.num_ranks)
 
     assert list(first.losses) == [1, 2, 3, 4]
     assert list(second.losses) == [5, 6, 7, 8]

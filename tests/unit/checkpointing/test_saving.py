@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from megatron.arguments import parse_args
 from megatron.checkpointing import CheckpointError, find_checkpoint
 from megatron.checkpointing.folder import checkpoints
 from megatron.checkpointing.train_state import TrainState
@@ -20,7 +21,8 @@ from megatron.config import CheckpointConfig, Config
 from megatron.weights.manifest import hash_faults, read_manifest, size_faults
 from tests.unit.checkpointing.pretend import CONTEXT, STATE, save, saver
 
-FILES = {"config.json", "layout.json", "manifest.json", "random_0.pt", "train_state.json", "weights.pt", "moments.pt"}
+FILES = {"config.json", "layout.json", "manifest.json", "random_0.pt", "run.yaml", "train_state.json"}
+FILES |= {"weights.pt", "moments.pt"}
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}  # what Python tells of before it does it
 
 
@@ -40,7 +42,9 @@ class TestWhole:
 
     def test_the_configuration_that_wrote_a_checkpoint_is_saved(self, tmp_path: Path) -> None:
         path = save(tmp_path, STATE, "--swiglu")
-        assert Config.from_dict(json.loads((path / "config.json").read_text())).model.swiglu
+        config = Config.from_dict(json.loads((path / "config.json").read_text()))
+        assert config.model.swiglu
+        assert parse_args(["--config", str(path / "run.yaml")]) == config
 
     def test_an_earlier_checkpoint_of_the_same_iteration_is_replaced(self, tmp_path: Path) -> None:
         save(tmp_path)
@@ -77,8 +81,8 @@ class TestWhole:
         save(tmp_path)
         last = ["unfinished/manifest.json", "unfinished"]
         own = {"unfinished/" + name for name in FILES - {"weights.pt", "moments.pt", "manifest.json"}}
-        assert set(steps[:4]) == {f"flush {name}" for name in own}
-        assert steps[4:] == [
+        assert set(steps[: len(own)]) == {f"flush {name}" for name in own}
+        assert steps[len(own) :] == [
             *(f"flush {name}" for name in last),
             *("name global_step7", "flush .", "flush unfinished latest", "name latest", "flush ."),
         ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.arguments import parse_args
+from megatron.arguments import FILES, parse_args
 from megatron.config import ConfigError, config_sections
 from megatron.config.unknown_flags import is_misspelling
 from megatron.config.upstream_flags import ACCEPTED, ALIASES, OTHER_NAMES, REFUSED
@@ -43,7 +43,7 @@ def test_every_flag_of_megatron_deepspeed_has_an_outcome(entry: str) -> None:
 def test_a_flag_has_one_outcome() -> None:
     outcomes = [*NAMES_HERE, *OTHER_NAMES, *ALIASES, *(flag.name for flag in REFUSED)]
     assert not [name for name, count in Counter(outcomes).items() if count > 1]
-    assert {*OTHER_NAMES.values(), *ALIASES.values()} <= set(OWN)
+    assert {*OTHER_NAMES.values(), *ALIASES.values()} <= {*OWN, FILES}
 
 
 def test_a_flag_that_a_refusal_names_is_known() -> None:

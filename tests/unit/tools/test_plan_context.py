@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
+from megatron.arguments import parse_args
+from megatron.config.settings_file import settings_text
 from tests.unit.tools.tool import TOOLS, load_tool
 
 plan_context = load_tool("plan_context")
@@ -51,13 +53,15 @@ def test_flags_of_the_training_program_are_planned_as_they_are(capsys, tmp_path)
     assert (content["chunk_length"], content["zero_stage"]) == (32768, 3)
 
 
-def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys):
+def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys, tmp_path):
     assert plan_context.main([*FOUR_H100, "--", *FLAGS]) == 0
     planned = capsys.readouterr().out
     irrelevant = ["--lr", "1e-4", "--train-iters", "10", "--data-path", "corpus"]
     start = FLAGS.index(irrelevant[0])
     shorter = [*FLAGS[:start], *FLAGS[start + len(irrelevant) :]]
-    for flags in (shorter, [*shorter, "--train-samples=7", "--train-data-path", "corpus"]):
+    file = tmp_path / "run.yaml"
+    file.write_text(settings_text(parse_args([*FLAGS, "--train-tokens", "1e9"])))
+    for flags in (shorter, [*shorter, "--train-samples=7", "--train-data-path", "corpus"], ["--config", str(file)]):
         assert plan_context.main([*FOUR_H100, "--", *flags]) == 0
         assert capsys.readouterr().out == planned
 
