@@ -8,15 +8,15 @@
 #   DRY_RUN=1          print the command and its plan, and stop
 #   MODEL_SCALE=tiny   the same with a tiny model: on one or two GPUs, or two processes on the CPU in fp32
 #
-# Edit the values below, or set the variable of the same name in capitals: SEQ_LEN=131072 ROPE_SCALING=yarn ...
+# Edit the values below, or set the variable of the same name in capitals: SEQ_LEN=128K ROPE_SCALING=yarn ...
 set -euo pipefail
 # shellcheck source=examples_deepspeed/context_extension/stage.sh
 . "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
 
 # --- main configuration; stage.sh and sequence_parallel/common.sh have more -------------------------------------------
-seq_len=${SEQ_LEN:-131072}
+seq_len=${SEQ_LEN:-128K}
 tiny_seq_len=2048
-chunk_size=${CHUNK_SIZE:-32768}
+chunk_size=${CHUNK_SIZE:-32K}
 gpus_per_sequence=4 # at most, unless SEQUENCE_PARALLEL is set; the other GPUs train on other sequences
 stretched_theta=8400000 # theta of RoPE unless ROPE_SCALING or ROTARY_THETA is set
 train_tokens=${TRAIN_TOKENS:-1e9}

@@ -22,6 +22,7 @@ rope_scaling=${ROPE_SCALING:-none}           # linear, dynamic, yarn or llama3
 rope_scaling_factor=${ROPE_SCALING_FACTOR:-} # default: sequence / original context, rounded up
 
 choose_rope() {
+  original_len=$(in_digits ORIGINAL_LEN "$original_len")
   if [[ $rope_scaling == none ]]; then
     rotary_theta=${ROTARY_THETA:-$stretched_theta}
     rope=()

@@ -10,15 +10,15 @@
 #   DRY_RUN=1          print the commands and the plan of the training, and stop
 #   MODEL_SCALE=tiny   a short training on one or two GPUs, or two processes on the CPU in fp32; for a tiny HF_MODEL
 #
-# Edit the values below, or set the variable of the same name in capitals: SEQ_LEN=524288 NUM_GPUS=8 ...
+# Edit the values below, or set the variable of the same name in capitals: SEQ_LEN=512K NUM_GPUS=8 ...
 set -euo pipefail
 # shellcheck source=examples_deepspeed/sequence_parallel/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../sequence_parallel/common.sh"
 program=finetune_llama.py
 
 # --- main configuration; sequence_parallel/common.sh has more ---------------------------------------------------------
-seq_len=${SEQ_LEN:-131072}
-chunk_size=${CHUNK_SIZE:-32768}
+seq_len=${SEQ_LEN:-128K}
+chunk_size=${CHUNK_SIZE:-32K}
 train_tokens=${TRAIN_TOKENS:-2e8}
 warmup_tokens=${WARMUP_TOKENS:-4e6}
 lr=${LR:-5e-6}

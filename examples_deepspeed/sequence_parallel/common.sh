@@ -22,6 +22,28 @@ step() {
   fi
 }
 
+# in_digits VARIABLE VALUE: print a number of tokens such as 131072, 131,072, 128K or 1.5M in digits; "auto" and nothing
+# as they are.
+in_digits() {
+  local name=$1 text=$2 unit=1 count
+  if [[ -z $text || ${text,,} == auto ]]; then
+    echo "$text"
+    return
+  fi
+  case $text in
+    *[kK]) unit=1024 ;;
+    *[mM]) unit=1048576 ;;
+  esac
+  if [[ $text =~ ^([0-9]+|[0-9]{1,3}([,_][0-9]{3})+)((\.[0-9]+)?[kKmM]|[eE][0-9]{1,2})?$ ]]; then
+    text=${text//[,_]/}
+    count=$(awk -v number="${text%[kKmM]}" -v unit=$unit 'BEGIN { printf "%.15g", number * unit }')
+  fi
+  if [[ ! ${count:-} =~ ^[0-9]+$ ]]; then
+    give_up "$name ($2) is not a number of tokens; give one, such as 131072, 128K or 1M"
+  fi
+  echo "$count"
+}
+
 # shellcheck source=examples_deepspeed/sequence_parallel/upstream_names.sh
 . "$repository/examples_deepspeed/sequence_parallel/upstream_names.sh"
 take_upstream_names
@@ -53,14 +75,19 @@ eval_interval=100
 save_interval=100
 
 # --- the tiny scale: the same flags with a model that a CPU can train -------------------------------------------------
+# Sets `seq_len` and `chunk_size` in digits as well.
 scale_model() {
   case $model_scale in
-    full) return ;;
-    tiny) ;;
+    full) ;;
+    tiny)
+      seq_len=${SEQ_LEN:-4K}
+      chunk_size=${CHUNK_SIZE:-1K}
+      ;;
     *) give_up "MODEL_SCALE ($model_scale) must be full or tiny; leave it out for the full model" ;;
   esac
-  seq_len=${SEQ_LEN:-4096}
-  chunk_size=${CHUNK_SIZE:-1024}
+  seq_len=$(in_digits SEQ_LEN "$seq_len")
+  chunk_size=$(in_digits CHUNK_SIZE "$chunk_size")
+  if [[ $model_scale == full ]]; then return; fi
   train_tokens=${TRAIN_TOKENS:-$((4 * seq_len))}
   warmup_tokens=${WARMUP_TOKENS:-$seq_len}
   output=${OUTPUT:-${output}_tiny}

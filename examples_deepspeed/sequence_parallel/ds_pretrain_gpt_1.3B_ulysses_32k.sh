@@ -7,13 +7,13 @@
 #   DRY_RUN=1          print the command and its plan, and stop
 #   MODEL_SCALE=tiny   the same with a tiny model: on one or two GPUs, or two processes on the CPU in fp32
 #
-# Edit the values below, or set the variable of the same name in capitals: SEQ_LEN=65536 NUM_GPUS=8 ...
+# Edit the values below, or set the variable of the same name in capitals: SEQ_LEN=64K NUM_GPUS=8 ...
 set -euo pipefail
 # shellcheck source=examples_deepspeed/sequence_parallel/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # --- main configuration; common.sh has more ---------------------------------------------------------------------------
-seq_len=${SEQ_LEN:-32768}
+seq_len=${SEQ_LEN:-32K}
 train_tokens=${TRAIN_TOKENS:-300e9}
 warmup_tokens=${WARMUP_TOKENS:-3e9}
 output=${OUTPUT:-runs/gpt_1.3B_ulysses_32k} # checkpoints, log, TensorBoard; a restarted run resumes from here

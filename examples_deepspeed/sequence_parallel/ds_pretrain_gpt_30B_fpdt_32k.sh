@@ -15,8 +15,8 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # --- main configuration; common.sh has more ---------------------------------------------------------------------------
-seq_len=${SEQ_LEN:-131072}
-chunk_size=${CHUNK_SIZE:-65536}
+seq_len=${SEQ_LEN:-128K}
+chunk_size=${CHUNK_SIZE:-64K}
 train_tokens=${TRAIN_TOKENS:-300e9}
 warmup_tokens=${WARMUP_TOKENS:-3e9}
 output=${OUTPUT:-runs/gpt_30B_fpdt_32k} # checkpoints, log, TensorBoard; a restarted run resumes from here

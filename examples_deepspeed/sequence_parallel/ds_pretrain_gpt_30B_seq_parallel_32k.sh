@@ -15,7 +15,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # --- main configuration; common.sh has more ---------------------------------------------------------------------------
-seq_len=${SEQ_LEN:-32768}
+seq_len=${SEQ_LEN:-32K}
 train_tokens=${TRAIN_TOKENS:-300e9}
 warmup_tokens=${WARMUP_TOKENS:-3e9}
 output=${OUTPUT:-runs/gpt_30B_seq_parallel_32k} # checkpoints, log, TensorBoard; a restarted run resumes from here

@@ -31,6 +31,7 @@ from megatron.core.token_count import format_token_count
 
 SETTINGS_FILE = "run.yaml"
 _HEAD = "# The settings of a run: give them back with --config. Flags on the command line win.\n"
+LARGEST_PLAIN = 1e15  # below it, digits are as exact as an exponent, and shorter to read
 _NULL = "tag:yaml.org,2002:null"
 _OF_A_LAUNCH = frozenset({"local_rank"})  # set by the launcher, for one rank
 
@@ -161,6 +162,8 @@ def _plain(value: Any, kind: Any) -> Any:
         return _token_count_text(value)
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_PLAIN:
+        return int(value)
     return list(value) if isinstance(value, tuple) else value
 
 

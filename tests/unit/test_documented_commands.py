@@ -43,7 +43,7 @@ def take(command: Command) -> None:
     elif folder == "tools":
         arguments = load_tool(name).parse_arguments(words)
         if name == "plan_context" and arguments.training:
-            parse_args(arguments.training)
+            parse_args(load_tool(name).completed(arguments.training))
     else:
         script = importlib.import_module(f"benchmarks.{name}")
         on_cpu = ["--device", "cpu"] * hasattr(script, "build_parser")

@@ -61,6 +61,17 @@ def test_any_length_can_be_set_from_the_environment(tmp_path: Path, script: Path
     assert config.checkpoint.save == "elsewhere/checkpoints"
 
 
+@pytest.mark.parametrize("scale", ["full", "tiny"])
+def test_lengths_may_be_written_in_k_and_m(tmp_path: Path, scale: str) -> None:
+    variables = {"SEQ_LEN": "1.5M", "CHUNK_SIZE": "32k", "MODEL_SCALE": scale}
+    command = run_script(ON_ALL_GPUS, bin_folder=tmp_path, **PATHS, **variables)
+    assert (command.value("--seq-length"), command.value("--max-position-embeddings")) == ("1572864", "1572864")
+    assert command.value("--ds-sequence-parallel-fpdt-chunk-size") == "32768"
+    for wrong in ("128KB", "0.3K", "1.5", "1,04"):
+        message = complaint(ON_ALL_GPUS, tmp_path, **PATHS | variables | {"SEQ_LEN": wrong})
+        assert message == f"SEQ_LEN ({wrong}) is not a number of tokens; give one, such as 131072, 128K or 1M"
+
+
 @BY_SCRIPT
 def test_further_flags_are_passed_on_and_win(tmp_path: Path, script: Path) -> None:
     command = run_script(script, "--lr", "1e-5", "--cpu-optimizer", bin_folder=tmp_path, **PATHS)
