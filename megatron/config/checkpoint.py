@@ -21,6 +21,10 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Iterations between checkpoints. Default: at the end only."""
 
+    save_interval_mins: float | None = None
+    """Minutes between checkpoints, which follow the step in which the time is up; with --save-interval whichever comes
+    first."""
+
     keep_last_n_checkpoints: int | None = None
     """How many checkpoints to keep; older ones are deleted once a new one is complete. Default: all."""
 

@@ -7,6 +7,7 @@ ProgressStyle = Literal["auto", "bar", "line", "off"]
 Profile = Literal["pt", "pt-full"]
 PositionBuckets = Literal["powers-of-two", "equal"]
 
+DEFAULT_LOG_INTERVAL = 100
 ALONE = "alone"  # key of a field's metadata: the value of its flag when it is given without one
 
 
@@ -14,8 +15,9 @@ ALONE = "alone"  # key of a field's metadata: the value of its flag when it is g
 class LoggingConfig:
     """Logging."""
 
-    log_interval: int = 100
-    """Iterations between log lines."""
+    log_interval: int | None = None
+    """Iterations between log lines. Default: 100, and each step where steps take 10 seconds or more, by the time of the
+    last one; and the first step."""
 
     tensorboard_dir: str | None = None
     """Folder for TensorBoard event files."""
@@ -67,3 +69,8 @@ class LoggingConfig:
 
     peak_tflops: float | None = None
     """Dense bf16 peak of one device in TFLOP/s, for MFU. Default: looked up by the device's name."""
+
+    @property
+    def line_interval(self) -> int:
+        """Iterations between log lines where steps are short."""
+        return self.log_interval or DEFAULT_LOG_INTERVAL

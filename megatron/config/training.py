@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+DEFAULT_EVAL_INTERVAL = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -38,8 +40,12 @@ class TrainingConfig:
     eval_iters: int = 100
     """Batches per evaluation; 0 turns evaluation off."""
 
-    eval_interval: int = 1000
-    """Iterations between evaluations."""
+    eval_interval: int | None = None
+    """Iterations between evaluations. Default: 1000; none with --eval-interval-mins."""
+
+    eval_interval_mins: float | None = None
+    """Minutes between evaluations, which follow the step in which the time is up; with --eval-interval whichever comes
+    first."""
 
     exit_interval: int | None = None
     """Exit at the next iteration that is a multiple of this, saving first if --save is given."""
@@ -53,3 +59,10 @@ class TrainingConfig:
 
     exit_signal_handler: bool = False
     """Accepted for Megatron's scripts; SIGTERM always saves (if --save is given) and exits."""
+
+    @property
+    def evaluation_interval(self) -> int | None:
+        """Iterations between evaluations, given or by default; None for evaluations by time alone."""
+        if self.eval_interval is None and self.eval_interval_mins is None:
+            return DEFAULT_EVAL_INTERVAL
+        return self.eval_interval

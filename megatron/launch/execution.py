@@ -20,6 +20,7 @@ from megatron.fpdt.memory_model import (
 )
 from megatron.fpdt.stream import Saving
 from megatron.initialize import Context
+from megatron.launch.intervals import interval_warnings
 from megatron.model.builder import Execution
 from megatron.model.layers import attention_request, has_short_tiles, head_layout
 from megatron.ops.attention import choose_backend
@@ -165,7 +166,15 @@ def _planned(plan: Plan, config: Config, context: Context) -> _Streaming | None:
         check_gpu_memory(solved)
     for line in execution_lines(solved, choices):
         context.log.info(line)
-    return _of_first_rank(_streaming_of(solved) if solved.job.streamed else None, context)
+    if context.parallel_state.rank == 0:
+        for line in interval_warnings(config, solved):
+            context.log.warning(line)
+    job, memory = solved.job, solved.memory
+    streaming = None
+    if job.streamed:
+        device_bytes = job.device_memory_bytes
+        streaming = _Streaming(job.chunk_length, device_bytes, memory.recompute, memory.checkpoint_interval)
+    return _of_first_rank(streaming, context)
 
 
 def _of_first_rank(streaming: _Streaming | None, context: Context) -> _Streaming | None:

@@ -11,6 +11,7 @@ from typing import Protocol, TextIO
 
 _REDRAW_SECONDS = 0.1
 _BAR_WIDTH = 24
+_FIRST_HEARTBEAT_SECONDS = 10.0
 _ERASE_LINE = "\r\x1b[2K"
 
 
@@ -112,12 +113,18 @@ class ProgressBar(_TimedProgress):
 
 
 class Heartbeat(_TimedProgress):
-    """A line at most every `heartbeat_seconds` during a step."""
+    """A line at most every `heartbeat_seconds` during a step; in the first step of a run the first comes sooner."""
 
     def __init__(
         self, stream: TextIO, heartbeat_seconds: float = 60.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         super().__init__(stream, clock, heartbeat_seconds)
+        self._first_seconds = _FIRST_HEARTBEAT_SECONDS
+
+    def start_step(self, iteration: int, total_units: int) -> None:
+        super().start_step(iteration, total_units)
+        self._due = min(self._due, self._started + self._first_seconds)
+        self._first_seconds = self._interval
 
     def finish_step(self) -> None:
         pass

@@ -55,9 +55,8 @@ class Reporter:
         self._padded_vocab_size, self._stream = padded_vocab_size, stream
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
-        # Length, and share of attention, of each step that is timed; none if all its labels are masked.
-        self._steps: list[tuple[int, float]] = []
-        self._lengths_vary = sample_lengths(config, context.parallel_state.world_size).vary
+        self._attention_shares: list[float] = []  # of each step that is timed; none if all its labels are masked
+        self._last_line = 0  # iteration of the line before, where lines have no fixed interval
         self._started = time.monotonic()
 
     @contextmanager
@@ -71,6 +70,7 @@ class Reporter:
         """Prepare for the next steps. The metrics of later iterations, which are repeated, are discarded."""
         if iteration:
             self._writer.discard_after(iteration)
+        self._last_line = iteration if self._config.logging.log_interval is None else 0
         self.restart()
 
     def restart(self) -> None:
@@ -101,8 +101,8 @@ class Reporter:
             return
         for warning in self._losses.take_warnings():
             self._context.log.warning("%s", warning)
-        interval = self._config.logging.log_interval
-        losses = self._losses.after((state.iteration - 1) // interval * interval)
+        interval = self._config.logging.line_interval
+        losses = self._losses.after(max((state.iteration - 1) // interval * interval, self._last_line))
         finite = [loss for loss in losses if math.isfinite(loss)]
         state.nan_iterations += len(losses) - len(finite)
         seconds = (time.monotonic() - self._started) / len(self._steps)
@@ -133,6 +133,8 @@ class Reporter:
         self._context.log.info(format_iteration(record))
         values = {f"train/{name}": getattr(record, name) for name in SCALARS}
         self._writer.write(state.iteration, {name: value for name, value in values.items() if value is not None})
+        if self._config.logging.log_interval is None:
+            self._last_line = state.iteration
         self.restart()
 
     def evaluation(self, iteration: int, loss: float, part: str, buckets: Sequence[Bucket] = ()) -> None:

@@ -24,6 +24,7 @@ from megatron.training.rollback import Rollback
 from megatron.training.run import Run
 from megatron.training.step import OptimizerStep, StepTotals, describe_next_step
 from megatron.training.stop_signal import StopSignal
+from megatron.training.wall_clock import Due, WallClock
 
 
 class Outcome(Enum):
@@ -44,7 +45,7 @@ class Training:
         self._rollback = Rollback(run.config, run.engine, run.context, run.losses)
         self._optimizer_step = OptimizerStep(run, self._rollback, self._profiler)
         self._stop_signal = StopSignal()
-        self._started = time.monotonic()
+        self._clock = WallClock(run.config, time.monotonic)
         self._saved_iteration = state.iteration
         self._plan_steps()
 
@@ -86,45 +87,48 @@ class Training:
         with self._data.read("train", self.state.data_samples, num_steps) as batches:
             self._run.reporter.continue_from(self.state.iteration)
             while self.state.iteration < self._lengths.iterations:
-                outcome = self._step(batches)
+                outcome, due = self._step(batches)
                 if outcome is not Outcome.ROLL_BACK:
-                    outcome = self._after_step(outcome)
+                    outcome = self._after_step(outcome, due)
                 if outcome is not Outcome.CONTINUE:
                     return outcome
         return Outcome.CONTINUE
 
-    def _step(self, batches: Iterator[Batch]) -> Outcome:
-        """Take one optimizer step, count it and log it. Collective over all ranks."""
+    def _step(self, batches: Iterator[Batch]) -> tuple[Outcome, Due]:
+        """Take one optimizer step, count it and log it; return what follows. Collective over all ranks."""
         state, run = self.state, self._run
         microbatches = list(islice(batches, self._lengths.num_microbatches))
-        self._enter_phase()
-        totals = StepTotals.over_ranks(microbatches, self._wants_to_stop(), run)
-        rate = self._learning_rate(totals.seq_length)
+        due = self._clock.start_step(stop=self._stop_signal.received)
+        totals = StepTotals.over_ranks(microbatches, due, run)
+        rate = self._learning_rate()
         if totals.has_tokens:
             loss = self._optimizer_step.take(microbatches, totals, rate, state)
             self._count_step(totals.seq_length)
             run.losses.add(state.iteration, loss)
             if self._rollback.judge(state.iteration):
-                return Outcome.ROLL_BACK
-            run.reporter.count_step(totals.seq_length, totals.attention_share)
+                return Outcome.ROLL_BACK, totals.due
+            run.reporter.count_step(totals.attention_share)
             state.skipped_iterations += run.engine.step_was_skipped
         else:
-            self._skip_step(totals.seq_length)
-        if state.iteration % self._config.logging.log_interval == 0 or state.iteration == self._lengths.iterations:
+            self._skip_step()
+        is_interval = state.iteration % self._config.logging.line_interval == 0
+        if is_interval or totals.due.log or state.iteration == self._lengths.iterations:
             scale, norm = run.engine.loss_scale, run.engine.gradient_norm()
             model: Any = run.engine.module
             run.reporter.line(state, rate, self._lengths.iterations, scale, norm, model.take_report())
-        return Outcome.EXIT if totals.stop else Outcome.CONTINUE
+        self._clock.finish_step()
+        return Outcome.EXIT if totals.due.stop else Outcome.CONTINUE, totals.due
 
-    def _after_step(self, outcome: Outcome) -> Outcome:
-        """Evaluate and save where the intervals say so; at an exit interval, exit. Collective over all ranks."""
+    def _after_step(self, outcome: Outcome, due: Due) -> Outcome:
+        """Evaluate and save where intervals or `due` say so; at an exit interval, exit. Collective over all ranks."""
         training, iteration = self._config.training, self.state.iteration
-        if training.eval_iters and iteration % training.eval_interval == 0:
+        if training.eval_iters and (due.evaluate or _ends_interval(iteration, training.evaluation_interval)):
             evaluate(self._run, self._data, "validation", iteration)
-        save_interval = self._config.checkpoint.save_interval
-        if save_interval and iteration % save_interval == 0:
+            self._clock.count_evaluation()
+        if due.save or _ends_interval(iteration, self._config.checkpoint.save_interval):
             self._save()
-        if training.exit_interval and iteration % training.exit_interval == 0:
+            self._clock.count_checkpoint()
+        if _ends_interval(iteration, training.exit_interval):
             outcome = Outcome.EXIT
         if outcome is Outcome.EXIT:
             self._save()
@@ -153,12 +157,6 @@ class Training:
         state, samples = self.state, self._lengths.global_batch_size
         tokens = samples * seq_length
         return self._schedule.at(state.iteration + 1, state.consumed_samples + samples, state.consumed_tokens + tokens)
-
-    def _wants_to_stop(self) -> bool:
-        """Return whether this rank got a signal to stop, or the time of the run is over."""
-        limit = self._config.training.exit_duration_in_mins
-        out_of_time = limit is not None and time.monotonic() - self._started >= limit * 60
-        return self._stop_signal.received or out_of_time
 
     def _save(self) -> None:
         """Save a checkpoint, where a folder is given and this iteration is not saved already."""
@@ -189,3 +187,7 @@ class Training:
         fault = faulty_weights(self._engine.weights_not_finite())
         if fault is not None:
             raise NotFiniteError(f"iteration {self.state.iteration} is not saved: {fault}; {HOW_TO_RESUME}.")
+
+
+def _ends_interval(iteration: int, interval: int | None) -> bool:
+    return bool(interval) and iteration % (interval or 1) == 0

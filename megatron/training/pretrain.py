@@ -143,4 +143,4 @@ def _build_engine(config: Config, context: Context, providers: Providers, observ
 def _build_loss_window(config: Config) -> LossWindow:
     """Build a window that holds the losses of a log line even after a rollback to the last checkpoint."""
     logging, save_interval = config.logging, config.checkpoint.save_interval or 0
-    return LossWindow(logging.loss_spike_factor, logging.log_interval + save_interval)
+    return LossWindow(logging.loss_spike_factor, logging.line_interval + save_interval)

@@ -64,6 +64,22 @@ def test_exit_duration_stops_saves_and_exits_with_zero(corpus: Path, tmp_path: P
     assert len(run.losses) == iteration
 
 
+def test_time_saves_and_evaluates_as_rank_0_s_clock_says_and_the_run_resumes(corpus: Path, tmp_path: Path) -> None:
+    saved, minutes = (
+        tmp_path / "saved",
+        ["--save-interval-mins", "0.5", "--eval-interval-mins", "1", "--eval-iters", "1"],
+    )
+    flags = [*base_flags(corpus), *OFFLOADED, *ranks(2, 3), "--save", str(saved), *minutes]
+    run = train([*flags, "--train-iters", "8"], tmp_path / "events", 2, script=HURRIED)
+    checkpoints = sorted(int(path.name.removeprefix("global_step")) for path in saved.glob("global_step*"))
+    assert len(checkpoints) > 2
+    assert checkpoints[-1] == 8
+    assert len(run.validation_losses) > 1
+    resume = ["--train-iters", "8", "--load", str(saved), "--ckpt-step", str(checkpoints[-2])]
+    resumed = train([*flags, *resume], tmp_path / "resumed_events", 2)
+    assert resumed.losses == {each: loss for each, loss in run.losses.items() if each > checkpoints[-2]}
+
+
 def test_the_log_shows_evaluations_heartbeats_and_every_figure(corpus: Path, tmp_path: Path) -> None:
     evaluation = ["--eval-interval", "2", "--eval-iters", "1"]
     heartbeat = ["--progress", "line", "--heartbeat-seconds", "1e-6"]

@@ -121,7 +121,13 @@ EFFECTS = (
         ("lr_warmup_init",), _has_warmup, "without a warm-up", "add --lr-warmup-iters, -samples, -tokens or -fraction"
     ),
     Effect(
-        ("keep_last_n_checkpoints",),
+        ("eval_interval_mins",),
+        lambda config: config.training.eval_iters > 0,
+        "with --eval-iters 0",
+        "evaluate with --eval-iters",
+    ),
+    Effect(
+        ("keep_last_n_checkpoints", "save_interval_mins"),
         lambda config: config.checkpoint.save is not None,
         "without --save",
         "add --save",

@@ -51,6 +51,7 @@ SMALL_COUNT = Range(1, ceiling=2**16)
 GIB = Range(0, low_open=True, example="64", ceiling=2**30)
 SCALE = Range(1, example="65536", ceiling=2**127)
 POSITIVE = Range(0, low_open=True)
+MINUTES = Range(0, low_open=True, example="60")
 NOT_NEGATIVE = Range(0, example="0")
 PROBABILITY = Range(0, 1, high_open=True, example="0")
 
@@ -123,9 +124,11 @@ RANGES = {
     "seed": Range(0, example="1234", ceiling=2**63 - 1),
     "eval_iters": COUNT_OR_NONE,
     "eval_interval": COUNT,
+    "eval_interval_mins": MINUTES,
     "exit_interval": COUNT,
     "exit_duration_in_mins": COUNT,
     "save_interval": COUNT,
+    "save_interval_mins": MINUTES,
     "keep_last_n_checkpoints": COUNT,
     "rollback_on_loss_spike": COUNT,
     "ckpt_step": COUNT,
