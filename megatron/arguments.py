@@ -360,4 +360,4 @@ def _upstream_notes(namespace: argparse.Namespace) -> tuple[str, ...]:
 
 def _known_flags() -> list[str]:
     members = (member.name for section in config_sections().values() for member in fields(section))
-    return [*(name.replace("_", "-") for name in members), *(flag.name for flag in ACCEPTED)]
+    return [*(name.replace("_", "-") for name in members), *(flag.name for flag in ACCEPTED), FILES]

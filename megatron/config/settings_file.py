@@ -164,7 +164,9 @@ def _plain(value: Any, kind: Any) -> Any:
         return value.value
     if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_PLAIN:
         return int(value)
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return list(value) if typing.get_origin(kind) is tuple else ",".join(map(str, value))
+    return value
 
 
 def _token_count_text(count: int) -> str | int:

@@ -94,6 +94,7 @@ def test_a_switch_may_be_reset_on_the_command_line(switched):
     [
         ("num_layrs: 3", 1, "--num-layrs is not a known flag; did you mean --num-layers?"),
         ("\nmodel:\n  lr:\n    x: 3", 3, "lr is below two headings; use at most one"),
+        ("confg: a.yaml", 1, "--confg is not a known flag; did you mean --config?"),
         ("num_query_groups: 3", 1, "--num-query-groups is not a flag here; use --num-key-value-heads instead"),
         ("random_ltd: true", 1, "--random-ltd cannot be honored: no tokens are dropped here"),
         ("help: true", 1, "--help is not a known flag; remove it"),
