@@ -44,6 +44,7 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "Recompute",
+    "SampleLengths",
     "TokenCount",
     "TokenWeights",
     "TokenizerConfig",

@@ -11,18 +11,15 @@ them the samples, do not depend on how a run went.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from dataclasses import dataclass
 
 from megatron.config.batch import global_batch_size
 from megatron.config.config import Config
 from megatron.config.errors import ConfigError
+from megatron.core.token_count import parse_token_count
 
 Phase = tuple[int, int]  # first sample, tokens per sample
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20}
-_PHASE = re.compile(r"(\d+)([KM]?)(?::(\d+))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,13 @@ def parse_schedule(text: str) -> list[tuple[int, int | None]]:
     Raises:
         ConfigError: the text is no schedule.
     """
-    found = [_PHASE.fullmatch(word.strip()) for word in text.split(",")]
-    phases = [
-        (int(match[1]) * _UNITS[match[2].upper()], int(match[3]) if match[3] else None)
-        for match in found
-        if match is not None
-    ]
+    words = [word.partition(":") for word in text.split(",")]
+    try:
+        phases = [(parse_token_count(length), int(count) if colon else None) for length, colon, count in words]
+    except ValueError:
+        phases = []
     *before, last = [iterations for _, iterations in phases] or [0]
-    if len(phases) < len(found) or not before or not all(before) or last is not None:
+    if not before or not all(n is not None and n > 0 for n in before) or last is not None:
         raise ConfigError(
             f"--seq-length-schedule ({text}) must give lengths and how many iterations each is trained at, the last "
             "to the end of the training; use for example 32K:1000,128K:500,1M"

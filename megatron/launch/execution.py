@@ -169,12 +169,7 @@ def _planned(plan: Plan, config: Config, context: Context) -> _Streaming | None:
     if context.parallel_state.rank == 0:
         for line in interval_warnings(config, solved):
             context.log.warning(line)
-    job, memory = solved.job, solved.memory
-    streaming = None
-    if job.streamed:
-        device_bytes = job.device_memory_bytes
-        streaming = _Streaming(job.chunk_length, device_bytes, memory.recompute, memory.checkpoint_interval)
-    return _of_first_rank(streaming, context)
+    return _of_first_rank(_streaming_of(solved) if solved.job.streamed else None, context)
 
 
 def _of_first_rank(streaming: _Streaming | None, context: Context) -> _Streaming | None:

@@ -121,8 +121,8 @@ class Heartbeat(_TimedProgress):
         super().__init__(stream, clock, heartbeat_seconds)
         self._first_seconds = _FIRST_HEARTBEAT_SECONDS
 
-    def start_step(self, iteration: int, total_units: int) -> None:
-        super().start_step(iteration, total_units)
+    def start_step(self, iteration: int, work: StepWork) -> None:
+        super().start_step(iteration, work)
         self._due = min(self._due, self._started + self._first_seconds)
         self._first_seconds = self._interval
 

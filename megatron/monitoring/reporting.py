@@ -55,7 +55,9 @@ class Reporter:
         self._padded_vocab_size, self._stream = padded_vocab_size, stream
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
-        self._attention_shares: list[float] = []  # of each step that is timed; none if all its labels are masked
+        # Length, and share of attention, of each step that is timed; none if all its labels are masked.
+        self._steps: list[tuple[int, float]] = []
+        self._lengths_vary = sample_lengths(config, context.parallel_state.world_size).vary
         self._last_line = 0  # iteration of the line before, where lines have no fixed interval
         self._started = time.monotonic()
 
@@ -70,7 +72,7 @@ class Reporter:
         """Prepare for the next steps. The metrics of later iterations, which are repeated, are discarded."""
         if iteration:
             self._writer.discard_after(iteration)
-        self._last_line = iteration if self._config.logging.log_interval is None else 0
+        self._last_line = min(self._last_line, iteration)
         self.restart()
 
     def restart(self) -> None:

@@ -98,19 +98,20 @@ class Training:
         """Take one optimizer step, count it and log it; return what follows. Collective over all ranks."""
         state, run = self.state, self._run
         microbatches = list(islice(batches, self._lengths.num_microbatches))
+        self._enter_phase()
         due = self._clock.start_step(stop=self._stop_signal.received)
         totals = StepTotals.over_ranks(microbatches, due, run)
-        rate = self._learning_rate()
+        rate = self._learning_rate(totals.seq_length)
         if totals.has_tokens:
             loss = self._optimizer_step.take(microbatches, totals, rate, state)
             self._count_step(totals.seq_length)
             run.losses.add(state.iteration, loss)
             if self._rollback.judge(state.iteration):
                 return Outcome.ROLL_BACK, totals.due
-            run.reporter.count_step(totals.attention_share)
+            run.reporter.count_step(totals.seq_length, totals.attention_share)
             state.skipped_iterations += run.engine.step_was_skipped
         else:
-            self._skip_step()
+            self._skip_step(totals.seq_length)
         is_interval = state.iteration % self._config.logging.line_interval == 0
         if is_interval or totals.due.log or state.iteration == self._lengths.iterations:
             scale, norm = run.engine.loss_scale, run.engine.gradient_norm()
@@ -190,4 +191,4 @@ class Training:
 
 
 def _ends_interval(iteration: int, interval: int | None) -> bool:
-    return bool(interval) and iteration % (interval or 1) == 0
+    return interval is not None and iteration % interval == 0

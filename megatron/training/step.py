@@ -19,7 +19,7 @@ from megatron.data.errors import DataError
 from megatron.monitoring.finite_check import HOW_TO_RESUME, NotFiniteError
 from megatron.monitoring.profiling import StepProfiler
 from megatron.training.rollback import Rollback
-from megatron.training.run import Run, step_units
+from megatron.training.run import Run, step_work
 from megatron.training.wall_clock import Due
 
 
@@ -27,8 +27,8 @@ from megatron.training.wall_clock import Due
 class StepTotals:
     """What all ranks know alike of a step before they take it.
 
-    `num_tokens`, fp32 on the device, counts its unmasked tokens. `attention_share` is the share of attention that its
-    documents leave. `due` is what follows it.
+    `seq_length` counts the tokens of each of its sequences. `num_tokens`, fp32 on the device, counts its unmasked
+    tokens. `attention_share` is the share of attention that its documents leave. `due` is what follows it.
     """
 
     seq_length: int
@@ -41,21 +41,34 @@ class StepTotals:
     def over_ranks(cls, batches: Sequence[Batch], due: Due, run: Run) -> StepTotals:
         """Sum up this rank's micro-batches over all ranks, and agree on what is due. Collective over them.
 
-        Every rank may ask for the end; for the rest rank 0's clock counts.
+        Every rank may ask for the end; for the rest rank 0's clock counts. DataError where the sequences of the step
+        differ in length.
         """
         parallel = run.context.parallel_state
+        length = batches[0].seq_length
         if parallel.rank:
             due = Due(stop=due.stop)
-        counts = sum(batch.num_tokens for batch in batches), sum(batch.squared_lengths for batch in batches)
-        own = torch.tensor([*counts, due.stop, due.log, due.evaluate, due.save], dtype=torch.float64)
+        own = torch.tensor(
+            [
+                sum(batch.num_tokens for batch in batches),
+                sum(batch.squared_lengths for batch in batches),
+                statistics.mean(batch.seq_length for batch in batches),
+                *(due.stop, due.log, due.evaluate, due.save),
+            ],
+            dtype=torch.float64,
+        )
         own[:2] /= parallel.sequence_parallel_size  # every rank of a sequence counts the whole of it
         totals = own.to(run.context.device)
         dist.all_reduce(totals)
-        num_tokens, squared_lengths, *asked = totals.tolist()
-        whole = global_batch_size(run.config, parallel.world_size) * run.config.model.seq_length**2
-        return cls(
-            totals[0].float(), num_tokens > 0, squared_lengths / whole, Due(*(num_ranks > 0 for num_ranks in asked))
-        )
+        num_tokens, squared_lengths, lengths, *asked = totals.tolist()
+        if lengths != length * parallel.world_size:
+            raise DataError(
+                f"the sequences of one step differ in length: {length} tokens on rank {parallel.rank}, "
+                f"{lengths / parallel.world_size:g} on average; the data of the ranks are not the same."
+            )
+        whole = global_batch_size(run.config, parallel.world_size) * length**2
+        due = Due(*(num_ranks > 0 for num_ranks in asked))
+        return cls(length, totals[0].float(), num_tokens > 0, squared_lengths / whole, due)
 
 
 class OptimizerStep:

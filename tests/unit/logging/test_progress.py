@@ -72,7 +72,7 @@ def test_the_first_heartbeat_of_a_run_comes_soon():
     stream, clock = io.StringIO(), Clock()
     progress = Heartbeat(stream, heartbeat_seconds=60, clock=clock)
     for seconds, count in ((10, 1), (59, 1), (60, 2), (1e4, 3)):
-        progress.start_step(1, total_units=2)
+        progress.start_step(1, StepWork(2))
         clock.now += seconds
         progress.advance("forward", 0, 0)
         assert stream.getvalue().count("\n") == count

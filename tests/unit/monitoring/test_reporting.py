@@ -117,6 +117,22 @@ def test_lines_after_a_rollback_count_every_loss_once_and_time_only_the_steps_si
     assert writer.written[4]["train/milliseconds"] == 1500
 
 
+def test_a_line_without_an_interval_averages_the_losses_since_the_last_line(clock):
+    (reporter, writer), state = reporter_of(), TrainState()
+    for losses, mean in (([1.0], 1.0), ([2.0, 4.0], 3.0), ([5.0], 5.0)):
+        iterate(reporter, state, losses)
+        clock.now += 1
+        line(reporter, state)
+        assert writer.written[state.iteration]["train/loss"] == mean
+    reporter._losses.forget_after(3)
+    reporter.continue_from(3)
+    state = TrainState(iteration=3)
+    iterate(reporter, state, [7.0])
+    clock.now += 1
+    line(reporter, state)
+    assert writer.written[4]["train/loss"] == 7.0
+
+
 def test_steps_without_a_loss_leave_the_others_and_their_iterations(clock, caplog):
     (reporter, writer), state = reporter_of(), TrainState()
     state.advance(2, 1024)
