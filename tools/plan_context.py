@@ -71,7 +71,7 @@ STAND_INS = (
 # Settings that the training flags give; before -- they would have no effect.
 DESCRIBED_BY_TRAINING = {
     "--model", "--seq-length", "--chunk-size", "--sequence-parallel", "--micro-batch-size", "--zero-stage",
-    "--lora-rank", "--cpu-optimizer", "--device-memory",
+    "--lora-rank", "--quantize-base", "--cpu-optimizer", "--device-memory",
 }  # fmt: skip
 
 
@@ -120,6 +120,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     job.add_argument("--micro-batch-size", type=count, default=1, help="[%(default)s]")
     job.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3, help="[%(default)s]")
     job.add_argument("--lora-rank", type=count, help="train adapters of this rank on the frozen model [all weights]")
+    job.add_argument("--quantize-base", choices=("nf4",), help="the frozen weights of its blocks in 4 bits [16 bits]")
     job.add_argument("--cpu-optimizer", action="store_true", help="optimizer states and step on the host")
     job.add_argument("--device-memory", type=device_memory, metavar="GIB",
                      help="chunks that may stay on a GPU, or `auto` for what it has room for [auto]")  # fmt: skip
@@ -247,7 +248,10 @@ def job_of_model(arguments: argparse.Namespace) -> Job:
                 "none; name a folder or a config.json"
             )
         require_package("peft", "--lora-rank")
-        model = with_adapters(model, AdaptersConfig(lora_rank=arguments.lora_rank))
+        adapters = AdaptersConfig(lora_rank=arguments.lora_rank, quantize_base=arguments.quantize_base)
+        model = with_adapters(model, adapters)
+    elif arguments.quantize_base is not None:
+        raise ConfigError("--quantize-base (nf4) has no effect without adapters; add --lora-rank")
     shared = arguments.sequence_parallel or arguments.gpus
     return Job(
         model=model,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from torch import nn
+
 from megatron.checkpointing.errors import CheckpointError
 from megatron.checkpointing.files import read_json
 from megatron.config import AdaptersConfig, Config
@@ -14,7 +16,7 @@ from megatron.weights.published_config import BASE_FILE
 from megatron.weights.source import StateSource
 
 # What the adapters in a checkpoint compute depends on.
-_SETTINGS = ("lora_rank", "alpha", "lora_target_modules", "use_dora")
+_SETTINGS = ("lora_rank", "alpha", "lora_target_modules", "use_dora", "quantize_base")
 
 
 def base_digest(config: Config) -> str:
@@ -67,7 +69,12 @@ def whole_source(engine: Engine, config: Config, checkpoint: StateSource | None)
     from megatron.hf.weights import folder_source
 
     assert isinstance(engine.module, HuggingFaceModel), "adapters are those of --hf-model"
-    model, base = engine.module.skeleton.model, folder_source(Path(config.model.hf_model or ""))
+    model: nn.Module = engine.module.skeleton.model
+    base: StateSource = folder_source(Path(config.model.hf_model or ""))
+    if config.adapters.quantize_base is not None:
+        from megatron.hf.quantization import QuantizedSource
+
+        base = QuantizedSource(model, base, next(model.parameters()).device)
     folder = config.adapters.load_adapter
     if checkpoint is not None:
         return AdaptedSource(model, base, checkpoint)

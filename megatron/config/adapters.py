@@ -1,11 +1,14 @@
 """Settings of low-rank adapters on a frozen Hugging Face model."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+QuantizedFormat = Literal["nf4"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptersConfig:
-    """Adapters (LoRA and DoRA) of --hf-model, through peft. Its weights are frozen then."""
+    """Adapters (LoRA, DoRA and QLoRA) of --hf-model, through peft. Its weights are frozen then."""
 
     lora_rank: int | None = None
     """Train low-rank adapters of this rank in place of the weights of --hf-model."""
@@ -22,6 +25,10 @@ class AdaptersConfig:
 
     use_dora: bool = False
     """Train a magnitude for each output of an adapted layer too (DoRA)."""
+
+    quantize_base: QuantizedFormat | None = None
+    """Store the frozen weights of the blocks in 4 bits (QLoRA), by bitsandbytes. Products are computed in the number
+    format of the run. Embedding and output layer stay as they are."""
 
     load_adapter: str | None = None
     """Folder of an adapter that peft saved, to start from. It says rank, scale and targets, too."""

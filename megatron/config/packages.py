@@ -4,7 +4,14 @@ import importlib.util
 
 from megatron.config.errors import ConfigError
 
-EXTRAS = {"matplotlib": "plots", "peft": "hf", "tensorboard": "tensorboard", "transformers": "hf", "wandb": "wandb"}
+EXTRAS = {
+    "bitsandbytes": "qlora",
+    "matplotlib": "plots",
+    "peft": "hf",
+    "tensorboard": "tensorboard",
+    "transformers": "hf",
+    "wandb": "wandb",
+}
 
 
 def require_package(package: str, purpose: str) -> None:

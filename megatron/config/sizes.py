@@ -56,6 +56,15 @@ class AdapterSizes:
     added_stacks: int
     """Weights of the stacks of experts that a block adds adapters to whenever it runs."""
 
+    quantized_weights: int = 0
+    """Frozen weights of all blocks that are stored in 4 bits."""
+
+    quantized_block_weights: int = 0
+    """The same of the block with most of them."""
+
+    largest_quantized: int = 0
+    """Weights of the largest tensor among them, which a product dequantizes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:

@@ -83,7 +83,7 @@ class Engine:
         if hasattr(self._engine.optimizer, "fp32_partitioned_groups_flat"):
             clear_padding(self._engine.optimizer)
         self._world_size = dist.get_world_size()
-        is_fp32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        is_fp32 = all(parameter.dtype == torch.float32 for group in groups for parameter in group["params"])
         self._measures_norm = self.zero_stage == 0 and is_fp32
         self._gradient_norm: Tensor | None = None
 
@@ -146,7 +146,8 @@ class Engine:
 
     def weights_not_finite(self) -> list[str]:
         """Return the names of parameters with values on this rank that are not finite. Synchronizes with the device."""
-        shards = {name: _local_shard(parameter) for name, parameter in self.module.named_parameters()}
+        numbers = ((name, p) for name, p in self.module.named_parameters() if p.is_floating_point())
+        shards = {name: _local_shard(parameter) for name, parameter in numbers}
         device = get_accelerator().current_device_name()  # some shards may be offloaded
         norms = [torch.linalg.vector_norm(weights, dtype=torch.float32).to(device) for weights in shards.values()]
         are_finite = torch.stack(norms).isfinite().tolist()

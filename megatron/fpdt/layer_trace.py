@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 
 from megatron.config import Recompute
 from megatron.fpdt.seam import AttentionCall, run_with_output
-from megatron.ops.linear import LinearTape
+from megatron.ops.linear import LinearTape, QuantizedWeight
 
 # A product is recomputed and never saved if it has so many times fewer inputs than the layer.
 FEW_INPUTS = 16
@@ -132,7 +132,9 @@ class _TracingTape(LinearTape):
         self.num_inputs: list[int] = []
         self.num_before = 0
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    def product(
+        self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False
+    ) -> Tensor:
         y = super().product(x, weight, bias, transposed)
         self.nodes.append(y.grad_fn)
         self.num_inputs.append(x.shape[-1])

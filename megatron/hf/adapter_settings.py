@@ -18,6 +18,7 @@ from megatron.core.json_text import parse_object
 from megatron.fpdt.layer_trace import FEW_INPUTS
 from megatron.hf.adapters import ALL_LINEAR, add_adapters
 from megatron.hf.inspection import decoder_layers
+from megatron.hf.quantization import weights_to_quantize
 
 CONFIG_FILE = "adapter_config.json"
 _TAKEN = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "use_dora")
@@ -85,13 +86,21 @@ def adapter_sizes(theirs: PretrainedConfig, settings: AdaptersConfig) -> Adapter
         model = AutoModelForCausalLM.from_config(theirs)
     add_adapters(model, settings)
     layers = [_layer_sizes(layer, model.config.get_text_config().hidden_size) for layer in decoder_layers(model)]
+    quantized = [_quantized_sizes(layer) for layer in decoder_layers(model)] if settings.quantize_base else [[0]]
     return AdapterSizes(
         weights=sum(each.weights for each in layers),
         block_weights=max(each.block_weights for each in layers),
         saved_outputs=max(each.saved_outputs for each in layers),
         outputs=max(each.outputs for each in layers),
         added_stacks=max(each.added_stacks for each in layers),
+        quantized_weights=sum(map(sum, quantized)),
+        quantized_block_weights=max(map(sum, quantized)),
+        largest_quantized=max(map(max, quantized)),
     )
+
+
+def _quantized_sizes(layer: nn.Module) -> list[int]:
+    return [module.get_parameter(name).numel() for module, name in weights_to_quantize(layer)]
 
 
 def _layer_sizes(layer: nn.Module, hidden_size: int) -> AdapterSizes:

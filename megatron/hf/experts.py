@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from megatron.ops.linear import QuantizedWeight
+
 IMPLEMENTATION = "fpdt"
 _GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNED_ROWS = 8
@@ -71,13 +73,37 @@ def count(ids: Tensor, num_ids: int) -> Tensor:
 def _product(experts: Any, name: str, x_PI: Tensor, ends_E: Tensor, expert_P: Tensor) -> Tensor:
     """Multiply the rows of each expert by its matrix of a stack, and add its bias."""
     weight = getattr(experts, name)
-    weight_EIO = weight if experts.is_transposed else weight.transpose(1, 2)
     x_PI = x_PI.to(weight.dtype)
-    if x_PI.dtype in _GROUPED_DTYPES:
-        y_PO = F.grouped_mm(x_PI, weight_EIO, offs=ends_E)
+    if isinstance(weight, Tensor):
+        y_PO = _grouped(x_PI, weight if experts.is_transposed else weight.transpose(1, 2), ends_E)
     else:
-        y_PO = torch.ops.transformers.grouped_mm_fallback(x_PI, weight_EIO, ends_E)
+        y_PO = _QuantizedProduct.apply(x_PI, weight, ends_E, experts.is_transposed)
     return _WithBias.apply(y_PO, getattr(experts, f"{name}_bias"), ends_E, expert_P) if experts.has_bias else y_PO
+
+
+def _grouped(x_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply the rows of each expert, which end at `ends_E`, by its matrix."""
+    if x_PI.dtype in _GROUPED_DTYPES:
+        return F.grouped_mm(x_PI, weight_EIO, offs=ends_E)
+    y_PO: Tensor = torch.ops.transformers.grouped_mm_fallback(x_PI, weight_EIO, ends_E)
+    return y_PO
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """The product with a frozen quantized stack, which holds no dequantized one for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PI: Tensor, weight: QuantizedWeight, ends_E: Tensor, is_transposed: bool) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        ctx.weight, ctx.is_transposed = weight, is_transposed
+        dense = weight.dequantized(x_PI.dtype)
+        return _grouped(x_PI, dense if is_transposed else dense.transpose(1, 2), ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dy_PO, (ends_E,) = grads[0].contiguous(), ctx.saved_tensors
+        dense = ctx.weight.dequantized(dy_PO.dtype)
+        return _grouped(dy_PO, dense.transpose(1, 2) if ctx.is_transposed else dense, ends_E), None, None, None
 
 
 class _WithBias(torch.autograd.Function):

@@ -299,7 +299,7 @@ def _facts(call: LayerCall, mask: MaskStandIn | None, first: int) -> LayerFacts:
 
 def _inputs(skeleton: Skeleton, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return hidden states of one sequence, and its positions."""
-    weight: Any = next(skeleton.layers[0].parameters())
+    weight: Any = next(p for p in skeleton.layers[0].parameters() if p.is_floating_point())
     config: Any = skeleton.model.config
     hidden_size = config.get_text_config().hidden_size
     device = torch.device("cpu") if weight.is_meta else weight.device  # masks and buffers have values

@@ -22,7 +22,7 @@ class TapedConv1D(Conv1D):
         return linear(x, self.weight, self.bias, transposed=True)
 
 
-_TAPED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: TapedLinear, Conv1D: TapedConv1D}
+TAPED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: TapedLinear, Conv1D: TapedConv1D}
 
 
 def put_on_tape(part: nn.Module) -> None:
@@ -32,8 +32,8 @@ def put_on_tape(part: nn.Module) -> None:
     the tokens, and the products of a tape are numbered by the order in which they run.
     """
     for name, module in part.named_modules():
-        if type(module) in _TAPED and "experts" not in name.split("."):
-            module.__class__ = _TAPED[type(module)]
+        if type(module) in TAPED and "experts" not in name.split("."):
+            module.__class__ = TAPED[type(module)]
         elif type(module).__name__ == "DoraLinearLayer":
             from megatron.hf.dora import StreamedDora  # imports peft, which other models do not need
 

@@ -75,6 +75,8 @@ def _with_adapters(config: Config, model: HuggingFaceModelConfig) -> tuple[Confi
     trained = model.counted.adapters.weights if model.counted.adapters else 0
     kind = "DoRA" if adapters.use_dora else "LoRA"
     note = f"{kind} of rank {adapters.lora_rank}: {trained / 1e6:.1f} million parameters are trained, all others frozen"
+    if model.counted.adapters and (quantized := model.counted.adapters.quantized_weights):
+        note += f", {_in_words(quantized)} of these in NF4, by bitsandbytes"
     return replace(config, adapters=adapters, notes=(*config.notes, note)), model
 
 

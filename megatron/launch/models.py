@@ -62,6 +62,10 @@ def _hugging_face_model(
         from megatron.hf.adapters import add_adapters  # imports peft
 
         add_adapters(empty, adapters)
+    if adapters.quantize_base is not None:
+        from megatron.hf.quantization import quantize_base  # imports peft
+
+        quantize_base(empty)
     if line := describe_experts(empty, context.device, context.dtype):
         context.log.info(line)
 

@@ -70,6 +70,10 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
             f"--hf-model ({model.hf_model}) has no weights, and adapters are trained on frozen weights; copy the whole "
             "folder"
         )
+    if config.adapters.quantize_base is not None:
+        from megatron.hf.quantization import check_quantization  # imports peft
+
+        check_quantization(device)
     if checkpoint is None and model.hf_model is not None and has_weights(Path(model.hf_model)):
         from megatron.hf.weights import folder_source  # imports transformers, which native models do not need
 

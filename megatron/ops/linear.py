@@ -7,7 +7,8 @@ A weight may also be stored transposed, [I, O], as in GPT-2.
 Inside `LinearTape.running`, every call of `linear` is a numbered product of the tape: products are counted from 0 in
 the order of their calls. The tape can record the output of a product, replay a recorded one instead of computing it,
 skip one whose value nobody reads, and sum the gradient of a weight in fp32 over many runs of the same layer. The
-gradient of a frozen weight is not computed, nor is the product's input saved for it.
+gradient of a frozen weight is not computed, nor is the product's input saved for it. A frozen weight may be quantized:
+each product dequantizes it, forward and backward, and drops the result.
 """
 
 from __future__ import annotations
@@ -15,15 +16,24 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Size, Tensor
 
 from megatron.ops.gradient_sum import GradientSum, GradientSums
 
 _running: ContextVar[LinearTape | None] = ContextVar("linear_tape", default=None)
+
+
+class QuantizedWeight(Protocol):
+    """A frozen weight in a narrow number format."""
+
+    shape: Size
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight as a new tensor."""
 
 
 class LinearTape:
@@ -63,29 +73,39 @@ class LinearTape:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    def product(
+        self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False
+    ) -> Tensor:
         """Compute, replay or skip the next product."""
         number, self.num_products = self.num_products, self.num_products + 1
         replayed, is_skipped = self._replayed.pop(number, None), number in self._skipped
-        weight_OI = weight.T if transposed else weight
-        if self._sums is not None and torch.is_grad_enabled():
+        if not isinstance(weight, Tensor):
+            y = _QuantizedLinear.apply(x, weight, bias, transposed, replayed, is_skipped)
+        elif self._sums is not None and torch.is_grad_enabled():
             weight_sum = self._sums.of(weight)
             if weight_sum is None and weight.requires_grad:
                 raise RuntimeError("a linear layer's weight is none of the parameters whose gradients are summed")
-            y = _SummedLinear.apply(x, weight_OI.detach(), bias, weight_sum, transposed, replayed, is_skipped)
+            weight_OI = weight.detach().T if transposed else weight.detach()
+            y = _SummedLinear.apply(x, weight_OI, bias, weight_sum, transposed, replayed, is_skipped)
         else:
-            y = _output(x, weight_OI, bias, replayed, is_skipped)
+            y = _output(x, weight.T if transposed else weight, bias, replayed, is_skipped)
         if number in self._recorded:
             self._outputs.append(y)
         return y
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
-    """Compute x [..., I] times weight [O, I], or [I, O] if `transposed`, plus bias [O]: [..., O]."""
+def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """Compute x [..., I] times weight [O, I], or [I, O] if `transposed`, plus bias [O]: [..., O].
+
+    The bias of a quantized weight is frozen, too.
+    """
     tape = _running.get()
-    if tape is None:
+    if tape is not None:
+        return tape.product(x, weight, bias, transposed)
+    if isinstance(weight, Tensor):
         return F.linear(x, weight.T if transposed else weight, bias)
-    return tape.product(x, weight, bias, transposed)
+    y: Tensor = _QuantizedLinear.apply(x, weight, bias, transposed, None, False)
+    return y
 
 
 class _SummedLinear(torch.autograd.Function):
@@ -114,6 +134,36 @@ class _SummedLinear(torch.autograd.Function):
             ctx.weight_sum.add_product(*(factors[::-1] if ctx.transposed else factors))
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         return dx, None, dy_TO.sum(0) if ctx.needs_input_grad[2] else None, None, None, None, None
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """A product that holds no dequantized weight for its backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        transposed: bool,
+        replayed: Tensor | None,
+        is_skipped: bool,
+    ) -> Tensor:
+        # Not the tensor of the weight: ZeRO-3 releases it in between, and gathers it again.
+        ctx.weight, ctx.transposed = weight, transposed
+        if replayed is not None:
+            return replayed
+        if is_skipped:
+            return x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
+        dense = weight.dequantized(x.dtype)
+        return F.linear(x, dense.T if transposed else dense, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 6
+        dense = ctx.weight.dequantized(grads[0].dtype)
+        return grads[0] @ (dense.T if ctx.transposed else dense), None, None, None, None, None
 
 
 def _output(x: Tensor, weight: Tensor, bias: Tensor | None, replayed: Tensor | None, is_skipped: bool) -> Tensor:

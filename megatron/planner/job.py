@@ -22,6 +22,7 @@ Activations = Literal["kept", "recomputed", "recomputed from the host"]
 
 HALF = 2  # bytes of a bf16 or fp16 number
 SUM = 4  # bytes of an fp32 number
+NF4 = 36 / 64  # bytes of a number in NF4, with the scale of its block
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,18 @@ class Job:
         return self.model.sizes.adapters is not None
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that the model computes with, as they are stored."""
+        adapters = self.model.sizes.adapters
+        return HALF * self.num_parameters - _saved_by_nf4(adapters.quantized_weights if adapters else 0)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the weights of the largest block, without adapters."""
+        adapters = self.model.sizes.adapters
+        return HALF * self.block_parameters - _saved_by_nf4(adapters.quantized_block_weights if adapters else 0)
+
+    @property
     def global_tokens(self) -> int:
         """Tokens of one optimizer step."""
         sequences = self.num_gpus // self.sequence_parallel_size * self.micro_batch_size * self.accumulation_steps
@@ -130,3 +143,7 @@ class Job:
         model = replace(self.model, seq_length=seq_length, max_position_embeddings=seq_length)
         chunk_length = chunk_length or (self.chunk_length if self.streamed else seq_length)
         return replace(self, model=model, chunk_length=chunk_length)
+
+
+def _saved_by_nf4(weights: int) -> int:
+    return int((HALF - NF4) * weights)

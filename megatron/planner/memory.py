@@ -102,11 +102,13 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
 
 def _streamed_bytes(job: Job, recompute: Recompute, interval: int, backend: str) -> int:
     """Estimate the peak bytes of blocks and head on the GPU, with the chunks stored there."""
-    added = job.model.sizes.adapters.added_stacks if job.model.sizes.adapters else 0
+    adapters = job.model.sizes.adapters
+    # Stacks of experts with what is added to them, and a weight that a product dequantizes.
+    added = adapters.added_stacks + adapters.largest_quantized if adapters else 0
     placed = place(job.shape, recompute, interval, job.device_memory_bytes)
     forward, backward = block_bytes(job.shape, recompute, backend)
     return max(
-        forward + placed.forward_device_bytes + 2 * _gathered_bytes(job, job.block_parameters) + HALF * added,
+        forward + placed.forward_device_bytes + 2 * _gathered(job, job.block_bytes) + HALF * added,
         _head_bytes(job) + placed.loss_device_bytes,
         backward + placed.backward_device_bytes + _block_parameters(job),
     )
@@ -128,7 +130,7 @@ def _states(job: Job) -> _States:
     whole, shard = HALF * parameters, HALF * parameters // ranks
     optimizer = OPTIMIZER * parameters // ranks
     bucket = HALF * min(REDUCE_BUCKET, parameters)
-    weights = HALF * job.num_parameters // (ranks if job.zero_stage == 3 else 1)
+    weights = job.weight_bytes // (ranks if job.zero_stage == 3 else 1)
     if job.cpu_optimizer:
         # The largest table passes through a buffer on either side.
         largest = HALF * min(max(job.embedding_parameters, job.position_parameters), parameters)
@@ -170,10 +172,11 @@ def _block_parameters(job: Job) -> int:
     """Bytes of a block's gathered weights, its gradients and their sums, and the next block's prefetched weights."""
     adapters = job.model.sizes.adapters
     if adapters is None:
-        return _whole_bytes(job, job.block_parameters) + _gathered_bytes(job, job.block_parameters)
-    gathered = 2 * _gathered_bytes(job, job.block_parameters + adapters.block_weights)
-    # Stacks of experts with what is added to them, and their gradients.
-    return gathered + (SUM + HALF) * adapters.block_weights + 2 * HALF * adapters.added_stacks
+        return _whole_bytes(job, job.block_parameters) + _gathered(job, job.block_bytes)
+    gathered = 2 * _gathered(job, job.block_bytes + HALF * adapters.block_weights)
+    # Stacks of experts with what is added to them, and their gradients; a weight that a product dequantizes.
+    stacks = HALF * (2 * adapters.added_stacks + adapters.largest_quantized)
+    return gathered + (SUM + HALF) * adapters.block_weights + stacks
 
 
 def _head_bytes(job: Job) -> int:
@@ -190,12 +193,12 @@ def _embedding_bytes(job: Job) -> int:
 
 def _whole_bytes(job: Job, parameters: int) -> int:
     """Bytes of gathered weights and, where they are trained, their gradients and the fp32 sums of these."""
-    return _gathered_bytes(job, parameters) + (0 if job.is_frozen else (SUM + HALF) * parameters)
+    return _gathered(job, HALF * parameters) + (0 if job.is_frozen else (SUM + HALF) * parameters)
 
 
-def _gathered_bytes(job: Job, parameters: int) -> int:
-    """Bytes of partitioned weights that ZeRO-3 gathers."""
-    return HALF * parameters if job.zero_stage == 3 and job.num_gpus > 1 else 0
+def _gathered(job: Job, num_bytes: int) -> int:
+    """Bytes of weights that ZeRO-3 gathers, 0 where they are not partitioned."""
+    return num_bytes if job.zero_stage == 3 and job.num_gpus > 1 else 0
 
 
 def block_bytes(shape: StreamShape, recompute: Recompute, backend: str) -> tuple[int, int]:

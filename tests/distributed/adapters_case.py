@@ -11,8 +11,12 @@ from transformers import AutoModelForCausalLM
 from megatron.engine.engine import Engine
 from megatron.hf.adapter_weights import AdaptedSource, InitialAdapter
 from megatron.hf.adapters import add_adapters, is_of_adapter
+from megatron.hf.inspection import decoder_layers
+from megatron.hf.nf4 import NF4Weight, dequantize, quantize
+from megatron.hf.quantization import QuantizedSource, weights_to_quantize
 from megatron.hf.weights import folder_source
 from megatron.weights.opening import open_state
+from megatron.weights.source import StateSource
 from tests.distributed.transformers_case import (
     NUM_STEPS,
     TAG,
@@ -36,8 +40,14 @@ class Outcome:
     saved: list[str]
 
 
-def initial(model: Any, base: Path) -> AdaptedSource:
+def source_of(model: Any, base: Path) -> StateSource:
     source = folder_source(base)
+    narrow = any(isinstance(module, NF4Weight) for module in model.modules())
+    return QuantizedSource(model, source, torch.device("cpu")) if narrow else source
+
+
+def initial(model: Any, base: Path) -> AdaptedSource:
+    source = source_of(model, base)
     return AdaptedSource(model, source, InitialAdapter(model, source, SEED))
 
 
@@ -62,13 +72,14 @@ def resume(cases: list[tuple[Path, Case]], bases: Path) -> list[Trained]:
 
 
 def resumed(path: Path, case: Case, bases: Path, engine: Engine, state: Any) -> Trained:
-    source = AdaptedSource(engine.module, folder_source(bases / case.family), open_state(path / TAG))
+    model: Any = engine.module
+    source = AdaptedSource(model, source_of(model.skeleton.model, bases / case.family), open_state(path / TAG))
     engine.load_state(source, with_optimizer=True)
     return finished(case, engine, state, *steps(case, engine, state, range(NUM_STEPS // 2, NUM_STEPS)))
 
 
 def peft_alone(case: Case, base: Path) -> Trained:
-    """Train in one process, everything whole, by transformers, peft and torch."""
+    """Train in one process, everything whole, by transformers, peft and torch; on what NF4 has left of the weights."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     assert case.adapters is not None
     add_adapters(model, case.adapters)
@@ -76,10 +87,14 @@ def peft_alone(case: Case, base: Path) -> Trained:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.get(name))
+        for module, name in weights_to_quantize(decoder_layers(model)) if case.adapters.quantize_base else ():
+            weight = module.get_parameter(name)
+            weight.copy_(dequantize(quantize(weight), weight.shape, weight.dtype))
     return train_alone(case, model)
 
 
 def sizes(weights: dict[str, Tensor]) -> tuple[int, int]:
-    """Return the numbers of trained and of frozen weights."""
+    """Return the number of trained weights, and the bytes of the frozen ones."""
     trained = sum(tensor.numel() for name, tensor in weights.items() if is_of_adapter(name))
-    return trained, sum(tensor.numel() for tensor in weights.values()) - trained
+    frozen = [tensor for name, tensor in weights.items() if not is_of_adapter(name)]
+    return trained, sum(tensor.numel() * min(tensor.itemsize, 2) for tensor in frozen)

@@ -21,6 +21,7 @@ from megatron.hf.adapters import add_adapters
 from megatron.hf.building import build_hugging_face_model
 from megatron.hf.materialization import empty_model, materialize
 from megatron.hf.model import UNITS
+from megatron.hf.quantization import quantize_base
 from megatron.model.builder import Execution
 from megatron.model.initialization import Initialization
 from megatron.optimizer.param_groups import parameter_groups
@@ -54,6 +55,7 @@ class Case:
         execution = ("offloaded" if self.offloading else "fpdt" if self.fpdt else "plain") + "-bf16" * self.bf16
         execution += f"-recomputed{self.recomputed}" if self.recomputed else ""
         family = f"{self.family}-balanced" if self.balance else self.family
+        family += "-nf4" if self.adapters and self.adapters.quantize_base else ""
         return f"{family}-zero{self.zero_stage}-{self.num_ranks}ranks-sp{self.sequence_parallel_size}-{execution}"
 
     @property
@@ -101,9 +103,11 @@ def build(case: Case) -> tuple[Engine, ParallelState]:
     model = empty_model(case.config, torch.float32)
     if case.adapters is not None:
         add_adapters(model, case.adapters)
+        if case.adapters.quantize_base is not None:
+            quantize_base(model)
 
     def provide() -> Any:
-        materialize(model, INITIALIZATION, random=True)
+        materialize(model, INITIALIZATION, random=case.adapters is None)
         return build_hugging_face_model(model, parallel_state, execution)
 
     # So small a model would never be released between forward and backward pass.

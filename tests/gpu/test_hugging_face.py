@@ -87,3 +87,30 @@ def test_grouped_experts_err_no_more_than_one_product_per_expert():
     eager = type(experts).forward
     want = run(torch.float64, eager)
     assert error(run(torch.bfloat16, run_experts), want) <= 1.2 * error(run(torch.bfloat16, eager), want)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_qlora_is_lora_on_the_dequantized_weights_and_the_host_never_waits(family):
+    pytest.importorskip("bitsandbytes")
+    from tests.unit.hf.test_adapters import LORA, adapted
+    from tests.unit.hf.test_quantization import quantized, rounded
+
+    outcomes = []
+    for change in (rounded, quantized):
+        model = change(adapted(family, LORA, **WIDE, moe_intermediate_size=128).bfloat16().cuda())
+        streamed = build_hugging_face_model(model, ParallelState(), STREAMED)
+        batch = [t.pin_memory() for t in inputs()]
+        with torch.autograd.set_multithreading_enabled(False):
+            streamed(*batch).backward()
+            model.zero_grad()
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                loss = streamed(*batch)
+                loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        outcomes.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}})
+    want, got = outcomes
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=2e-2, atol=2e-2 * float(value.abs().max()), msg=name)

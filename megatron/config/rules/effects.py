@@ -202,7 +202,7 @@ EFFECTS = (
         "give the folder of a Hugging Face model",
     ),
     Effect(
-        ADAPTER_SETTINGS,
+        (*ADAPTER_SETTINGS, "quantize_base"),
         lambda config: config.adapters.is_used,
         "without adapters",
         "add --lora-rank",

@@ -71,6 +71,7 @@ def config_with(folder, *flags):
     [
         (["--lora-dropout", "0.1"], "no effect without adapters"),
         (["--lora-rank", "4", "--merge-adapter"], "no effect without adapters and --save-hf"),
+        (["--quantize-base", "nf4"], "no effect without adapters"),
         (["--lora-rank", "0"], "--lora-rank"),
         (["--lora-rank", "4", "--lora-target-modules", "nothing"], "names nothing in the layers"),
         (["--load-adapter", "ADAPTER", "--lora-rank", "4"], "no effect with --load-adapter"),
@@ -120,6 +121,12 @@ def test_lora_of_8b_at_256k_has_model_states_below_20_gib(tmp_path):
     memory = memory_of(job, machines, "flash-attn-4")
     assert 2 * job.num_parameters < memory.states < 2 * job.num_parameters + 13 * job.trained_parameters < 20 * GIB
     assert lora.notes[0].startswith("LoRA of rank 16: 41.9 million parameters are trained")
+    nf4 = with_hugging_face_model(
+        parse_args(["--hf-model", str(tmp_path), *flags, "--lora-rank", "16", "--quantize-base", "nf4"]), 1
+    )
+    in_blocks = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert memory.states - memory_of(Job.of(nf4, 1, 128256), machines, "flash-attn-4").states == in_blocks * 23 // 16
+    assert nf4.notes[0].endswith("all others frozen, 6.98 billion of these in NF4, by bitsandbytes")
     forward = forward_flops(lora.model, 128256, 4096)
     once = 2 * (forward.token_wise + forward.head) + 3 * forward.attention
     assert model_flops(lora.model, 128256, 4096) == once + 2 * 4096 * job.trained_parameters
