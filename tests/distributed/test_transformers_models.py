@@ -1,14 +1,20 @@
-"""Under DeepSpeed, a transformers model trains as transformers trains it in one process."""
+"""Under DeepSpeed, a transformers model trains as transformers trains it in one process.
+
+Continuous integration runs some combinations. The whole grid takes a quarter of an hour:
+
+    pytest -m grid tests/distributed/test_transformers_models.py
+"""
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed.rank_pool import RankPool
-from tests.distributed.transformers_case import NUM_STEPS, Case, Trained, resume, train, transformers_alone
+from tests.distributed.transformers_case import LENGTH, NUM_STEPS, Case, Trained, resume, train, transformers_alone
 
 CASES = [
     Case("llama-tied", zero_stage=3, offloading=True),
@@ -34,13 +40,17 @@ WITH_FOUR = [
 RESUMED = [(CASES[0], CASES[1]), (CASES[1], CASES[0]), (CASES[2], CASES[2])]
 
 
+GRID = ("llama-tied", "qwen3_moe", "gpt_oss", "gemma3", "deepseek_v3")
+DOCUMENTS = (7, 18, 1, 14)
+
+
 @cache
-def alone(family: str, num_samples: int, balance: float) -> Trained:
-    return transformers_alone(Case(family, zero_stage=0, num_ranks=num_samples, balance=balance))
+def alone(family: str, num_samples: int, balance: float, documents: tuple[int, ...]) -> Trained:
+    return transformers_alone(Case(family, zero_stage=0, num_ranks=num_samples, balance=balance, documents=documents))
 
 
 def assert_same(got: Trained, case: Case, first: int = 0) -> None:
-    want = alone(case.family, case.num_samples, case.balance)
+    want = alone(case.family, case.num_samples, case.balance, case.documents)
     assert got.losses == pytest.approx(want.losses[first:], rel=1e-5)
     assert got.norms == pytest.approx(want.norms[first:], rel=1e-4)
     assert got.evaluated == pytest.approx(want.evaluated, rel=1e-5)
@@ -78,3 +88,18 @@ def test_a_checkpoint_is_resumed_at_any_stage(folder: Path, trained: dict[Case, 
         results = pool.run(resume, swapped, num_ranks=2, timeout_seconds=300)[0]
     for (_, case), result in zip(swapped, results, strict=True):
         assert_same(result, case, first=NUM_STEPS // 2)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("family", GRID)
+def test_every_combination_trains_as_transformers(family: str) -> None:
+    """Sequence parallelism, ZeRO, offloading, chunks with and without a shorter last one, and documents."""
+    how = product((1, 2, 4), (1, 3), (False, True), (16, 20), ((LENGTH,), DOCUMENTS))
+    cases = [
+        Case(family, zero, 4, size, offloading, chunk_size=chunk, documents=documents)
+        for size, zero, offloading, chunk, documents in how
+    ]
+    with RankPool() as pool:
+        results = pool.run(train, cases, None, num_ranks=4, timeout_seconds=1500)[0]
+    for case, result in zip(cases, results, strict=True):
+        assert_same(result, case)

@@ -6,6 +6,7 @@ which many engines live one after another.
 
 import os
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config import AdaptersConfig, OptimizerConfig, Recompute
+from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.engine.engine import Engine, whole_parameters
@@ -51,11 +53,16 @@ class Case:
     recomputed: int = 0
     """Blocks that are recomputed together, with attention; 0: attention is not recomputed."""
 
+    chunk_size: int = CHUNK
+    documents: tuple[int, ...] = (LENGTH,)
+    """Lengths of the documents of each sequence."""
+
     def __str__(self) -> str:
         execution = ("offloaded" if self.offloading else "fpdt" if self.fpdt else "plain") + "-bf16" * self.bf16
         execution += f"-recomputed{self.recomputed}" if self.recomputed else ""
         family = f"{self.family}-balanced" if self.balance else self.family
         family += "-nf4" if self.adapters and self.adapters.quantize_base else ""
+        execution += f"-chunk{self.chunk_size}" * (self.chunk_size != CHUNK) + "-documents" * (len(self.documents) > 1)
         return f"{family}-zero{self.zero_stage}-{self.num_ranks}ranks-sp{self.sequence_parallel_size}-{execution}"
 
     @property
@@ -79,12 +86,14 @@ class Trained:
     weights: dict[str, Tensor]
 
 
-def batch_of(step: int, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch_of(
+    step: int, num_samples: int, documents: tuple[int, ...] = (LENGTH,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens, labels, mask and positions of one step, [samples, S]."""
     generator = torch.Generator().manual_seed(100 + step)
     tokens, labels = torch.randint(3, VOCAB, (2, num_samples, LENGTH), generator=generator)
     mask = (torch.rand(num_samples, LENGTH, generator=generator) < 0.7).float()
-    return tokens, labels, mask, torch.arange(LENGTH).expand(num_samples, LENGTH)
+    return tokens, labels, mask, torch.cat([torch.arange(n) for n in documents]).expand(num_samples, LENGTH)
 
 
 def build(case: Case) -> tuple[Engine, ParallelState]:
@@ -93,9 +102,10 @@ def build(case: Case) -> tuple[Engine, ParallelState]:
     parallel_state = ParallelState.create(case.sequence_parallel_size)
     execution = Execution(
         fpdt=case.fpdt,
-        chunk_size=CHUNK,
+        chunk_size=case.chunk_size,
         offloading=case.offloading,
         slice_length=5,
+        documents=len(case.documents) > 1,
         recompute=Recompute.ATTENTION if case.recomputed else Recompute.ALL,
         checkpoint_interval=case.recomputed or 1,
         whole_parameters=whole_parameters,
@@ -128,12 +138,14 @@ def build(case: Case) -> tuple[Engine, ParallelState]:
     return Engine(provide, UNITS, groups, OPTIMIZER, settings, torch.device("cpu")), parallel_state
 
 
-def local_batch(case: Case, state: ParallelState, step: int) -> tuple[list[Tensor], Tensor]:
+def local_batch(case: Case, state: ParallelState, step: int) -> tuple[list[Any], Tensor]:
     """Return this rank's inputs of a step, and the number of unmasked tokens of all ranks."""
-    layout = SequenceLayout(LENGTH, CHUNK if case.fpdt else LENGTH, case.sequence_parallel_size)
+    layout = SequenceLayout(LENGTH, case.chunk_size if case.fpdt else LENGTH, case.sequence_parallel_size)
     owned, row = layout.owned_positions(state.sequence_parallel_rank), state.data_parallel_rank
-    batch = batch_of(step, case.num_samples)
-    return [t[row : row + 1, owned].contiguous() for t in batch], batch[2].sum()
+    batch = batch_of(step, case.num_samples, case.documents)
+    starts = [0, *accumulate(case.documents[:-1])]
+    documents = Documents.from_starts([starts], LENGTH) if len(starts) > 1 else None
+    return [*(t[row : row + 1, owned].contiguous() for t in batch), documents], batch[2].sum()
 
 
 def steps(case: Case, engine: Engine, state: ParallelState, numbers: range) -> tuple[list[float], list[float]]:
@@ -158,13 +170,14 @@ def finished(case: Case, engine: Engine, state: ParallelState, losses: list[floa
     return Trained(losses, norms, float(loss / num_tokens), weights)
 
 
-def train(cases: list[Case], folder: Path) -> list[Trained]:
-    """Train each case; half-way, save a checkpoint in FOLDER/CASE."""
+def train(cases: list[Case], folder: Path | None) -> list[Trained]:
+    """Train each case; half-way, save a checkpoint in FOLDER/CASE, if a folder is given."""
     results = []
     for case in cases:
         engine, state = build(case)
         first = steps(case, engine, state, range(NUM_STEPS // 2))
-        engine.save(folder / str(case), TAG)
+        if folder is not None:
+            engine.save(folder / str(case), TAG)
         second = steps(case, engine, state, range(NUM_STEPS // 2, NUM_STEPS))
         results.append(finished(case, engine, state, *(a + b for a, b in zip(first, second, strict=True))))
     return results
@@ -195,15 +208,21 @@ def train_alone(case: Case, model: Any) -> Trained:
     adam = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2), eps=1e-3)
     losses, norms = [], []
     for step in range(NUM_STEPS):
-        batch = batch_of(step, case.num_samples)
-        loss = eager_loss(model, *batch) / batch[2].sum()
+        batch = batch_of(step, case.num_samples, case.documents)
+        loss = loss_of_documents(case, model, batch)
         balance = case.balance * model(input_ids=batch[0]).aux_loss if case.balance else torch.zeros(())
         adam.zero_grad()
         (loss + balance).backward()
         losses.append(float(loss.detach()))
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
         adam.step()
-    batch = batch_of(NUM_STEPS, case.num_samples)
     with torch.no_grad():
-        evaluated = float(eager_loss(model.eval(), *batch) / batch[2].sum())
+        batch = batch_of(NUM_STEPS, case.num_samples, case.documents)
+        evaluated = float(loss_of_documents(case, model.eval(), batch))
     return Trained(losses, norms, evaluated, {name: p.detach() for name, p in model.named_parameters()})
+
+
+def loss_of_documents(case: Case, model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+    """Return the mean loss as transformers computes it, document by document."""
+    pieces = zip(*(tensor.split(case.documents, 1) for tensor in batch), strict=True)
+    return torch.stack([eager_loss(model, *piece) for piece in pieces]).sum() / batch[2].sum()

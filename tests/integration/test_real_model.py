@@ -17,6 +17,7 @@ from pydoc_data import topics
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -100,8 +101,10 @@ def their_perplexity(folder: Path) -> float:
     return math.exp(F.cross_entropy(logits[0], ids[0, 1:]))
 
 
-def their_text(folder: Path, prompt: str, num_tokens: int) -> str:
+def their_text(folder: Path, prompt: str, num_tokens: int, adapter: Path | None = None) -> str:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
     ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=num_tokens, do_sample=False)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
@@ -195,3 +198,38 @@ def test_it_learns_the_same_as_a_hugging_face_model(converted: Converted, tmp_pa
     assert run_tool(TOOL, "to-hf", tmp_path / "checkpoints", tmp_path / "converted") == 0
     assert their_perplexity(tmp_path / "exported") == their_perplexity(tmp_path / "converted")
     assert their_perplexity(tmp_path / "exported") < 0.9 * their_perplexity(converted.theirs)
+
+
+NO_BITSANDBYTES = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+
+@pytest.mark.parametrize(
+    "quantized", [[], pytest.param(["--quantize-base", "nf4"], marks=NO_BITSANDBYTES)], ids=["lora", "qlora"]
+)
+def test_its_adapters_learn_the_text_and_generate_the_same_merged(
+    converted: Converted, tmp_path: Path, quantized: list[str]
+) -> None:
+    """The model with adapters generates the same text as peft's module, and merged as transformers' model."""
+    tokenizer = ["--tokenizer-type", "HFTokenizer", "--tokenizer-model", str(converted.ours)]
+    data, saved = corpus(tmp_path, tokenizer), tmp_path / "checkpoints"
+    flags = ["--hf-model", str(converted.theirs), *data, *LEARNING, "--lora-rank", "8", "--lr", "1e-3", *quantized]
+    run = train([*flags, "--train-iters", "6", "--save", str(saved), "--save-interval", "6"], tmp_path / "events")
+    frozen = converted.theirs
+    if quantized:
+        from tests.unit.hf.test_quantization import rounded
+
+        frozen = tmp_path / "rounded"
+        rounded(AutoModelForCausalLM.from_pretrained(converted.theirs)).save_pretrained(frozen)
+    (first,) = losses_of_transformers(frozen, batches_of(parse_args(flags))[:1], 1e-3)
+    assert run.losses[1] == pytest.approx(first, rel=1e-5)
+    merging = ["--train-iters", "7", "--load", str(saved), "--save", str(saved), "--merge-adapter", "--save-hf"]
+    train([*flags, *merging, str(tmp_path / "merged")], tmp_path / "merging")
+    assert run_tool(TOOL, "to-hf", saved, tmp_path / "adapter") == 0
+    output = tmp_path / "text.txt"
+    sampling = ["--greedy", "--max-new-tokens", "24", "--sample-output-file", output]
+    assert run_tool("generate_samples_gpt", "--load", tmp_path / "merged", "--prompt", PROMPT, *sampling) == 0
+    generated = output.read_text().rstrip("\n")
+    assert generated == their_text(tmp_path / "merged", PROMPT, 24)
+    assert generated == their_text(converted.theirs, PROMPT, 24, tmp_path / "adapter")
+    assert generated != their_text(converted.theirs, PROMPT, 24)
+    assert their_perplexity(tmp_path / "merged") < 0.9 * their_perplexity(converted.theirs)
