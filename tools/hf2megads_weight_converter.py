@@ -125,6 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def to_megatron(arguments: argparse.Namespace, settings: Settings) -> None:
     """Write portable weights and print the flags that describe them."""
+    if (newest_checkpoint(arguments.source) / PUBLISHED_FILE).is_file():
+        raise WeightsError(
+            f"{arguments.source} is a checkpoint of a run of --hf-model, and to-megatron reads a Hugging Face folder; "
+            "write one with to-hf."
+        )
     if is_megatron_deepspeed(arguments.source):
         checkpoint = MegatronDeepSpeedCheckpoint(arguments.source)
         portable = checkpoint.config()

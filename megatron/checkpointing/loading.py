@@ -62,7 +62,8 @@ def load_checkpoint(path: Path, engine: Engine, context: Context, config: Config
             source = whole_source(engine, config, saved) if config.adapters.is_used else saved
             engine.load_state(source, with_optimizer)
         if not (weights_alone or settings.no_load_rng):
-            restore_random_state(random_state_path(path, context), context)
+            dropout = config.model.attention_dropout, config.model.hidden_dropout, config.adapters.lora_dropout
+            restore_random_state(random_state_path(path, context), context, any(dropout))
         return saved_state(path, config)
     except (CheckpointError, WeightsError):
         raise

@@ -27,13 +27,14 @@ def write_random_state(path: Path, context: Context) -> None:
     flush_to_disk(path)
 
 
-def restore_random_state(path: Path, context: Context) -> None:
+def restore_random_state(path: Path, context: Context, uses_dropout: bool) -> None:
     """Restore the RNG state; CheckpointError if the file is damaged.
 
-    A rank that the saving run did not have keeps the state from its seed.
+    A rank that the saving run did not have keeps the state from its seed, and warns if the run `uses_dropout`.
     """
     if not path.is_file():
-        context.log.warning("%s is not there: this rank's dropout starts from its seed", path)
+        if uses_dropout:
+            context.log.warning("%s is not there: this rank's dropout starts from its seed", path)
         return
     try:
         state = torch.load(path, weights_only=True)

@@ -23,10 +23,19 @@ _RANK_OF_STACK = 3  # [experts, outputs, inputs]
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Build the causal language model of a configuration, in its own dtype by default; parameters are on meta."""
+    """Build the causal language model of a configuration, in its own dtype by default; parameters are on meta.
+
+    What transformers loads in fp32 is a buffer here if nothing trains it, as DeepSpeed rounds all parameters: such are
+    the corrections of routers' scores, which some models have as frozen parameters.
+    """
     with _NewOnMeta(), _parameters_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, parameter in [*model.named_parameters()]:
+        if not parameter.requires_grad and any(each in name for each in exact):
+            owner, _, own = name.rpartition(".")
+            del model.get_submodule(owner)._parameters[own]
+            model.get_submodule(owner).register_buffer(own, torch.zeros(parameter.shape))
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and any(each in name for each in exact):
             buffer.data = buffer.data.float()

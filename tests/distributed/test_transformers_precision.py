@@ -25,12 +25,18 @@ from tests.unit.hf.families import config_of
 
 BF16, FP32, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 NUM_EXPERTS = 8
+CORRECTIONS = ("correction_bias", "expert_bias")
 
 
-def formats(zero_stage: int) -> tuple[set[torch.dtype], set[torch.dtype], set[tuple[torch.dtype, ...]]]:
+CASES = [("deepseek_v3", 0), ("deepseek_v3", 1), ("deepseek_v3", 3), ("afmoe", 3), ("ernie4_5_moe", 1)]
+
+Formats = tuple[set[torch.dtype], set[torch.dtype], set[tuple[torch.dtype, ...]]]
+
+
+def formats(family: str, zero_stage: int) -> Formats:
     """Train a step; return the formats of weights, of corrections, and of the operands of the routers' products."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
-    empty = empty_model(config_of("deepseek_v3"), BF16)
+    empty = empty_model(config_of(family), BF16)
 
     def provide() -> Any:
         materialize(empty, Initialization(BF16, CPU, seed=3), random=True)
@@ -53,13 +59,27 @@ def formats(zero_stage: int) -> tuple[set[torch.dtype], set[torch.dtype], set[tu
     with mock.patch.object(F, "linear", noted):
         engine.train_step([inputs], inputs[2].sum(), 1e-3)
     weights = {parameter.dtype for parameter in engine.module.parameters()}
-    corrections = {buffer.dtype for name, buffer in engine.module.named_buffers() if "correction" in name}
+    corrections = {b.dtype for name, b in engine.module.named_buffers() if name.endswith(CORRECTIONS)}
     return weights, corrections, operands
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_routers_multiply_in_fp32_with_weights_in_bf16(zero_stage: int) -> None:
-    """transformers would hold these weights in fp32; DeepSpeed has one number format for all."""
+def formats_of_all() -> list[Formats]:
+    return [formats(*case) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def found() -> list[list[Formats]]:
+    """The formats of each case, by rank."""
     with RankPool() as pool:
-        results = pool.run(formats, zero_stage, num_ranks=2, timeout_seconds=120)
-    assert results == [({BF16}, {FP32}, {(FP32, FP32)})] * 2
+        return pool.run(formats_of_all, num_ranks=2, timeout_seconds=300)
+
+
+def test_weights_are_in_bf16_and_corrections_of_routers_in_fp32(found: list[list[Formats]]) -> None:
+    """transformers would hold a router's weights in fp32, too; DeepSpeed has one number format for all parameters."""
+    assert all((weights, corrections) == ({BF16}, {FP32}) for rank in found for weights, corrections, _ in rank)
+
+
+def test_routers_multiply_in_fp32(found: list[list[Formats]]) -> None:
+    for rank in found:
+        for (family, _), (_, _, operands) in zip(CASES, rank, strict=True):
+            assert operands == {(FP32, FP32)} or family != "deepseek_v3"

@@ -54,14 +54,15 @@ def test_deepspeed_itself_reads_optimizer_states_on_nvme_and_nothing_else(tmp_pa
         assert (engine.loads, engine.loads_by_deepspeed) == ([(path, flag == "--universal-checkpoint")], [])
 
 
-def test_a_rank_that_the_saving_run_did_not_have_gets_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_a_rank_that_the_saving_run_did_not_have_gets_a_warning_if_it_uses_dropout(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, dropout: str
 ) -> None:
     monkeypatch.setattr(CONTEXT.log, "propagate", True)
     path = save(tmp_path)
     (path / "random_0.pt").unlink()
-    load(path)
-    assert "this rank's dropout starts from its seed" in caplog.text
+    load(path, "--attention-dropout", "0", "--hidden-dropout", dropout)
+    assert ("this rank's dropout starts from its seed" in caplog.text) == (dropout != "0")
 
 
 @pytest.mark.parametrize("name", ["train_state.json", "random_0.pt"])

@@ -75,6 +75,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("cohere2", SLIDING | {"logit_scale": 0.3}),
     "gpt_oss": ("gpt_oss", EXPERTS | SLIDING),
     "llama4": ("llama4_text", EXPERTS | LLAMA4),
+    "afmoe": ("afmoe", EXPERTS | SLIDING | {"num_experts": 8, "num_dense_layers": 1}),
+    "ernie4_5_moe": ("ernie4_5_moe", EXPERTS | {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 1}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }
 

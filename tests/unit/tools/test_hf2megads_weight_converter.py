@@ -120,6 +120,7 @@ def test_the_number_format_can_be_chosen(tmp_path):
     "arguments, message",
     [
         (["to-megatron", "{tmp}/absent", "{tmp}/out"], "config.json cannot be read"),
+        (["to-megatron", "{tmp}/checkpoint", "{tmp}/out"], "is a checkpoint of a run of --hf-model"),
         (["to-hf", "{tmp}/absent", "{tmp}/out"], "is not there: no weights; name a checkpoint"),
         (["to-megatron", "{tmp}/theirs", "{tmp}/theirs"], "exists and is not an empty folder"),
         (["to-hf", "{tmp}/theirs", "{tmp}/out"], "no tensor 'embedding.word_embeddings.weight'; name portable weights"),
@@ -128,6 +129,8 @@ def test_the_number_format_can_be_chosen(tmp_path):
 )
 def test_an_error_is_one_line(tmp_path, capsys, arguments, message):
     save("llama", tmp_path / "theirs")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "hugging_face.json").touch()
     assert run_tool(TOOL, "to-megatron", tmp_path / "theirs", tmp_path / "ours") == 0
     capsys.readouterr()
     assert run_tool(TOOL, *(word.format(tmp=tmp_path) for word in arguments)) == 2
