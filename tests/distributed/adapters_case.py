@@ -71,6 +71,13 @@ def resume(cases: list[tuple[Path, Case]], bases: Path) -> list[Trained]:
     return [resumed(path, case, bases, *build(case)) for path, case in cases]
 
 
+def train_and_resume(
+    cases: list[Case], others: list[tuple[Path, Case]], bases: Path, folder: Path
+) -> tuple[list[Outcome], list[Trained]]:
+    """Train each case, and resume the others from checkpoints of these."""
+    return train(cases, bases, folder), resume(others, bases)
+
+
 def resumed(path: Path, case: Case, bases: Path, engine: Engine, state: Any) -> Trained:
     model: Any = engine.module
     source = AdaptedSource(model, source_of(model.skeleton.model, bases / case.family), open_state(path / TAG))

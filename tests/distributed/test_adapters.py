@@ -10,7 +10,7 @@ import torch
 
 from megatron.config import AdaptersConfig
 from megatron.hf.adapters import is_of_adapter
-from tests.distributed.adapters_case import Outcome, peft_alone, resume, sizes, train
+from tests.distributed.adapters_case import Outcome, peft_alone, sizes, train_and_resume
 from tests.distributed.rank_pool import RankPool
 from tests.distributed.transformers_case import NUM_STEPS, Case, Trained
 from tests.unit.hf.families import build
@@ -42,11 +42,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path) -> dict[Case, Outcome]:
-    cases = CASES + IN_BF16
+def trained_and_resumed(folder: Path) -> tuple[list[Outcome], list[Trained]]:
+    others = [
+        (folder / str(saved), replace(other, sequence_parallel_size=saved.sequence_parallel_size))
+        for saved, other in RESUMED
+    ]
     with RankPool() as pool:
-        ranks = pool.run(train, cases, folder / "bases", folder, num_ranks=2, timeout_seconds=300)
-    return dict(zip(cases, ranks[0], strict=True))
+        arguments = CASES + IN_BF16, others, folder / "bases", folder
+        return pool.run(train_and_resume, *arguments, num_ranks=2, timeout_seconds=300)[0]
+
+
+@pytest.fixture(scope="module")
+def outcomes(trained_and_resumed: tuple[list[Outcome], list[Trained]]) -> dict[Case, Outcome]:
+    return dict(zip(CASES + IN_BF16, trained_and_resumed[0], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +79,8 @@ def test_training_is_that_of_peft(outcomes, alone, case) -> None:
     assert len(set(outcomes[case].trained.losses)) == NUM_STEPS
 
 
-def test_a_checkpoint_of_adapters_alone_is_resumed_at_any_stage(folder, outcomes, alone) -> None:
-    resumed = [
-        (folder / str(saved), replace(other, sequence_parallel_size=saved.sequence_parallel_size))
-        for saved, other in RESUMED
-    ]
-    with RankPool() as pool:
-        results = pool.run(resume, resumed, folder / "bases", num_ranks=2, timeout_seconds=300)[0]
-    for (saved, other), result in zip(RESUMED, results, strict=True):
+def test_a_checkpoint_of_adapters_alone_is_resumed_at_any_stage(trained_and_resumed, outcomes, alone) -> None:
+    for (saved, other), result in zip(RESUMED, trained_and_resumed[1], strict=True):
         assert_same(result, alone(replace(saved, zero_stage=0)), first=NUM_STEPS // 2)
         if saved == other:
             for name, weight in outcomes[saved].trained.weights.items():

@@ -8,13 +8,20 @@ Continuous integration runs some combinations. The whole grid takes a quarter of
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed.rank_pool import RankPool
-from tests.distributed.transformers_case import LENGTH, NUM_STEPS, Case, Trained, resume, train, transformers_alone
+from tests.distributed.transformers_case import (
+    LENGTH,
+    NUM_STEPS,
+    Case,
+    Trained,
+    train,
+    train_and_resume,
+    transformers_alone,
+)
 
 CASES = [
     Case("llama-tied", zero_stage=3, offloading=True),
@@ -36,7 +43,8 @@ WITH_FOUR = [
     Case("mixtral", zero_stage=3, num_ranks=4, sequence_parallel_size=2, balance=1.0),
     Case("mixtral", zero_stage=1, num_ranks=4, offloading=True, balance=1.0),
 ]
-# A checkpoint of one case is resumed by the other.
+# A checkpoint of one case is resumed by the other; the first cases have checkpoints.
+NUM_SAVED = 3
 RESUMED = [(CASES[0], CASES[1]), (CASES[1], CASES[0]), (CASES[2], CASES[2])]
 
 
@@ -59,19 +67,27 @@ def assert_same(got: Trained, case: Case, first: int = 0) -> None:
         torch.testing.assert_close(got.weights[name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("transformers")
+Results = tuple[list[Trained], list[Trained]]
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path) -> dict[Case, Trained]:
-    results: dict[Case, Trained] = {}
-    for cases in (CASES, WITH_FOUR):
-        with RankPool() as pool:
-            ranks = pool.run(train, cases, folder, num_ranks=cases[0].num_ranks, timeout_seconds=300)
-        results |= zip(cases, ranks[0], strict=True)
-    return results
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The trained cases, and those that resume some of them."""
+    folder = tmp_path_factory.mktemp("transformers")
+    resumed = [
+        (folder / str(saved), replace(other, sequence_parallel_size=saved.sequence_parallel_size))
+        for saved, other in RESUMED
+    ]
+    with RankPool() as pool:
+        arguments = CASES[:NUM_SAVED], CASES[NUM_SAVED:], resumed, folder
+        return pool.run(train_and_resume, *arguments, num_ranks=2, timeout_seconds=300)[0]
+
+
+@pytest.fixture(scope="module")
+def trained(on_two: Results) -> dict[Case, Trained]:
+    with RankPool() as pool:
+        on_four = pool.run(train, WITH_FOUR, None, num_ranks=4, timeout_seconds=300)[0]
+    return dict(zip(CASES + WITH_FOUR, on_two[0] + on_four, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES + WITH_FOUR, ids=str)
@@ -79,14 +95,9 @@ def test_training_is_that_of_transformers(trained: dict[Case, Trained], case: Ca
     assert_same(trained[case], case)
 
 
-def test_a_checkpoint_is_resumed_at_any_stage(folder: Path, trained: dict[Case, Trained]) -> None:
-    swapped = [
-        (folder / str(saved), replace(other, sequence_parallel_size=saved.sequence_parallel_size))
-        for saved, other in RESUMED
-    ]
-    with RankPool() as pool:
-        results = pool.run(resume, swapped, num_ranks=2, timeout_seconds=300)[0]
-    for (_, case), result in zip(swapped, results, strict=True):
+def test_a_checkpoint_is_resumed_at_any_stage(on_two: Results) -> None:
+    for (saved, other), result in zip(RESUMED, on_two[1], strict=True):
+        case = replace(other, sequence_parallel_size=saved.sequence_parallel_size)
         assert_same(result, case, first=NUM_STEPS // 2)
 
 

@@ -193,6 +193,13 @@ def resume(cases: list[tuple[Path, Case]]) -> list[Trained]:
     return results
 
 
+def train_and_resume(
+    saved: list[Case], others: list[Case], resumed: list[tuple[Path, Case]], folder: Path
+) -> tuple[list[Trained], list[Trained]]:
+    """Train all cases, with checkpoints of those `saved` in FOLDER, and resume some of these."""
+    return train(saved, folder) + train(others, None), resume(resumed)
+
+
 def transformers_alone(case: Case) -> Trained:
     """Train in one process, everything whole, by transformers and torch."""
     model: Any = empty_model(case.config, torch.float32)
