@@ -54,7 +54,7 @@ def weights_to_quantize(layers: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield module, "weight"
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 2:
-                if not hasattr(module, "_is_expert_parallel"):
+                if not hasattr(module, "is_concatenated"):
                     raise _unknown_experts(f"{name}.{own}")
                 yield module, own
 

@@ -26,7 +26,7 @@ CASES = [
     Case("llama", zero_stage=3, sequence_parallel_size=2, fpdt=False, adapters=DORA),
     Case("qwen3_moe", zero_stage=3, adapters=EXPERTS, recomputed=2),
     Case("gpt2", zero_stage=0, adapters=DORA),
-    *[Case("qwen3_moe", zero_stage=3, sequence_parallel_size=2, adapters=QLORA)] * HAS_BITSANDBYTES,
+    *[Case("qwen3_moe", zero_stage=3, sequence_parallel_size=2, adapters=QLORA, recomputed=3)] * HAS_BITSANDBYTES,
     *[Case("llama-tied", zero_stage=1, offloading=True, adapters=QLORA)] * HAS_BITSANDBYTES,
 ]
 IN_BF16 = [replace(case, bf16=True, fpdt=True, offloading=False) for case in (*CASES[:2], *CASES[5:6])]

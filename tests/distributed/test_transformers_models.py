@@ -1,6 +1,6 @@
 """Under DeepSpeed, a transformers model trains as transformers trains it in one process.
 
-Continuous integration runs some combinations. The whole grid takes a quarter of an hour:
+Continuous integration runs some combinations. The whole grid takes about fifteen minutes:
 
     pytest -m grid tests/distributed/test_transformers_models.py
 """
@@ -46,7 +46,6 @@ WITH_FOUR = [
 # A checkpoint of one case is resumed by the other; the first cases have checkpoints.
 NUM_SAVED = 3
 RESUMED = [(CASES[0], CASES[1]), (CASES[1], CASES[0]), (CASES[2], CASES[2])]
-
 
 GRID = ("llama-tied", "qwen3_moe", "gpt_oss", "gemma3", "deepseek_v3")
 DOCUMENTS = (7, 18, 1, 14)
