@@ -109,7 +109,7 @@ class StreamShape:
         """The heads over the ranks."""
         return HeadLayout(self.num_heads, self.num_key_value_heads, self.layout.sequence_parallel_size)
 
-    @property
+    @cached_property
     def _local_tokens(self) -> int:
         return self.layout.local_length * self.batch_size
 
@@ -118,7 +118,7 @@ class StreamShape:
         """Bytes of an element of an accumulated tensor: fp32, or fp64 for fp64."""
         return max(self.element_size, 4)
 
-    @property
+    @cached_property
     def residual_bytes(self) -> int:
         """Bytes of x, dx or dy of one block."""
         return self._local_tokens * self.hidden_size * self.element_size
@@ -140,17 +140,17 @@ class StreamShape:
         """Bytes of dK and dV of each chunk of one block that is stored: the last two stay where they are computed."""
         return tuple(n * self._sum_size for n in self._key_value_elements[:-2])
 
-    @property
+    @cached_property
     def attention_bytes(self) -> int:
         """Bytes of o and lse of one block."""
         return sum(self.attention_chunks)
 
-    @property
+    @cached_property
     def key_value_bytes(self) -> int:
         """Bytes of K and V of one block that are stored."""
         return sum(self.key_value_chunks)
 
-    @property
+    @cached_property
     def key_value_gradient_bytes(self) -> int:
         """Bytes of dK and dV of one block that are stored."""
         return sum(self.key_value_gradient_chunks)
@@ -303,11 +303,12 @@ def choose_saved_activations(
         choices += [(Recompute.ALL, intervals[0])]
         choices += [(each, k) for each in (Recompute.KV, Recompute.ATTENTION) for k in intervals]
 
-    def host_bytes(choice: tuple[Recompute, int]) -> int:
-        return shape.host_bytes(budget.device_bytes, choice[1], choice[0])
-
-    fitting = (choice for choice in choices if host_bytes(choice) <= budget.host_bytes)
-    return next(fitting, min(choices, key=host_bytes))
+    needed: dict[tuple[Recompute, int], int] = {}
+    for choice in choices:
+        needed[choice] = shape.host_bytes(budget.device_bytes, choice[1], choice[0])
+        if needed[choice] <= budget.host_bytes:
+            return choice
+    return min(needed, key=lambda choice: needed[choice])
 
 
 def lowest_memory(shape: StreamShape, device_bytes: int = 0) -> tuple[Recompute, int]:

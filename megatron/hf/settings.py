@@ -94,7 +94,19 @@ def read_model(path: Path, flags: ModelConfig, given: frozenset[str] = frozenset
     ConfigError if it cannot be trained here.
     """
     require_package("transformers", f"--hf-model ({path})")
-    theirs = _read_config(path)
+    return _model_of(_read_config(path), path, flags, given)
+
+
+def model_of_config(content: Mapping[str, Any], name: str, seq_length: int) -> HuggingFaceModelConfig:
+    """Return the settings of the model `name` that the content of a config.json describes, at a length."""
+    require_package("transformers", name)
+    flags = ModelConfig(hf_model=name, num_layers=0, hidden_size=0, num_attention_heads=0, seq_length=seq_length)
+    return _model_of(_config_of(content), name, flags, frozenset())
+
+
+def _model_of(
+    theirs: PretrainedConfig, path: Path | str, flags: ModelConfig, given: frozenset[str]
+) -> HuggingFaceModelConfig:
     _refuse(theirs)
     _set_dropout(theirs, flags, given)
     described = _describe(theirs, path)
@@ -196,7 +208,7 @@ def _stored(theirs: PretrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in sorted(content.items()) if name not in _UNSTORED}
 
 
-def _describe(theirs: PretrainedConfig, path: Path) -> Description:
+def _describe(theirs: PretrainedConfig, path: Path | str) -> Description:
     from megatron.hf.sizes import describe
 
     try:

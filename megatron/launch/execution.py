@@ -24,18 +24,17 @@ from megatron.launch.intervals import interval_warnings
 from megatron.model.builder import Execution
 from megatron.model.layers import attention_request, has_short_tiles, head_layout
 from megatron.ops.attention import choose_backend
-from megatron.planner.hardware import GIB, Gpu, Machines, gpu_like
+from megatron.planner.flags import flags_to_change
+from megatron.planner.hardware import GIB, HOST_HEADROOM, Gpu, Machines, gpu_like
 from megatron.planner.job import HALF, Job
 from megatron.planner.memory import ACCURACY
 from megatron.planner.plan import Plan
+from megatron.planner.reach import advice
 from megatron.planner.report import execution_lines
 from megatron.planner.solver import Open, fastest, with_free_device_memory
 from megatron.ranks.world import local_world_size
 
 _STEP = GIB // 10
-
-# Share of the host memory free at the start: page tables, other processes, and what torch pins for its own copies.
-_HOST_HEADROOM = 0.03
 
 
 @dataclass(frozen=True)
@@ -160,10 +159,10 @@ def _planned(plan: Plan, config: Config, context: Context) -> _Streaming | None:
     choices = Open.of(config)
     solved = fastest(plan, choices)
     if solved is None and choices.chunk:
-        raise ConfigError(_no_chunk_fits(plan))
+        raise ConfigError(_no_chunk_fits(plan, choices))
     if solved is None:
         solved = with_free_device_memory(plan) if choices.device_memory else plan
-        check_gpu_memory(solved)
+        check_gpu_memory(solved, choices)
     for line in execution_lines(solved, choices):
         context.log.info(line)
     if context.parallel_state.rank == 0:
@@ -188,7 +187,7 @@ def _shape(config: Config, context: Context, streaming: _Streaming) -> StreamSha
 def _plan_and_host_memory(config: Config, context: Context, padded_vocab_size: int) -> tuple[Plan | None, int]:
     """Return the plan of the run, None where it is not planned, and the bytes of chunks that the host may hold."""
     asked = config.parallel.ds_sequence_parallel_fpdt_host_memory
-    host_memory = int(context.host_memory_bytes * (1 - _HOST_HEADROOM))
+    host_memory = int(context.host_memory_bytes * (1 - HOST_HEADROOM))
     plan = plan_of_run(config, context, padded_vocab_size, host_memory)
     rest = 0 if plan is None else plan.memory.host_states + plan.memory.host_process
     if asked is None:
@@ -221,22 +220,28 @@ def plan_of(
     return Plan(Job.of(config, num_gpus, padded_vocab_size), machines, gpu.rated(backend) or gpu.fastest)
 
 
-def _no_chunk_fits(plan: Plan) -> str:
+def _advice(plan: Plan, choices: Open) -> str:
+    """Say what to change, without the flags whose values a run chooses by itself."""
+    chosen = choices.flags_of(plan.job)
+    return "; ".join(advice(plan, describe=lambda job: flags_to_change(plan.job, job, chosen)))
+
+
+def _no_chunk_fits(plan: Plan, choices: Open) -> str:
     host = plan.machines.host_bytes_per_gpu / GIB
     return (
         f"no chunk of --seq-length ({plan.job.model.seq_length}) fits {plan.job.num_gpus} GPUs of "
         f"{plan.machines.gpu.memory_gib:.1f} GiB with {host:.3g} GiB of host memory each; "
-        f"{'; '.join(plan.advice())}"
+        f"{_advice(plan, choices)}"
     )
 
 
-def check_gpu_memory(plan: Plan) -> None:
+def check_gpu_memory(plan: Plan, choices: Open) -> None:
     """Raise ConfigError if the tensors need more than the GPU has, even with the planner's error allowed for."""
     needed, memory = plan.memory, plan.machines.gpu.memory_gib
     if needed.gpu * (1 - ACCURACY) > memory * GIB:
         raise ConfigError(
             f"the run needs about {needed.gpu / GIB:.0f} GiB of GPU memory per rank, {needed.states / GIB:.0f} of "
-            f"it for the model, and the smallest GPU has {memory:.1f} GiB; {'; '.join(plan.advice())}"
+            f"it for the model, and the smallest GPU has {memory:.1f} GiB; {_advice(plan, choices)}"
         )
 
 

@@ -14,6 +14,7 @@ from megatron.engine.engine import Engine
 from megatron.fpdt.stream import Stream
 from megatron.initialize import GIB, Context
 from megatron.planner.plan import Plan
+from megatron.planner.reach import advice
 
 CHUNK_SIZE = "--ds-sequence-parallel-fpdt-chunk-size"
 WITHOUT_A_PLAN = (
@@ -122,7 +123,7 @@ def suggestions(plan: Plan | None, memory: str) -> list[str]:
     if plan is None:
         return list(WITHOUT_A_PLAN)
     if not plan.fits:
-        return plan.advice()
+        return advice(plan)
     lines = ["the planner estimates that this run fits: look for other processes that use the memory"]
     job, ranks = plan.job, plan.job.sequence_parallel_size
     smaller = plan.with_job(replace(job, chunk_length=max(job.chunk_length // 2 // ranks, 1) * ranks))

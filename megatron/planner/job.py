@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from megatron.config import (
@@ -72,7 +73,7 @@ class Job:
             checkpoint_interval=parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
         )
 
-    @property
+    @cached_property
     def shape(self) -> StreamShape:
         """Shape of the job's chunks."""
         return StreamShape.of(self.model, self.chunk_length, self.sequence_parallel_size, self.micro_batch_size, HALF)

@@ -30,7 +30,7 @@ def execution_lines(plan: Plan, choices: Open) -> list[str]:
     memory, speed, machines = plan.memory, plan.speed, plan.machines
     per_node = min(machines.gpus_per_node, plan.job.num_gpus)
     return [
-        f"execution on {plan.job.num_gpus} {machines.gpu.name}:",
+        f"execution on {plan.job.num_gpus} {machines.gpu.name}{' (rates estimated)' * (not machines.gpu.is_measured)}:",
         *_settings(plan, choices),
         f"  GPU memory       {memory.gpu / GIB:9.1f} GiB   {memory.states / GIB:.1f} of model states, "
         f"{(memory.gpu - memory.states) / GIB:.1f} above; {memory.gpu_with_overhead / GIB:.1f} of "

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron.config import Config, Recompute
+from megatron.planner.flags import CHUNK, DEVICE_MEMORY, INTERVAL, RECOMPUTE
 from megatron.planner.hardware import GIB
+from megatron.planner.job import Job
 from megatron.planner.memory import ACCURACY, FRAGMENTATION, OUTSIDE_TORCH
 from megatron.planner.plan import Plan
 
@@ -40,10 +42,22 @@ class Open:
         )
         return cls(chunk, device_memory, chunk and device_memory and all(value is None for value in others))
 
+    def flags_of(self, job: Job) -> frozenset[str]:
+        """Return the flags of what is left open of a job, which a run chooses by itself."""
+        is_open = {
+            CHUNK: self.chunk,
+            DEVICE_MEMORY: self.device_memory,
+            RECOMPUTE: job.recompute is None,
+            INTERVAL: job.checkpoint_interval is None,
+        }
+        return frozenset(flag for flag, left in is_open.items() if left)
+
 
 def fastest(plan: Plan, choices: Open) -> Plan | None:
     """Return the plan with the fastest execution that fits; None where none fits."""
     fitting = [each for each in _candidates(plan, choices) if each.fits]
+    if not fitting and choices.device_memory:
+        fitting = [each for each in _candidates_by_level(plan, choices) if each.fits]
     if not fitting:
         return None
     shortest = min(each.speed.step for each in fitting)
@@ -56,10 +70,19 @@ def with_free_device_memory(plan: Plan) -> Plan:
     The rest of the run may need more than is planned, by the planner's accuracy.
     """
     recompute = plan.job.recompute or Recompute.NONE
-    rest = plan.with_job(replace(plan.job, device_memory_bytes=0, recompute=recompute)).memory
+    interval = plan.job.checkpoint_interval or 1  # on which the rest does not depend
+    bare = replace(plan.job, device_memory_bytes=0, recompute=recompute, checkpoint_interval=interval)
+    rest = plan.with_job(bare).memory
     usable = (plan.machines.gpu.memory_gib * GIB - OUTSIDE_TORCH) / FRAGMENTATION
     free = max(int(usable - rest.gpu * (1 + ACCURACY)) // STEP * STEP, 0)
     return plan.with_job(replace(plan.job, device_memory_bytes=free))
+
+
+def _candidates_by_level(plan: Plan, choices: Open) -> Iterator[Plan]:
+    """Yield what saves one level of activations, and has as many chunks on the GPU as that leaves room for."""
+    if plan.job.recompute is None:
+        for recompute in Recompute:
+            yield from _candidates(plan.with_job(replace(plan.job, recompute=recompute)), replace(choices, plain=False))
 
 
 def _candidates(plan: Plan, choices: Open) -> Iterator[Plan]:

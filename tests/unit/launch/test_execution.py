@@ -11,6 +11,7 @@ from megatron.config import ConfigError, Recompute
 from megatron.core.parallel_state import ParallelState
 from megatron.launch.execution import check_gpu_memory, choose_execution, plan_of
 from megatron.planner.hardware import GIB, GPUS, gpu_like
+from megatron.planner.solver import Open
 
 VOCABULARY = 128_256
 LLAMA_8B = [
@@ -220,7 +221,9 @@ def test_where_no_chunk_fits_the_gpu_it_is_refused_with_advice(choose_on):
 
 def test_what_the_gpu_certainly_cannot_hold_is_refused_with_what_would_fit():
     def refuse(gib, *flags):
-        check_gpu_memory(plan_of(config_of(*flags), 4, gpu_like("NVIDIA H100", gib * GIB), 1000 * GIB, VOCABULARY))
+        config = config_of(*flags)
+        plan = plan_of(config, 4, gpu_like("NVIDIA H100", gib * GIB), 1000 * GIB, VOCABULARY)
+        check_gpu_memory(plan, Open.of(config))
 
     refuse(79)
     refuse(12, "--cpu-optimizer", "--ds-sequence-parallel-fpdt-chunk-size", "16384")
@@ -233,8 +236,9 @@ def test_the_automatic_chunk_without_a_gpu_is_the_default():
 
 
 @pytest.mark.parametrize(
-    "name, known", [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
-                    ("NVIDIA RTX A6000", "A100-80GB")]
+    "name, known", [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100-40GB"),
+                    ("NVIDIA RTX A6000", "RTX-A6000"), ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA L40S", "L40S"),
+                    ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("NVIDIA Quadro", "A100-80GB")]
 )  # fmt: skip
 def test_gpus_are_known_by_their_names(name, known):
     gpu = gpu_like(name, 48 * GIB)

@@ -13,6 +13,7 @@ from megatron.initialize import GIB
 from megatron.launch.execution import plan_of
 from megatron.monitoring.out_of_memory import WITHOUT_A_PLAN, Ledger, OutOfMemory, memory_that_ran_out, suggestions
 from megatron.planner.hardware import GPUS
+from megatron.planner.reach import advice
 from tests.unit.launch.test_execution import LLAMA_8B, VOCABULARY
 
 CPU_CONTEXT = SimpleNamespace(
@@ -98,7 +99,7 @@ def plan(gpu, host_gib, *flags):
 def test_what_the_planner_knows_to_be_too_large_gets_its_advice():
     too_large = plan("H100", 1, "--seq-length", "1048576")
     assert not too_large.fits
-    assert suggestions(too_large, "host") == too_large.advice()
+    assert suggestions(too_large, "host") == advice(too_large)
 
 
 def test_what_should_have_fitted_gets_the_next_smaller_thing():

@@ -259,14 +259,6 @@ def test_ranks_wait_for_those_with_more_heads():
     assert 2 * uneven.forward / even.forward == pytest.approx(64 / 56, rel=0.02)
 
 
-def test_the_longest_context_fits_and_a_longer_one_does_not():
-    plan = plan_of()
-    longest = plan.longest_context()
-    assert plan.with_job(plan.job.at(longest)).fits
-    assert not plan.with_job(plan.job.at(longest + 1024 * 4)).fits
-    assert longest > 2**20
-
-
 def test_gpu_memory_does_not_depend_on_the_length_and_host_memory_does():
     short, long = (
         plan_of(length=length, recompute=Recompute.ALL, checkpoint_interval=1).memory for length in (2**18, 2**20)
@@ -305,16 +297,6 @@ def test_chunks_that_stay_on_the_gpu_leave_the_host():
     assert 9.4 * GIB < on_host.host_chunks - shared.host_chunks <= 10 * GIB
     assert on_gpu.host_chunks == 0
     assert on_gpu.block - on_host.block == on_host.host_chunks
-
-
-def test_a_host_that_is_too_small_is_helped_out_by_a_gpu_that_has_room():
-    machines = Machines(GPUS["H200"], 4, 4, 480)
-    plan = plan_of(length=2**20, machines=machines, recompute=Recompute.ALL, checkpoint_interval=1)
-    assert not plan.fits_host
-    (flag,) = (line.split()[:2] for line in plan.advice() if "device-memory" in line)
-    assert flag[0] == "--ds-sequence-parallel-fpdt-device-memory"
-    assert plan.with_job(replace(plan.job, device_memory_bytes=int(flag[1]) * GIB)).fits
-    assert not any("device-memory" in line for line in plan_of(length=2**23).advice())  # too long for both
 
 
 def test_a_slow_link_needs_a_larger_chunk():
@@ -357,28 +339,6 @@ def test_a_sequence_that_fits_the_gpu_is_not_streamed(name, num_gpus, length, st
     chosen = fastest(plan, Open(chunk=True, device_memory=True, plain=True))
     assert chosen.fits
     assert chosen.job.streamed is streamed
-
-
-@pytest.mark.parametrize(
-    "plan, where, words",
-    [
-        (plan_of(length=2**23), "host", ["--seq-length", "GiB of host memory per machine"]),
-        (plan_of(length=2**22, recompute=Recompute.KV), "host", ["-recompute attention", "-checkpoint-interval"]),
-        (plan_of(chunk=2**20, length=2**20), "gpu", ["--ds-sequence-parallel-fpdt-chunk-size"]),
-        (plan_of(model="gpt-13b", zero_stage=1), "gpu", ["--zero-stage 3"]),
-        (plan_of(model="llama-70b"), "gpu", ["fits the GPU, with", "more GPUs"]),
-    ],
-    ids=["too long", "attention is saved", "chunk too large", "not partitioned", "model too large"],
-)
-def test_what_does_not_fit_is_told_what_would(plan, where, words):
-    assert not plan.fits
-    assert getattr(plan, f"fits_{where}") is False
-    assert all(any(word in line for line in plan.advice()) for word in words), plan.advice()
-
-
-def test_what_fits_needs_no_advice():
-    assert plan_of().fits
-    assert plan_of().advice() == []
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)

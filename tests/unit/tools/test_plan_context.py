@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -34,8 +35,20 @@ def test_a_model_that_fits(capsys, tmp_path):
 
 
 def test_a_model_that_does_not_fit_ends_with_what_would(capsys):
-    assert plan_context.main(["--model", "llama-8b", *FOUR_H100, "--seq-length", str(2**24)]) == 1
-    assert "it does not fit the host:\n  - --seq-length" in capsys.readouterr().out
+    argv = ["--model", "Llama-3.1-8B", *FOUR_H100, "--seq-length", "8M", "--train-tokens", "1B"]
+    assert plan_context.main(argv) == 1
+    text = capsys.readouterr().out
+    assert re.search(
+        r"it does not fit the host:\n  - 32 GPUs on 4 machines: .*-parallel-size 32 .* fits, with \d+\.\d s", text
+    )
+    assert re.search(
+        r"\n  - \d+ GiB of host memory per machine, with .*\n  - --seq-length .* is the longest that fits\n", text
+    )
+    assert re.search(
+        r"longest context: \d,\d{3},\d{3} tokens with --seq-length \d+ .* --ds-sequence-parallel-fpdt-r", text
+    )
+    assert re.search(r"\n  with --lora-rank 16: \d+,\d{3},\d{3} tokens with --lora-rank 16 --seq-length", text)
+    assert re.search(r"training +[0-9.]+ days +1,000,000,000 tokens in 120 steps; started now, it ends on 20", text)
 
 
 def test_heads_that_the_gpus_do_not_divide_are_reported(capsys):
@@ -53,9 +66,12 @@ def test_flags_of_the_training_program_are_planned_as_they_are(capsys, tmp_path)
     assert (content["chunk_length"], content["zero_stage"]) == (32768, 3)
 
 
-def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys, tmp_path):
+def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys):
+    def planned():
+        return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  training ")]
+
     assert plan_context.main([*FOUR_H100, "--", *FLAGS]) == 0
-    planned = capsys.readouterr().out
+    with_all = planned()
     irrelevant = ["--lr", "1e-4", "--train-iters", "10", "--data-path", "corpus"]
     start = FLAGS.index(irrelevant[0])
     shorter = [*FLAGS[:start], *FLAGS[start + len(irrelevant) :]]
@@ -63,7 +79,23 @@ def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys, tmp_path):
     file.write_text(settings_text(parse_args([*FLAGS, "--train-tokens", "1e9"])))
     for flags in (shorter, [*shorter, "--train-samples=7", "--train-data-path", "corpus"], ["--config", str(file)]):
         assert plan_context.main([*FOUR_H100, "--", *flags]) == 0
-        assert capsys.readouterr().out == planned
+        assert planned() == with_all
+
+
+@pytest.mark.parametrize(
+    "gpu, named",
+    [
+        (["--gpu", "geforce rtx 4090"], "on 1 RTX-4090 (rates estimated):"),
+        (["--gpu-memory", "24", "--gpu-tflops", "165"], "on 1 GPU of 24 GiB and 165 TFLOP/s (rates estimated):"),
+        (["--gpu", "h200"], "on 1 H200:"),
+    ],
+)
+def test_a_gpu_is_named_or_described(capsys, gpu, named):
+    argv = ["--model", "meta-llama/Llama-3.2-1B-Instruct", "--seq-length", "16,384", "--cpu-optimizer", *gpu]
+    assert plan_context.main(argv) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("1.24B parameters on 1")
+    assert f"execution {named}" in text
 
 
 @pytest.mark.parametrize("named", ["config.json", "."])
@@ -73,9 +105,9 @@ def test_a_model_of_hugging_face_is_read(capsys, tmp_path, named):
         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
     ).save_pretrained(tmp_path)  # fmt: skip
     assert plan_context.main(["--model", str(tmp_path / named), *FOUR_H100]) == 0
-    from_file = capsys.readouterr().out
+    from_file = [line for line in capsys.readouterr().out.splitlines() if "--lora-rank" not in line]
     assert plan_context.main(["--model", "llama-8b", *FOUR_H100]) == 0
-    assert capsys.readouterr().out == from_file
+    assert capsys.readouterr().out.splitlines() == from_file
 
 
 @pytest.mark.parametrize(
@@ -97,6 +129,10 @@ def test_a_model_of_any_family_has_its_parameters(tmp_path, config):
         (["--model", "llama-8b", "--gpus", "4", "--sequence-parallel", "3"], "use one of 1, 2, 4"),
         (["--model", "llama-8b", "--link", "40", "30"], "--link takes one rate or three, not 2"),
         (["--model", "nothing"], "is neither a folder, nor a file, nor one of gpt-1.3b"),
+        (["--model", "llama-8b", "--gpu", "MI300X"], "--gpu (MI300X) is AMD's, and copies, pinned memory and kernels"),
+        (["--model", "llama-8b", "--gpu", "A100"], "names several GPUs; use one of A100-80GB, A100-40GB"),
+        (["--model", "llama-8b", "--gpu-tflops", "100"], "give --gpu-memory"),
+        (["--model", "llama-8b", "--lora-rank", "8"], "is for Hugging Face models"),
         (["--model", "llama-8b", "--backend", "cudnn", "--gpu", "A100-80GB"], "use one of torch-flash"),
         (["--gpus", "4", "--", "--num-layers", "2"], "--hidden-size"),
         (["--model", "llama-8b", "--gpus", "4", "--chunk-size", "1001"], "use 1000 or 1004"),
@@ -127,6 +163,8 @@ def test_a_config_of_another_architecture_is_refused(capsys, tmp_path, content, 
     [
         (["--model", "llama-8b", "--gpus", "0"], "--gpus: '0' is not a whole number from 1 to 2147483647"),
         (["--model", "llama-8b", "--", *FLAGS], "--model before -- would be overruled"),
+        (["--model", "llama-8b", "--seq-length", "4G"], "'4G' is not a number of tokens"),
+        (["--model", "llama-8b", "--train-tokens", "many"], "'many' is not a number of tokens"),
         (["--zero-stage=1", "--seq-length", "8192", "--", *FLAGS], "--seq-length, --zero-stage before --"),
     ],
 )
@@ -158,7 +196,7 @@ def test_the_folder_of_the_figures_is_made(tmp_path):
 def test_the_host_memory_of_this_machine_is_taken_when_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(plan_context, "available_host_bytes", lambda: 7 * 2**30)
     assert plan_context.main(["--model", "llama-8b", "--gpus", "4", "--gpu", "H100", "--host-memory", "here"]) == 1
-    assert "GiB   of 1.8; " in capsys.readouterr().out
+    assert "GiB   of 1.7; " in capsys.readouterr().out
 
 
 def test_nothing_to_plan_is_refused(capsys):

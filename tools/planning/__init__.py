@@ -1,0 +1,1 @@
+"""What tools/plan_context.py reads and prints."""

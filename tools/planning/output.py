@@ -1,0 +1,127 @@
+"""The lines and figures that tools/plan_context.py prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from megatron.planner.flags import flags_of
+from megatron.planner.hardware import GIB
+from megatron.planner.plan import Plan
+from megatron.planner.reach import Variant, advice, longest
+from megatron.planner.report import execution_lines
+from megatron.planner.solver import Open, fastest
+
+_HOUR, _DAY = 3600, 86400
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A plan, and what follows from it."""
+
+    plan: Plan
+    choices: Open
+    variants: Sequence[Variant]
+    training_tokens: int | None
+    longest: Plan | None
+
+    @classmethod
+    def of(cls, plan: Plan, choices: Open, variants: Sequence[Variant], training_tokens: int | None) -> Answer:
+        """Return the answer, which takes a second or two to find."""
+        return cls(plan, choices, variants, training_tokens, longest(plan))
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Time of the whole training run."""
+        if self.training_tokens is None:
+            return None
+        return self.plan.training_steps(self.training_tokens) * self.plan.speed.step
+
+
+def figures_of(answer: Answer) -> dict[str, Any]:
+    """Return all estimates by name; memory in GiB per GPU."""
+    plan, reached = answer.plan, answer.longest
+    job, memory, speed = plan.job, plan.memory, plan.speed
+    with_any_chunk = fastest(plan, replace(answer.choices, chunk=True))
+    return {
+        "gpu": plan.machines.gpu.name, "gpu_rates_measured": plan.machines.gpu.is_measured, "gpus": job.num_gpus,
+        "parameters": job.num_parameters, "trained_parameters": job.trained_parameters,
+        "seq_length": job.model.seq_length, "chunk_length": job.chunk_length,
+        "sequence_parallel_size": job.sequence_parallel_size, "zero_stage": job.zero_stage,
+        "attention_backend": plan.backend, "recompute": memory.recompute,
+        "checkpoint_interval": memory.checkpoint_interval,
+        "gpu_gib": memory.gpu / GIB, "gpu_gib_with_overhead": memory.gpu_with_overhead / GIB,
+        "gpu_states_gib": memory.states / GIB, "gpu_above_gib": (memory.gpu - memory.states) / GIB,
+        "host_gib": memory.host / GIB, "host_chunks_gib": memory.host_chunks / GIB,
+        "step_seconds": speed.step, "forward_seconds": speed.forward, "backward_seconds": speed.backward,
+        "head_seconds": speed.head, "optimizer_seconds": speed.optimizer, "waiting_seconds": speed.waiting,
+        "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu, "mfu": plan.mfu,
+        "training_tokens": answer.training_tokens, "training_seconds": answer.training_seconds,
+        "fits_gpu": plan.fits_gpu, "fits_host": plan.fits_host,
+        "longest_context": reached.job.model.seq_length if reached else 0,
+        "longest_context_flags": flags_of(reached.job) if reached else [],
+        "smallest_hiding_chunk": plan.smallest_hiding_chunk(),
+        "fastest_chunk": None if with_any_chunk is None else with_any_chunk.job.chunk_length,
+        "advice": advice(plan, answer.variants),
+    }  # fmt: skip
+
+
+def headline(plan: Plan) -> str:
+    """Say which run is planned, on which GPUs."""
+    job = plan.job
+    execution = f"chunk {job.chunk_length:,}" if job.streamed else f"activations {job.activations}"
+    return (
+        f"{job.num_parameters / 1e9:.2f}B parameters on {job.num_gpus} {plan.machines.gpu.name}, "
+        f"{job.model.seq_length:,} tokens, {execution}, sequence parallel {job.sequence_parallel_size}, "
+        f"ZeRO-{job.zero_stage}, {plan.backend}"
+    )
+
+
+def lines_of(answer: Answer, now: datetime) -> list[str]:
+    """Format the estimates as lines of text; a training run starts `now`."""
+    plan = answer.plan
+    job, hiding, heads = plan.job, plan.smallest_hiding_chunk(), plan.job.shape.heads
+    lines = [
+        headline(plan),
+        "",
+        *execution_lines(plan, answer.choices),
+        *[f"  attention           {heads}"] * bool(heads.num_heads % heads.num_ranks),
+        *_training_lines(answer, now),
+        "",
+        _longest_line("longest context", answer.longest),
+    ]
+    for variant in answer.variants:
+        lines.append(_longest_line(f"  with {' '.join(variant.flags)}", longest(variant.of(plan)), variant.flags))
+    if job.streamed:
+        lines.append(f"smallest chunk that hides copies behind compute: {f'{hiding:,} tokens' if hiding else 'none'}")
+    if plan.fits:
+        return [*lines, "it fits; flags: " + " ".join(flags_of(job))]
+    where = " and ".join(name for name, fits in (("GPU", plan.fits_gpu), ("host", plan.fits_host)) if not fits)
+    return [*lines, f"it does not fit the {where}:", *(f"  - {line}" for line in advice(plan, answer.variants))]
+
+
+def _longest_line(name: str, reached: Plan | None, flags: Sequence[str] = ()) -> str:
+    if reached is None:
+        return f"{name}: none fits"
+    return f"{name}: {reached.job.model.seq_length:,} tokens with {' '.join((*flags, *flags_of(reached.job)))}"
+
+
+def _training_lines(answer: Answer, now: datetime) -> list[str]:
+    """Say how long the whole training run takes."""
+    tokens, seconds = answer.training_tokens, answer.training_seconds
+    if tokens is None or seconds is None:
+        return []
+    try:
+        end = f"ends on {now + timedelta(seconds=seconds):%Y-%m-%d %H:%M}"
+    except OverflowError:
+        end = "does not end before the year 10000"
+    steps = answer.plan.training_steps(tokens)
+    return [f"  training         {_duration(seconds):15s} {tokens:,} tokens in {steps:,} steps; started now, it {end}"]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < _HOUR:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / _HOUR:.1f} hours" if seconds < 2 * _DAY else f"{seconds / _DAY:,.1f} days"
