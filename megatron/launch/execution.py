@@ -223,7 +223,7 @@ def plan_of(
 def _advice(plan: Plan, choices: Open) -> str:
     """Say what to change, without the flags whose values a run chooses by itself."""
     chosen = choices.flags_of(plan.job)
-    return "; ".join(advice(plan, describe=lambda job: flags_to_change(plan.job, job, chosen)))
+    return "; ".join(advice(plan, describe=lambda way: flags_to_change(plan, way, chosen)))
 
 
 def _no_chunk_fits(plan: Plan, choices: Open) -> str:

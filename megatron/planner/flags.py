@@ -1,9 +1,9 @@
-"""The flags of pretrain_gpt.py that ask for a job."""
+"""The flags of pretrain_gpt.py that ask for a plan."""
 
 from __future__ import annotations
 
 from megatron.planner.hardware import GIB
-from megatron.planner.job import Job
+from megatron.planner.plan import Plan
 
 CHUNK, DEVICE_MEMORY, RECOMPUTE, INTERVAL = (
     f"--ds-sequence-parallel-fpdt-{name}"
@@ -11,8 +11,9 @@ CHUNK, DEVICE_MEMORY, RECOMPUTE, INTERVAL = (
 )
 
 
-def flags_of(job: Job) -> list[str]:
-    """Return the flags for the execution of a job, one per entry with its value."""
+def flags_of(plan: Plan) -> list[str]:
+    """Return the flags for the execution of a plan, one per entry with its value."""
+    job = plan.job
     flags = [
         f"--seq-length {job.model.seq_length}", f"--ds-sequence-parallel-size {job.sequence_parallel_size}",
         f"--zero-stage {job.zero_stage}", *["--cpu-optimizer"] * job.cpu_optimizer,
@@ -32,7 +33,7 @@ def flags_of(job: Job) -> list[str]:
     ]  # fmt: skip
 
 
-def flags_to_change(before: Job, after: Job, left_open: frozenset[str]) -> list[str]:
+def flags_to_change(before: Plan, after: Plan, left_open: frozenset[str]) -> list[str]:
     """Return the flags of `after` that `before` lacks, without those that a run chooses by itself."""
     present = set(flags_of(before))
     return [flag for flag in flags_of(after) if flag not in present and flag.split()[0] not in left_open]

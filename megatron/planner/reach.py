@@ -20,8 +20,8 @@ from megatron.planner.plan import CHUNKS, GRANULE, Plan
 from megatron.planner.solver import AS_FAST, with_free_device_memory
 
 MOST_GPUS = 4096
-Describe = Callable[[Job], Sequence[str]]
-"""The flags to give for a job."""
+Describe = Callable[[Plan], Sequence[str]]
+"""The flags to give for a plan."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def advice(plan: Plan, variants: Iterable[Variant] = (), describe: Describe = fl
         lines += _on_more_gpus(plan, describe)
         lines += _with_more_host_memory(plan, describe)
     if reached := longest(plan):
-        lines.append(f"{' '.join(describe(reached.job))} is the longest that fits")
+        lines.append(f"{' '.join(describe(reached))} is the longest that fits")
     return lines or ["GPUs with more memory"]
 
 
 def _line(plan: Plan, describe: Describe, flags: Sequence[str] = ()) -> str:
-    return f"{' '.join((*flags, *describe(plan.job)))} fits, with {plan.speed.step:.1f} s per step"
+    return " ".join((*flags, *describe(plan), f"fits, with {plan.speed.step:.1f} s per step"))
 
 
 def _ways(plan: Plan) -> Iterator[Plan]:
@@ -169,4 +169,4 @@ def _with_more_host_memory(plan: Plan, describe: Describe) -> list[str]:
         return []
     way = min(on_gpu, key=lambda each: each.memory.host)
     gib = way.memory.host * min(way.machines.gpus_per_node, way.job.num_gpus) / GIB
-    return [f"{int(gib) + 1} GiB of host memory per machine, with {' '.join(describe(way.job))}"]
+    return [" ".join((f"{int(gib) + 1} GiB of host memory per machine, with", *describe(way)))]

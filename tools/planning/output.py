@@ -14,7 +14,7 @@ from megatron.planner.reach import Variant, advice, longest
 from megatron.planner.report import execution_lines
 from megatron.planner.solver import Open, fastest
 
-_HOUR, _DAY = 3600, 86400
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def figures_of(answer: Answer) -> dict[str, Any]:
         "training_tokens": answer.training_tokens, "training_seconds": answer.training_seconds,
         "fits_gpu": plan.fits_gpu, "fits_host": plan.fits_host,
         "longest_context": reached.job.model.seq_length if reached else 0,
-        "longest_context_flags": flags_of(reached.job) if reached else [],
+        "longest_context_flags": flags_of(reached) if reached else [],
         "smallest_hiding_chunk": plan.smallest_hiding_chunk(),
         "fastest_chunk": None if with_any_chunk is None else with_any_chunk.job.chunk_length,
         "advice": advice(plan, answer.variants),
@@ -97,7 +97,7 @@ def lines_of(answer: Answer, now: datetime) -> list[str]:
     if job.streamed:
         lines.append(f"smallest chunk that hides copies behind compute: {f'{hiding:,} tokens' if hiding else 'none'}")
     if plan.fits:
-        return [*lines, "it fits; flags: " + " ".join(flags_of(job))]
+        return [*lines, "it fits; flags: " + " ".join(flags_of(plan))]
     where = " and ".join(name for name, fits in (("GPU", plan.fits_gpu), ("host", plan.fits_host)) if not fits)
     return [*lines, f"it does not fit the {where}:", *(f"  - {line}" for line in advice(plan, answer.variants))]
 
@@ -105,7 +105,7 @@ def lines_of(answer: Answer, now: datetime) -> list[str]:
 def _longest_line(name: str, reached: Plan | None, flags: Sequence[str] = ()) -> str:
     if reached is None:
         return f"{name}: none fits"
-    return f"{name}: {reached.job.model.seq_length:,} tokens with {' '.join((*flags, *flags_of(reached.job)))}"
+    return f"{name}: {reached.job.model.seq_length:,} tokens with {' '.join((*flags, *flags_of(reached)))}"
 
 
 def _training_lines(answer: Answer, now: datetime) -> list[str]:
@@ -118,10 +118,13 @@ def _training_lines(answer: Answer, now: datetime) -> list[str]:
     except OverflowError:
         end = "does not end before the year 10000"
     steps = answer.plan.training_steps(tokens)
-    return [f"  training         {_duration(seconds):15s} {tokens:,} tokens in {steps:,} steps; started now, it {end}"]
+    return [f"  training         {duration(seconds):15s} {tokens:,} tokens in {steps:,} steps; started now, it {end}"]
 
 
-def _duration(seconds: float) -> str:
-    if seconds < _HOUR:
-        return f"{seconds / 60:.1f} minutes"
+def duration(seconds: float) -> str:
+    """Format a time in the unit that suits it."""
+    if seconds < 2 * _MINUTE:
+        return f"{seconds:.1f} s"
+    if seconds < 2 * _HOUR:
+        return f"{seconds / _MINUTE:.1f} minutes"
     return f"{seconds / _HOUR:.1f} hours" if seconds < 2 * _DAY else f"{seconds / _DAY:,.1f} days"

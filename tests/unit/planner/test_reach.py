@@ -62,7 +62,7 @@ def test_a_run_that_is_given_the_flags_for_what_it_does_not_choose_chooses_the_r
     plan = plan.with_job(plan.job.at(longest(plan).job.model.seq_length))
     open_settings = Open(chunk=True, device_memory=True)
     found = fastest_that_fits(plan)
-    flags = flags_to_change(plan.job, found.job, open_settings.flags_of(plan.job))
+    flags = flags_to_change(plan, found, open_settings.flags_of(plan.job))
     assert set(flags) <= {"--cpu-optimizer"}
     chosen = fastest(plan.with_job(replace(plan.job, cpu_optimizer="--cpu-optimizer" in flags)), open_settings)
     assert chosen.fits
@@ -109,8 +109,8 @@ def test_what_fits_needs_no_advice():
 
 
 def test_flags_say_what_the_job_is():
-    job = plan_of(cpu_optimizer=True, device_memory_bytes=3 * GIB, recompute=Recompute.MLP, checkpoint_interval=2).job
-    assert flags_of(job)[-4:] == [
+    plan = plan_of(cpu_optimizer=True, device_memory_bytes=3 * GIB, recompute=Recompute.MLP, checkpoint_interval=2)
+    assert flags_of(plan)[-4:] == [
         "--ds-sequence-parallel-fpdt-offloading", "--ds-sequence-parallel-fpdt-device-memory 3",
         "--ds-sequence-parallel-fpdt-recompute mlp", "--ds-sequence-parallel-fpdt-checkpoint-interval 2",
     ]  # fmt: skip
