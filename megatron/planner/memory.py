@@ -136,15 +136,27 @@ def _states(job: Job) -> _States:
         largest = HALF * min(max(job.embedding_parameters, job.position_parameters), parameters)
         buffers = bucket if job.zero_stage == 3 else largest
         gradients = (0 if job.zero_stage >= 2 else whole) + (0 if job.zero_stage == 3 else bucket)
-        # Weights, gradients and weights in half precision are pinned, Adam's moments are not.
-        pinned = [SUM * parameters // ranks] * 2 + [shard, largest]
-        on_host = 2 * SUM * parameters // ranks + sum(map(_pinned_bytes, pinned))
-        return _States(weights + buffers, gradients, 0, on_host)
+        return _States(weights + buffers, gradients, 0, _host_states(job, largest))
     if job.zero_stage == 3:
         return _States(weights + optimizer + shard + bucket, 0, (HALF + SUM) * _step_group(job), 0)
     gradients = shard if job.zero_stage == 2 else whole
     # The gradients, a copy of them as one flat tensor, and that in fp32.
     return _States(weights + optimizer, gradients + bucket, gradients + shard + 2 * shard, 0)
+
+
+def _host_states(job: Job, largest: int) -> int:
+    """Bytes of optimizer states, fp32 weights and gradients on the host, `largest` those of the largest table.
+
+    Adam's moments are not pinned. ZeRO-3 pins the gradients, in fp32 by the group and in half precision as a whole, and
+    converts a group's new weights on the host. The other stages pin all but the moments.
+    """
+    parameters, ranks = job.trained_parameters, job.num_gpus
+    single, half = SUM * parameters // ranks, HALF * parameters // ranks
+    if job.zero_stage == 3:
+        groups = _step_groups(job)
+        pinned = [half, *(SUM * group for group in groups)]
+        return 3 * single + sum(map(_pinned_bytes, pinned)) + HALF * max(groups)
+    return 2 * single + sum(map(_pinned_bytes, (single, single, half, largest)))
 
 
 def _pinned_bytes(num_bytes: int) -> int:
@@ -153,19 +165,24 @@ def _pinned_bytes(num_bytes: int) -> int:
 
 
 def _step_group(job: Job) -> int:
-    """Return the largest group of a rank's parameters that ZeRO-3 steps at once: it is filled up to STEP_GROUP."""
+    """Return the largest group of a rank's parameters that ZeRO-3 steps at once."""
+    return max(_step_groups(job))
+
+
+def _step_groups(job: Job) -> list[int]:
+    """Return the groups of a rank's parameters that ZeRO-3 steps at once: each is filled up to STEP_GROUP."""
     sizes = job.model.sizes
     if sizes.adapters is not None:
-        return min(job.trained_parameters // job.num_gpus, STEP_GROUP)
+        num_groups = -(-job.trained_parameters // (job.num_gpus * STEP_GROUP))
+        return [job.trained_parameters // (job.num_gpus * num_groups)] * num_groups
     matrix = max(job.mean_block_parameters // MATRICES, sizes.largest_stack)
     tables = [job.embedding_parameters, job.position_parameters]
-    largest = group = 0
+    groups = [0]
     for size in [*tables, *[matrix] * -(-sizes.all_block_weights // matrix), job.output_parameters]:
-        group += size // job.num_gpus
-        largest = max(largest, group)
-        if group >= STEP_GROUP:
-            group = 0
-    return largest
+        if groups[-1] >= STEP_GROUP:
+            groups.append(0)
+        groups[-1] += size // job.num_gpus
+    return groups
 
 
 def _block_parameters(job: Job) -> int:

@@ -281,10 +281,18 @@ def test_what_takes_less_gpu_memory(less, more):
     assert plan_of(**less).memory.gpu < plan_of(**more).memory.gpu
 
 
-def test_the_optimizer_on_the_host_takes_host_memory_there():
-    on_gpu, on_host = (plan_of(cpu_optimizer=each).memory for each in (False, True))
-    pinned = 2 * 2**33 + 2**32 + 2**30  # 7.5 GiB twice, 3.7 and 0.98: torch pins powers of two
-    assert on_host.host_states == pytest.approx(8 * 8.03e9 / 4 + pinned, rel=0.01)
+@pytest.mark.parametrize(
+    "stage, pageable, pinned",
+    [
+        # 7.5 GiB of weights and gradients, 3.7 in half precision, 0.98 of a table: torch pins powers of two.
+        (2, 8, 2 * 2**33 + 2**32 + 2**30),
+        # The gradients of a first group of 10^9 parameters, those of the rest, and 3.7 GiB in half precision.
+        (3, 12, 2**32 + 2**32 + 2**32 + 2e9),
+    ],
+)
+def test_the_optimizer_on_the_host_takes_host_memory_there(stage, pageable, pinned):
+    on_gpu, on_host = (plan_of(cpu_optimizer=each, zero_stage=stage).memory for each in (False, True))
+    assert on_host.host_states == pytest.approx(pageable * 8.03e9 / 4 + pinned, rel=0.01)
     assert on_gpu.host_states == 0
 
 
