@@ -4,6 +4,7 @@
     tools/plan_reach.py                                                the first table, in some minutes
     tools/plan_reach.py --machines "24 GB + 64 GiB" --trained LoRA     some of its rows
     tools/plan_reach.py --published                                    what others publish, and the plan beside it
+    tools/plan_reach.py --update                                       both, written into docs/reach.md
 
 Each figure is what tools/plan_context.py finds with the flags of its row and column, with the time of a step.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +27,13 @@ if __name__ == "__main__":  # the imports below take seconds
     end_on_interrupt()
 
 from plan_context import parse_arguments as parse_plan
-from planning.inputs import plan_of
+from planning.inputs import stated_plan
 from planning.output import duration
 
 from megatron.planner.reach import longest
 from megatron.ranks.interrupts import run_tool
 
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reach.md"
 MODELS = ("Llama-3.2-1B", "Llama-3.1-8B", "Qwen3-32B", "Llama-3.1-70B")
 MACHINES = {
     "24 GB + 64 GiB": "--gpu RTX-4090 --host-memory 64",
@@ -39,7 +41,7 @@ MACHINES = {
     "80 GB + 256 GiB": "--gpu H100 --host-memory 256",
     "4 x 80 GB + 512 GiB": "--gpu H100 --gpus 4 --host-memory 512",
     "4 x 141 GB + 503 GiB": "--gpu H200 --gpus 4 --host-memory 503",
-    "8 x 80 GB + 2 TB": "--gpu H100 --gpus 8 --host-memory 1862",
+    "8 x 80 GB + 2 TB": "--gpu H100 --gpus 8 --host-memory 2048",
 }
 TRAINED = {"all weights": "", "LoRA": "--lora-rank 16"}
 
@@ -77,6 +79,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"[{' '.join(MODELS)}]")
     parser.add_argument("--machines", nargs="+", choices=MACHINES, default=list(MACHINES), help="[all]")
     parser.add_argument("--trained", nargs="+", choices=TRAINED, default=list(TRAINED), help="[all]")
+    parser.add_argument("--update", action="store_true", help="write both tables into docs/reach.md")
     parser.add_argument("--published", action="store_true", help="print the table of what others publish")
     return parser.parse_args(argv)
 
@@ -84,9 +87,23 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
     table = lines_of(arguments.models, arguments.machines, arguments.trained)
+    if arguments.update:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        for name, lines in (("planned", table), ("published", published_lines())):
+            text = with_table(text, name, lines)
+        DOCUMENT.write_text(text, encoding="utf-8")
+        return 0
     for line in published_lines() if arguments.published else table:
         print(line, flush=True)
     return 0
+
+
+def with_table(text: str, name: str, lines: Iterable[str]) -> str:
+    """Return the text with the lines between the comments that name a table."""
+    start, end = f"<!-- {name} -->\n\n", f"\n\n<!-- end of {name} -->"
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    return "".join((before, start, "\n".join(lines), end, after))
 
 
 def published_lines() -> Iterator[str]:
@@ -110,7 +127,7 @@ def lines_of(models: Sequence[str], machines: Sequence[str], trained: Sequence[s
 
 def reach(model: str, flags: str) -> str:
     """Return the longest context of a model, and the time of its step."""
-    plan, _ = plan_of(parse_plan(["--model", model, *shlex.split(flags)]))
+    plan, _ = stated_plan(parse_plan(["--model", model, *shlex.split(flags)]))
     found = longest(plan)
     return f"{found.job.model.seq_length:,}, {duration(found.speed.step)}" if found else "none"
 

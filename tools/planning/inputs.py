@@ -71,6 +71,14 @@ def _names(flags: Sequence[str]) -> set[str]:
 
 def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Open]:
     """Return the plan that the command line asks for, and what of it was left open."""
+    plan, choices = stated_plan(arguments)
+    if not plan.job.streamed:
+        return plan, Open()
+    return fastest(plan, choices) or (with_free_device_memory(plan) if choices.device_memory else plan), choices
+
+
+def stated_plan(arguments: argparse.Namespace) -> tuple[Plan, Open]:
+    """Return the plan as it is stated, with defaults for what was left open, and what that was."""
     machines = machines_of(arguments)
     flags = arguments.training
     config = with_hugging_face_model(parse_args(flags), arguments.gpus) if flags else None
@@ -87,11 +95,8 @@ def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Open]:
             f"--sequence-parallel ({shared}) must divide the {job.num_gpus} GPUs; use one of "
             f"{', '.join(map(str, allowed))}"
         )
-    plan = Plan(job, machines, backend)
-    if not job.streamed:
-        return plan, Open()
     choices = Open.of(config) if config else Open(arguments.chunk_size is None, arguments.device_memory is None)
-    return fastest(plan, choices) or (with_free_device_memory(plan) if choices.device_memory else plan), choices
+    return Plan(job, machines, backend), choices
 
 
 def machines_of(arguments: argparse.Namespace) -> Machines:
