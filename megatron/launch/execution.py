@@ -71,7 +71,7 @@ def choose_execution(config: Config, context: Context, padded_vocab_size: int) -
     shape, recompute, interval = _shape(config, context, streaming), streaming.recompute, streaming.checkpoint_interval
     by_length = dict[int, Saving]()
     if offloading:
-        _check_host_memory(shape, streaming, host_memory, config, device_is_full=plan is not None)
+        _check_host_memory(shape, streaming, host_memory, config, plan)
         host_left = host_memory - shape.host_bytes(streaming.device_bytes, interval, recompute)
         for length in _shorter_lengths(config, context.parallel_state.world_size):
             by_length[length], host_left = _saving_at(length, streaming, plan, host_left, config, context)
@@ -246,7 +246,7 @@ def check_gpu_memory(plan: Plan, choices: Open) -> None:
 
 
 def _check_host_memory(
-    shape: StreamShape, streaming: _Streaming, host_memory: int, config: Config, device_is_full: bool
+    shape: StreamShape, streaming: _Streaming, host_memory: int, config: Config, plan: Plan | None
 ) -> None:
     device, how = streaming.device_bytes, (streaming.checkpoint_interval, streaming.recompute)
     needed = shape.host_bytes(device, *how)
@@ -256,24 +256,27 @@ def _check_host_memory(
     is_free_memory = config.parallel.ds_sequence_parallel_fpdt_host_memory is None
     if least <= host_memory:
         recompute, interval = choose_saved_activations(shape, TierBudget(host_memory, device))
-        advice = (
+        remedy = (
             "leave out --ds-sequence-parallel-fpdt-recompute and --ds-sequence-parallel-fpdt-checkpoint-interval, so "
             f"that they are chosen to fit: {recompute} and {interval}"
         )
+    elif plan is not None:
+        remedy = _advice(plan, Open.of(config))
+        if not is_free_memory:
+            remedy += f"; or raise --ds-sequence-parallel-fpdt-host-memory to {_gib_up(least)}"
     else:
         longest = longest_sequence(shape, TierBudget(host_memory, device))
         ways = [f"use --seq-length {longest} or less"] * bool(longest)
         ways.append(f"raise --ds-sequence-parallel-size ({shape.layout.sequence_parallel_size})")
-        if not device_is_full:
-            on_device = next(n for n in count(device, _STEP) if least_bytes(shape, n) <= host_memory)
-            ways.append(f"raise --ds-sequence-parallel-fpdt-device-memory to {_gib_up(on_device)}")
+        on_device = next(n for n in count(device, _STEP) if least_bytes(shape, n) <= host_memory)
+        ways.append(f"raise --ds-sequence-parallel-fpdt-device-memory to {_gib_up(on_device)}")
         if not is_free_memory:
             ways.append(f"raise --ds-sequence-parallel-fpdt-host-memory to {_gib_up(least)}")
-        advice = f"{', or '.join(ways)}, or see tools/plan_context.py for what would fit"
+        remedy = f"{', or '.join(ways)}, or see tools/plan_context.py for what would fit"
     whose = "are free for a rank here" if is_free_memory else "may be used (--ds-sequence-parallel-fpdt-host-memory)"
     raise ConfigError(
         f"the chunks of --seq-length ({shape.layout.sequence_length}) take up {needed / GIB:.4g} GiB of host memory "
-        f"per rank, and {host_memory / GIB:.4g} GiB {whose}; {advice}"
+        f"per rank, and {host_memory / GIB:.4g} GiB {whose}; {remedy}"
     )
 
 
