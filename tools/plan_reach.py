@@ -34,6 +34,7 @@ from megatron.planner.reach import longest
 from megatron.ranks.interrupts import run_tool
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reach.md"
+SHORTEST = 8192  # tokens that are worth a row
 MODELS = ("Llama-3.2-1B", "Llama-3.1-8B", "Qwen3-32B", "Llama-3.1-70B")
 MACHINES = {
     "24 GB + 64 GiB": "--gpu RTX-4090 --host-memory 64",
@@ -126,10 +127,12 @@ def lines_of(models: Sequence[str], machines: Sequence[str], trained: Sequence[s
 
 
 def reach(model: str, flags: str) -> str:
-    """Return the longest context of a model, and the time of its step."""
+    """Return the longest context of a model, and the time of its step; "none" below SHORTEST."""
     plan, _ = stated_plan(parse_plan(["--model", model, *shlex.split(flags)]))
     found = longest(plan)
-    return f"{found.job.model.seq_length:,}, {duration(found.speed.step)}" if found else "none"
+    if found is None or found.job.model.seq_length < SHORTEST:
+        return "none"
+    return f"{found.job.model.seq_length:,}, {duration(found.speed.step)}"
 
 
 if __name__ == "__main__":
