@@ -51,7 +51,7 @@ ABOVE_ZERO = real(0, "100", open_low=True)
 # Settings that the training flags give; before -- they would have no effect.
 DESCRIBED_BY_TRAINING = {
     "--model", "--seq-length", "--chunk-size", "--sequence-parallel", "--micro-batch-size", "--zero-stage",
-    "--lora-rank", "--cpu-optimizer", "--device-memory", "--train-tokens", "--train-samples",
+    "--lora-rank", "--quantize-base", "--cpu-optimizer", "--device-memory", "--train-tokens", "--train-samples",
 }  # fmt: skip
 
 
@@ -127,7 +127,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     output.add_argument("--published", action="store_true", help="print the table of published configurations")
     arguments = parser.parse_args(argv[:training])
     flags = argv[training + 1 :]
-    arguments.training, arguments.training_length_is_given = completed(flags), states_training_length(flags)
+    try:
+        arguments.training, arguments.training_length_is_given = completed(flags), states_training_length(flags)
+    except ConfigError as error:
+        parser.error(str(error))
     if not (arguments.published or arguments.model or arguments.training):
         parser.error("--model is missing; name one, or give flags of pretrain_gpt.py after --")
     described_twice = sorted(DESCRIBED_BY_TRAINING & {flag.split("=")[0] for flag in argv[:training]})

@@ -44,7 +44,7 @@ MACHINES = {
     "4 x 141 GB + 503 GiB": "--gpu H200 --gpus 4 --host-memory 503",
     "8 x 80 GB + 2 TB": "--gpu H100 --gpus 8 --host-memory 2048",
 }
-TRAINED = {"all weights": "", "LoRA": "--lora-rank 16"}
+TRAINED = {"all weights": "", "LoRA": "--lora-rank 16", "QLoRA": "--lora-rank 16 --quantize-base nf4"}
 
 
 class Published(NamedTuple):
@@ -66,10 +66,14 @@ PUBLISHED = (
     Published(ALST, "8B, all weights, 8 H100", "3.7M", "Llama-3.1-8B", "--gpu H100 --gpus 8 --host-memory 1900"),
     Published(ALST, "8B, all weights, 32 H100", "15M", "Llama-3.1-8B", "--gpu H100 --gpus 32 --host-memory 1900"),
     Published(UPIPE, "8B, all weights, 8 H100", "5M", "Llama-3.1-8B", "--gpu H100 --gpus 8 --host-memory 1900"),
-    Published(UNSLOTH, "8B, QLoRA, 24 GB", "78,475", "Llama-3.1-8B", f"{MACHINES['24 GB + 64 GiB']} {TRAINED['LoRA']}"),
-    Published(UNSLOTH, "8B, QLoRA, 80 GB", "342,733", "Llama-3.1-8B", f"{ON_80_GB} {TRAINED['LoRA']}"),
-    Published(UNSLOTH, "70B, QLoRA, 80 GB", "89,389", "Llama-3.1-70B", f"{ON_80_GB} {TRAINED['LoRA']}"),
-    Published(UNSLOTH_500K, "gpt-oss-20b, QLoRA, 80 GB", "290K, 500K+", "gpt-oss-20b", f"{ON_80_GB} {TRAINED['LoRA']}"),
+    Published(
+        UNSLOTH, "8B, QLoRA, 24 GB", "78,475", "Llama-3.1-8B", f"{MACHINES['24 GB + 64 GiB']} {TRAINED['QLoRA']}"
+    ),
+    Published(UNSLOTH, "8B, QLoRA, 80 GB", "342,733", "Llama-3.1-8B", f"{ON_80_GB} {TRAINED['QLoRA']}"),
+    Published(UNSLOTH, "70B, QLoRA, 80 GB", "89,389", "Llama-3.1-70B", f"{ON_80_GB} {TRAINED['QLoRA']}"),
+    Published(
+        UNSLOTH_500K, "gpt-oss-20b, QLoRA, 80 GB", "290K, 500K+", "gpt-oss-20b", f"{ON_80_GB} {TRAINED['QLoRA']}"
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from megatron.arguments import parse_args
+from megatron.arguments import expand_files, parse_args
 from megatron.config import (
     AdaptersConfig,
     Config,
@@ -66,7 +66,7 @@ def states_training_length(flags: Sequence[str]) -> bool:
 
 
 def _names(flags: Sequence[str]) -> set[str]:
-    return {flag.split("=")[0] for flag in flags}
+    return {word.split("=")[0] for word in expand_files(flags)}
 
 
 def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Open]:
@@ -163,7 +163,10 @@ def job_of_model(arguments: argparse.Namespace) -> Job:
                 f"none; name a folder, a config.json, or one of {', '.join(PUBLISHED_NAMES)}"
             )
         require_package("peft", "--lora-rank")
-        model = with_adapters(model, AdaptersConfig(lora_rank=arguments.lora_rank))
+        adapters = AdaptersConfig(lora_rank=arguments.lora_rank, quantize_base=arguments.quantize_base)
+        model = with_adapters(model, adapters)
+    elif arguments.quantize_base is not None:
+        raise ConfigError("--quantize-base (nf4) has no effect without adapters; add --lora-rank")
     shared = arguments.sequence_parallel or arguments.gpus
     return Job(
         model=model,
@@ -212,7 +215,9 @@ def variants_of(job: Job) -> list[Variant]:
         require_package("peft", "--lora-rank")
     except ConfigError:
         return []
-    return [Variant((f"--lora-rank {LORA_RANK}",), with_adapters(model, AdaptersConfig(lora_rank=LORA_RANK)))]
+    settings = (AdaptersConfig(lora_rank=LORA_RANK), AdaptersConfig(lora_rank=LORA_RANK, quantize_base="nf4"))
+    flags = (f"--lora-rank {LORA_RANK}", f"--lora-rank {LORA_RANK} --quantize-base nf4")
+    return [Variant((flag,), with_adapters(model, each)) for flag, each in zip(flags, settings, strict=True)]
 
 
 def tokens_of_training(arguments: argparse.Namespace, job: Job) -> int | None:

@@ -66,7 +66,7 @@ def test_flags_of_the_training_program_are_planned_as_they_are(capsys, tmp_path)
     assert (content["chunk_length"], content["zero_stage"]) == (32768, 3)
 
 
-def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys):
+def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys, tmp_path):
     def planned():
         return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  training ")]
 
