@@ -43,6 +43,11 @@ count_gpus() {
   if command -v nvidia-smi >/dev/null; then nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi
 }
 
+# Copy the log to the output, in the compact form on a terminal.
+show_log() {
+  if [[ -t 1 ]]; then python tools/compact_log.py; else cat; fi
+}
+
 free_port() {
   python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
@@ -57,6 +62,7 @@ if ((num_gpus > 0)); then
 else
   threads=$(($(nproc) / num_processes))
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # or every process of DeepSpeed warns that it found no GPU
 fi
 echo "quickstart: $num_gpus GPUs, $num_processes processes, writing to $OUT"
 
@@ -127,7 +133,7 @@ fi
 
 deepspeed --quiet --num_gpus "$num_processes" --master_port "${MASTER_PORT:-$(free_port)}" pretrain_gpt.py \
   "${model[@]}" "${parallel[@]}" "${precision[@]}" "${training[@]}" "${output[@]}" "${tokenizer[@]}" \
-  --data-path "$data/stdlib_text_document" --split 95,5,0 2>&1 | tee -a "$OUT/train.log"
+  --data-path "$data/stdlib_text_document" --split 95,5,0 2>&1 | tee -a "$OUT/train.log" | show_log
 
 # --- result ------------------------------------------------------------------------------------------------------------
 python tools/plot_run.py "$OUT" --output "$OUT/loss.png" >/dev/null

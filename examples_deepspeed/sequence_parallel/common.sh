@@ -191,6 +191,7 @@ find_gpus() {
   if ((!on_gpus)); then
     device=() # fp32, and the attention kernel that fits
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # or every process of DeepSpeed warns that it found no GPU
   fi
 }
 
@@ -312,6 +313,11 @@ name_gpu() {
   esac
 }
 
+# Copy the log to the output, in the compact form on a terminal.
+show_log() {
+  if [[ -t 1 ]]; then "${PYTHON:-python3}" "$repository/tools/compact_log.py"; else cat; fi
+}
+
 # --- launch -----------------------------------------------------------------------------------------------------------
 # The arguments are more flags of the program, which override the script's own.
 launch() {
@@ -331,5 +337,5 @@ launch() {
     give_up "no deepspeed on the PATH; run \`make venv\` and \`. .venv/bin/activate\`, and start again"
   fi
   mkdir -p "$output"
-  "${command[@]}" 2>&1 | tee -a "$output/train.log"
+  "${command[@]}" 2>&1 | tee -a "$output/train.log" | show_log
 }

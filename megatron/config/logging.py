@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+LogFormat = Literal["auto", "compact", "megatron"]
 ProgressStyle = Literal["auto", "bar", "line", "off"]
 Profile = Literal["pt", "pt-full"]
 PositionBuckets = Literal["powers-of-two", "equal"]
@@ -18,6 +19,10 @@ class LoggingConfig:
     log_interval: int | None = None
     """Iterations between log lines. Default: 100, and each step where steps take 10 seconds or more, by the time of the
     last one; and the first step."""
+
+    log_format: LogFormat = "auto"
+    """Form of the log line of an iteration: compact, for a screen, or megatron, with all columns, which tools parse.
+    auto is compact on a terminal and megatron elsewhere."""
 
     tensorboard_dir: str | None = None
     """Folder for TensorBoard event files."""

@@ -4,7 +4,8 @@
      validation loss at iteration 100 | lm loss value: 8.123456E+00 | lm loss PPL: 3.371E+03 |
      validation loss by position at iteration 100 | 0-4096: 8.412345E+00 | 4096-8192: 7.834567E+00 |
 
-The formatter and the parser share one table of columns, so that they always agree.
+The formatter and the parser share one table of columns, so that they always agree. A value that is unknown or does not
+apply has no column.
 """
 
 import math
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-UNKNOWN = "n/a"
+_NOT_AVAILABLE = "n/a"  # an unknown value in logs of earlier versions
 _LARGEST_EXPONENT = 700.0  # exp() of more overflows a double
 
 
@@ -35,9 +36,9 @@ class IterationRecord:
     loss_scale: float
     grad_norm: float | None
     router_aux_loss: float | None = None
-    """Of a mixture of experts, without its coefficient; no part of `loss`. Not in the line where there is none."""
+    """Of a mixture of experts, without its coefficient; no part of `loss`."""
     expert_imbalance: float | None = None
-    """The load of the busiest expert over the mean load, in the worst layer. The same applies."""
+    """The load of the busiest expert over the mean load, in the worst layer of a mixture of experts."""
     tokens_per_second_per_gpu: float | None
     model_tflops_per_gpu: float | None
     mfu: float | None
@@ -48,6 +49,8 @@ class IterationRecord:
     host_pool_gib: float | None
     skipped_iterations: int
     nan_iterations: int
+    hours_left: float | None = None
+    """Estimated hours until the last iteration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ class _Column:
     form: str
     read: Callable[[str], float]
     is_optional: bool = False
-    """Whether the column is left out where the value does not apply."""
+    """Whether the value may be unknown."""
 
 
 def _read_percent(text: str) -> float:
@@ -107,18 +110,19 @@ _COLUMNS = (
     _Column("learning rate", "learning_rate", ".3E", float),
     _Column("global batch size", "global_batch_size", "5d", int),
     _Column("sequence length", "seq_length", "7d", int, is_optional=True),
-    _Column("lm loss", "loss", ".6E", float),
+    _Column("lm loss", "loss", ".6E", float, is_optional=True),
     _Column("loss scale", "loss_scale", ".1f", float),
-    _Column("grad norm", "grad_norm", ".3f", float),
+    _Column("grad norm", "grad_norm", ".3f", float, is_optional=True),
     _Column("router aux loss", "router_aux_loss", ".6E", float, is_optional=True),
     _Column("expert imbalance", "expert_imbalance", ".2f", float, is_optional=True),
-    _Column("tokens/s/GPU", "tokens_per_second_per_gpu", ".1f", float),
-    _Column("model TFLOP/s", "model_tflops_per_gpu", ".2f", float),
-    _Column("MFU", "mfu", ".1%", _read_percent),
-    _Column("HFU", "hfu", ".1%", _read_percent),
-    _Column("peak GPU memory (GiB)", "peak_gpu_gib", ".2f", float),
-    _Column("host memory (GiB)", "host_gib", ".2f", float),
-    _Column("host pool (GiB)", "host_pool_gib", ".2f", float),
+    _Column("tokens/s/GPU", "tokens_per_second_per_gpu", ".1f", float, is_optional=True),
+    _Column("model TFLOP/s", "model_tflops_per_gpu", ".2f", float, is_optional=True),
+    _Column("MFU", "mfu", ".1%", _read_percent, is_optional=True),
+    _Column("HFU", "hfu", ".1%", _read_percent, is_optional=True),
+    _Column("peak GPU memory (GiB)", "peak_gpu_gib", ".2f", float, is_optional=True),
+    _Column("host memory (GiB)", "host_gib", ".2f", float, is_optional=True),
+    _Column("host pool (GiB)", "host_pool_gib", ".2f", float, is_optional=True),
+    _Column("ETA (h)", "hours_left", ".3f", float, is_optional=True),
     _Column("number of skipped iterations", "skipped_iterations", "3d", int),
     _Column("number of nan iterations", "nan_iterations", "3d", int),
 )
@@ -131,11 +135,8 @@ _BUCKET = re.compile(r" (\d+)-(\d+): (\S+) ")
 
 def format_iteration(record: IterationRecord) -> str:
     """Return the log line of one iteration, without a newline."""
-    columns = "".join(
-        f" {column.label}: {_format(record, column)} |"
-        for column in _COLUMNS
-        if not (column.is_optional and getattr(record, column.attribute) is None)
-    )
+    values = ((column, getattr(record, column.attribute)) for column in _COLUMNS)
+    columns = "".join(f" {column.label}: {value:{column.form}} |" for column, value in values if value is not None)
     return f" iteration {record.iteration:8d}/{record.train_iterations:8d} |{columns}"
 
 
@@ -156,8 +157,8 @@ def format_positions(record: PositionRecord) -> str:
 def parse_line(line: str) -> LogRecord | None:
     """Return the record in a line, or None if it is neither an iteration's nor an evaluation's.
 
-    A launcher's prefix and columns that this version does not know are skipped. A line with a known column missing or
-    damaged, as in a truncated log, is not a record.
+    A launcher's prefix and columns that this version does not know are skipped. A line with a damaged column or without
+    one that is always known, as in a truncated log, is not a record.
     """
     if match := _VALIDATION.search(line):
         return ValidationRecord(iteration=int(match[2]), loss=float(match[3]), part=match[1])
@@ -177,18 +178,13 @@ def parse_log(lines: Iterable[str]) -> Iterator[LogRecord]:
             yield record
 
 
-def _format(record: IterationRecord, column: _Column) -> str:
-    value = getattr(record, column.attribute)
-    return UNKNOWN if value is None else format(value, column.form)
-
-
 def _parse_iteration(iteration: int, train_iterations: int, rest: str) -> IterationRecord | None:
     texts = dict(_split_column(part) for part in rest.split(" |") if ":" in part)
     values: dict[str, float | None] = {}
     for column in _COLUMNS:
-        text = texts.get(column.label, UNKNOWN if column.is_optional else "")
+        text = texts.get(column.label, _NOT_AVAILABLE if column.is_optional else "")
         try:
-            values[column.attribute] = None if text == UNKNOWN else column.read(text)
+            values[column.attribute] = None if text == _NOT_AVAILABLE else column.read(text)
         except ValueError:
             return None
     return IterationRecord(iteration=iteration, train_iterations=train_iterations, **values)  # type: ignore[arg-type]

@@ -149,7 +149,10 @@ def build_progress(style: str, rank: int, stream: TextIO, heartbeat_seconds: flo
 
 
 def format_duration(seconds: float) -> str:
-    """Return m:ss, or h:mm:ss for an hour or more."""
+    """Return m:ss, h:mm:ss for an hour or more, or days and hours for a day or more."""
     minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        days, hours = divmod(round(seconds / 3600), 24)
+        return f"{days}d {hours}h"
     return f"{hours}:{minutes:02d}:{whole_seconds:02d}" if hours else f"{minutes}:{whole_seconds:02d}"

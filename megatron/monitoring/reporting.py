@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,13 @@ from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, sample_lengths
 from megatron.fpdt.stream import Stream
 from megatron.initialize import GIB, Context
+from megatron.logging.compact_line import line_formatter
 from megatron.logging.device_peak import peak_tflops
 from megatron.logging.log_line import (
     Bucket,
     IterationRecord,
     PositionRecord,
     ValidationRecord,
-    format_iteration,
     format_positions,
     format_validation,
 )
@@ -59,6 +60,8 @@ class Reporter:
         self._steps: list[tuple[int, float]] = []
         self._lengths_vary = sample_lengths(config, context.parallel_state.world_size).vary
         self._last_line = 0  # iteration of the line before, where lines have no fixed interval
+        self._format = line_formatter(config.logging.log_format, sys.stdout)
+        self._pace = _Pace()
         self._started = time.monotonic()
 
     @contextmanager
@@ -73,6 +76,7 @@ class Reporter:
         if iteration:
             self._writer.discard_after(iteration)
         self._last_line = min(self._last_line, iteration)
+        self._pace = _Pace()
         self.restart()
 
     def restart(self) -> None:
@@ -130,9 +134,10 @@ class Reporter:
             host_pool_gib=self._stream.store.pool.allocated_bytes / GIB,
             skipped_iterations=state.skipped_iterations,
             nan_iterations=state.nan_iterations,
+            hours_left=self._pace.seconds_left(state.iteration, train_iterations, seconds) / 3600,
             **of_model,
         )
-        self._context.log.info(format_iteration(record))
+        self._context.log.info("%s", self._format(record))
         values = {f"train/{name}": getattr(record, name) for name in SCALARS}
         self._writer.write(state.iteration, {name: value for name, value in values.items() if value is not None})
         if self._config.logging.log_interval is None:
@@ -178,6 +183,25 @@ class Reporter:
         if self._context.device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self._context.device) / GIB
+
+
+class _Pace:
+    """The time of an iteration with the evaluations and the saving around it, since the first line.
+
+    The steps before that line are slower: they compile kernels and allocate memory.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def seconds_left(self, iteration: int, last_iteration: int, step_seconds: float) -> float:
+        """Estimate the time from now, the end of `iteration`, to the end of the last one."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = iteration, now
+        first, then = self._first
+        pace = (now - then) / (iteration - first) if iteration > first else step_seconds
+        return pace * (last_iteration - iteration)
 
 
 def _recomputed_flops(config: Config, stream: Stream, seq_length: int, attention_share: float) -> int:

@@ -28,7 +28,7 @@ SHOWN_CHARACTERS = 200
 # Flags that may differ: paths on a rank's own machine, and flags that only affect the output of one rank.
 OWN = frozenset(
     {"local_rank", "data_cache_path", "tensorboard_dir", "profile_dir", "wandb_save_dir", "progress"}
-    | {"heartbeat_seconds", "deepspeed_config"}
+    | {"heartbeat_seconds", "log_format", "deepspeed_config"}
 )
 # Flags that name files; the names may differ where the content is the same.
 DATA = frozenset({"data_path", "train_data_path", "valid_data_path", "test_data_path"})

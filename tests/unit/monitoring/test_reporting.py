@@ -12,7 +12,7 @@ from megatron.core.head_layout import HeadLayout
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import Stream
-from megatron.logging.log_line import Bucket
+from megatron.logging.log_line import Bucket, parse_line
 from megatron.monitoring import reporting
 from megatron.monitoring.loss_window import LossWindow
 from megatron.monitoring.reporting import Reporter
@@ -86,6 +86,19 @@ def test_losses_before_an_evaluation_count_and_its_time_does_not(clock, caplog):
     assert written["train/nan_iterations"] == 1
     assert written["train/consumed_tokens"] == 3 * 2 * 1024
     assert written["train/host_pool_gib"] == 1.0
+
+
+def test_the_time_left_counts_evaluations_and_not_the_first_steps(clock, caplog):
+    caplog.set_level(logging.INFO)
+    (reporter, _), state = reporter_of(), TrainState()
+    for seconds in (3600, 100, 100):
+        iterate(reporter, state, [4.0])
+        clock.now += seconds
+        line(reporter, state)
+        with reporter.pause():
+            clock.now += 80
+    records = [parse_line(message) for message in caplog.messages]
+    assert [round(record.hours_left * 3600) for record in records] == [9 * 3600, 8 * 180, 7 * 180]
 
 
 def test_a_spike_is_warned_of_with_its_own_iteration(clock, caplog):
