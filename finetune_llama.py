@@ -15,10 +15,12 @@ from pathlib import Path
 if __name__ == "__main__":  # the imports below take seconds
     from megatron.launch.gpu_allocator import use_expandable_segments
     from megatron.ranks.interrupts import end_on_interrupt
+    from megatron.ranks.repeated_warnings import show_repeated_warnings_once
     from megatron.ranks.supervisor import supervise
 
     end_on_interrupt()
     record_place = supervise()
+    show_repeated_warnings_once(os.environ)
     use_expandable_segments(os.environ)
 
 from megatron.config import Config, ConfigError, SampleLengths

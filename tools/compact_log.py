@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Show a log with iterations in the compact form, as --log-format compact writes them; other lines are left alone.
 
-    pretrain_gpt.py ... 2>&1 | tee train.log | python tools/compact_log.py     a run, with all columns in its log
-    tail -f train.log | python tools/compact_log.py                            a run that another machine writes
+pretrain_gpt.py ... 2>&1 | tee train.log | python tools/compact_log.py     a run, with all columns in its log
+tail -f train.log | python tools/compact_log.py                            a run that another machine writes
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import count
 from math import ceil
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,15 +23,13 @@ from megatron.fpdt.stream import Saving
 from megatron.initialize import Context
 from megatron.launch.intervals import interval_warnings
 from megatron.model.builder import Execution
-from megatron.model.layers import attention_request, has_short_tiles, head_layout
+from megatron.model.layers import attention_request, has_short_tiles
 from megatron.ops.attention import choose_backend
 from megatron.planner.flags import flags_to_change
 from megatron.planner.hardware import GIB, HOST_HEADROOM, Gpu, Machines, gpu_like
 from megatron.planner.job import HALF, Job
 from megatron.planner.memory import ACCURACY
 from megatron.planner.plan import Plan
-from megatron.planner.reach import advice
-from megatron.planner.report import execution_lines
 from megatron.planner.solver import Open, fastest, with_free_device_memory
 from megatron.ranks.world import local_world_size
 
@@ -47,45 +46,63 @@ class _Streaming:
     checkpoint_interval: int
 
 
+class ChosenExecution(NamedTuple):
+    """How a run executes; the plan behind it, None where the planner does not cover it; and what was chosen there."""
+
+    execution: Execution
+    plan: Plan | None
+    choices: Open = Open()
+
+
 def choose_execution(config: Config, context: Context, padded_vocab_size: int) -> Execution:
+    """Return how a run executes, as `plan_execution`, without its plan."""
+    return plan_execution(config, context, padded_vocab_size).execution
+
+
+def plan_execution(config: Config, context: Context, padded_vocab_size: int) -> ChosenExecution:
     """Return what the flags say; choose what they leave open by the memory available. Collective over all ranks.
 
     Raises:
         ConfigError: the run does not fit host memory or, as far as the planner can tell, GPU memory.
     """
-    heads = head_layout(config.model, config.parallel.ds_sequence_parallel_size)
-    if heads.num_heads % heads.num_ranks:
-        context.log.info("attention: %s", heads)
     plain = Execution(
         activation_checkpointing=config.deepspeed.deepspeed_activation_checkpointing,
         checkpoint_in_cpu=config.deepspeed.checkpoint_in_cpu,
         documents=config.data.reset_attention_mask,
     )
-    if not config.parallel.ds_sequence_parallel_fpdt:
-        return plain
-    offloading = config.parallel.ds_sequence_parallel_fpdt_offloading
     plan, host_memory = _plan_and_host_memory(config, context, padded_vocab_size)
-    streaming = _unplanned(config, context, host_memory) if plan is None else _planned(plan, config, context)
+    if not config.parallel.ds_sequence_parallel_fpdt:
+        return ChosenExecution(plain, plan)
+    choices = Open.of(config)
+    if plan is None:
+        streaming: _Streaming | None = _unplanned(config, context, host_memory)
+    else:
+        plan = _solved(plan, choices)
+        if context.parallel_state.rank == 0:
+            for line in interval_warnings(config, plan):
+                context.log.warning(line)
+        streaming = _of_first_rank(_streaming_of(plan) if plan.job.streamed else None, context)
     if streaming is None:
-        return plain
+        return ChosenExecution(plain, plan, choices)
     shape, recompute, interval = _shape(config, context, streaming), streaming.recompute, streaming.checkpoint_interval
     by_length = dict[int, Saving]()
-    if offloading:
-        _check_host_memory(shape, streaming, host_memory, config, plan)
+    if config.parallel.ds_sequence_parallel_fpdt_offloading:
+        _check_host_memory(shape, streaming, host_memory, config, device_is_full=plan is not None)
         host_left = host_memory - shape.host_bytes(streaming.device_bytes, interval, recompute)
         for length in _shorter_lengths(config, context.parallel_state.world_size):
             by_length[length], host_left = _saving_at(length, streaming, plan, host_left, config, context)
-    return replace(
+    streamed = replace(
         plain,
         fpdt=True,
         chunk_size=streaming.chunk_size,
-        offloading=offloading,
+        offloading=config.parallel.ds_sequence_parallel_fpdt_offloading,
         device_budget=shape.device_budget(streaming.device_bytes, interval, recompute),
         host_memory_bytes=host_memory,
         checkpoint_interval=interval,
         recompute=recompute,
         by_length=by_length,
     )
+    return ChosenExecution(streamed, plan, choices)
 
 
 def _shorter_lengths(config: Config, world_size: int) -> list[int]:
@@ -118,10 +135,6 @@ def _saving_at(
         streaming = replace(longest, device_bytes=streaming.device_bytes)
         needed = 0
     recompute, interval = streaming.recompute, streaming.checkpoint_interval
-    context.log.info(
-        "steps of %d tokens: %.3g GiB of chunks may stay on the GPU, checkpoint interval %d, recompute %s",
-        length, streaming.device_bytes / GIB, interval, recompute,
-    )  # fmt: skip
     budget = shape.device_budget(streaming.device_bytes, interval, recompute)
     return Saving(recompute, interval, budget), host_left - needed
 
@@ -151,24 +164,15 @@ def _unplanned(config: Config, context: Context, host_memory: int) -> _Streaming
     return streaming
 
 
-def _planned(plan: Plan, config: Config, context: Context) -> _Streaming | None:
-    """Return the fastest execution that the flags allow and that fits; None for one without FPDT.
-
-    ConfigError where the GPU can hold none.
-    """
-    choices = Open.of(config)
+def _solved(plan: Plan, choices: Open) -> Plan:
+    """Return the plan of the fastest execution that the flags allow and that fits. ConfigError where none fits."""
     solved = fastest(plan, choices)
     if solved is None and choices.chunk:
         raise ConfigError(_no_chunk_fits(plan, choices))
     if solved is None:
         solved = with_free_device_memory(plan) if choices.device_memory else plan
-        check_gpu_memory(solved, choices)
-    for line in execution_lines(solved, choices):
-        context.log.info(line)
-    if context.parallel_state.rank == 0:
-        for line in interval_warnings(config, solved):
-            context.log.warning(line)
-    return _of_first_rank(_streaming_of(solved) if solved.job.streamed else None, context)
+        check_gpu_memory(solved)
+    return solved
 
 
 def _of_first_rank(streaming: _Streaming | None, context: Context) -> _Streaming | None:
@@ -198,17 +202,23 @@ def _plan_and_host_memory(config: Config, context: Context, padded_vocab_size: i
 
 def plan_of_run(config: Config, context: Context, padded_vocab_size: int, host_memory: int) -> Plan | None:
     """Plan the run on the smallest GPU; None where the planner does not cover such a run."""
-    model, parallel = config.model, config.parallel
+    parallel = config.parallel
     on_gpu_alone = parallel.ds_sequence_parallel_fpdt and not parallel.ds_sequence_parallel_fpdt_offloading
     in_half = context.dtype.itemsize == HALF
     if context.device.type != "cuda" or on_gpu_alone or not in_half or offloads(config, "offload_param"):
         return None
     gpu = gpu_like(torch.cuda.get_device_name(context.device), context.device_memory_bytes)
-    request = attention_request(model, context.device, context.dtype)
-    short_tiles = has_short_tiles(model, parallel.ds_sequence_parallel_size, config.data.reset_attention_mask)
-    kernel = choose_backend(model.attention_backend, request, short_tiles)
-    plan = plan_of(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size, kernel.name)
+    kernel = attention_kernel(config, context)
+    plan = plan_of(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size, kernel)
     return replace(plan, machines=replace(plan.machines, measured_link=context.link))
+
+
+def attention_kernel(config: Config, context: Context) -> str:
+    """Return the name of the attention backend that a run takes."""
+    model, num_ranks = config.model, config.parallel.ds_sequence_parallel_size
+    request = attention_request(model, context.device, context.dtype)
+    short_tiles = has_short_tiles(model, num_ranks, config.data.reset_attention_mask)
+    return choose_backend(model.attention_backend, request, short_tiles).name
 
 
 def plan_of(

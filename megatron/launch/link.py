@@ -23,9 +23,7 @@ def with_measured_link(config: Config, context: Context) -> Context:
     if context.device.type != "cuda" or not config.parallel.ds_sequence_parallel_fpdt_offloading:
         return context
     context.watchdog.enter("measuring the link to the host")
-    link = measure_link(context.device)
-    context.log.info("link between each GPU and its host, all at once: %s", link)
-    return replace(context, link=link)
+    return replace(context, link=measure_link(context.device))
 
 
 def measure_link(device: torch.device) -> LinkRates:

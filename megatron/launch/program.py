@@ -25,7 +25,8 @@ from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.settings import with_hugging_face_model
 from megatron.initialize import Context, device_type, initialize
 from megatron.launch.determinism import use_deterministic_kernels
-from megatron.launch.execution import choose_execution, plan_of_run
+from megatron.launch.execution import plan_execution, plan_of_run
+from megatron.launch.introduction import introduce
 from megatron.launch.link import with_measured_link
 from megatron.launch.model_check import check_model
 from megatron.launch.models import model_source
@@ -160,7 +161,8 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
 
     OutOfMemory, with a table of what uses the memory, where GPU or host memory runs out.
     """
-    parallel_state, execution = context.parallel_state, choose_execution(config, context, padded_vocab_size)
+    parallel_state, chosen = context.parallel_state, plan_execution(config, context, padded_vocab_size)
+    execution = chosen.execution
     longest_chunk = execution.chunk_size if execution.fpdt else config.model.seq_length
     model = model_source(config, context, padded_vocab_size, execution)
 
@@ -179,7 +181,8 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
     providers = Providers(model.provide, model.leaf_modules, source.provide_datasets, provide_batch)
     ledger = Ledger(context, partial(plan_of_run, config, context, padded_vocab_size, context.host_memory_bytes))
     with only_writer(config.checkpoint, context), ledger.reporting_out_of_memory():
-        pretrain(config, context, padded_vocab_size, providers, ledger)
+        introduction = partial(introduce, config, context, padded_vocab_size, chosen)
+        pretrain(config, context, padded_vocab_size, providers, ledger, introduction)
 
 
 def leave(code: int) -> NoReturn:

@@ -50,12 +50,22 @@ def _settings(plan: Plan, choices: Open) -> list[str]:
     if not job.streamed:
         chosen = ", chosen: the sequence fits the GPU, and is faster in one piece" * choices.plain
         return [f"  without FPDT     activations {job.activations}{chosen}"]
-    every = "" if memory.checkpoint_interval == 1 else f"; inputs saved of one block in {memory.checkpoint_interval}"
     return [
-        f"  chunk            {job.chunk_length:9,} tokens{', chosen' * choices.chunk}",
+        chunk_line(job.chunk_length, choices.chunk),
         f"  chunks on GPU    {_on_gpu(plan)}{', chosen' * choices.device_memory}",
-        f"  recompute        {memory.recompute:>9s}       {_RECOMPUTED[memory.recompute]}{every}",
+        recompute_line(memory.recompute, memory.checkpoint_interval),
     ]
+
+
+def chunk_line(num_tokens: int, is_chosen: bool = False) -> str:
+    """Say how long a chunk is."""
+    return f"  chunk            {num_tokens:9,} tokens{', chosen' * is_chosen}"
+
+
+def recompute_line(recompute: Recompute, checkpoint_interval: int) -> str:
+    """Say what the backward pass recomputes of a streamed block."""
+    every = "" if checkpoint_interval == 1 else f"; inputs saved of one block in {checkpoint_interval}"
+    return f"  recompute        {recompute:>9s}       {_RECOMPUTED[recompute]}{every}"
 
 
 def _on_gpu(plan: Plan) -> str:

@@ -57,9 +57,12 @@ class Lengths:
         """Describe the steps left after `state`."""
         steps = self.iterations - state.iteration
         iterations = "1 iteration" if steps == 1 else f"{steps} iterations"
+        left = f"{self.ends_by} leaves {iterations} of {self.global_batch_size} samples"
+        if not state.iteration:
+            return left
         return (
-            f"{self.ends_by} leaves {iterations} of {self.global_batch_size} samples; consumed so far: "
-            f"{state.iteration} iterations, {state.consumed_samples} samples, {state.consumed_tokens} tokens"
+            f"{left}; consumed so far: {state.iteration} iterations, {state.consumed_samples} samples, "
+            f"{state.consumed_tokens} tokens"
         )
 
     def unreached(self, state: TrainState) -> list[int]:

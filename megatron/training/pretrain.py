@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,18 @@ from megatron.training.run import Run
 from megatron.weights.published_config import has_weights
 
 
-def pretrain(config: Config, context: Context, padded_vocab_size: int, providers: Providers, ledger: Ledger) -> None:
+def pretrain(
+    config: Config,
+    context: Context,
+    padded_vocab_size: int,
+    providers: Providers,
+    ledger: Ledger,
+    introduce: Callable[[Lengths, TrainState], None],
+) -> None:
     """Train from the newest checkpoint, or from scratch, to the end that the configuration sets.
 
-    `ledger` gets the engine and the stream, whose memory it reports.
+    `ledger` gets the engine and the stream, whose memory it reports. `introduce` logs what the run is, before anything
+    large is built.
     """
     watchdog, world_size = context.watchdog, context.parallel_state.world_size
     context.log.info("settings, as a file for --config:")
@@ -46,7 +55,11 @@ def pretrain(config: Config, context: Context, padded_vocab_size: int, providers
         context.log.info("note: %s", note)
     checkpoint = _checkpoint_to_load(config, context, padded_vocab_size)
     state = starting_state(checkpoint, config, context)
-    data = _build_data(config, context, providers, state)
+    lengths = Lengths.of(config, world_size, state)
+    introduce(lengths, state)
+    _warn_of_unreached(lengths, state, context)
+    with watchdog.working("building the data index"):
+        data = TrainingData(config, context, providers, lengths.num_samples(config, state))
     progress = WatchedProgress(
         build_progress(
             config.logging.progress, context.parallel_state.rank, sys.stdout, config.logging.heartbeat_seconds
@@ -112,18 +125,14 @@ def _checkpoint_to_load(config: Config, context: Context, padded_vocab_size: int
     return checkpoint
 
 
-def _build_data(config: Config, context: Context, providers: Providers, state: TrainState) -> TrainingData:
-    """Build what the rest of the training reads. Collective over all ranks."""
-    lengths = Lengths.of(config, context.parallel_state.world_size, state)
-    context.log.info("training to iteration %d: %s", lengths.iterations, lengths.left(state))
+def _warn_of_unreached(lengths: Lengths, state: TrainState, context: Context) -> None:
+    """Warn of phases of --seq-length-schedule that the training does not reach."""
     unreached = lengths.unreached(state)
     if unreached and context.is_first_rank:
         context.log.warning(
             "the training ends before its sequences have %s tokens: raise its length, or shorten "
             "--seq-length-schedule", " and ".join(map(str, unreached)),
         )  # fmt: skip
-    with context.watchdog.working("building the data index"):
-        return TrainingData(config, context, providers, lengths.num_samples(config, state))
 
 
 def _build_engine(config: Config, context: Context, providers: Providers, observer: Observer) -> Engine:

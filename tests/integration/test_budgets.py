@@ -37,7 +37,7 @@ CASES = [
     Case(
         ["--train-samples", "39", "--global-batch-size", "10"],
         [5, 6], CONSUMED + 20, (CONSUMED + 20) * SEQ_LENGTH,
-        "training to iteration 6: --train-samples (39) leaves 2 iterations of 10 samples",
+        "to iteration 6: --train-samples (39) leaves 2 iterations of 10 samples",
     ),
     Case(
         ["--train-samples", "1000", "--train-tokens", str(30 * SEQ_LENGTH), *LONGER],

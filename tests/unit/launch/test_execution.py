@@ -75,14 +75,6 @@ def test_shorter_steps_save_more_where_the_host_has_room_beside_the_longest():
     assert choose(host_gib=1000).by_length == {}
 
 
-def test_heads_that_the_ranks_do_not_divide_are_logged(caplog):
-    with caplog.at_level("INFO"):
-        choose("--ds-sequence-parallel-size", "32", host_gib=1000)
-        assert not any("heads" in line for line in caplog.messages)
-        choose("--ds-sequence-parallel-size", "64", host_gib=1000)
-    assert "attention: 32 heads over 64 ranks: 1 on each, with 1/2 of each chunk's queries" in caplog.messages
-
-
 def test_explicit_flags_are_honored():
     execution = choose("--ds-sequence-parallel-fpdt-recompute", "mlp", host_gib=1000)
     assert (execution.recompute, execution.checkpoint_interval) == (Recompute.MLP, 1)
@@ -187,14 +179,11 @@ def test_a_run_is_streamed_if_chunks_are_asked_for_or_it_does_not_fit_the_gpu_in
 
 
 @pytest.mark.parametrize("gib", ["0", "20"])
-def test_device_memory_is_as_asked_or_what_the_gpu_has_free(choose_on, caplog, gib):
+def test_device_memory_is_as_asked_or_what_the_gpu_has_free(choose_on, gib):
     asked = choose_on(GPUS["H200"], "--ds-sequence-parallel-fpdt-device-memory", gib)
     assert asked.device_budget.total_bytes == int(gib) * GIB
-    with caplog.at_level(logging.INFO):
-        chosen = choose_on(GPUS["H200"], "--ds-sequence-parallel-fpdt-device-memory", "auto", "--seq-length", "131072")
+    chosen = choose_on(GPUS["H200"], "--ds-sequence-parallel-fpdt-device-memory", "auto", "--seq-length", "131072")
     assert chosen.device_budget.total_bytes > 50 * GIB
-    assert "tokens, chosen" in caplog.text
-    assert "GiB   all of them, chosen" in caplog.text
 
 
 def test_the_gpu_stores_more_of_shorter_steps(choose_on):

@@ -136,6 +136,8 @@ def test_no_progress_takes_every_call():
     progress.finish_step()
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (7325, "2:02:05"), (183_900, "2d 3h")])
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (7325, "2:02:05"), (183_900, "2d 3h")]
+)
 def test_durations_read_as_a_clock(seconds, text):
     assert format_duration(seconds) == text

@@ -103,6 +103,8 @@ def test_what_is_left_is_said_in_one_line() -> None:
     assert lengths.left(state) == (
         "--train-samples (23) leaves 0 iterations of 4 samples; consumed so far: 5 iterations, 20 samples, 20480 tokens"
     )
+    lengths, _ = plan("--train-iters 1 --global-batch-size 4", state := TrainState())
+    assert lengths.left(state) == "--train-iters (1) leaves 1 iteration of 4 samples"
 
 
 @pytest.mark.parametrize(
