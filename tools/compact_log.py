@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Show a log with iterations in the compact form, as --log-format compact writes them; other lines are left alone.
 
-pretrain_gpt.py ... 2>&1 | tee train.log | python tools/compact_log.py     a run, with all columns in its log
-tail -f train.log | python tools/compact_log.py                            a run that another machine writes
+    python tools/compact_log.py    reads standard input: a run, or `tail -f train.log`
+
+The launch scripts show a run so on a terminal, and write all columns to its log.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, whose last lines are still to be shown
+
 from megatron.logging.compact_line import format_compact
 from megatron.logging.log_line import IterationRecord, parse_line
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parse_arguments(argv)
     for line in sys.stdin:
         print(shown(line), end="", flush=True)
     return 0
@@ -34,6 +42,5 @@ def shown(line: str) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, whose last lines are still to be shown
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(main())

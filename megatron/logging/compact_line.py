@@ -1,6 +1,6 @@
 """The log line of one iteration for a terminal of 120 columns, and the choice between it and Megatron's form.
 
-     step  12/100  loss 2.3456  norm 1.234  lr 1.20e-04  301 tokens/s/GPU  MFU 51.6%  29:01  101 GiB  ETA 1d 18h
+     step  12/100  loss 2.3456  norm 1.234  lr 1.20e-04  301 tok/s/GPU  MFU 51.6%  29:01  101.4 GiB  ETA 1d 18h
 
 Nothing parses it: a file gets Megatron's form.
 """
@@ -33,18 +33,18 @@ def _parts(record: IterationRecord) -> Iterator[str]:
     yield f"step {record.iteration:{len(total)}d}/{total}"
     yield "no loss" if record.loss is None else f"loss {record.loss:.4f}"
     if record.grad_norm is not None:
-        yield f"norm {record.grad_norm:.4g}"
+        yield f"norm {record.grad_norm:{'#.4g' if record.grad_norm < 1000 else '.2e'}}"
     yield f"lr {record.learning_rate:.2e}"
     if record.tokens_per_second_per_gpu is not None:
-        yield f"{record.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
+        yield f"{record.tokens_per_second_per_gpu:,.0f} tok/s/GPU"
     if record.mfu is not None:
         yield f"MFU {record.mfu:.1%}"
     elif record.model_tflops_per_gpu is not None:
-        yield f"{record.model_tflops_per_gpu:.3g} TFLOP/s"
+        yield f"{record.model_tflops_per_gpu:.2f} TFLOP/s"
     yield _step_time(record.milliseconds / 1e3)
     gib = record.host_gib if record.peak_gpu_gib is None else record.peak_gpu_gib
     if gib is not None:
-        yield f"{gib:.3g} GiB"
+        yield f"{gib:.1f} GiB"
     if record.seq_length is not None:
         yield f"length {record.seq_length:,}"
     if record.expert_imbalance is not None:
@@ -57,4 +57,6 @@ def _parts(record: IterationRecord) -> Iterator[str]:
 
 
 def _step_time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds < 60 else format_duration(seconds)
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f} ms"
+    return f"{seconds:.2f} s" if seconds < 60 else format_duration(seconds)

@@ -122,7 +122,7 @@ _COLUMNS = (
     _Column("peak GPU memory (GiB)", "peak_gpu_gib", ".2f", float, is_optional=True),
     _Column("host memory (GiB)", "host_gib", ".2f", float, is_optional=True),
     _Column("host pool (GiB)", "host_pool_gib", ".2f", float, is_optional=True),
-    _Column("ETA (h)", "hours_left", ".3f", float, is_optional=True),
+    _Column("ETA (h)", "hours_left", ".4f", float, is_optional=True),
     _Column("number of skipped iterations", "skipped_iterations", "3d", int),
     _Column("number of nan iterations", "nan_iterations", "3d", int),
 )

@@ -120,7 +120,7 @@ def _read_log(path: Path, name: str = "") -> RunHistory:
     if not history.series:
         raise ValueError(
             f"{path} has no line ` iteration 1/ 100 | ... | lm loss: ...`; give the text that pretrain_gpt.py printed, "
-            "for example by `... 2>&1 | tee train.log`."
+            "for example by `... 2>&1 | tee train.log`, in the form of --log-format megatron."
         )
     return history
 

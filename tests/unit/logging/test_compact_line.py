@@ -21,7 +21,7 @@ def test_a_line_has_what_one_watches():
         tokens_per_second_per_gpu=301.1, mfu=0.516, milliseconds=1_741_000.0, peak_gpu_gib=101.44, hours_left=44.97,
     )  # fmt: skip
     assert format_compact(record) == (
-        " step   7/100  loss 2.3456  norm 1.234  lr 1.20e-04  301 tokens/s/GPU  MFU 51.6%  29:01  101 GiB  ETA 1d 21h"
+        " step   7/100  loss 2.3456  norm 1.234  lr 1.20e-04  301 tok/s/GPU  MFU 51.6%  29:01  101.4 GiB  ETA 1d 21h"
     )
 
 
@@ -37,9 +37,11 @@ def test_a_long_line_fits_a_terminal():
     "values, part",
     [
         ({"loss": None}, "  no loss  "),
-        ({"mfu": None}, "  1 TFLOP/s  "),
-        ({"peak_gpu_gib": None}, "  9 GiB  "),
-        ({"milliseconds": 89.04}, "  0.089 s  "),
+        ({"mfu": None}, "  1.00 TFLOP/s  "),
+        ({"peak_gpu_gib": None}, "  9.0 GiB  "),
+        ({"milliseconds": 89.04}, "  89 ms  "),
+        ({"milliseconds": 3560.0}, "  3.56 s  "),
+        ({"grad_norm": 123456.0}, "  norm 1.23e+05  "),
         ({"skipped_iterations": 3}, "  skipped 3  "),
         ({"nan_iterations": 2}, "  nan 2  "),
         ({"expert_imbalance": 3.5}, "  imbalance 3.50  "),

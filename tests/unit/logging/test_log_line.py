@@ -48,7 +48,7 @@ def test_the_line_has_megatrons_form():
         "lm loss: 8.123456E+00 | loss scale: 1.0 | grad norm: 1.234 | "
     )
     assert " | MFU: 41.7% | HFU: 50.2% | peak GPU memory (GiB): 7.12 | host memory (GiB): 91.50 | host pool" in line
-    assert line.endswith(" | ETA (h): 12.250 | number of skipped iterations:   0 | number of nan iterations:   0 |")
+    assert line.endswith(" | ETA (h): 12.2500 | number of skipped iterations:   0 | number of nan iterations:   0 |")
 
 
 def test_an_iteration_survives_writing_and_reading():
