@@ -9,8 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from megatron.checkpointing.train_state import TrainState
-from megatron.config import Config, zero_stage_run
-from megatron.config.deepspeed_json import offloads
+from megatron.config import Config, offloads, zero_stage_run
 from megatron.fpdt.memory_model import StreamShape
 from megatron.initialize import GIB, Context
 from megatron.launch.execution import ChosenExecution, attention_kernel
@@ -74,7 +73,7 @@ def _execution_lines(chosen: ChosenExecution, config: Config, context: Context) 
         from_host = " from the host" * (execution.activation_checkpointing and execution.checkpoint_in_cpu)
         return [title, f"  without FPDT     activations {saved}{from_host}"]
     recompute = recompute_line(execution.recompute, execution.checkpoint_interval)
-    lines = [title, chunk_line(execution.chunk_size), recompute]
+    lines = [title, chunk_line(min(execution.chunk_size, config.model.seq_length)), recompute]
     if execution.offloading:
         num_bytes = _host_bytes(execution, config, context)
         lines.append(f"  host memory      {num_bytes / GIB:9.3f} GiB   of activations per rank")

@@ -113,6 +113,14 @@ def test_a_run_that_leaves_all_open_takes_the_fastest_way(corpus, exact):
     assert all(abs(losses[i] - exact[i]) < TOLERANCE["--bf16"] for i in exact)
 
 
+@pytest.mark.parametrize("flags", [[], RECOMPUTED, OFFLOADED], ids=["plain", "recomputed", "offloaded"])
+def test_a_run_says_at_start_what_it_is_and_what_it_needs(corpus, flags):
+    output = run_training(training_words(corpus, 2, "--bf16", *flags), 1).output
+    facts = ("model", "ranks", "batch", "attention", "software", "GPU memory", "host memory", "step", "speed", "time")
+    assert {label: output.count(f"\n  {label:<16s} ") for label in facts} == dict.fromkeys(facts, 1)
+    assert output.count("\n  link to host ") == (flags == OFFLOADED)
+
+
 def test_a_model_that_the_gpu_cannot_hold_is_refused_before_it_is_built(corpus):
     large = ["--num-layers", "400", "--hidden-size", "16384", "--num-attention-heads", "128"]
     run = launch(REPOSITORY / "pretrain_gpt.py", training_words(corpus, ITERATIONS, "--bf16", *OFFLOADED, *large), 1)
