@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.checkpointing.train_state import TrainState
-from megatron.config import Config
+from megatron.config import Config, sample_lengths
 from megatron.core.link_rates import LinkRates
 from megatron.core.parallel_state import ParallelState
 from megatron.launch.execution import plan_execution, plan_of
@@ -28,7 +28,7 @@ def introduced(config: Config, num_ranks: int, caplog, state: TrainState | None 
         device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=1000 * GIB, parallel_state=parallel,
         log=logging.getLogger("introduction test"), is_first_rank=rank == 0, link=LinkRates(51, 52, 67),
     )  # fmt: skip
-    state.start(config.training.global_batch_size or 1, config.model.seq_length)
+    state.start(sample_lengths(config, num_ranks))
     caplog.set_level(logging.INFO)
     chosen = plan_execution(config, context, VOCABULARY)
     introduce(config, context, VOCABULARY, chosen, Lengths.of(config, num_ranks, state), state)
@@ -72,6 +72,14 @@ def test_a_planned_run_says_what_it_needs_and_when_it_ends(on_h200, caplog):
         r"  time             about 1\d:\d\d:\d\d, until \w{3} \d\d \w{3} \d{4}, \d\d:\d\d, without evaluation .*",
         lines[-1],
     )
+
+
+def test_a_run_of_several_lengths_names_the_largest_and_what_each_saves(on_h200, caplog):
+    lines = introduced(config_of("--seq-length-schedule", "64K:5,256K"), 4, caplog)
+    assert "  batch            up to 262,144 tokens: 1 sequence of up to 262,144" in lines
+    (shorter,) = (line for line in lines if line.startswith("  at 65,536 "))
+    assert shorter.endswith(" GiB of chunks on the GPU, recompute none, checkpoint interval 1")
+    assert lines[-1].startswith("  time             at most about ")
 
 
 def test_a_run_without_a_plan_says_how_it_executes(caplog):
