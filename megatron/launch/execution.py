@@ -30,6 +30,7 @@ from megatron.planner.hardware import GIB, HOST_HEADROOM, Gpu, Machines, gpu_lik
 from megatron.planner.job import HALF, Job
 from megatron.planner.memory import ACCURACY
 from megatron.planner.plan import Plan
+from megatron.planner.reach import advice
 from megatron.planner.solver import Open, fastest, with_free_device_memory
 from megatron.ranks.world import local_world_size
 
@@ -87,7 +88,7 @@ def plan_execution(config: Config, context: Context, padded_vocab_size: int) -> 
     shape, recompute, interval = _shape(config, context, streaming), streaming.recompute, streaming.checkpoint_interval
     by_length = dict[int, Saving]()
     if config.parallel.ds_sequence_parallel_fpdt_offloading:
-        _check_host_memory(shape, streaming, host_memory, config, device_is_full=plan is not None)
+        _check_host_memory(shape, streaming, host_memory, config, plan)
         host_left = host_memory - shape.host_bytes(streaming.device_bytes, interval, recompute)
         for length in _shorter_lengths(config, context.parallel_state.world_size):
             by_length[length], host_left = _saving_at(length, streaming, plan, host_left, config, context)
@@ -171,7 +172,7 @@ def _solved(plan: Plan, choices: Open) -> Plan:
         raise ConfigError(_no_chunk_fits(plan, choices))
     if solved is None:
         solved = with_free_device_memory(plan) if choices.device_memory else plan
-        check_gpu_memory(solved)
+        check_gpu_memory(solved, choices)
     return solved
 
 
