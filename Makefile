@@ -53,11 +53,12 @@ kill-test: $(INSTALLED_DEV)  ## Kill 50 runs at random moments and compare the r
 grid: $(INSTALLED_DEV)  ## Run the whole exactness grid
 	$(PYTEST) -m grid
 
-lint: $(INSTALLED_DEV)  ## Check style, types and shell scripts
+lint: $(INSTALLED_DEV)  ## Check style, types, shell scripts and the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/hadolint Dockerfile
 
 format: $(INSTALLED_DEV)  ## Fix style and format the source
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,11 @@
-"""The one compiled part, the index builders of megatron/data/helpers.cpp; everything else is in pyproject.toml.
+"""The compiled part and the packages; everything else is in pyproject.toml.
 
-It is optional: without pybind11 or a compiler the installation succeeds and numpy does the work.
+The compiled part, the index builders of megatron/data/helpers.cpp, is optional: without pybind11 or a compiler the
+installation succeeds and numpy does the work. The scripts that the commands run are installed under names that do not
+get in the way of others: `tools` as `ulysses_offload.tools`.
 """
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_namespace_packages, setup
 
 
 def extensions() -> list[Extension]:
@@ -23,4 +25,9 @@ def extensions() -> list[Extension]:
     return [helpers]
 
 
-setup(ext_modules=extensions())
+setup(
+    ext_modules=extensions(),
+    packages=[*find_namespace_packages(include=["megatron", "megatron.*", "ulysses_offload"]), "ulysses_offload.tools"],
+    package_dir={"ulysses_offload.tools": "tools"},
+    py_modules=["pretrain_gpt", "finetune_llama"],
+)

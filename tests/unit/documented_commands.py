@@ -25,8 +25,21 @@ PROGRAMS = [
 # What stands for flags that a reader has, and for the program where it does not matter which.
 PLACEHOLDERS = ("...", "MODEL_FLAGS", "FLAGS OF pretrain_gpt.py")
 
-_PROGRAM = r"(?:(?:tools|benchmarks)/\w+\.py|pretrain_gpt\.py|finetune_llama\.py)"
-_LINE = re.compile(rf"^(?:[A-Z_]+=\S+ +)*(?:python +|deepspeed +(?:--\w+ +\d+ +)*)?({_PROGRAM})(?:\s+(.*))?$")
+# Other ways to start a program: the commands of an installation, and the script for SLURM.
+ALIASES = {
+    "ulysses-pretrain": "pretrain_gpt.py",
+    "ulysses-finetune": "finetune_llama.py",
+    "ulysses-plan": "tools/plan_context.py",
+    "ulysses-convert": "tools/hf2megads_weight_converter.py",
+    "ulysses-preprocess": "tools/preprocess_data.py",
+    "ulysses-generate": "tools/generate_samples_gpt.py",
+    "ulysses-evaluate": "tools/eval_long_context.py",
+    "examples_deepspeed/slurm/train.sh": "pretrain_gpt.py",
+}
+
+_PROGRAM = rf"(?:(?:tools|benchmarks)/\w+\.py|pretrain_gpt\.py|finetune_llama\.py|{'|'.join(map(re.escape, ALIASES))})"
+_LAUNCHER = r"(?:python +|deepspeed +(?:--\w+ +(?:\d+ +)?)*|sbatch +(?:--[\w-]+ +\w+ +)*)?"
+_LINE = re.compile(rf"^(?:[A-Z_]+=\S+ +)*{_LAUNCHER}({_PROGRAM})(?:\s+(.*))?$")
 _PARTIAL = re.compile(r"^\.\.\. (--.*)$")
 _RANKS = re.compile(r"deepspeed +--num_gpus +(\d+)")
 _SPAN = re.compile(r"`([^`\n]+)`")
@@ -76,4 +89,5 @@ def command_of(line: str, page: str) -> Command | None:
     program, rest = match[1], match[2] or ""
     for placeholder in PLACEHOLDERS:
         rest = rest.replace(placeholder, "...")
+    program = ALIASES.get(program, program)
     return Command(page, program, tuple(shlex.split(rest, comments=True)), int(ranks[1]) if ranks else 1)

@@ -16,8 +16,20 @@ from tests.unit.documented_commands import PAGES, PROGRAMS, TRAINING, Command, c
 from tests.unit.tools.tool import load_tool
 
 FROM_A_GPU = ("--profile",)  # a flag of benchmarks that needs one there
-# Of pip, docker, and of DeepSpeed's launcher and converter.
-FOREIGN_FLAGS = {"--no-build-isolation", "--ulimit", "--num-gpus", "--inject-missing-state"}
+# Of pip, docker, SLURM, torchrun, and of DeepSpeed's launcher and converter.
+FOREIGN_FLAGS = {
+    *("--no-build-isolation", "--ulimit", "--ipc", "--device", "--volume"),
+    *("--ntasks-per-node", "--gpus-per-node", "--partition", "--account", "--signal", "--requeue"),
+    *(
+        "--shutdown-timeout",
+        "--max-restarts",
+        "--num-gpus",
+        "--no-ssh",
+        "--node-rank",
+        "--master-addr",
+        "--inject-missing-state",
+    ),
+}
 WRITTEN_FROM_THE_CODE = "arguments.md"
 SPAN = re.compile(r"`([^`\n]+)`")
 FLAG = re.compile(r"(?<![\w-])--[a-z](?:[\w-]*\w)?(?![\w-])")
@@ -74,6 +86,8 @@ def test_commands_are_found_wherever_they_stand() -> None:
     [
         ("    python tools/plot_run.py runs/a   # a remark", "tools/plot_run.py", ("runs/a",), 1),
         ("    tools/merge_datasets.py --input a    a remark", "tools/merge_datasets.py", ("--input", "a"), 1),
+        ("ulysses-plan --gpus 4", "tools/plan_context.py", ("--gpus", "4"), 1),
+        ("sbatch --nodes 4 examples_deepspeed/slurm/train.sh --lr 1", "pretrain_gpt.py", ("--lr", "1"), 1),
         ("A=1 deepspeed --num_gpus 4 pretrain_gpt.py ... --lr 1", "pretrain_gpt.py", ("...", "--lr", "1"), 4),
         ("... --lr 1", "pretrain_gpt.py", ("...", "--lr", "1"), 1),
     ],

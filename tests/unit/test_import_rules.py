@@ -1,6 +1,7 @@
 """The rooms of megatron/ and what each may import and do, checked on the source itself."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,7 @@ TOP_LEVEL = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assi
 
 FILES = sorted(ROOT.rglob("*.py"))
 REPOSITORY = ROOT.parent
+COMMANDS = REPOSITORY / "ulysses_offload"  # which check what `import megatron` gives before anything imports it
 PROGRAMS = [REPOSITORY / "pretrain_gpt.py", REPOSITORY / "finetune_llama.py"]
 PROGRAMS += sorted(file for folder in ("tools", "benchmarks") for file in (REPOSITORY / folder).rglob("*.py"))
 MOST_PARAMETERS = 6
@@ -156,6 +158,12 @@ def test_every_file_belongs_to_a_known_room(file):
 @pytest.mark.parametrize("file", FILES, ids=file_name)
 def test_imports_go_one_way(file):
     assert list(import_faults(parsed(file), room_of(file))) == []
+
+
+@pytest.mark.parametrize("file", sorted(COMMANDS.glob("*.py")), ids=lambda file: file.name)
+def test_the_commands_import_only_the_standard_library(file):
+    packages = {name.partition(".")[0] for _, name in imported_modules(parsed(file))}
+    assert packages <= {*sys.stdlib_module_names, COMMANDS.name}
 
 
 @pytest.mark.parametrize("file", files_of_quiet_rooms(), ids=file_name)
