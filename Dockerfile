@@ -25,7 +25,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /opt/ulysses-offload
 COPY --chown=$UID . .
 RUN python3 -m venv /opt/venv \
- && pip install --no-cache-dir --editable '.[data,flash-attn-4,hf,plots,tensorboard,tiktoken,wandb]'
+ && pip install --no-cache-dir --editable '.[data,flash-attn-4,hf,plots,qlora,tensorboard,tiktoken,wandb]'
 
 # Data and runs are mounted here.
 WORKDIR /work
