@@ -85,7 +85,9 @@ def test_a_job_is_requeued_after_a_lost_rank_but_not_after_an_error(
     assert reason in output
     assert output.count("; requeued") == restarts
     own = tmp_path / "checkpoints"
-    assert (tmp_path / "logs/rank_1.log").read_text() == f"2 --load {own} --load weights --save {own}\n" * (restarts + 1)
+    assert (tmp_path / "logs/rank_1.log").read_text() == f"2 --load {own} --load weights --save {own}\n" * (
+        restarts + 1
+    )
 
 
 def test_weights_to_start_from_are_not_loaded_over_a_checkpoint(tmp_path: Path) -> None:

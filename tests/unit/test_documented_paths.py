@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
-PATH = re.compile(r"`((?:megatron|ulysses_offload|tools|tests|benchmarks|examples_deepspeed|docs)/[\w/.-]*)(?::([\w.]+))?`")
+PATH = re.compile(
+    r"`((?:megatron|ulysses_offload|tools|tests|benchmarks|examples_deepspeed|docs)/[\w/.-]*)(?::([\w.]+))?`"
+)
 
 
 def documented_paths(page: Path) -> list[tuple[str, str]]:
