@@ -1,5 +1,5 @@
-# CUDA's compiler is in the image, because DeepSpeed and flash-attn-4 compile kernels when they are first used. Its version
-# is that of PyPI's torch. docs/installation.md shows how to build and run the image.
+# CUDA's compiler is in the image, because DeepSpeed and flash-attn-4 compile kernels when they are first used. Its
+# version is that of PyPI's torch. docs/installation.md shows how to build and run the image.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
 # RDMA libraries for NCCL, libaio for offloading to NVMe, ssh and pdsh for DeepSpeed's launcher on several machines.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run under SLURM on one machine or several, one task per GPU, that saves before its time limit and is requeued. Submit
-# it from the root of the checkout, with the flags of the program:
+# A run under SLURM on one machine or several, one task per GPU, that saves before its time limit and is requeued.
+# Submit it from the root of the checkout, with the flags of the program:
 #   sbatch --nodes 4 examples_deepspeed/slurm/train.sh --hf-model models/Llama-3.1-8B --seq-length 1048576 ...
 # Options of sbatch override those below. docs/clusters.md describes the settings.
 #SBATCH --job-name=ulysses
