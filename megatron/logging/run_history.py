@@ -23,6 +23,8 @@ SCALARS = (
 
 EVENTS = "events.out.tfevents.*"
 MILLISECONDS_PER_HOUR = 3_600_000.0
+PLANNED = "plan/"  # before the name of a scalar of training: the planner's estimate of it
+MEMORY = "memory/"  # before gpu/OWNER and host/OWNER: GiB of rank 0
 _POSITIONS = "loss_by_position/"
 
 Point = tuple[str, int, float]  # name, iteration, value
@@ -79,12 +81,18 @@ class RunHistory:
 
     def positions(self, part: str = "validation") -> list[Bucket]:
         """Return the losses by position of the last evaluation."""
+        evaluations = self.position_history(part)
+        return evaluations[max(evaluations)] if evaluations else []
+
+    def position_history(self, part: str = "validation") -> dict[int, list[Bucket]]:
+        """Return the losses by position of each evaluation, by iteration."""
         prefix = f"{part}/{_POSITIONS}"
-        named = {name.removeprefix(prefix): values for name, values in self.series.items() if name.startswith(prefix)}
-        last = max((max(values) for values in named.values() if values), default=0)
-        losses = {name.partition("-"): values[last] for name, values in named.items() if last in values}
-        buckets = [Bucket(int(first), int(end), loss) for (first, _, end), loss in losses.items()]
-        return sorted(buckets, key=lambda bucket: bucket.first)
+        evaluations: dict[int, list[Bucket]] = {}
+        for name in sorted(name for name in self.series if name.startswith(prefix)):  # zero-padded positions
+            first, _, end = name.removeprefix(prefix).partition("-")
+            for iteration, loss in self.series[name].items():
+                evaluations.setdefault(iteration, []).append(Bucket(int(first), int(end), loss))
+        return evaluations
 
 
 def read_run(path: Path) -> RunHistory:

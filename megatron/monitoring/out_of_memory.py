@@ -13,6 +13,7 @@ from megatron.core.host_memory import available_host_bytes
 from megatron.engine.engine import Engine
 from megatron.fpdt.stream import Stream
 from megatron.initialize import GIB, Context
+from megatron.logging.run_history import MEMORY, PLANNED
 from megatron.planner.plan import Plan
 from megatron.planner.reach import advice
 
@@ -61,6 +62,32 @@ class Ledger:
         if plan is not None:
             lines += _table("the planner estimates, per rank", _estimated(plan))
         return [*lines, "  what to change:", *(f"    - {line}" for line in suggestions(plan, memory))]
+
+    def scalars(self) -> dict[str, float]:
+        """Return GiB by owner at the peak so far, and the planner's estimates, by their names in a `RunHistory`."""
+        owners = {f"host/{what}": num_bytes for what, num_bytes in self._states("cpu")}
+        pool = self.stream.store.pool.allocated_bytes if self.stream is not None else 0
+        rest = psutil.Process().memory_info().rss - pool - sum(owners.values())
+        owners |= {"host/host pool": pool, "host/process, rest": max(rest, 0)}
+        if self._context.device.type == "cuda":
+            held = dict(self._states("cuda"))
+            if self.stream is not None:
+                held["chunks"] = self.stream.store.device_tier.used_bytes
+            rest = torch.cuda.max_memory_allocated(self._context.device) - sum(held.values())
+            owners |= {f"gpu/{what}": num_bytes for what, num_bytes in held.items()}
+            owners["gpu/activations, rest"] = max(rest, 0)
+        scalars = {f"{MEMORY}{owner.replace(' ', '_')}": num_bytes / GIB for owner, num_bytes in owners.items()}
+        plan = self._plan()
+        if plan is not None:
+            estimates = {
+                "milliseconds": plan.speed.step * 1e3,
+                "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
+                "mfu": plan.mfu,
+                "peak_gpu_gib": plan.memory.gpu / GIB,
+                "host_gib": plan.memory.host / GIB,
+            }
+            scalars |= {f"{PLANNED}{name}": estimate for name, estimate in estimates.items()}
+        return scalars
 
     def _on_gpu(self) -> list[Row]:
         device = self._context.device

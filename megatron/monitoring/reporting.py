@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 
@@ -63,6 +63,11 @@ class Reporter:
         self._format = line_formatter(config.logging.log_format, sys.stdout)
         self._pace = _Pace()
         self._started = time.monotonic()
+        self._scalars: Callable[[], Mapping[str, float]] | None = None
+
+    def add_once(self, scalars: Callable[[], Mapping[str, float]]) -> None:
+        """Write what `scalars` returns with the metrics of the next line alone; it is called on rank 0."""
+        self._scalars = scalars
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -140,9 +145,16 @@ class Reporter:
         self._context.log.info("%s", self._format(record))
         values = {f"train/{name}": getattr(record, name) for name in SCALARS}
         self._writer.write(state.iteration, {name: value for name, value in values.items() if value is not None})
+        self._write_once(state.iteration)
         if self._config.logging.log_interval is None:
             self._last_line = state.iteration
         self.restart()
+
+    def _write_once(self, iteration: int) -> None:
+        """Write the scalars of `add_once`, if they are still to be written."""
+        if self._scalars is not None and self._context.is_first_rank:
+            self._writer.write(iteration, self._scalars())
+            self._scalars = None
 
     def evaluation(self, iteration: int, loss: float, part: str, buckets: Sequence[Bucket] = ()) -> None:
         """Write the line of an evaluation, and one with the losses by position if `buckets` has any."""

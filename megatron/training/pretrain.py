@@ -85,6 +85,7 @@ def pretrain(
     losses = _build_loss_window(config)
     writer = build_writer(config.logging, context.parallel_state.rank, config.to_dict())
     reporter = Reporter(config, context, writer, padded_vocab_size, stream, losses)
+    reporter.add_once(ledger.scalars)
     run = Run(config, context, engine, stream, progress, reporter, losses, token_losses, finite_check)
     try:
         Training(run, data, Saver(engine, context, config, padded_vocab_size), state).run()

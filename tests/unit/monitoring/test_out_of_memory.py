@@ -58,6 +58,16 @@ def test_whatever_says_that_memory_ran_out_becomes_a_ledger(error, memory):
     assert lines[6:] == ["  what to change:", *(f"    - {line}" for line in WITHOUT_A_PLAN)]
 
 
+def test_memory_and_plan_become_scalars_of_the_history():
+    fitting = plan("H200", 1000)
+    estimates = Ledger(CPU_CONTEXT, lambda: fitting).scalars()
+    assert estimates["plan/mfu"] == fitting.mfu
+    assert estimates["plan/peak_gpu_gib"] == fitting.memory.gpu / GIB
+    scalars = ledger_of_a_run().scalars()
+    assert scalars.pop("memory/host/process,_rest") >= 0
+    assert scalars == {"memory/host/weights": 3.0, "memory/host/optimizer_states": 6.0, "memory/host/host_pool": 0.5}
+
+
 def test_gpu_memory_is_reported_by_owner(monkeypatch):
     counters = {"mem_get_info": (GIB // 2, 80 * GIB), "memory_reserved": 9 * GIB, "memory_allocated": 8 * GIB,
                 "max_memory_allocated": 8.5 * GIB}  # fmt: skip
@@ -76,6 +86,8 @@ def test_gpu_memory_is_reported_by_owner(monkeypatch):
         "      chunks             2.00 GiB",
         "      activations, rest  5.00 GiB",
     ]
+    owners = {name.removeprefix("memory/gpu/"): gib for name, gib in ledger.scalars().items() if "/gpu/" in name}
+    assert owners == {"weights": 1.0, "chunks": 2.0, "activations,_rest": 5.5}  # at the peak
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("x")])

@@ -20,6 +20,7 @@ WRITERS = {
     "plan_context, JSON": [*PLAN, "--json"],
     "plan_context, plot": [*PLAN, "--plot"],
     "plot_run": ["plot_run", "IN/run.log", "--output"],
+    "report_run": ["report_run", "IN/run.log", "--output"],
     "train_tokenizer": ["train_tokenizer", "--input", "IN/text.jsonl", "--vocab-size", "260", "--output-dir"],
 }
 OUTPUTS: dict[str, Callable[[Path], Path]] = {
