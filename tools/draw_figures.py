@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from figures import layout, memory, tiles, timeline
+from figures import headline, layout, memory, tiles, timeline
 
 from megatron.config import ConfigError
 from megatron.config.packages import require_package
@@ -45,6 +45,7 @@ FIGURES = {
     "timeline": Figure(timeline.content, timeline.draw),
     "copies": Figure(memory.copies_content, memory.draw_copies),
     "memory": Figure(memory.content, memory.draw),
+    "readme_head": Figure(headline.content, headline.draw),
 }
 
 

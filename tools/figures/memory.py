@@ -29,12 +29,12 @@ COPIED_COLORS = {"gpt-6.7b": ORANGE, "llama-8b": BLUE}
 
 def content() -> dict[str, Any]:
     """Return GiB per GPU by sequence length: on the GPU, including memory outside torch, and on the host."""
-    plans = [_plan(MODEL, length, CHUNK, NUM_GPUS) for length in LENGTHS]
+    plans = [with_chunks_on_host(MODEL, length, CHUNK, NUM_GPUS) for length in LENGTHS]
     ways = {
         OFFLOADED: plans,
-        KEPT: [_without_fpdt(plan, activations="kept") for plan in plans],
-        RECOMPUTED: [_without_fpdt(plan, activations="recomputed") for plan in plans],
-        FROM_HOST: [_without_fpdt(plan, activations="recomputed from the host") for plan in plans],
+        KEPT: [without_fpdt(plan, activations="kept") for plan in plans],
+        RECOMPUTED: [without_fpdt(plan, activations="recomputed") for plan in plans],
+        FROM_HOST: [without_fpdt(plan, activations="recomputed from the host") for plan in plans],
     }
     on_gpu = {way: [_gib(plan.memory.gpu_with_overhead) for plan in each] for way, each in ways.items()}
     on_gpu[ON_GPU] = [_gib(_with_chunks_on_the_gpu(plan)) for plan in plans]
@@ -47,7 +47,7 @@ def content() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plan(name: str, length: int, chunk_length: int, num_gpus: int) -> Plan:
+def with_chunks_on_host(name: str, length: int, chunk_length: int, num_gpus: int) -> Plan:
     """Plan a model with FPDT and offloading: every product recomputed, every block's input saved."""
     model, vocabulary = named_model(name, length)
     chunk_length = min(chunk_length, length)
@@ -56,7 +56,7 @@ def _plan(name: str, length: int, chunk_length: int, num_gpus: int) -> Plan:
     return Plan(job, Machines(gpu, num_gpus, num_gpus, HOST_GIB), gpu.fastest)
 
 
-def _without_fpdt(plan: Plan, **changes: Any) -> Plan:
+def without_fpdt(plan: Plan, **changes: Any) -> Plan:
     job = plan.job
     return plan.with_job(replace(job, streamed=False, chunk_length=job.model.seq_length, **changes))
 
@@ -82,7 +82,7 @@ def draw(content: dict[str, Any]) -> Any:
         for way, values in content[where].items():
             color, marker = STYLES[way]
             axes.plot(content["lengths"], values, color=color, marker=marker, linewidth=2, label=way)
-        _label_lengths(axes, content["lengths"], "tokens of the sequence")
+        label_lengths(axes, content["lengths"], "tokens of the sequence")
     panels[0].set(title="GPU memory", ylabel="GiB per GPU", yscale="log", ylim=(10, 1000))
     panels[1].set(title="host memory", ylabel="GiB per GPU", yscale="log", ylim=(1, 1000))
     for axes in panels:
@@ -93,7 +93,7 @@ def draw(content: dict[str, Any]) -> Any:
     return figure
 
 
-def _label_lengths(axes: Any, lengths: list[int], label: str) -> None:
+def label_lengths(axes: Any, lengths: list[int], label: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [_short(length) for length in lengths])
     axes.set_xlabel(label)
@@ -107,7 +107,8 @@ def _short(length: int) -> str:
 def copies_content() -> dict[str, Any]:
     """Return the ratio of a tile's copy time to its compute time, by chunk length."""
     ratios = {
-        name: [_copies_over_compute(_plan(name, 8 * chunk, chunk, 1)) for chunk in CHUNKS] for name in COPIED_MODELS
+        name: [_copies_over_compute(with_chunks_on_host(name, 8 * chunk, chunk, 1)) for chunk in CHUNKS]
+        for name in COPIED_MODELS
     }
     return {"gpu": GPU, "chunks": CHUNKS, "ratios": ratios}
 
@@ -132,7 +133,7 @@ def draw_copies(content: dict[str, Any]) -> Any:
     axes.axhline(1, color=GREY, linewidth=1.5)
     axes.text(content["chunks"][-1], 1.08, "above: the GPU waits for copies", ha="right", va="bottom", color=GREY)
     axes.text(content["chunks"][-1], 0.92, "below: copies are hidden behind compute", ha="right", va="top", color=GREY)
-    _label_lengths(axes, content["chunks"], "tokens of a chunk, over all ranks")
+    label_lengths(axes, content["chunks"], "tokens of a chunk, over all ranks")
     axes.set(yscale="log", ylabel="copy time / compute time", title=f"one tile on {content['gpu']}s")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(frameon=False)

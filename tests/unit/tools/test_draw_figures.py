@@ -14,7 +14,7 @@ from tests.unit.tools.tool import TOOLS, load_tool
 
 TOOL = load_tool("draw_figures")
 NAMES = list(TOOL.FIGURES)
-PAGE = TOOLS.parent / "docs" / "fpdt.md"
+PAGES = {TOOLS.parent / "docs" / "fpdt.md": "figures/", TOOLS.parent / "README.md": "docs/figures/"}
 LARGEST = 80_000  # bytes
 
 
@@ -43,9 +43,11 @@ def test_a_committed_figure_is_up_to_date(name: str) -> None:
     assert path.stat().st_size < LARGEST
 
 
-def test_every_figure_is_in_the_page_and_the_folder_has_no_other_files() -> None:
-    assert {path.name for path in TOOL.FOLDER.iterdir()} == {f"{name}.svg" for name in NAMES}
-    assert [name for name in NAMES if f"](figures/{name}.svg)" not in PAGE.read_text(encoding="utf-8")] == []
+def test_every_figure_is_in_a_page_and_the_folder_has_no_other_drawings() -> None:
+    assert {path.name for path in TOOL.FOLDER.glob("*.svg")} == {f"{name}.svg" for name in NAMES}
+    shown = [f"]({folder}{name}.svg)" for name in NAMES for folder in PAGES.values()]
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [name for name in NAMES if not any(link in text for link in shown if f"/{name}." in link)] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
