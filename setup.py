@@ -5,7 +5,7 @@ installation succeeds and numpy does the work. The scripts that the commands run
 get in the way of others: `tools` as `ulysses_offload.tools`.
 """
 
-from setuptools import Extension, find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 
 
 def extensions() -> list[Extension]:
@@ -25,9 +25,13 @@ def extensions() -> list[Extension]:
     return [helpers]
 
 
+PACKAGES = find_namespace_packages(include=["megatron", "megatron.*", "ulysses_offload"])
+TOOLS = ["ulysses_offload.tools", *(f"ulysses_offload.tools.{name}" for name in find_packages("tools"))]
+
 setup(
     ext_modules=extensions(),
-    packages=[*find_namespace_packages(include=["megatron", "megatron.*", "ulysses_offload"]), "ulysses_offload.tools"],
+    packages=[*PACKAGES, *TOOLS],
     package_dir={"ulysses_offload.tools": "tools"},
+    package_data={"ulysses_offload.tools.report": ["*.css", "*.js"]},
     py_modules=["pretrain_gpt", "finetune_llama"],
 )

@@ -26,12 +26,13 @@ REPOSITORY_FILES = (
 )  # fmt: skip
 # Flags of the tutorial, and the values that they have here; fine-tuning is short as it is.
 SHORTER = {
-    "--train-iters": {"100": "6", "200": "9", "60": "2", "20": "2", "40": "40"},
-    "--lr-warmup-iters": {"10": "2", "5": "1"},
-    "--log-interval": {"10": "1", "5": "1"},
-    "--eval-interval": {"50": "3", "30": "2"},
-    "--eval-iters": {"4": "1"},
-    "--trials": {"2": "1"},
+    "--train-iters": {"100": "6", "200": "9", "60": "2", "20": "2", "40": "40", "500": "4"},
+    "--lr-warmup-iters": {"10": "2", "5": "1", "30": "1"},
+    "--log-interval": {"10": "1", "5": "1", "25": "2"},
+    "--eval-interval": {"50": "3", "30": "2", "100": "2"},
+    "--eval-iters": {"4": "1", "8": "1"},
+    "--documents": {"10000": "400"},
+    "--trials": {"2": "1", "8": "1"},
     "--depths": {"5": "2"},
 }
 # As many processes as GPUs, where there are some.
@@ -92,8 +93,20 @@ def test_every_link_leads_somewhere() -> None:
 
 
 def test_pictures_are_drawn(walk: Walk) -> None:
-    for name in ("lengths", "plan", "short", "both", "needle/needle"):
+    for name in ("lengths", "plan", "short", "both", "needle/needle", "recall/needle"):
         assert (walk.made / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_shows_losses_by_position_and_needles(walk: Walk) -> None:
+    page = (walk.made / "recall/report.html").read_text()
+    (data,) = re.findall(r'id="report">(.*)</script>', page)
+    cards = {card["title"]: card for card in json.loads(data)["cards"]}
+    assert [series["name"] for series in cards["Validation loss by position"]["series"]] == [
+        "iteration 2",
+        "iteration 4",
+    ]
+    assert len(cards["Needles found"]["cells"]) == 5 * 2
+    assert cards["Memory by owner, rank 0"]["rows"]
 
 
 def test_a_document_and_a_plan_are_shown(walk: Walk) -> None:

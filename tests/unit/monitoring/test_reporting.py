@@ -88,6 +88,19 @@ def test_losses_before_an_evaluation_count_and_its_time_does_not(clock, caplog):
     assert written["train/host_pool_gib"] == 1.0
 
 
+def test_the_time_left_counts_evaluations_and_not_the_first_steps(clock, caplog):
+    caplog.set_level(logging.INFO)
+    (reporter, _), state = reporter_of(), TrainState()
+    for seconds in (3600, 100, 100):
+        iterate(reporter, state, [4.0])
+        clock.now += seconds
+        line(reporter, state)
+        with reporter.pause():
+            clock.now += 80
+    records = [parse_line(message) for message in caplog.messages]
+    assert [round(record.hours_left * 3600) for record in records] == [9 * 3600, 8 * 180, 7 * 180]
+
+
 def test_further_scalars_are_written_once_on_the_first_rank(clock):
     (reporter, writer), state = reporter_of(), TrainState()
     reporter._context.is_first_rank = True
