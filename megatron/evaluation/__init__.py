@@ -1,1 +1,1 @@
-"""Evaluation of how well a model uses a long context: loss by context length, and needle in a haystack."""
+"""Evaluation of how well a model uses a long context: loss by context length, needles, and RULER's tasks."""

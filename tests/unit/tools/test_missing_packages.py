@@ -30,6 +30,10 @@ def run_without(packages: str, *command: object) -> subprocess.CompletedProcess[
             ["tools/eval_long_context.py", "needle", "--load", "m", "--output-dir", "out"],
             "the heat map in --output-dir (out)",
         ),
+        (
+            ["tools/eval_ruler.py", "--load", "m", "--text", "t", "--output-dir", "out"],
+            "the heat map in --output-dir (out)",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
