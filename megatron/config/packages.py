@@ -6,6 +6,7 @@ from megatron.config.errors import ConfigError
 
 EXTRAS = {
     "bitsandbytes": "qlora",
+    "lm_eval": "lm-eval",
     "matplotlib": "plots",
     "peft": "hf",
     "tensorboard": "tensorboard",
