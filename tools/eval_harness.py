@@ -36,6 +36,7 @@ from model_arguments import (
 )
 
 from megatron.config.packages import require_package
+from megatron.evaluation.errors import EvaluationError
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.ranks.interrupts import run_tool
 
@@ -50,6 +51,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     tasks.add_argument(
         "--metadata", type=json.loads, metavar="JSON",
         help='settings of the tasks, such as {"max_seq_lengths": [131072], "tokenizer": "FOLDER"} of lm-eval\'s ruler',
+    )  # fmt: skip
+    tasks.add_argument(
+        "--max-length", type=whole(1, "131072"), metavar="N",
+        help="maximum tokens of a request, answer included [the positions of the model]",
     )  # fmt: skip
     tasks.add_argument("--seed", type=whole(0, "1234"), default=1234, help="of sampled answers [%(default)s]")
     tasks.add_argument("--output", type=Path, metavar="FILE", help="JSON to write [none]")
@@ -82,9 +87,15 @@ def run(arguments: argparse.Namespace) -> None:
         include_path=None if arguments.include_path is None else str(arguments.include_path),
         metadata=arguments.metadata,
     )
-    model = opened.build(inference, opened.portable.model.max_position_embeddings, num_ids_of(opened, tokenizer))
+    longest = arguments.max_length or opened.portable.model.max_position_embeddings
+    if opened.max_length is not None and longest > opened.max_length:
+        raise EvaluationError(
+            f"--max-length ({longest}) passes the {opened.max_length} positions that the model has learned; use at "
+            "most that."
+        )
+    model = opened.build(inference, longest, num_ids_of(opened, tokenizer))
     results = simple_evaluate(
-        model=HarnessModel(model, tokenizer, arguments.seed),
+        model=HarnessModel(model, tokenizer, longest, arguments.seed),
         tasks=arguments.tasks,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,

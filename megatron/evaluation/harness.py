@@ -1,6 +1,6 @@
 """Adapter for lm-eval (EleutherAI's evaluation harness): its LM interface over the model with the KV cache.
 
-Contexts are as long as the host holds. Nothing is truncated: what passes learned positions is refused.
+Nothing is truncated: a request longer than the model was built for is refused.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from megatron.evaluation.ruler.run import Codec, continuation
 from megatron.generation.cached_model import CachedModel
 from megatron.generation.generate import generate
 from megatron.generation.sampling import Sampling
-from megatron.generation.token_scores import score_tokens
+from megatron.generation.token_scores import TokenScores, score_tokens
 
 DEFAULT_NEW_TOKENS = 256
 
 
 class HarnessModel(TemplateLM):
-    """An LM of lm-eval. Texts are encoded without a first token; an empty context is the end of a document."""
+    """An LM of lm-eval, for requests of at most `longest` tokens, answer included.
 
-    def __init__(self, model: CachedModel, codec: Codec, seed: int = 1234) -> None:
+    Texts are encoded without a first token; an empty context is the end of a document.
+    """
+
+    def __init__(self, model: CachedModel, codec: Codec, longest: int, seed: int = 1234) -> None:
         super().__init__()
         self.model = model
         self.codec = codec
+        self.longest = longest
         self.seed = seed
 
     @property
@@ -46,8 +50,7 @@ class HarnessModel(TemplateLM):
         results = []
         for request in requests:
             tokens = [self.prefix_token_id, *self.tok_encode(request.args[0])]
-            scored = float(score_tokens(self.model, tokens).log_probabilities.sum()) if len(tokens) > 1 else 0.0
-            results.append(scored)
+            results.append(float(self._score(tokens, 1).log_probabilities.sum()) if len(tokens) > 1 else 0.0)
         return results
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -59,7 +62,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         results = []
         for _texts, context, scored in requests:
-            scores = score_tokens(self.model, [*context, *scored], len(context))
+            scores = self._score([*context, *scored], len(context))
             results.append((float(scores.log_probabilities.sum()), bool(scores.is_most_likely.all())))
         return results
 
@@ -68,9 +71,21 @@ class HarnessModel(TemplateLM):
         stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
         limit = int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS))
         prompt = self.tok_encode(context) or [self.prefix_token_id]
+        self._check(len(prompt) + limit)
         (generated,) = generate(self.model, [prompt], [limit], sampling_of(options), self.codec.eod, self.seed)
         text = continuation(self.codec, prompt, generated.tokens[:-1] if generated.ended else generated.tokens)
         return text[: min((place for place in map(text.find, stops) if place >= 0), default=len(text))]
+
+    def _score(self, tokens: Sequence[int], first: int) -> TokenScores:
+        self._check(len(tokens))
+        return score_tokens(self.model, tokens, first)
+
+    def _check(self, num_tokens: int) -> None:
+        if num_tokens > self.longest:
+            raise EvaluationError(
+                f"a request of the task takes {num_tokens} tokens, answer included, more than --max-length "
+                f"({self.longest}); use a larger one, or shorter samples."
+            )
 
 
 def sampling_of(options: Mapping[str, Any]) -> Sampling:

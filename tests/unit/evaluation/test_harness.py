@@ -38,7 +38,7 @@ def test_requests_are_answered_by_the_logits(tmp_path: Path) -> None:
     save("llama", tmp_path)
     model = OpenedModel(tmp_path).build(Inference(torch.device("cpu"), torch.float64, chunk_size=8), 48)
     codec = build_tokenizer("NullTokenizer", vocab_size=VOCAB - 1)
-    harness = HarnessModel(model, codec)
+    harness = HarnessModel(model, codec, longest=40)
     text = " ".join(map(str, DOCUMENT[:30]))
     context, scored = " ".join(map(str, DOCUMENT[:20])), " " + " ".join(map(str, DOCUMENT[20:30]))
     ((log_probability, is_greedy),) = harness.loglikelihood([request(context, scored)], disable_tqdm=True)
@@ -53,6 +53,8 @@ def test_requests_are_answered_by_the_logits(tmp_path: Path) -> None:
     assert stopped == answer[: answer.index(third)]
     with pytest.raises(EvaluationError, match=r"generation_kwargs of the task \(num_beams\) must be of"):
         harness.generate_until([request(text, {"num_beams": 2})])
+    with pytest.raises(EvaluationError, match=r"takes 41 tokens, answer included, more than --max-length \(40\)"):
+        harness.generate_until([request(text, {"max_gen_toks": 11})])
 
 
 def test_a_task_of_ones_own_runs(
@@ -60,10 +62,11 @@ def test_a_task_of_ones_own_runs(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     save("llama", tmp_path / "model")
+    limit = ["--max-length", 300]
     (tmp_path / "data.json").write_text(json.dumps([{"question": "3 4 5", "answer": "6"}] * 3))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/mine.yaml").write_text(TASK.format(data=tmp_path / "data.json", kind="generate_until"))
-    flags = ["--load", tmp_path / "model", *TOKENIZER, "--tasks", "mine", "--include-path", tmp_path / "tasks"]
+    flags = ["--load", tmp_path / "model", *TOKENIZER, *limit, "--tasks", "mine", "--include-path", tmp_path / "tasks"]
     assert run_tool("eval_harness", *flags, "--limit", 2, "--output", tmp_path / "out.json") == 0
     assert "mine" in capsys.readouterr().out
     assert "mine" in json.loads((tmp_path / "out.json").read_text())["results"]
