@@ -35,6 +35,7 @@ from model_arguments import (
     tokenizer_of,
 )
 
+from megatron.arguments import token_count
 from megatron.config.packages import require_package
 from megatron.evaluation.errors import EvaluationError
 from megatron.fpdt.host_pool import HostMemoryError
@@ -53,14 +54,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help='settings of the tasks, such as {"max_seq_lengths": [131072], "tokenizer": "FOLDER"} of lm-eval\'s ruler',
     )  # fmt: skip
     tasks.add_argument(
-        "--max-length", type=whole(1, "131072"), metavar="N",
+        "--max-length", type=token_count, metavar="TOKENS",
         help="maximum tokens of a request, answer included [the positions of the model]",
     )  # fmt: skip
     tasks.add_argument("--seed", type=whole(0, "1234"), default=1234, help="of sampled answers [%(default)s]")
     tasks.add_argument("--output", type=Path, metavar="FILE", help="JSON to write [none]")
     add_model_arguments(parser)
     add_tokenizer_arguments(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.max_length is not None and arguments.max_length < 2:
+        parser.error(f"--max-length ({arguments.max_length}) must be 2 or more.")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -115,13 +115,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _add_long_perplexity(parser: argparse.ArgumentParser) -> None:
     _add_documents(parser)
     rule = KeyTokenRule()
-    parser.add_argument("--length", type=int, default=32768, metavar="N", help="tokens per document [%(default)s]")
     parser.add_argument(
-        "--short-context", type=int, default=rule.short_context, metavar="N",
+        "--length", type=token_count, default=32768, metavar="TOKENS", help="tokens per document [%(default)s]"
+    )
+    parser.add_argument(
+        "--short-context", type=token_count, default=rule.short_context, metavar="TOKENS",
         help="tokens of the context that key tokens need more than [%(default)s]",
     )  # fmt: skip
     parser.add_argument(
-        "--stride", type=int, default=rule.stride, metavar="N", help="tokens scored per short context [%(default)s]"
+        "--stride",
+        type=token_count,
+        default=rule.stride,
+        metavar="TOKENS",
+        help="tokens scored per short context [%(default)s]",
     )
     parser.add_argument(
         "--key-tokens", type=Path, metavar="FILE", help="the --output of another model [this model's own]"
@@ -131,7 +137,9 @@ def _add_long_perplexity(parser: argparse.ArgumentParser) -> None:
 def _add_short_context(parser: argparse.ArgumentParser) -> None:
     _add_documents(parser)
     parser.add_argument("--before", type=Path, required=True, metavar="MODEL", help="the model to compare --load with")
-    parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens per document [%(default)s]")
+    parser.add_argument(
+        "--length", type=token_count, default=2048, metavar="TOKENS", help="tokens per document [%(default)s]"
+    )
     parser.add_argument(
         "--tolerance", type=real(0, "0.02"), default=0.02, metavar="NATS",
         help="rise of the loss that is no regression [%(default)g]",

@@ -35,6 +35,7 @@ from model_arguments import (
     tokenizer_of,
 )
 
+from megatron.arguments import token_count
 from megatron.config.packages import require_package
 from megatron.evaluation.errors import EvaluationError
 from megatron.evaluation.heat_map import draw_scores
@@ -60,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     tasks.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks to run, by their names in RULER [all]")
     tasks.add_argument(
-        "--lengths", type=whole(1, "4096"), nargs="+", default=LENGTHS, metavar="N",
+        "--lengths", type=token_count, nargs="+", default=LENGTHS, metavar="TOKENS",
         help=f"tokens of prompt and answer {LENGTHS}",
     )  # fmt: skip
     tasks.add_argument(
@@ -72,7 +73,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_model_arguments(parser)
     add_tokenizer_arguments(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if min(arguments.lengths) < 1:
+        parser.error(f"--lengths ({min(arguments.lengths)}) must be 1 or more.")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,7 +52,7 @@ def test_requests_are_answered_by_the_logits(tmp_path: Path) -> None:
     (stopped,) = harness.generate_until([request(text, {"max_gen_toks": 6, "until": [third]})])
     assert stopped == answer[: answer.index(third)]
     with pytest.raises(EvaluationError, match=r"generation_kwargs of the task \(num_beams\) must be of"):
-        harness.generate_until([request(text, {"num_beams": 2})])
+        harness.generate_until([request(text, {"num_beams": 2, "max_gen_toks": 1})])
     with pytest.raises(EvaluationError, match=r"takes 41 tokens, answer included, more than --max-length \(40\)"):
         harness.generate_until([request(text, {"max_gen_toks": 11})])
 
@@ -62,11 +62,20 @@ def test_a_task_of_ones_own_runs(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     save("llama", tmp_path / "model")
-    limit = ["--max-length", 300]
     (tmp_path / "data.json").write_text(json.dumps([{"question": "3 4 5", "answer": "6"}] * 3))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/mine.yaml").write_text(TASK.format(data=tmp_path / "data.json", kind="generate_until"))
-    flags = ["--load", tmp_path / "model", *TOKENIZER, *limit, "--tasks", "mine", "--include-path", tmp_path / "tasks"]
+    flags = [
+        "--load",
+        tmp_path / "model",
+        *TOKENIZER,
+        "--max-length",
+        300,
+        "--tasks",
+        "mine",
+        "--include-path",
+        tmp_path / "tasks",
+    ]
     assert run_tool("eval_harness", *flags, "--limit", 2, "--output", tmp_path / "out.json") == 0
     assert "mine" in capsys.readouterr().out
     assert "mine" in json.loads((tmp_path / "out.json").read_text())["results"]
