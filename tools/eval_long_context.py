@@ -274,7 +274,12 @@ def compare_short_context(arguments: argparse.Namespace) -> int:
     after = document_losses(model, documents)
     del model  # before the other one is read
     arguments.load = arguments.before
-    model, documents = _model_and_documents(arguments)
+    model, same_documents = _model_and_documents(arguments)
+    if same_documents != documents:
+        raise EvaluationError(
+            f"--before ({arguments.before}) has another tokenizer than --load, so losses per token do not compare; "
+            "name one by --tokenizer-model, or use a model with the same."
+        )
     result = compare(document_losses(model, documents), after, arguments.tolerance)
     print(
         f"loss before {result.before:.4f}, after {result.after:.4f}, difference {result.difference:+.4f} +- "
@@ -288,6 +293,8 @@ def compare_short_context(arguments: argparse.Namespace) -> int:
 
 def _model_and_documents(arguments: argparse.Namespace) -> tuple[CachedModel, list[list[int]]]:
     """Return the model of --load, and the documents of --length tokens; EvaluationError if there are none."""
+    if arguments.length < 2:
+        raise EvaluationError(f"--length ({arguments.length}) must be 2 or more: the first token has no context.")
     inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), opened_model_of(arguments)
     _refuse_too_long(opened, "--length", arguments.length)
     num_ids = num_ids_of(opened, tokenizer)

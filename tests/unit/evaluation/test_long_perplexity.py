@@ -106,5 +106,7 @@ def test_both_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads((tmp_path / "short.json").read_text())["verdict"] == "no regression"
     assert run_tool("eval_long_context", "short", "--before", "x", *flags, "y", "--length", 99) == 2
     assert "there are no documents of 99 tokens" in capsys.readouterr().err
+    assert run_tool("eval_long_context", "short", "--before", "x", *flags, "y", "--length", 1) == 2
+    assert "--length (1) must be 2 or more" in capsys.readouterr().err
     assert run_tool("eval_long_context", *longppl, "--short-context", 40) == 2
     assert "--short-context (40) must be 1 or more and below --length (40)" in capsys.readouterr().err
