@@ -55,7 +55,7 @@ CASES = [
     ),
     Case(
         "more chunks than the host may hold",
-        [*OFFLOADED, "--ds-sequence-parallel-fpdt-host-memory", "0.00005"],
+        [*OFFLOADED, "--ds-sequence-parallel-fpdt-host-memory", "0.00003"],
         ["--seq-length (64) take up", "--ds-sequence-parallel-fpdt-host-memory", "use --seq-length", "or less"],
     ),
     Case(

@@ -15,7 +15,8 @@ from tests.unit.tools.tool import run_tool
 from tests.unit.weights.small_families import save
 
 MADE_BY_MAKE = [".venv/bin/activate"]
-PROGRAMS = ("make", ".", "export", "tools/", "examples_deepspeed/", "pretrain_gpt.py")
+TRAINING = ("pretrain_gpt.py", "finetune_llama.py")
+PROGRAMS = ("git", "make", ".", "export", "tools/", "examples_deepspeed/", *TRAINING)
 SOURCES = sorted((REPOSITORY / "megatron").rglob("*.py"))
 
 
@@ -69,11 +70,13 @@ def test_the_data_commands_make_a_dataset_where_the_launch_looks_for_it(prepared
     assert [name for name in files if not (prepared / name).is_file()] == []
 
 
-def test_the_flags_of_the_training_command_are_known_and_go_together() -> None:
-    (command,) = commands_of("pretrain_gpt.py")
-    words = list(command.words)
-    config = parse_args(words[words.index("pretrain_gpt.py") + 1 :])
-    validate(config, int(words[words.index("--num_gpus") + 1]), "cuda")
+def test_the_flags_of_the_training_commands_are_known_and_go_together() -> None:
+    trainings = [(command.words, command.words.index(name)) for name in TRAINING for command in commands_of(name)]
+    configs = [(words, parse_args(words[script + 1 :])) for words, script in trainings]
+    own = [(words, config) for words, config in configs if not config.model.hf_model]  # without a folder to read
+    assert len(own) < len(configs)
+    for words, config in own:
+        validate(config, int(words[words.index("--num_gpus") + 1]), "cuda")
 
 
 @pytest.mark.parametrize("command", commands_of("examples_deepspeed/"), ids=lambda c: "_".join(c.variables) or "full")
