@@ -113,6 +113,7 @@ class BackwardPass:
     def __init__(self, layer: StreamedLayer, block: ChainedBlock, dy_SBh: Tensor, parameters: Sequence[Tensor]) -> None:
         self._layer, self._stream, self._store = layer, layer.stream, layer.stream.store
         self._block, self._gradients = block, GradientSums(parameters)
+        self._recompute = self._stream.saving(dy_SBh).recompute
         store, self._layout = self._store, self._stream.layout(dy_SBh)
         lengths = self._layout.local_lengths
         dys = dy_SBh.split(lengths)
@@ -195,7 +196,7 @@ class BackwardPass:
 
         The run replays and releases `products`. With `project`, it also gives q and kv.
         """
-        trace, states, recompute = self._saved.trace, self._saved.random_states, self._stream.recompute
+        trace, states, recompute = self._saved.trace, self._saved.random_states, self._recompute
         numbers = trace.saved_after(recompute, is_first_slice=key[1] == 0)
         if project is not None:
             numbers += trace.saved_before(recompute)
@@ -226,7 +227,7 @@ class BackwardPass:
 
     def _project(self, key: SliceKey, x: Tensor, positions: Tensor, products: list[Tensor], project: Project) -> None:
         """Run a slice up to its attention call, again, for q and kv and their graph."""
-        replayed = {number: products.pop(0) for number in self._saved.trace.saved_before(self._stream.recompute)}
+        replayed = {number: products.pop(0) for number in self._saved.trace.saved_before(self._recompute)}
         tape = LinearTape(replayed=replayed, sums=self._gradients)
         del replayed
         x = x.detach().requires_grad_()

@@ -50,7 +50,7 @@ class BlockChain:
     def append(self, layer: StreamedLayer, saved: Saved, x_SBh: Tensor, y_SBh: Tensor) -> ChainedBlock:
         """Add a block that has run on x and returned y."""
         stream, inputs = self._stream, self._inputs()
-        if inputs is None or len(inputs) == stream.checkpoint_interval or not inputs.ends_with(x_SBh):
+        if inputs is None or len(inputs) == stream.saving(x_SBh).checkpoint_interval or not inputs.ends_with(x_SBh):
             inputs = BlockInputs(stream, x_SBh)
             self._inputs = weakref.ref(inputs)
         position = len(inputs)

@@ -62,7 +62,8 @@ class ForwardPass:
         self._products_before: Products = defaultdict(list)
         self._products_after: Products = defaultdict(list)
         self._started: list[StartedSlice] = []
-        self._save, self._saves_attention = save, save and self._stream.recompute.saves_attention
+        self._recompute = self._stream.saving(x_SBh).recompute
+        self._save, self._saves_attention = save, save and self._recompute.saves_attention
         self._trace: LayerTrace | None = None  # known from the first slice on, if the pass saves
         # Chunks on the tier.
         self._kv: dict[int, Tensor] = {}
@@ -85,7 +86,7 @@ class ForwardPass:
             self._store.put(ys[chunk], self._finish_row(chunk, row))
 
         self._run_rows(finish, ys[:-1][:1])  # the block above begins with this chunk
-        kv_CBKD = self._kv if self._stream.recompute.saves_keys_and_values else None
+        kv_CBKD = self._kv if self._recompute.saves_keys_and_values else None
         return y, self._saved(kv_CBKD) if self._save else None
 
     def _run_rows(self, finish: Callable[[int, _SuspendedRow], None], next_loads: Sequence[Tensor]) -> None:
@@ -121,8 +122,7 @@ class ForwardPass:
         recorded: Sequence[int] = ()
         if self._save:
             trace = self._trace = self._trace or self._layer.trace(x, positions)
-            recompute = self._stream.recompute
-            recorded = trace.saved_before(recompute) + trace.saved_after(recompute, number == 0)
+            recorded = trace.saved_before(self._recompute) + trace.saved_after(self._recompute, number == 0)
         self._begin_random(random_key((chunk, number), "before"))
         started = self._layer.start(x, positions, recorded)
         self._started.append(started)

@@ -74,7 +74,7 @@ class Saving:
     device_budget: DeviceBudget
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Stream:
     """How chunks are executed. `chunk_length` counts global tokens, `slice_length` this rank's.
 
@@ -97,20 +97,23 @@ class Stream:
     whole_parameters: WholeParameters = already_whole
     by_length: Mapping[int, Saving] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        budget = self.store.device_tier.budget or NO_DEVICE_MEMORY
-        self._otherwise = Saving(self.recompute, self.checkpoint_interval, budget)
-
     def begin_sequence(self, sequence_length: int) -> None:
-        """Save what sequences of this length save, until one of another length begins."""
-        saving = self.saving_at(sequence_length)
-        self.recompute, self.checkpoint_interval = saving.recompute, saving.checkpoint_interval
-        self.store.device_tier.limit(saving.device_budget)
+        """Let chunks use the memory that sequences of this length may, until one of another length begins."""
+        self.store.device_tier.limit(self.saving_at(sequence_length).device_budget)
         self.store.pool.length = sequence_length
+
+    def saving(self, x_SBh: Tensor) -> Saving:
+        """Return what the sequence saves of which x holds this rank's tokens."""
+        return self.saving_at(x_SBh.shape[0] * self.parallel_state.sequence_parallel_size)
 
     def saving_at(self, sequence_length: int) -> Saving:
         """Return what sequences of this length save."""
         return self.by_length.get(sequence_length, self._otherwise)
+
+    @cached_property
+    def _otherwise(self) -> Saving:
+        budget = self.store.device_tier.budget or NO_DEVICE_MEMORY
+        return Saving(self.recompute, self.checkpoint_interval, budget)
 
     def chunk(self, phase: str, layer_number: int, chunk: int) -> AbstractContextManager[object]:
         """Report that work on a chunk begins; return a named range of the profiler that ends with it."""

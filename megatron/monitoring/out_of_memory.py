@@ -123,15 +123,15 @@ class Ledger:
         plan = self._make_plan()
         if plan is None or self.stream is None or not plan.job.streamed:
             return plan
-        stream = self.stream
-        budget = stream.store.device_tier.budget
+        stream, store = self.stream, self.stream.store
+        budget, saving = store.device_tier.budget, stream.saving_at(store.pool.length)
         executed = replace(
             plan.job,
             streamed=budget is not None,  # without a budget nothing is offloaded: the run executes without FPDT
             chunk_length=stream.chunk_length,
             device_memory_bytes=0 if budget is None else budget.total_bytes,
-            recompute=stream.recompute,
-            checkpoint_interval=stream.checkpoint_interval,
+            recompute=saving.recompute,
+            checkpoint_interval=saving.checkpoint_interval,
         )
         return plan.with_job(executed)
 
