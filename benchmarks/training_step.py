@@ -69,7 +69,7 @@ from megatron.data.batch import Sample, slice_batch
 from megatron.fpdt.stream import Stream
 from megatron.initialize import initialize
 from megatron.launch.determinism import use_deterministic_kernels
-from megatron.launch.execution import choose_execution, plan_of
+from megatron.launch.execution import plan_execution, plan_of
 from megatron.launch.link import with_measured_link
 from megatron.logging.device_peak import peak_tflops
 from megatron.model.builder import build_model
@@ -215,7 +215,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int, 
     context = with_measured_link(config, initialize(config))
     model, device, parallel_state = config.model, context.device, context.parallel_state
     vocabulary = model.num_rows(arguments.vocab_size)
-    execution = replace(choose_execution(config, context, vocabulary), whole_parameters=whole_parameters)
+    execution = replace(plan_execution(config, context, vocabulary).execution, whole_parameters=whole_parameters)
     build = kind.prepare(model, context.dtype)
     engine = Engine(
         partial(build, model, vocabulary, parallel_state, execution, Initialization(context.dtype, device)),

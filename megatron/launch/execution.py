@@ -55,11 +55,6 @@ class ChosenExecution(NamedTuple):
     choices: Open = Open()
 
 
-def choose_execution(config: Config, context: Context, padded_vocab_size: int) -> Execution:
-    """Return how a run executes, as `plan_execution`, without its plan."""
-    return plan_execution(config, context, padded_vocab_size).execution
-
-
 def plan_execution(config: Config, context: Context, padded_vocab_size: int) -> ChosenExecution:
     """Return what the flags say; choose what they leave open by the memory available. Collective over all ranks.
 

@@ -177,7 +177,7 @@ def kind_of(chunk: Tensor, layout: SequenceLayout, num_heads: int) -> str:
     return OUTPUT if (len(chunk), chunk.shape[2]) == (layout.local_lengths[0], num_heads) else KEYS
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class TimedStream(Stream):
     """A stream of one rank whose all-to-all occupies a lane, and returns tensors of the right shapes."""
 

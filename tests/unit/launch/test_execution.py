@@ -9,7 +9,7 @@ import torch
 from megatron.arguments import parse_args
 from megatron.config import ConfigError, Recompute
 from megatron.core.parallel_state import ParallelState
-from megatron.launch.execution import check_gpu_memory, choose_execution, plan_of
+from megatron.launch.execution import check_gpu_memory, plan_execution, plan_of
 from megatron.planner.hardware import GIB, GPUS, gpu_like
 from megatron.planner.solver import Open
 
@@ -32,7 +32,7 @@ def choose(*flags, host_gib):
         device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=int(host_gib * GIB),
         log=logging.getLogger("test"), parallel_state=ParallelState(),
     )  # fmt: skip
-    return choose_execution(config_of(*flags), context, VOCABULARY)
+    return plan_execution(config_of(*flags), context, VOCABULARY).execution
 
 
 def test_matmul_results_are_saved_where_the_host_has_room():
@@ -84,7 +84,7 @@ def test_explicit_flags_are_honored():
 def test_without_offloading_everything_is_recomputed_and_every_input_saved():
     flags = [flag for flag in LLAMA_8B if flag != "--ds-sequence-parallel-fpdt-offloading"]
     context = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=0)
-    execution = choose_execution(parse_args(flags), context, VOCABULARY)
+    execution = plan_execution(parse_args(flags), context, VOCABULARY).execution
     assert (execution.recompute, execution.checkpoint_interval) == (Recompute.ALL, 1)
 
 
