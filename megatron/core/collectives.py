@@ -29,6 +29,8 @@ Exchange = Callable[[], list[Tensor]]
 # Parts of a projection's tensors: q (1), and kv with keys first, then values (2).
 QUERIES_KEYS_VALUES = (1, 2)
 
+WORD = torch.int64
+
 
 def tokens_to_heads(
     tensors_cBHD: Sequence[Tensor],
@@ -174,8 +176,9 @@ def _places(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """View the flat message and a share of the tensors [c, B, n H, D], of n parts, in pairs.
 
-    Each is [ranks, rows, B, n, heads, D].
+    Each is [ranks, rows, B, n, heads, D], and its elements are words where they can be.
     """
+    flat, *tensors_cBHD = _in_words(flat, *tensors_cBHD)
     c, B, _, D = tensors_cBHD[0].shape
     runs, num_shares = message.runs, message.num_shares
     blocks = [flat] if message.is_even else flat.split([run.size * B * D for run in runs])
@@ -190,6 +193,17 @@ def _places(
             else:
                 t = t.view(rows, B, n, m, -1, D)
             yield place.view(m, rows, B, n, -1, D), t.permute(3, 0, 1, 2, 4, 5)
+
+
+def _in_words(*tensors: Tensor) -> Sequence[Tensor]:
+    """View the tensors in words of 8 bytes, if all can be: a GPU copies permuted elements one by one."""
+    num_elements = WORD.itemsize // tensors[0].itemsize
+
+    def is_aligned(t: Tensor) -> bool:
+        *strides, last = t.stride()
+        return last == 1 and all(n % num_elements == 0 for n in (t.shape[-1], t.storage_offset(), *strides))
+
+    return [t.view(WORD) for t in tensors] if all(map(is_aligned, tensors)) else tensors
 
 
 def _split_sizes(message: Message, num_elements: int) -> tuple[list[int] | None, list[int] | None]:

@@ -20,9 +20,9 @@ from tests.distributed.rank_pool import RankPool
 TOKENS, BATCH, HEAD_SIZE = 12, 2, 3
 
 
-def whole(num_heads: int) -> Tensor:
-    """Numbers that differ everywhere: [S, B, H, D] in fp64."""
-    return torch.arange(TOKENS * BATCH * num_heads * HEAD_SIZE, dtype=torch.float64).view(TOKENS, BATCH, num_heads, -1)
+def whole(num_heads: int, dtype: torch.dtype = torch.float64, head_size: int = HEAD_SIZE) -> Tensor:
+    """Numbers that differ everywhere: [S, B, H, D]."""
+    return torch.arange(TOKENS * BATCH * num_heads * head_size, dtype=dtype).view(TOKENS, BATCH, num_heads, -1)
 
 
 def held(t: Tensor, rank: int, layout: HeadLayout, parts: int = 1) -> Tensor:
@@ -37,12 +37,22 @@ def held(t: Tensor, rank: int, layout: HeadLayout, parts: int = 1) -> Tensor:
 
 
 def gather_and_scatter(num_heads: int, num_key_value_heads: int) -> bool:
-    """Send q, kv and o there and back; whether this rank had what is its own in between."""
+    """Send q, kv and o there and back; whether this rank had what is its own in between.
+
+    Heads of 16 bytes travel in words, of 12 they do not.
+    """
+    numbers = (torch.float64, HEAD_SIZE), (torch.float32, 4), (torch.float32, HEAD_SIZE)
+    results = [_gather_and_scatter(num_heads, num_key_value_heads, *each) for each in numbers]
+    return all(results)
+
+
+def _gather_and_scatter(num_heads: int, num_key_value_heads: int, dtype: torch.dtype, head_size: int) -> bool:
     state = ParallelState.create(torch.distributed.get_world_size())
     rank, size, group = state.rank, state.world_size, state.sequence_parallel_group
     layout, parts = HeadLayout(num_heads, num_key_value_heads, size), (*QUERIES_KEYS_VALUES, 1)
-    kv = layout.repeated_keys_and_values(torch.cat([whole(num_key_value_heads) + n for n in (1000, 2000)], 2))
-    tensors = [whole(num_heads), kv, whole(num_heads) + 3000]
+    q, k = (whole(n, dtype, head_size) for n in (num_heads, num_key_value_heads))
+    kv = layout.repeated_keys_and_values(torch.cat([k + 10000, k + 20000], 2))
+    tensors = [q, kv, q + 30000]
     local = [t.chunk(size)[rank] for t in tensors]
     gathered = tokens_to_heads(local, group, layout, parts)
     wanted = [held(t, rank, layout, n) for t, n in zip(tensors, parts, strict=True)]
