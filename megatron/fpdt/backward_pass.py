@@ -172,7 +172,8 @@ class BackwardPass:
         slices = [*self._stream.numbered_slices(x)]
         runs_once = len(slices) == 1
         for number, s in slices:
-            products = [*next(self._products_ahead)] if number or runs_once else []
+            products = [] if number else [*self._saved.products_after[chunk][0]]
+            products += next(self._products_ahead) if number or runs_once else ()
             if number:
                 self._products_ahead.start()
             project = partial(projections.add, s) if runs_once else None
@@ -197,7 +198,8 @@ class BackwardPass:
         The run replays and releases `products`. With `project`, it also gives q and kv.
         """
         trace, states, recompute = self._saved.trace, self._saved.random_states, self._recompute
-        numbers = trace.saved_after(recompute, is_first_slice=key[1] == 0)
+        chunk, number = key
+        numbers = trace.saved_after(recompute) if self._saved.products_after[chunk][number] else ()
         if project is not None:
             numbers += trace.saved_before(recompute)
         replayed = {number: products.pop(0) for number in numbers}

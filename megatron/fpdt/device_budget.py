@@ -28,14 +28,20 @@ class ChunkKind(IntEnum):
     """Gradients of hidden states, which are where the hidden states are."""
 
     HIDDEN_STATES = 5
+    FIRST_PRODUCTS = 6
+    """Products after attention of each chunk's first slice: on the device or not saved."""
 
 
 @dataclass(frozen=True)
 class DeviceBudget:
-    """Bytes of device memory for chunks, and how many of them are reserved for which kinds."""
+    """Bytes of device memory for chunks, and how many of them are reserved for which kinds.
+
+    `first_slices` is the share of all FIRST_PRODUCTS that the rest has room for.
+    """
 
     total_bytes: int = 0
     reserved_bytes: Mapping[ChunkKind, int] = field(default_factory=lambda: MappingProxyType({}))
+    first_slices: float = 0.0
 
 
 NO_DEVICE_MEMORY = DeviceBudget()

@@ -122,11 +122,11 @@ class ForwardPass:
         recorded: Sequence[int] = ()
         if self._save:
             trace = self._trace = self._trace or self._layer.trace(x, positions)
-            recorded = trace.saved_before(self._recompute) + trace.saved_after(self._recompute, number == 0)
+            recorded = trace.saved_before(self._recompute) + trace.saved_after(self._recompute)
         self._begin_random(random_key((chunk, number), "before"))
         started = self._layer.start(x, positions, recorded)
         self._started.append(started)
-        self._products_before[chunk].append(self._save_products(started))
+        self._products_before[chunk].append(self._saved_products(started.take_outputs()))
         return started
 
     def _attend_row(self, row: list[Tile], suspended: _SuspendedRow) -> _SuspendedRow:
@@ -181,11 +181,16 @@ class ForwardPass:
         self._begin_random(random_key((chunk, number), "after"))
         y = started.finish(o)
         self._started.remove(started)
-        self._products_after[chunk].append(self._save_products(started))
+        save = self._saved_products if number else self._first_products
+        self._products_after[chunk].append(save(started.take_outputs()))
         return y
 
-    def _save_products(self, layer: StartedSlice) -> list[Tensor]:
-        return [self._store.save(output, ChunkKind.PRODUCTS) for output in layer.take_outputs()]
+    def _saved_products(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        return [self._store.save(output, ChunkKind.PRODUCTS) for output in outputs]
+
+    def _first_products(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Save the products after attention of a chunk's first slice, if they stay on the device."""
+        return self._store.save_on_device(outputs, ChunkKind.FIRST_PRODUCTS)
 
     def _begin_random(self, key: Hashable) -> None:
         """Begin the work of a key, which may draw random numbers."""

@@ -82,13 +82,12 @@ class LayerTrace:
             return ()
         return tuple(number for number in self.before if number not in self.recomputed)
 
-    def saved_after(self, recompute: Recompute, is_first_slice: bool) -> tuple[int, ...]:
+    def saved_after(self, recompute: Recompute) -> tuple[int, ...]:
         """Return the products after the attention call whose outputs the forward pass saves on the tier.
 
-        These are all that are needed, or only the first, the output projection. None is saved for the first slice of a
-        chunk: it would be needed on the device at the same time as the tiles.
+        These are all that are needed, or only the first, the output projection.
         """
-        if not recompute.saves_products or is_first_slice:
+        if not recompute.saves_products:
             return ()
         projection = len(self.before)
         needed = [number for number in self.needed_after if number not in self.recomputed]

@@ -12,7 +12,7 @@ largest rank, rows shared and copies counted; H and lcm(K, p) where p divides H 
                 e S/p B (H + 2K) D  of the projection before attention; of all products there, if there are more
                 e S'/p B h          of the projection after it, except with a parallel residual
                 e S'/p B f          of the MLP's first layer, f outputs; none of experts
-              S' leaves out the first slice of each chunk
+              S' leaves out the first slice of each chunk, whose products are saved only if they stay on the device
     dK, dV    8 S2/p B K' D        the block in its backward pass; S2 leaves out the last two chunks, whose sums stay on
                                    the device
     dy, dx    e S/p B h each       the block in its backward pass
@@ -178,6 +178,13 @@ class StreamShape:
             return 0
         return self._product_bytes(recompute, self.layout.local_length, self.layout.tokens_after(self.slice_length))
 
+    def first_product_chunks(self, recompute: Recompute) -> tuple[int, ...]:
+        """Bytes of the outputs of linear layers after attention of the first slice of each chunk of one block."""
+        if not recompute.saves_products:
+            return ()
+        lengths = (min(length, self.slice_length) for length in self.layout.local_lengths)
+        return tuple(self._product_bytes(recompute, 0, length) for length in lengths)
+
     def chunk_product_bytes(self, recompute: Recompute) -> int:
         """Return the bytes of the saved outputs of linear layers of one block's first chunk."""
         if not recompute.saves_products:
@@ -230,7 +237,11 @@ class StreamShape:
 
     def device_budget(self, device_bytes: int, interval: int, recompute: Recompute) -> DeviceBudget:
         """Share out device memory to the kinds, those first that gain most."""
-        return DeviceBudget(device_bytes, self.kind_bytes(interval, recompute))
+        reserved = self.kind_bytes(interval, recompute)
+        reserved[ChunkKind.HIDDEN_STATES] += self.residual_bytes  # alive while the loss is computed
+        first_products = self.num_layers * sum(self.first_product_chunks(recompute))
+        room = max(device_bytes - sum(reserved.values()), 0)
+        return DeviceBudget(device_bytes, reserved, min(room / first_products, 1.0) if first_products else 0.0)
 
     def device_bytes(self, available: int, interval: int, recompute: Recompute) -> dict[ChunkKind, int]:
         """Return the bytes of each kind that are sure to be stored on a device with so many bytes for chunks.

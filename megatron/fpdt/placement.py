@@ -97,6 +97,13 @@ class _Tiers:
         room = max(self._device.room_bytes(ChunkKind.PRODUCTS), 0)
         return self._add(ChunkKind.PRODUCTS, num_bytes, min(num_bytes, room))
 
+    def store_on_device(self, kind: ChunkKind, chunks: Sequence[int]) -> _Stored:
+        """Store those of the chunks, of these bytes each, that the device has room for."""
+        room, on_device = self._device.room_bytes(kind), 0
+        for chunk in chunks:
+            on_device += chunk if on_device + chunk <= room else 0
+        return self._add(kind, on_device, on_device)
+
     def release(self, tensors: Iterable[_Stored]) -> None:
         for kind, on_device, on_host in tensors:
             self._device.add(-on_device, kind)
@@ -118,6 +125,7 @@ class _Block(NamedTuple):
     kv: _Stored
     attention: _Stored
     products: _Stored
+    first_products: _Stored
     saved_kv: _Stored | None  # until the backward pass
     x_again: _Stored = _NOTHING
     kv_again: _Stored = _NOTHING
@@ -154,7 +162,7 @@ def place(shape: StreamShape, recompute: Recompute, interval: int, device_bytes:
         dx = tiers.store_gradient(block.x)
         kv = block.saved_kv or tiers.store_chunks(ChunkKind.KEYS_VALUES, shape.key_value_chunks)
         dkv = tiers.store_chunks(ChunkKind.KEY_VALUE_GRADIENTS, shape.key_value_gradient_chunks)
-        tiers.release([x, dy, kv, dkv, block.attention, block.products])
+        tiers.release([x, dy, kv, dkv, block.attention, block.products, block.first_products])
         tensors = (x, block.y, block.attention, block.products, block.kv, kv, dkv, dx, dy)
         on_host.append(HostBytes(*(each.on_host for each in (*tensors, block.x_again, block.kv_again, block.y_again))))
         dy = dx
@@ -168,11 +176,12 @@ def _forward(tiers: _Tiers, shape: StreamShape, recompute: Recompute, x: _Stored
     if recompute.saves_attention:
         attention = tiers.store_chunks(ChunkKind.ATTENTION_OUTPUTS, shape.attention_chunks)
     products = tiers.store_products(shape.product_bytes(recompute))
+    first_products = tiers.store_on_device(ChunkKind.FIRST_PRODUCTS, shape.first_product_chunks(recompute))
     if recompute.saves_keys_and_values:
         saved_kv = kv
     else:
         tiers.release([kv])
-    return _Block(x, y, kv, attention, products, saved_kv)
+    return _Block(x, y, kv, attention, products, first_products, saved_kv)
 
 
 def _recompute(tiers: _Tiers, shape: StreamShape, chain: list[_Block]) -> tuple[list[_Block], dict[int, _Stored]]:

@@ -12,7 +12,9 @@ from megatron.fpdt.layer_trace import LayerTrace
 from megatron.fpdt.plan import ChunkPlan
 from megatron.fpdt.random_state import RandomStates
 
-# By chunk, by slice: outputs of linear products, in the order of LayerTrace.saved_before or saved_after.
+# By chunk, by slice: outputs of linear products, in the order of LayerTrace.saved_before or saved_after. Those after
+# attention are saved for the first slice only if they stay on the device: to prefetch them would take its memory while
+# tiles run.
 Products = defaultdict[int, list[list[Tensor]]]
 
 

@@ -95,6 +95,12 @@ class ChunkStore:
             self._copying_out_saved.append(copy_out)
         return chunk
 
+    def save_on_device(self, values: Sequence[Tensor], kind: ChunkKind) -> list[Tensor]:
+        """Store contiguous device tensors as chunks that stay on the device; none of them if it lacks the room."""
+        if not self.device_tier.has_room(sum(value.nbytes for value in values), kind):
+            return []
+        return [self.device_tier.adopt(value, kind) for value in values]
+
     def _empty_offloaded(self, shape: Sequence[int], dtype: torch.dtype, kind: ChunkKind) -> Tensor:
         num_bytes, last = prod(shape) * dtype.itemsize, self.offload_tiers[-1]
         tier = next((tier for tier in self.offload_tiers if tier.has_room(num_bytes, kind)), last)

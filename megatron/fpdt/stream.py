@@ -106,6 +106,11 @@ class Stream:
         """Return what the sequence saves of which x holds this rank's tokens."""
         return self.saving_at(x_SBh.shape[0] * self.parallel_state.sequence_parallel_size)
 
+    def first_slices(self, sequence_length: int) -> float:
+        """Return the share of the chunks' first slices whose products after attention are saved, on the device."""
+        is_limited = self.store.device_tier.budget is not None
+        return self.saving_at(sequence_length).device_budget.first_slices if is_limited else 1.0
+
     def saving_at(self, sequence_length: int) -> Saving:
         """Return what sequences of this length save."""
         return self.by_length.get(sequence_length, self._otherwise)

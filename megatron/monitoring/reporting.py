@@ -221,7 +221,8 @@ def _recomputed_flops(config: Config, stream: Stream, seq_length: int, attention
     if parallel.ds_sequence_parallel_fpdt:
         saving = stream.saving_at(seq_length)
         how = (stream.slice_length, saving.checkpoint_interval, saving.recompute)
-        return flops_of_streaming(model, stream.layout_of(seq_length), *how, attention_share)
+        first_slices = stream.first_slices(seq_length)
+        return flops_of_streaming(model, stream.layout_of(seq_length), *how, attention_share, first_slices)
     if config.deepspeed.deepspeed_activation_checkpointing:
         return flops_of_checkpointing(model, seq_length, attention_share)
     return 0

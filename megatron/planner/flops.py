@@ -116,16 +116,19 @@ def flops_of_streaming(
     checkpoint_interval: int,
     recompute: Recompute,
     attention_share: float = 1.0,
+    first_slices: float = 0.0,
 ) -> int:
     """Return the FLOPs that the streamed blocks recompute for one sequence.
 
-    Where products after attention are saved, the first `slice_length` tokens of a rank in each chunk are recomputed
-    all the same. Keys and values that are not saved are recomputed once more for all chunks but the last.
+    Where products after attention are saved, those of the first `slice_length` tokens of a rank in each chunk are
+    recomputed all the same, but for the share `first_slices` that is saved on the device. Keys and values that are not
+    saved are recomputed once more for all chunks but the last.
     """
     seq_length, weights = layout.sequence_length, model.sizes.token_weights
-    first_slices = seq_length - layout.sequence_parallel_size * layout.tokens_after(slice_length)
-    recomputed = (first_slices if recompute.saves_products else seq_length) * weights.output
-    recomputed += (first_slices if recompute.saves_mlp_products else seq_length) * weights.mlp
+    in_first_slices = seq_length - layout.sequence_parallel_size * layout.tokens_after(slice_length)
+    again = round(in_first_slices * (1 - first_slices))
+    recomputed = (again if recompute.saves_products else seq_length) * weights.output
+    recomputed += (again if recompute.saves_mlp_products else seq_length) * weights.mlp
     recomputed += seq_length * weights.unsaved
     recomputed += 0 if recompute.saves_products else seq_length * weights.before
     num_layers = model.num_layers

@@ -154,7 +154,8 @@ def _recomputed_products(job: Job, interval: int, recompute: Recompute) -> int:
     """Return the FLOPs of matrix products that the backward pass of one sequence recomputes, over all blocks."""
     model, shape = job.model, job.shape
     if job.streamed:
-        return flops_of_streaming(model, shape.layout, shape.slice_length, interval, recompute)
+        saved = shape.device_budget(job.device_memory_bytes, interval, recompute).first_slices
+        return flops_of_streaming(model, shape.layout, shape.slice_length, interval, recompute, first_slices=saved)
     return 0 if job.activations == "kept" else forward_flops(model, 0, model.seq_length).token_wise
 
 

@@ -65,8 +65,9 @@ def step_work(
     # Attention's forward passes again report chunks of their own.
     recompute = saving.recompute if saving.recompute.saves_attention else Recompute.KV
     how = stream.slice_length, saving.checkpoint_interval, recompute
-    recomputed = flops_of_streaming(model, layout, *how) / forward_flops(model, 0, layout.sequence_length).token_wise
-    token_wise = recomputed + (2 if model.sizes.adapters is None else 1)
+    recomputed = flops_of_streaming(model, layout, *how, first_slices=stream.first_slices(layout.sequence_length))
+    token_wise = recomputed / forward_flops(model, 0, layout.sequence_length).token_wise
+    token_wise += 2 if model.sizes.adapters is None else 1
     chunks = _chunk_flops(config, layout, attention_share)
     backward = [token_wise * tokens + _ATTENTION_BACKWARD * pairs for tokens, pairs in chunks]
     num_forward_passes = 1 if saving.recompute.saves_attention else 2

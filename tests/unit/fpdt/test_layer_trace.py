@@ -117,6 +117,5 @@ def test_a_product_of_few_inputs_is_recomputed():
 def test_what_is_saved_of_a_slice(recompute, before, after):
     trace = traced(one_layer(ON_DEVICE)[1])
     assert trace.saved_before(recompute) == before
-    assert trace.saved_after(recompute, is_first_slice=False) == after
-    assert trace.saved_after(recompute, is_first_slice=True) == ()
+    assert trace.saved_after(recompute) == after
     assert bool(before) == recompute.saves_products

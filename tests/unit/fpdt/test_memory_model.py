@@ -57,7 +57,7 @@ def test_a_step_uses_the_memory_that_the_model_estimates(num_layers, interval, r
         (7, 4, Recompute.ATTENTION),
     ],
 )
-@pytest.mark.parametrize("device_share", [0.0, 0.1, 0.37, 0.5, 0.82, 0.9, 0.98, 1.0])
+@pytest.mark.parametrize("device_share", [0.0, 0.1, 0.37, 0.5, 0.82, 0.9, 0.98, 1.0, 1.3])
 @pytest.mark.parametrize("limits", [{}, {"window": 5}, {"window": 20}, {"local_block": 16}], ids=str)
 def test_a_step_fits_a_budget_of_host_and_device_memory(num_layers, interval, recompute, device_share, limits):
     """A window leaves fewer gradients to store, and needs no more of anything."""

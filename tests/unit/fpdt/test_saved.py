@@ -51,24 +51,25 @@ def test_what_is_saved_for_backward_changes_no_bit(execution, config_of, recompu
 
 #   chunks of 16, 16 and 8 tokens in slices of 4: 10 slices, 3 of them a chunk's first
 @pytest.mark.parametrize(
-    "recompute, products",
+    "recompute, products, of_first_slices",
     [
-        (Recompute.ATTENTION, 10 + 10 + 10 + 10),
-        (Recompute.KV, 8 + 10 + 10 + 10),
-        (Recompute.ALL, 10 + 10 + 10),
-        (Recompute.MLP, 3 + 10),
-        (Recompute.NONE, 3 + 3),
+        (Recompute.ATTENTION, 10 + 10 + 10 + 10, 0),
+        (Recompute.KV, 8 + 10 + 10 + 10, 0),
+        (Recompute.ALL, 10 + 10 + 10, 0),
+        (Recompute.MLP, 10, 3),
+        (Recompute.NONE, 0, 3 + 3),
     ],
 )
 @TIERS
-def test_only_the_chosen_products_are_recomputed(execution, recompute, products, monkeypatch):
+def test_only_the_chosen_products_are_recomputed(execution, recompute, products, of_first_slices, monkeypatch):
+    """Those of first slices are saved on the device, but not offloaded."""
     _, layer = one_layer(replace(execution, recompute=recompute, slice_length=4))
     y = layer(residual().requires_grad_(), positions())
     computed = []
     product = linear_module.F.linear
     monkeypatch.setattr(linear_module.F, "linear", lambda *args: computed.append(args) or product(*args))
     y.backward(residual(seed=2))
-    assert len(computed) == products
+    assert len(computed) == products + of_first_slices * execution.offloading
 
 
 @pytest.mark.parametrize("recompute", [Recompute.ALL, Recompute.ATTENTION])

@@ -191,6 +191,13 @@ def test_one_of_several_gpus_is_as_it_was_measured(rank):
     assert plan.memory.host_chunks / GIB + no_longer_stored(plan) == measured
 
 
+def without_first_products(plan: Plan) -> Plan:
+    """Leave the device no room for the products of first slices, which were not saved when a row was measured."""
+    shape, memory = plan.job.shape, plan.memory
+    others = shape.tier_bytes(memory.checkpoint_interval, memory.recompute) + shape.residual_bytes
+    return plan.with_job(replace(plan.job, device_memory_bytes=min(plan.job.device_memory_bytes, others)))
+
+
 @pytest.mark.parametrize("case", MEASURED_ON_FOUR, ids=str)
 def test_a_step_on_four_gpus_is_within_10_percent_of_what_was_measured(case):
     length, chunk, recompute, interval, gib = case
@@ -199,6 +206,7 @@ def test_a_step_on_four_gpus_is_within_10_percent_of_what_was_measured(case):
     if chunk is None:
         changes = {"streamed": False, "activations": "recomputed from the host"}
     plan = plan_of("llama-8b", 4, length, chunk or length, Machines(GPUS["H200"], 4, 4, 503), **changes)
+    plan = without_first_products(plan)
     # With FPDT the GPUs waited for all-to-alls, 2% to 5% of these steps, that have been hidden behind compute since.
     least = 0.85 if plan.job.streamed else 0.9
     assert least * seconds < plan.speed.step < 1.1 * seconds
@@ -212,6 +220,7 @@ def test_a_step_on_two_gpus_is_within_10_percent_of_what_was_measured(case):
     plan = plan_of("llama-8b", num_gpus, length, chunk, machines, device_memory_bytes=gib * GIB)
     plan = plan.with_job(replace(plan.job, model=replace(plan.job.model, num_layers=8)))
     assert plan.memory.recompute is Recompute.NONE
+    plan = without_first_products(plan)
     assert [plan.speed.step, plan.memory.gpu / GIB] == pytest.approx(MEASURED_ON_TWO[case], rel=0.1)
 
 
