@@ -42,9 +42,9 @@ class ParallelConfig:
     """Matrix products of a block that its backward pass recomputes. attention: all, and attention, for the N blocks of
     a checkpoint interval together, so that nothing but their first input need be saved; kv: all but the last, those
     before attention twice, so that keys and values need not be saved; all: all but the last; mlp: only the MLP's; none:
-    no products, except for the first 8192 tokens per rank of each chunk. The outputs of the other products are saved
-    like chunks. Default: as few as fit in host memory and can be copied without stalling compute; all without
-    offloading."""
+    no products, except for the first 8192 tokens per rank of each chunk where the GPU has no room to keep theirs. The
+    outputs of the other products are saved like chunks. Default: as few as fit in host memory and can be copied without
+    stalling compute; all without offloading."""
 
     ds_sequence_parallel_fpdt_device_memory: GibOrAuto | None = None
     """GiB per GPU that offloaded chunks may use; the others go to the host. Default: auto, what the GPU has left beside

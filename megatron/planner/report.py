@@ -13,7 +13,7 @@ _RECOMPUTED = {
     Recompute.KV: "all matrix products but the last, those before attention twice",
     Recompute.ALL: "all matrix products but the last",
     Recompute.MLP: "the matrix products of the MLP",
-    Recompute.NONE: "no matrix product, except on first slices of chunks that the GPU has no room for",
+    Recompute.NONE: "no matrix product, except on first slices of chunks that do not stay on the GPU",
 }
 _NAMES = {
     ChunkKind.KEY_VALUE_GRADIENTS: "gradients of keys and values",
@@ -74,12 +74,11 @@ def _on_gpu(plan: Plan) -> str:
     needed, stored = shape.kind_bytes(*how), shape.device_bytes(plan.job.device_memory_bytes, *how)
     if not any(stored.values()):
         return f"{0:9.1f} GiB"
+    first_products = shape.num_layers * sum(shape.first_product_chunks(plan.memory.recompute))
     first_slices = shape.device_budget(plan.job.device_memory_bytes, *how).first_slices
-    first_products = first_slices * shape.num_layers * sum(shape.first_product_chunks(plan.memory.recompute))
-    total = f"{(sum(stored.values()) + first_products) / GIB:9.1f} GiB"
+    total = f"{(sum(stored.values()) + first_slices * first_products) / GIB:9.1f} GiB"
     if stored == needed:
-        return f"{total}   all of them" + f", and {first_slices:.0%} of the products of first slices" * bool(
-            first_slices
-        )
+        recomputed = f"; {1 - first_slices:.0%} of the products of first slices recomputed"
+        return f"{total}   all of them{recomputed if first_products and first_slices < 1 else ''}"
     shares = {_NAMES[kind]: stored[kind] / needed[kind] for kind in needed if stored[kind]}
     return f"{total}   " + ", ".join(name if share == 1 else f"{share:.0%} of {name}" for name, share in shares.items())
