@@ -45,6 +45,7 @@ class DeviceBudget:
 
 
 NO_DEVICE_MEMORY = DeviceBudget()
+EVERYTHING_ON_DEVICE = DeviceBudget(first_slices=1.0)  # without offloading; its bytes are not counted
 
 
 class DeviceUse:

@@ -18,7 +18,7 @@ from megatron.core.head_layout import HeadLayout, RowShare
 from megatron.core.parallel_state import ParallelState
 from megatron.core.ranges import named_range
 from megatron.core.sequence_layout import SequenceLayout
-from megatron.fpdt.device_budget import NO_DEVICE_MEMORY, DeviceBudget
+from megatron.fpdt.device_budget import EVERYTHING_ON_DEVICE, DeviceBudget
 from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
 from megatron.ops.attention import AttentionBackend, AttentionVariant
@@ -106,18 +106,13 @@ class Stream:
         """Return what the sequence saves of which x holds this rank's tokens."""
         return self.saving_at(x_SBh.shape[0] * self.parallel_state.sequence_parallel_size)
 
-    def first_slices(self, sequence_length: int) -> float:
-        """Return the share of the chunks' first slices whose products after attention are saved, on the device."""
-        is_limited = self.store.device_tier.budget is not None
-        return self.saving_at(sequence_length).device_budget.first_slices if is_limited else 1.0
-
     def saving_at(self, sequence_length: int) -> Saving:
         """Return what sequences of this length save."""
         return self.by_length.get(sequence_length, self._otherwise)
 
     @cached_property
     def _otherwise(self) -> Saving:
-        budget = self.store.device_tier.budget or NO_DEVICE_MEMORY
+        budget = self.store.device_tier.budget or EVERYTHING_ON_DEVICE
         return Saving(self.recompute, self.checkpoint_interval, budget)
 
     def chunk(self, phase: str, layer_number: int, chunk: int) -> AbstractContextManager[object]:

@@ -219,10 +219,8 @@ class _Pace:
 def _recomputed_flops(config: Config, stream: Stream, seq_length: int, attention_share: float) -> int:
     model, parallel = config.model, config.parallel
     if parallel.ds_sequence_parallel_fpdt:
-        saving = stream.saving_at(seq_length)
-        how = (stream.slice_length, saving.checkpoint_interval, saving.recompute)
-        first_slices = stream.first_slices(seq_length)
-        return flops_of_streaming(model, stream.layout_of(seq_length), *how, attention_share, first_slices)
+        layout, saving = stream.layout_of(seq_length), stream.saving_at(seq_length)
+        return flops_of_streaming(model, layout, stream.slice_length, saving, attention_share)
     if config.deepspeed.deepspeed_activation_checkpointing:
         return flops_of_checkpointing(model, seq_length, attention_share)
     return 0

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 from megatron.config import ModelConfig, Recompute
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.stream import Saving
 
 
 @dataclass(frozen=True)
@@ -113,20 +114,19 @@ def flops_of_streaming(
     model: ModelConfig,
     layout: SequenceLayout,
     slice_length: int,
-    checkpoint_interval: int,
-    recompute: Recompute,
+    saving: Saving,
     attention_share: float = 1.0,
-    first_slices: float = 0.0,
 ) -> int:
     """Return the FLOPs that the streamed blocks recompute for one sequence.
 
     Where products after attention are saved, those of the first `slice_length` tokens of a rank in each chunk are
-    recomputed all the same, but for the share `first_slices` that is saved on the device. Keys and values that are not
-    saved are recomputed once more for all chunks but the last.
+    recomputed all the same, but for the share that is saved on the device. Keys and values that are not saved are
+    recomputed once more for all chunks but the last.
     """
+    recompute, checkpoint_interval = saving.recompute, saving.checkpoint_interval
     seq_length, weights = layout.sequence_length, model.sizes.token_weights
     in_first_slices = seq_length - layout.sequence_parallel_size * layout.tokens_after(slice_length)
-    again = round(in_first_slices * (1 - first_slices))
+    again = round(in_first_slices * (1 - saving.device_budget.first_slices))
     recomputed = (again if recompute.saves_products else seq_length) * weights.output
     recomputed += (again if recompute.saves_mlp_products else seq_length) * weights.mlp
     recomputed += seq_length * weights.unsaved

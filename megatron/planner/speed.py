@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from megatron.config import Recompute
 from megatron.fpdt.loss import TILE_LOGITS
 from megatron.fpdt.placement import HostBytes, place
+from megatron.fpdt.stream import Saving
 from megatron.planner.flops import (
     flops_of_recomputed_attention,
     flops_of_streaming,
@@ -154,8 +155,8 @@ def _recomputed_products(job: Job, interval: int, recompute: Recompute) -> int:
     """Return the FLOPs of matrix products that the backward pass of one sequence recomputes, over all blocks."""
     model, shape = job.model, job.shape
     if job.streamed:
-        saved = shape.device_budget(job.device_memory_bytes, interval, recompute).first_slices
-        return flops_of_streaming(model, shape.layout, shape.slice_length, interval, recompute, first_slices=saved)
+        budget = shape.device_budget(job.device_memory_bytes, interval, recompute)
+        return flops_of_streaming(model, shape.layout, shape.slice_length, Saving(recompute, interval, budget))
     return 0 if job.activations == "kept" else forward_flops(model, 0, model.seq_length).token_wise
 
 

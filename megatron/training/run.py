@@ -64,8 +64,7 @@ def step_work(
     model, saving = config.model, stream.saving_at(layout.sequence_length)
     # Attention's forward passes again report chunks of their own.
     recompute = saving.recompute if saving.recompute.saves_attention else Recompute.KV
-    how = stream.slice_length, saving.checkpoint_interval, recompute
-    recomputed = flops_of_streaming(model, layout, *how, first_slices=stream.first_slices(layout.sequence_length))
+    recomputed = flops_of_streaming(model, layout, stream.slice_length, replace(saving, recompute=recompute))
     token_wise = recomputed / forward_flops(model, 0, layout.sequence_length).token_wise
     token_wise += 2 if model.sizes.adapters is None else 1
     chunks = _chunk_flops(config, layout, attention_share)

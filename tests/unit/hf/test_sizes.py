@@ -8,6 +8,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megatron.config import ModelConfig, Recompute, TokenWeights
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.device_budget import NO_DEVICE_MEMORY
+from megatron.fpdt.stream import Saving
 from megatron.hf.settings import read_model
 from megatron.hf.sizes import describe
 from megatron.planner.flops import flops_of_recomputed_attention, flops_of_streaming, forward_flops
@@ -149,7 +151,7 @@ def test_flops_of_a_window_and_of_narrow_values(tmp_path):
 def test_experts_are_recomputed_whatever_is_saved(tmp_path, recompute):
     model = read_model(folder_of(tmp_path, "mixtral", num_local_experts=4), FLAGS)
     layout, weights = SequenceLayout(LENGTH, LENGTH), model.sizes.token_weights
-    recomputed = flops_of_streaming(model, layout, 1, 1, recompute)
+    recomputed = flops_of_streaming(model, layout, 1, Saving(recompute, 1, NO_DEVICE_MEMORY))
     least = 2 * LENGTH * weights.unsaved
     rest = 2 * LENGTH * (weights.before + weights.output)
     recomputed -= flops_of_recomputed_attention(model, LENGTH, 1, recompute).total

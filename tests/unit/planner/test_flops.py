@@ -5,6 +5,8 @@ import pytest
 from megatron.config import Recompute
 from megatron.config.model import ModelConfig
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.device_budget import DeviceBudget
+from megatron.fpdt.stream import Saving
 from megatron.planner.flops import (
     TrainingFlops,
     flops_of_checkpointing,
@@ -34,6 +36,10 @@ GPT_TINY = ModelConfig(
     kv_channels=4,
     seq_length=10,
 )
+
+
+def saving(interval: int, recompute: Recompute, first_slices: float = 0.0) -> Saving:
+    return Saving(recompute, interval, DeviceBudget(first_slices=first_slices))
 
 
 def test_llama_3_8b_matches_a_count_by_hand():
@@ -81,7 +87,7 @@ def test_the_stream_recomputes_token_wise_work_except_the_last_product(num_layer
     model = replace(GPT_TINY, num_layers=num_layers)
     again = 384 + 128 + 512
     expected = 10 * (num_layers * again + rebuilt * (128 + 1024))
-    assert flops_of_streaming(model, SIX_KEPT, 2, interval, Recompute.ALL) == expected
+    assert flops_of_streaming(model, SIX_KEPT, 2, saving(interval, Recompute.ALL)) == expected
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,9 @@ def test_recomputed_attention_leaves_out_what_the_highest_block_of_a_chain_does_
     forward = num_layers * (10 * 384 + 800) + blocks * 10 * (128 + 1024)
     keys_and_values = blocks * 5 * 384
     expected = forward + keys_and_values + 10 * (num_layers * (384 + 128 + 512) + rebuilt * (128 + 1024))
-    assert flops_of_streaming(model, SIX_KEPT, 2, interval, Recompute.ATTENTION, attention_share=0.5) == expected
+    assert (
+        flops_of_streaming(model, SIX_KEPT, 2, saving(interval, Recompute.ATTENTION), attention_share=0.5) == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,9 +117,11 @@ def test_recomputed_attention_leaves_out_what_the_highest_block_of_a_chain_does_
 )
 def test_only_products_that_are_not_saved_of_six_tokens_in_ten_are_recomputed(recompute, again):
     model = replace(GPT_TINY, num_layers=3)
-    assert flops_of_streaming(model, SIX_KEPT, 2, 1, recompute) == 3 * again
+    assert flops_of_streaming(model, SIX_KEPT, 2, saving(1, recompute)) == 3 * again
     first_slices = 4 * (512 * (recompute.saves_mlp_products) + 128) if recompute.saves_products else 0
-    assert flops_of_streaming(model, SIX_KEPT, 2, 1, recompute, first_slices=0.5) == 3 * (again - first_slices // 2)
+    assert flops_of_streaming(model, SIX_KEPT, 2, saving(1, recompute, first_slices=0.5)) == 3 * (
+        again - first_slices // 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,13 +135,16 @@ def test_only_products_that_are_not_saved_of_six_tokens_in_ten_are_recomputed(re
 )
 def test_the_attention_product_of_a_parallel_residual_is_not_recomputed(recompute, again):
     model = replace(GPT_TINY, parallel_residual=True)
-    assert flops_of_streaming(model, SIX_KEPT, 2, 1, recompute) == again
+    assert flops_of_streaming(model, SIX_KEPT, 2, saving(1, recompute)) == again
 
 
 def test_the_stream_leaves_out_a_third_of_swiglu():
     mlp = 2 * 8192 * 3 * 4096 * 14336 * 32
     token_wise = forward_flops(LLAMA_3_8B, 0, 8192).token_wise
-    assert flops_of_streaming(LLAMA_3_8B, SequenceLayout(8192, 8192), 8192, 1, Recompute.ALL) == token_wise - mlp // 3
+    assert (
+        flops_of_streaming(LLAMA_3_8B, SequenceLayout(8192, 8192), 8192, saving(1, Recompute.ALL))
+        == token_wise - mlp // 3
+    )
 
 
 def test_throughput_divides_by_time_and_devices():
