@@ -1,6 +1,8 @@
 """Ways to run a transformer block forward and backward, and their measurement.
 
     offloaded     streamed chunk by chunk, all full-length tensors in host memory
+    disk          as offloaded, but host memory holds no more than what is copied more than once per block; the rest is
+                  on disk
     on-device     streamed chunk by chunk, all full-length tensors on the GPU
     recomputed    plain Ulysses on one rank: --checkpoint-activations with --checkpoint-in-cpu, no chunks
     ceiling       the same attention kernel, forward and backward over the whole sequence in one call each, on tensors
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -48,7 +50,11 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents, Mask
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.parallel_state import ParallelState
+from megatron.fpdt.device_budget import ChunkKind
+from megatron.fpdt.disk_budget import BUSY_KINDS, DiskBudget
+from megatron.fpdt.disk_files import STRIPE_BYTES
 from megatron.fpdt.memory_model import StreamShape, TierBudget, choose_saved_activations
+from megatron.fpdt.staging import staging_for
 from megatron.fpdt.store import ChunkStore
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
@@ -160,8 +166,10 @@ class ModelBlock(GraphContestant):
         if device.type == "cuda":
             positions = positions.pin_memory()
         self._offloading = execution.offloading
-        dy = random_(self._store.empty(shape, dtype), device)
-        stored_x = random_(self._store.empty(shape, dtype), device) if execution.offloading else None
+        # Never on disk, where they could not be written to in place.
+        in_memory = partial(self._store.empty, shape, dtype, ChunkKind.HIDDEN_GRADIENTS)
+        dy = random_(in_memory(), device)
+        stored_x = random_(in_memory(), device) if execution.offloading else None
 
         def make_x() -> Tensor:
             return torch.randn(shape, dtype=dtype, device=device) if stored_x is None else stored_x.detach()
@@ -182,7 +190,17 @@ class ModelBlock(GraphContestant):
 
     def host_bytes(self) -> tuple[int, int] | None:
         pool = self._store.pool
-        return (pool.peak_used_bytes, pool.allocated_bytes) if self._offloading else None
+        return (pool.peak_used_bytes, self._store.pinned_bytes) if self._offloading else None
+
+    def disk_traffic(self) -> Row:
+        """Return what was read from disk and written to it, and the time spent waiting for it; empty without a disk."""
+        disk = self._store.disk_tier
+        if disk is None:
+            return {}
+        return {
+            "disk_read_gib": gib(disk.copied.bytes_in), "disk_written_gib": gib(disk.copied.bytes_out),
+            "disk_waited_seconds": disk.waited_seconds,
+        }  # fmt: skip
 
 
 class Ceiling:
@@ -248,6 +266,7 @@ class Way:
 
 
 OFFLOADED = Way("offloaded", streamed=True, offloading=True)
+DISK = Way("disk", streamed=True, offloading=True)
 ON_DEVICE = Way("on-device", streamed=True)
 RECOMPUTED = Way("recomputed")
 
@@ -256,6 +275,23 @@ def automatic_recompute(model: ModelConfig, chunk: int, device: torch.device) ->
     """Return the recompute that a training run with offloading would choose on this machine."""
     shape = StreamShape.of(model, chunk, 1, 1, compute_dtype(device).itemsize)
     return choose_saved_activations(shape, TierBudget(available_host_bytes()), interval=1)[0]
+
+
+def on_disk(execution: Execution, model: ModelConfig, device: torch.device, folders: tuple[str, ...]) -> Execution:
+    """Return an execution whose host memory holds what is copied most, and the disk all else."""
+    shape = StreamShape.of(model, execution.chunk_size, 1, 1, compute_dtype(device).itemsize)
+    needed = shape.kind_bytes(1, execution.recompute)
+    # The input of the first block and the gradient of the last one's output are in memory besides.
+    busy = {kind: needed[kind] for kind in BUSY_KINDS}
+    busy[ChunkKind.HIDDEN_GRADIENTS] += 2 * shape.residual_bytes
+    row = (shape.residual_bytes + shape.attention_bytes) // shape.layout.num_chunks
+    disk = DiskBudget(
+        folders,
+        file_bytes=sum(needed.values()) + 2 * shape.residual_bytes + STRIPE_BYTES,
+        staging_bytes=staging_for(shape.residual_bytes + 2 * row),
+        reserved_bytes=busy,
+    )
+    return replace(execution, host_memory_bytes=sum(busy.values()), disk=disk)
 
 
 def random_(tensor: Tensor, device: torch.device, part_tokens: int = 32768) -> Tensor:
@@ -308,6 +344,7 @@ def _measure(
         "model_tflops": rate, "times_matmul": rate / matmul,
         "peak_gib": gib(_highest(peaks)), "above_gib": gib(above), "weights_gib": gib(contestant.weight_bytes),
         "host_used_gib": gib(used), "host_allocated_gib": gib(allocated),
+        **(contestant.disk_traffic() if isinstance(contestant, ModelBlock) else {}),
         **({"profile": _profile(contestant)} if profiled else {}),
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 """Compare speed and GPU memory of a streamed block with other ways to run it.
 
     python benchmarks/streamed_block.py                     whole blocks: ceiling, offloaded, on-device, recomputed
+    python benchmarks/streamed_block.py --disk /nvme0,/nvme1    beside them: disk
     python benchmarks/streamed_block.py --attention-only    attention layers: ceiling, offloaded, deepspeed
 
 Runs one block, Llama-3-8B's by default, forward and backward, every way in one process on one GPU. --blocks runs
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.block import (
+    DISK,
     OFFLOADED,
     ON_DEVICE,
     RECOMPUTED,
@@ -38,6 +40,7 @@ from benchmarks.block import (
     ModelBlock,
     automatic_recompute,
     measure,
+    on_disk,
 )
 from benchmarks.common import (
     SPEED_COLUMNS,
@@ -62,8 +65,8 @@ from megatron.model.layers import attention_request
 from megatron.ops.attention import choose_backend
 
 NAME = "streamed_block"
-WAYS = {way.name: way for way in (OFFLOADED, ON_DEVICE, RECOMPUTED)}
-BLOCKS = ["ceiling", "offloaded", "on-device", "recomputed"]
+WAYS = {way.name: way for way in (OFFLOADED, DISK, ON_DEVICE, RECOMPUTED)}
+BLOCKS = ["ceiling", "offloaded", "disk", "on-device", "recomputed"]
 ATTENTION_LAYERS = ["ceiling", "offloaded", "deepspeed"]
 COLUMNS = (
     Column("way", "way", width=10),
@@ -97,6 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="save the input of every Kth block of the streamed ways [%(default)s]")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=1,
                         help="stacked blocks, as in a model; times are per block [%(default)s]")  # fmt: skip
+    parser.add_argument("--disk", metavar="DIR[,DIR...]", help="folders on local disks for the way of that name")
     parser.add_argument("--deterministic-mode", nargs="+", choices=("off", "on"), default=["off"],
                         help="without deterministic kernels, with them, or both [off]")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="[%(default)s]")
@@ -110,11 +114,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.profile and arguments.device == "cpu":
         parser.error("--profile traces a GPU; leave it out with --device cpu")
     possible = ATTENTION_LAYERS if arguments.attention_only else BLOCKS
+    possible = [way for way in possible if way != "disk" or arguments.disk]
     arguments.ways = arguments.ways or possible
     unknown = [way for way in arguments.ways if way not in possible]
     if unknown:
-        mode = "with" if arguments.attention_only else "without"
-        parser.error(f"--ways {unknown[0]} is not there {mode} --attention-only; use {', '.join(possible)}")
+        mode = "with --attention-only" if arguments.attention_only else "without --attention-only"
+        mode = "without --disk" if unknown[0] == "disk" and not arguments.disk else mode
+        parser.error(f"--ways {unknown[0]} is not there {mode}; use {', '.join(possible)}")
     if "deepspeed" in arguments.ways and "on" in arguments.deterministic_mode:
         parser.error("--deterministic-mode on is not there for --ways deepspeed; leave one of them out")
     for length in arguments.lengths if "deepspeed" in arguments.ways else ():
@@ -188,8 +194,10 @@ def executions(
             automatic if name == "auto" else Recompute(name) for name in arguments.recompute
         ):
             execution = WAYS[way].execution(chunk, recompute)
-            saved = replace(execution, checkpoint_interval=arguments.checkpoint_interval)
-            yield {"chunk": thousands(chunk), "recompute": recompute}, saved
+            execution = replace(execution, checkpoint_interval=arguments.checkpoint_interval)
+            if way == "disk":
+                execution = on_disk(execution, model, device, tuple(arguments.disk.split(",")))
+            yield {"chunk": thousands(chunk), "recompute": recompute}, execution
 
 
 def against_deepspeed(rows: Sequence[Row]) -> Iterator[str]:

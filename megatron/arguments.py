@@ -30,6 +30,7 @@ from megatron.config import (
     ChunkSize,
     Config,
     ConfigError,
+    Folders,
     GibOrAuto,
     TokenCount,
     config_sections,
@@ -268,6 +269,13 @@ def _chunk_size(text: str) -> int:
     return AUTOMATIC_CHUNK if text.casefold() == "auto" else token_count(text)
 
 
+def _folders(text: str) -> tuple[str, ...]:
+    folders = tuple(text.split(","))
+    if not all(folders):
+        raise argparse.ArgumentTypeError(f"{text!r} names an empty folder; give one, or several as /disk1,/disk2")
+    return folders
+
+
 def _gib_or_auto(text: str) -> float | None:
     return None if text.casefold() == "auto" else _number(text)
 
@@ -279,6 +287,7 @@ _PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     TokenCount: (token_count, "TOKENS"),
     ChunkSize: (_chunk_size, "TOKENS|auto"),
     GibOrAuto: (_gib_or_auto, "X|auto"),
+    Folders: (_folders, "DIR[,DIR...]"),
 }
 
 # Parsers of flags with several values, by the type of one value.

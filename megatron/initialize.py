@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import Config
+from megatron.core.disk_rates import DiskRates
 from megatron.core.host_memory import available_host_bytes
 from megatron.core.link_rates import LinkRates
 from megatron.core.parallel_state import ParallelState
@@ -39,6 +40,10 @@ class Context:
     watchdog: Watchdog = field(default_factory=Watchdog)
     link: LinkRates | None = None
     """Rates of the link to the host, where they have been measured."""
+    disk_rates: DiskRates | None = None
+    """Rates of the disk for chunks, if there is one."""
+    disk_bytes: int = 0
+    """What chunks may use there: a rank's share of what was free at the start, on the machine with the least."""
 
     @property
     def is_first_rank(self) -> bool:

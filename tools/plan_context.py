@@ -100,6 +100,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                          help="dense bf16 peak of a GPU without a name, which its other rates follow")  # fmt: skip
     machine.add_argument("--host-memory", type=host_memory, default=1900.0,
                          help="GiB per machine, or `here` for the free memory of this one [%(default)s]")  # fmt: skip
+    machine.add_argument("--disk-memory", type=ABOVE_ZERO, metavar="GiB",
+                         help="GiB per machine on disks, for chunks that the host has no room for [none]")  # fmt: skip
+    machine.add_argument("--disk", type=ABOVE_ZERO, nargs=2, metavar="GB/s", default=(5.0, 3.0),
+                         help="at which the disks of a machine read and write [5 3]")  # fmt: skip
     machine.add_argument("--link", type=ABOVE_ZERO, nargs="+", metavar="GB/s",
                          help="between each GPU and its host while all of a machine copy: one way, or in, out and both "
                          "ways together [the GPU's]")  # fmt: skip

@@ -15,7 +15,7 @@ from megatron.config.hugging_face import HuggingFaceModelConfig
 from megatron.config.logging import ALONE, LoggingConfig
 from megatron.config.model import ModelConfig, TokenCount
 from megatron.config.optimizer import OptimizerConfig
-from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, GibOrAuto, ParallelConfig, default_chunk
+from megatron.config.parallel import AUTOMATIC_CHUNK, ChunkSize, Folders, GibOrAuto, ParallelConfig, default_chunk
 from megatron.config.precision import PrecisionConfig
 from megatron.config.recompute import Recompute
 from megatron.config.sample_lengths import SampleLengths, sample_lengths
@@ -35,6 +35,7 @@ __all__ = [
     "DataConfig",
     "DeepSpeedConfig",
     "FinetuningConfig",
+    "Folders",
     "GibOrAuto",
     "HuggingFaceModelConfig",
     "LoggingConfig",

@@ -9,6 +9,7 @@ ChunkSize = NewType("ChunkSize", int)
 AUTOMATIC_CHUNK = ChunkSize(0)
 _DEFAULT_CHUNK = 65536
 GibOrAuto = NewType("GibOrAuto", float)
+Folders = NewType("Folders", tuple[str, ...])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,14 @@ class ParallelConfig:
     ds_sequence_parallel_fpdt_host_memory: float | None = None
     """GiB per rank that offloaded chunks may use on the host. Default: 97% of the memory available there at the start,
     shared equally by the ranks of the machine, less what offloaded optimizer states and the process will use."""
+
+    ds_sequence_parallel_fpdt_disk: Folders | None = None
+    """Folders on local disks, separated by commas, for the offloaded chunks that the host has no room for. Chunks are
+    striped over them."""
+
+    ds_sequence_parallel_fpdt_disk_memory: float | None = None
+    """GiB per rank that offloaded chunks may use on disk, over all folders. Default: 90% of the space free there at the
+    start, shared equally by the ranks of the machine. Only what the run needs is reserved."""
 
     tensor_model_parallel_size: int = 1
     """Only 1: there is no tensor parallelism here."""

@@ -119,6 +119,8 @@ class BackwardPass:
         dys = dy_SBh.split(lengths)
         x, saved = block.take(dys[-1:])
         self._saved = saved
+        below = block.below()
+        store.read_ahead([*saved.loads(x.split(lengths)), *(() if below is None else below.loads())])
         self._dx = store.empty(x.shape, x.dtype, ChunkKind.HIDDEN_GRADIENTS, block.input_is_on_device)
         self._xs, self._positions = x.split(lengths), saved.positions_BS.split(lengths, 1)
         self._kv = self._recomputed_keys_and_values() if saved.kv_CBKD is None else saved.kv_CBKD

@@ -34,6 +34,10 @@ class ChainedBlock:
         """Return the chunks that the backward pass begins with, `dy` of the gradient of the block's output."""
         return self.inputs.first_loads(self.position, dy)
 
+    def loads(self) -> list[Tensor]:
+        """Return the chunks that the backward pass loads, in order, as far as they are there."""
+        return self.inputs.loads(self.position)
+
     def take(self, dy: Sequence[Tensor]) -> tuple[Tensor, Saved]:
         """Return the block's input, whose backward pass begins, and what it has saved, as `BlockInputs.take` does."""
         return self.inputs.take(self.position, dy)

@@ -78,6 +78,15 @@ class BlockInputs:
         first_x = [self._chunks(position)[next(iter(recomputed_kv), -1)]] if position in self._inputs else []
         return [*first_x, saved.o_cBHD[-1], saved.lse_BHC[-1], *dy]
 
+    def loads(self, position: int) -> list[Tensor]:
+        """Return the chunks that the backward pass of the block at `position` loads, as far as they are there."""
+        if position >= len(self._steps):  # a block below has begun before it
+            return []
+        saved = self._steps[position].saved
+        if not saved.has_attention:
+            return [*self._chunks(0)]
+        return [*saved.loads(self._chunks(position) if position in self._inputs else ())]
+
     def take(self, position: int, dy: Sequence[Tensor]) -> tuple[Tensor, Saved]:
         """Return the input of the block at `position`, whose backward pass begins, and what the block has saved.
 

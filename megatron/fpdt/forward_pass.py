@@ -72,6 +72,7 @@ class ForwardPass:
         xs = x_SBh.split(self._layout.local_lengths)
         chunk_positions = positions_BS.split(self._layout.local_lengths, 1)
         rows = plan.forward_rows()
+        self._store.read_ahead(xs)
         self._x_ahead = self._store.prefetch([xs[row[0].query], chunk_positions[row[0].query]] for row in rows)
         # The generators reference no `self`: a cycle would hold chunks until garbage is collected.
         kv, tiles = self._kv, (tile for row in rows for tile in row if not tile.is_diagonal)
@@ -81,6 +82,7 @@ class ForwardPass:
         """Return the block's output, on the tier, and what is saved for backward."""
         y = self._store.empty(self._x.shape, self._x.dtype, ChunkKind.HIDDEN_STATES)
         ys = y.split(self._layout.local_lengths)
+        self._store.keep_ahead(ys)  # the block above loads them
 
         def finish(chunk: int, row: _SuspendedRow) -> None:
             self._store.put(ys[chunk], self._finish_row(chunk, row))

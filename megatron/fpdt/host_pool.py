@@ -82,6 +82,12 @@ class HostPool:
         weakref.finalize(view, self._release, slab, num_bytes).atexit = False
         return torch.frombuffer(view, dtype=dtype, count=num_elements).view(shape)
 
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether a tensor of this size needs no other slab to be freed."""
+        if self._free.get(num_bytes) or self.budget_bytes is None:
+            return True
+        return self.allocated_bytes + num_bytes <= self.budget_bytes
+
     def owns(self, tensor: Tensor) -> bool:
         """Whether the tensor is stored in a slab of this pool."""
         if tensor.device.type != "cpu":

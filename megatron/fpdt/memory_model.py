@@ -27,6 +27,7 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.head_layout import HeadLayout
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.fpdt.device_budget import ChunkKind, DeviceBudget
+from megatron.fpdt.disk_budget import HostAndDisk, divide, least_host_bytes
 from megatron.fpdt.stream import SLICE_LENGTH
 
 # Compute over copies from which copies do not stall compute: they come in bursts. With 1.5 they were seen to.
@@ -38,10 +39,11 @@ _SHARE_WITH_PRODUCTS = 0.75
 
 @dataclass(frozen=True)
 class TierBudget:
-    """Bytes of chunks that may be stored per rank, on the host and on the device."""
+    """Bytes of chunks that may be stored per rank, on the host, on the device, and on a disk behind the host."""
 
     host_bytes: int
     device_bytes: int = 0
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,30 @@ class StreamShape:
         peaks = self._peaks(interval, recompute)
         return max(sum(max(n - stored[kind], 0) for kind, n in kinds.items()) for kinds in peaks)
 
+    def on_host_and_disk(self, budget: TierBudget, interval: int, recompute: Recompute) -> HostAndDisk | None:
+        """Divide the offloaded chunks between host and disk; None where the budget is too small, or has no disk."""
+        if not budget.disk_bytes:
+            return None
+        needed = self._offloaded_bytes(budget.device_bytes, interval, recompute)
+        # The input of the block below, of which all is read before its first row; and two rows.
+        row = (self.residual_bytes + self.attention_bytes + self.product_bytes(recompute)) // self.layout.num_chunks
+        divided = divide(needed, budget.host_bytes, self.residual_bytes + 2 * row, self.residual_bytes)
+        return divided if divided is not None and divided.file_bytes <= budget.disk_bytes else None
+
+    def least_host_bytes_with_disk(self, device_bytes: int) -> int:
+        """Return the host memory without which a disk is of no use."""
+        return least_host_bytes(self._offloaded_bytes(device_bytes, 1, Recompute.KV))
+
+    def _offloaded_bytes(self, device_bytes: int, interval: int, recompute: Recompute) -> dict[ChunkKind, int]:
+        stored, peaks = self.device_bytes(device_bytes, interval, recompute), self._peaks(interval, recompute)
+        offloaded = [{kind: max(n - stored[kind], 0) for kind, n in kinds.items()} for kinds in peaks]
+        return max(offloaded, key=lambda kinds: sum(kinds.values()))
+
+    def fits(self, budget: TierBudget, interval: int, recompute: Recompute) -> bool:
+        """Whether the chunks of a step fit the host, or the host and the disk."""
+        on_host = self.host_bytes(budget.device_bytes, interval, recompute)
+        return on_host <= budget.host_bytes or self.on_host_and_disk(budget, interval, recompute) is not None
+
     def overlaps_with_link(
         self, recompute: Recompute, flops_per_byte: FlopsPerByte = HOPPER_ALONE, host_share: float = 1.0
     ) -> bool:
@@ -317,8 +343,15 @@ def choose_saved_activations(
     needed: dict[tuple[Recompute, int], int] = {}
     for choice in choices:
         needed[choice] = shape.host_bytes(budget.device_bytes, choice[1], choice[0])
-        if needed[choice] <= budget.host_bytes:
+        if needed[choice] <= budget.host_bytes and (choice[0].saves_attention or not budget.disk_bytes):
             return choice
+    if budget.disk_bytes:
+        # A disk is faster than recomputing attention. Saved keys and values would use the host memory that leaves the
+        # disk with little to do.
+        lean = [choice for choice in choices if choice[0] is Recompute.KV]
+        with_disk = next((choice for choice in [*lean, *choices] if shape.fits(budget, choice[1], choice[0])), None)
+        if with_disk is not None:
+            return with_disk
     return min(needed, key=lambda choice: needed[choice])
 
 
@@ -340,7 +373,8 @@ def longest_sequence(shape: StreamShape, budget: TierBudget) -> int:
     def fits(num_tokens: int) -> bool:
         chunk_length = min(layout.chunk_length, num_tokens)
         at = replace(shape, layout=SequenceLayout(num_tokens, chunk_length, shortest))
-        return least_bytes(at, budget.device_bytes) <= budget.host_bytes
+        recompute, interval = choose_saved_activations(at, budget)
+        return at.fits(budget, interval, recompute)
 
     low, high = 0, layout.sequence_length // shortest
     while high - low > 1:

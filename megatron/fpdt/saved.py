@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
@@ -31,6 +32,15 @@ class Saved:
     o_cBHD: Sequence[Tensor]  # this rank's tokens, all heads; none if attention is recomputed
     lse_BHC: Sequence[Tensor]  # this rank's heads, and its rows of the chunk
     kv_CBKD: Mapping[int, Tensor] | None  # of the chunks that tiles load, all tokens, this rank's heads; or recomputed
+
+    def loads(self, xs: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the chunks that the backward pass loads of what is saved and of the input, if it is there, in order."""
+        if xs and self.kv_CBKD is None:
+            yield from (xs[i] for i in self.plan.loaded_keys())
+        for row in self.plan.backward_rows():
+            i = row[0].query
+            yield from (chunks[i] for chunks in (xs, self.o_cBHD, self.lse_BHC) if chunks)
+            yield from chain(*self.products_after[i][1:], *self.products_before[i])
 
     @property
     def has_attention(self) -> bool:

@@ -1,31 +1,24 @@
 """Copies of chunks between the device and the tier that stores them: the host when offloading, else the device itself.
 
-The host never waits. Device memory is bounded by construction. A chunk that is copied in lives in memory allocated on
-the compute stream, so that memory can be reused as soon as the compute that reads it is queued. The source of a
-copy-out is held until the next chunk of its kind is put, or until all are released; the compute stream then waits for
-its copy. How chunks are copied, and on which streams, is in megatron.fpdt.tiers.
+With a disk behind the host, some of the chunks are stored there. The host never waits, except for a disk that is slow.
+Device memory is bounded by construction. A chunk that is copied in lives in memory allocated on the compute stream, so
+that memory can be reused as soon as the compute that reads it is queued. The source of a copy-out is held until the
+next chunk of its kind is put, or until all are released; the compute stream then waits for its copy. How chunks are
+copied, and on which streams, is in megatron.fpdt.tiers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
 from megatron.fpdt.device_budget import NO_DEVICE_MEMORY, ChunkKind, DeviceBudget
-from megatron.fpdt.tiers import Arrival, DeviceTier, Event, HostTier, Tier
-
-
-@dataclass
-class CopyCounts:
-    """Bytes copied in and out."""
-
-    bytes_in: int = 0
-    bytes_out: int = 0
-
+from megatron.fpdt.disk_budget import DiskBudget, HostShare
+from megatron.fpdt.disk_tier import DiskTier
+from megatron.fpdt.tiers import Arrival, Arriving, CopyCounts, DeviceTier, HostTier, Tier
 
 # A copy-out: the device tensor, held until the compute stream waits for the event of its copy.
 CopyOut = tuple[Tensor, torch.cuda.Event]
@@ -35,7 +28,7 @@ class ChunkStore:
     """Stores chunks on the tier, offloads them and prefetches them. One per model, for its lifetime.
 
     With offloading, tensors are stored on the device as far as the `device_budget` has room for their kind, and else on
-    the host, up to `host_budget_bytes`.
+    the host, up to `host_budget_bytes`, and on `disk`.
     """
 
     def __init__(
@@ -44,18 +37,27 @@ class ChunkStore:
         offloading: bool,
         device_budget: DeviceBudget = NO_DEVICE_MEMORY,
         host_budget_bytes: int | None = None,
+        disk: DiskBudget | None = None,
     ) -> None:
         self.device = device
         self.offloading = offloading
         self.copied = CopyCounts()
         self.device_tier = DeviceTier(device, device_budget if offloading else None)
-        self.host_tier = HostTier(device, host_budget_bytes)
+        share = None if disk is None else HostShare(host_budget_bytes or 0, disk)
+        self.host_tier = HostTier(device, host_budget_bytes, share)
+        self.disk_tier = None if disk is None or share is None else DiskTier(device, self.host_tier, disk, share)
         self.pool = self.host_tier.pool
         # Fastest first; the last takes what the others have no room for.
-        self.offload_tiers: tuple[Tier, ...] = (self.host_tier,)
+        tiers = (self.host_tier, self.disk_tier)
+        self.offload_tiers: tuple[Tier, ...] = tuple(tier for tier in tiers if tier is not None)
         self._copying_out: dict[tuple[torch.Size, torch.dtype], CopyOut] = {}
         self._copying_out_saved: list[CopyOut] = []
         self._expected: dict[int, Arrival] = {}  # by host address: copies in flight
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory of chunks, and of what is on its way to the disk and back."""
+        return self.pool.allocated_bytes + (0 if self.disk_tier is None else self.disk_tier.staging.num_bytes)
 
     def empty(
         self,
@@ -102,8 +104,10 @@ class ChunkStore:
         return [self.device_tier.adopt(value, kind) for value in values]
 
     def _empty_offloaded(self, shape: Sequence[int], dtype: torch.dtype, kind: ChunkKind) -> Tensor:
-        num_bytes, last = prod(shape) * dtype.itemsize, self.offload_tiers[-1]
-        tier = next((tier for tier in self.offload_tiers if tier.has_room(num_bytes, kind)), last)
+        num_bytes = prod(shape) * dtype.itemsize
+        tier = next((tier for tier in self.offload_tiers if tier.has_room(num_bytes, kind)), None)
+        if tier is None:  # a full disk, with buffers on the host that sequences of another length have left
+            tier = self.host_tier if self.host_tier.can_make_room(num_bytes) else self.offload_tiers[-1]
         tensor = tier.empty(shape, dtype, kind)
         if self._expected:
             first = tensor.data_ptr()
@@ -111,6 +115,8 @@ class ChunkStore:
         return tensor
 
     def _tier_of(self, chunk: Tensor) -> Tier:
+        if self.disk_tier is not None and self.disk_tier.owns(chunk):  # the host tier takes any CPU tensor for its own
+            return self.disk_tier
         for tier in self.offload_tiers:
             if tier.owns(chunk):
                 return tier
@@ -149,10 +155,10 @@ class ChunkStore:
         self._copying_out.clear()
         self._copying_out_saved.clear()
 
-    def _wait_for(self, event: Event) -> None:
+    def _wait_for(self, copy: Arriving | None) -> None:
         """Make the compute stream wait for a copy."""
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
+        if copy is not None:
+            copy.wait(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
 
     def prefetch(self, groups: Iterable[Sequence[Tensor]], ahead: bool = True) -> Prefetch:
         """Iterate over groups of chunks as device tensors, the next group prefetched while one is in use.
@@ -161,6 +167,24 @@ class ChunkStore:
         only from then on.
         """
         return Prefetch(self, groups, ahead)
+
+    def read_ahead(self, chunks: Iterable[Tensor]) -> None:
+        """Announce the chunks that will be prefetched next, in this order, so that those on disk are read in time."""
+        if self.disk_tier is None:
+            return
+        arriving = set(self._expected)  # their first copies have been started
+        announced = []
+        for chunk in chunks:
+            if chunk.data_ptr() in arriving:
+                arriving.remove(chunk.data_ptr())
+            else:
+                announced.append(chunk)
+        self.disk_tier.read_ahead(announced)
+
+    def keep_ahead(self, chunks: Iterable[Tensor]) -> None:
+        """Announce chunks that are put now and that the next call of `read_ahead` announces first."""
+        if self.disk_tier is not None:
+            self.disk_tier.keep(chunks)
 
     def expect(self, chunks: Iterable[Tensor]) -> None:
         """Prefetch now the chunks that a later `Prefetch` will begin with: the first chunks of the next block.
@@ -187,7 +211,7 @@ class ChunkStore:
         self.copied.bytes_in += chunk.nbytes
         return tier.copy_in(chunk)
 
-    def _finish(self, arriving: Tensor, arrived: Event) -> Tensor:
+    def _finish(self, arriving: Tensor, arrived: Arriving | None) -> Tensor:
         self._wait_for(arrived)
         return arriving
 

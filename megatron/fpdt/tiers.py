@@ -5,13 +5,14 @@
     copy-out stream   waits for the compute event that produced the chunk; then copies
 
 The tiers are the only code that knows the copy streams. On a machine without CUDA the same code runs with synchronous
-copies. A copy's event is None if nothing has to be waited for.
+copies. A copy's event is None if nothing has to be waited for. megatron.fpdt.disk_tier stores chunks on disk.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,12 +20,36 @@ from torch import Tensor
 
 from megatron.core.ranges import COPY_IN, COPY_OUT, named_range
 from megatron.fpdt.device_budget import ChunkKind, DeviceBudget, DeviceUse
+from megatron.fpdt.disk_budget import BUSY_KINDS, HostShare
 from megatron.fpdt.host_pool import HostPool
 
 Event = torch.cuda.Event | None
 
-# A chunk on its way to the device: the device tensor, and the event of its copy.
-Arrival = tuple[Tensor, Event]
+
+class Arriving(Protocol):
+    """A copy to the device that may be under way: a CUDA event, for example."""
+
+    def wait(self, stream: torch.cuda.Stream | None) -> None:
+        """Make a stream wait for the copy. There is none on a machine without CUDA."""
+        ...
+
+
+# A chunk on its way to the device: the device tensor, and its copy.
+Arrival = tuple[Tensor, Arriving | None]
+
+
+@dataclass
+class CopyCounts:
+    """Bytes copied in and out."""
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+def share_until_released(tensor: Tensor, add: Callable[[int, ChunkKind], None], kind: ChunkKind) -> None:
+    """Count a tensor for as long as anything references its storage."""
+    add(tensor.nbytes, kind)
+    weakref.finalize(tensor.untyped_storage(), add, -tensor.nbytes, kind).atexit = False
 
 
 class Tier(Protocol):
@@ -87,8 +112,7 @@ class DeviceTier:
         if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         if self._use is not None:
-            self._use.add(tensor.nbytes, kind)
-            weakref.finalize(tensor.untyped_storage(), self._use.add, -tensor.nbytes, kind).atexit = False
+            share_until_released(tensor, self._use.add, kind)
         return tensor
 
     def owns(self, chunk: Tensor) -> bool:
@@ -104,10 +128,10 @@ class DeviceTier:
 
 
 class HostTier:
-    """Chunks in pinned host memory."""
+    """Chunks in pinned host memory; those of its share, if there is a disk behind it."""
 
-    def __init__(self, device: torch.device, budget_bytes: int | None = None) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, budget_bytes: int | None = None, share: HostShare | None = None) -> None:
+        self._device, self._share = device, share
         self.pool = HostPool(pinned=device.type == "cuda", budget_bytes=budget_bytes)
         self._uses_streams = device.type == "cuda"
         if self._uses_streams:
@@ -118,11 +142,22 @@ class HostTier:
         self._read: dict[int, torch.cuda.Event] = {}  # by address of the slab: when its last copy-in ends
 
     def has_room(self, num_bytes: int, kind: ChunkKind) -> bool:
+        if self._share is None:
+            return self.can_make_room(num_bytes)
+        if not self._share.host_has_room(num_bytes, kind):
+            return False
+        # Buffers of other sizes are freed, and others pinned, only for what is copied most.
+        return kind in BUSY_KINDS or self.pool.has_room(num_bytes)
+
+    def can_make_room(self, num_bytes: int) -> bool:
+        """Whether a tensor fits the budget if unused buffers are freed for it."""
         budget = self.pool.budget_bytes
         return budget is None or self.pool.used_bytes + num_bytes <= budget
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, kind: ChunkKind) -> Tensor:
         tensor = self.pool.empty(tuple(shape), dtype)
+        if self._share is not None:
+            share_until_released(tensor, self._share.add_on_host, kind)
         read = self._read.pop(tensor.data_ptr(), None)
         if read is not None:  # a copy-in of the slab's previous tensor may still be under way
             self.copy_out_stream.wait_event(read)
@@ -149,6 +184,17 @@ class HostTier:
         if self.pool.owns(chunk):
             self._read[chunk.untyped_storage().data_ptr()] = arrived
         return arriving, arrived
+
+    def copy_into(self, target: Tensor, source: Tensor, computed: Event) -> Event:
+        """Start to copy pinned memory to a device tensor, whose memory is free after `computed`. For any thread."""
+        if computed is None:
+            target.copy_(source)
+            return None
+        # Not `with self.copy_in_stream`, which is not safe for several threads.
+        with torch.cuda.stream(self.copy_in_stream), named_range(COPY_IN):
+            self.copy_in_stream.wait_event(computed)
+            target.copy_(source, non_blocking=True)
+            return self.copy_in_stream.record_event()
 
     def copy_out(self, chunk: Tensor, value: Tensor) -> Event:
         if not self._uses_streams:

@@ -21,6 +21,7 @@ from megatron.fpdt.memory_model import (
 )
 from megatron.fpdt.stream import Saving
 from megatron.initialize import Context
+from megatron.launch.disk import disk_memory, disk_warnings
 from megatron.launch.intervals import interval_warnings
 from megatron.model.builder import Execution
 from megatron.model.layers import attention_request, has_short_tiles
@@ -75,16 +76,19 @@ def plan_execution(config: Config, context: Context, padded_vocab_size: int) -> 
     else:
         plan = _solved(plan, choices)
         if context.parallel_state.rank == 0:
-            for line in interval_warnings(config, plan):
+            for line in (*interval_warnings(config, plan), *disk_warnings(plan)):
                 context.log.warning(line)
         streaming = _of_first_rank(_streaming_of(plan) if plan.job.streamed else None, context)
     if streaming is None:
         return ChosenExecution(plain, plan, choices)
     shape, recompute, interval = _shape(config, context, streaming), streaming.recompute, streaming.checkpoint_interval
-    by_length = dict[int, Saving]()
+    by_length, with_disk = dict[int, Saving](), None
     if config.parallel.ds_sequence_parallel_fpdt_offloading:
-        _check_host_memory(shape, streaming, host_memory, config, plan)
-        host_left = host_memory - shape.host_bytes(streaming.device_bytes, interval, recompute)
+        budget = TierBudget(host_memory, streaming.device_bytes, disk_memory(config, context))
+        _check_host_memory(shape, streaming, budget, config, plan)
+        needed = shape.host_bytes(streaming.device_bytes, interval, recompute)
+        with_disk = shape.on_host_and_disk(budget, interval, recompute) if needed > host_memory else None
+        host_left = max(host_memory - needed, 0)
         for length in _shorter_lengths(config, context.parallel_state.world_size):
             by_length[length], host_left = _saving_at(length, streaming, plan, host_left, config, context)
     streamed = replace(
@@ -93,7 +97,8 @@ def plan_execution(config: Config, context: Context, padded_vocab_size: int) -> 
         chunk_size=streaming.chunk_size,
         offloading=config.parallel.ds_sequence_parallel_fpdt_offloading,
         device_budget=shape.device_budget(streaming.device_bytes, interval, recompute),
-        host_memory_bytes=host_memory,
+        host_memory_bytes=host_memory if with_disk is None else with_disk.host_bytes,
+        disk=None if with_disk is None else with_disk.budget(config.parallel.ds_sequence_parallel_fpdt_disk or ()),
         checkpoint_interval=interval,
         recompute=recompute,
         by_length=by_length,
@@ -154,7 +159,8 @@ def _unplanned(config: Config, context: Context, host_memory: int) -> _Streaming
     interval = parallel.ds_sequence_parallel_fpdt_checkpoint_interval
     streaming = _Streaming(chunk, device_bytes, recompute or Recompute.ALL, interval or 1)
     if parallel.ds_sequence_parallel_fpdt_offloading:
-        shape, budget = _shape(config, context, streaming), TierBudget(host_memory, device_bytes)
+        shape = _shape(config, context, streaming)
+        budget = TierBudget(host_memory, device_bytes, disk_memory(config, context))
         recompute, interval = choose_saved_activations(shape, budget, recompute, interval)
         streaming = replace(streaming, recompute=recompute, checkpoint_interval=interval)
     return streaming
@@ -206,7 +212,9 @@ def plan_of_run(config: Config, context: Context, padded_vocab_size: int, host_m
     gpu = gpu_like(torch.cuda.get_device_name(context.device), context.device_memory_bytes)
     kernel = attention_kernel(config, context)
     plan = plan_of(config, context.parallel_state.world_size, gpu, host_memory, padded_vocab_size, kernel)
-    return replace(plan, machines=replace(plan.machines, measured_link=context.link))
+    on_disk = disk_memory(config, context) * plan.machines.gpus_per_node / GIB
+    measured = replace(plan.machines, measured_link=context.link, disk_memory_gib=on_disk, disk=context.disk_rates)
+    return replace(plan, machines=measured)
 
 
 def attention_kernel(config: Config, context: Context) -> str:
@@ -252,11 +260,12 @@ def check_gpu_memory(plan: Plan, choices: Open) -> None:
 
 
 def _check_host_memory(
-    shape: StreamShape, streaming: _Streaming, host_memory: int, config: Config, plan: Plan | None
+    shape: StreamShape, streaming: _Streaming, budget: TierBudget, config: Config, plan: Plan | None
 ) -> None:
-    device, how = streaming.device_bytes, (streaming.checkpoint_interval, streaming.recompute)
+    host_memory, device = budget.host_bytes, streaming.device_bytes
+    how = streaming.checkpoint_interval, streaming.recompute
     needed = shape.host_bytes(device, *how)
-    if needed <= host_memory:
+    if shape.fits(budget, *how):
         return
     least = least_bytes(shape, device)
     is_free_memory = config.parallel.ds_sequence_parallel_fpdt_host_memory is None
@@ -271,19 +280,30 @@ def _check_host_memory(
         if not is_free_memory:
             remedy += f"; or raise --ds-sequence-parallel-fpdt-host-memory to {_gib_up(least)}"
     else:
-        longest = longest_sequence(shape, TierBudget(host_memory, device))
+        longest = longest_sequence(shape, budget)
         ways = [f"use --seq-length {longest} or less"] * bool(longest)
         ways.append(f"raise --ds-sequence-parallel-size ({shape.layout.sequence_parallel_size})")
         on_device = next(n for n in count(device, _STEP) if least_bytes(shape, n) <= host_memory)
         ways.append(f"raise --ds-sequence-parallel-fpdt-device-memory to {_gib_up(on_device)}")
         if not is_free_memory:
             ways.append(f"raise --ds-sequence-parallel-fpdt-host-memory to {_gib_up(least)}")
+        ways += _disk_advice(config, shape.least_host_bytes_with_disk(device), host_memory)
         remedy = f"{', or '.join(ways)}, or see tools/plan_context.py for what would fit"
     whose = "are free for a rank here" if is_free_memory else "may be used (--ds-sequence-parallel-fpdt-host-memory)"
     raise ConfigError(
         f"the chunks of --seq-length ({shape.layout.sequence_length}) take up {needed / GIB:.4g} GiB of host memory "
         f"per rank, and {host_memory / GIB:.4g} GiB {whose}; {remedy}"
     )
+
+
+def _disk_advice(config: Config, least_on_host: int, host_memory: int) -> list[str]:
+    """Return what a disk, or more of it, would do."""
+    flag = "--ds-sequence-parallel-fpdt-disk"
+    if config.parallel.ds_sequence_parallel_fpdt_disk is None:
+        return [f"name a folder on a local disk with {flag}"] * (least_on_host <= host_memory)
+    if least_on_host > host_memory:
+        return [f"give the host {_gib_up(least_on_host)} GiB, without which {flag} is of no use"]
+    return [f"give {flag} more space"]
 
 
 def _gib_up(num_bytes: int) -> str:

@@ -12,6 +12,7 @@ from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, offloads, zero_stage_run
 from megatron.fpdt.memory_model import StreamShape
 from megatron.initialize import GIB, Context
+from megatron.launch.disk import disk_memory
 from megatron.launch.execution import ChosenExecution, attention_kernel
 from megatron.logging.progress import format_duration
 from megatron.model.builder import Execution
@@ -47,6 +48,7 @@ def introduce(
         "attention": _attention(config, context),
         "software": _software(),
         "link to host": "" if context.link is None else f"{context.link}, per GPU with all GPUs copying at once",
+        "disk": _disk(config, context, chosen.execution),
     }
     training = {"training": f"to iteration {lengths.iterations}: {lengths.left(state)}", "time": ""}
     if chosen.plan is not None:
@@ -75,9 +77,18 @@ def _execution_lines(chosen: ChosenExecution, config: Config, context: Context) 
     recompute = recompute_line(execution.recompute, execution.checkpoint_interval)
     lines = [title, chunk_line(min(execution.chunk_size, config.model.seq_length)), recompute]
     if execution.offloading:
-        num_bytes = _host_bytes(execution, config, context)
-        lines.append(f"  host memory      {num_bytes / GIB:9.3f} GiB   of activations per rank")
+        lines += _offloaded(execution, config, context)
     return lines
+
+
+def _offloaded(execution: Execution, config: Config, context: Context) -> Iterator[str]:
+    """Say what host and disk store."""
+    on_host, disk = _offloaded_bytes(execution, config, context), execution.disk
+    if disk is not None:
+        on_disk = on_host - execution.host_memory_bytes
+        on_host = execution.host_memory_bytes + disk.staging_bytes
+        yield f"  disk             {on_disk / GIB:9.3f} GiB   of activations per rank"
+    yield f"  host memory      {on_host / GIB:9.3f} GiB   of activations per rank"
 
 
 def _lines_of_shorter_steps(execution: Execution) -> Iterator[str]:
@@ -88,7 +99,7 @@ def _lines_of_shorter_steps(execution: Execution) -> Iterator[str]:
         yield f"  at {length:<13,} up to {gib:.3g} GiB of chunks on the GPU, {recompute}"
 
 
-def _host_bytes(execution: Execution, config: Config, context: Context) -> int:
+def _offloaded_bytes(execution: Execution, config: Config, context: Context) -> int:
     size, batch = config.parallel.ds_sequence_parallel_size, config.training.micro_batch_size
     shape = StreamShape.of(config.model, execution.chunk_size, size, batch, context.dtype.itemsize)
     return shape.host_bytes(execution.device_budget.total_bytes, execution.checkpoint_interval, execution.recompute)
@@ -116,6 +127,16 @@ def _ranks(config: Config, context: Context) -> str:
     return (
         f"sequence parallel {size} x data parallel {parallel.world_size // size} on {machines}, "
         f"ZeRO-{zero_stage_run(config)}{on_host}"
+    )
+
+
+def _disk(config: Config, context: Context, execution: Execution) -> str:
+    """Say how fast the disk for chunks is, and whether it is used; "" without one."""
+    if context.disk_rates is None:
+        return ""
+    unused = "; not used: the host has room for all chunks" * (execution.disk is None)
+    return (
+        f"{context.disk_rates}, per rank with all ranks at work; {disk_memory(config, context) / GIB:.4g} GiB{unused}"
     )
 
 

@@ -16,6 +16,7 @@ from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.output_names import check_output_name
 from megatron.data.splits import parse_data_paths
 from megatron.data.vocabulary import check_document_ends, check_vocabulary
+from megatron.fpdt.disk_files import check_folder
 from megatron.initialize import device_type, number_format
 from megatron.logging.writers import require_writer_packages
 from megatron.model.layers import attention_request, has_short_tiles
@@ -43,7 +44,8 @@ class Vocabulary:
 def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Vocabulary:
     """Check all inputs, the data with `check_data`, and return the vocabulary. Writes nothing.
 
-    Raises ConfigError, TokenizerError, DataError, CheckpointError, WeightsError or AttentionUnavailable.
+    Raises ConfigError, TokenizerError, DataError, CheckpointError, WeightsError, DiskError or
+    AttentionUnavailable.
     """
     model = config.model
     checkpoint = find_checkpoint(config.checkpoint)
@@ -65,6 +67,8 @@ def check_inputs(config: Config, world_size: int, check_data: DataCheck) -> Voca
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, world_size, padded_vocab_size)
     check_output_folders(config)
+    for folder in config.parallel.ds_sequence_parallel_fpdt_disk or ():
+        check_folder(folder)
     if config.adapters.is_used and not has_weights(Path(model.hf_model or "")):
         raise ConfigError(
             f"--hf-model ({model.hf_model}) has no weights, and adapters are trained on frozen weights; copy the whole "

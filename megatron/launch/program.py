@@ -20,11 +20,13 @@ from megatron.config import Config, ConfigError, SampleLengths, sample_lengths, 
 from megatron.core.sequence_layout import SequenceLayout
 from megatron.data.batch import Batch, Sample, slice_batch
 from megatron.data.errors import DataError
+from megatron.fpdt.disk_files import DiskError
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.settings import with_hugging_face_model
 from megatron.initialize import Context, device_type, initialize
 from megatron.launch.determinism import use_deterministic_kernels
+from megatron.launch.disk import with_measured_disk
 from megatron.launch.execution import plan_execution, plan_of_run
 from megatron.launch.introduction import introduce
 from megatron.launch.link import with_measured_link
@@ -50,6 +52,7 @@ USER_ERRORS = (
     CheckpointError,
     WeightsError,
     HostMemoryError,
+    DiskError,
     OutOfMemory,
     NotFiniteError,
     RollbackError,
@@ -101,7 +104,7 @@ def run(
             vocabulary = check_inputs(config, world.size, check_data)
             context = initialize(config, watchdog)
             check_model(config, context)
-            context = with_measured_link(config, context)
+            context = with_measured_disk(config, with_measured_link(config, context))
             source = provide_source(config, vocabulary, sample_lengths(config, world.size))
             train(config, context, vocabulary.padded_size, source)
     except (Exception, KeyboardInterrupt) as error:

@@ -47,6 +47,10 @@ class IterationRecord:
     peak_gpu_gib: float | None
     host_gib: float | None
     host_pool_gib: float | None
+    disk_gib: float | None = None
+    """Read and written per iteration by this rank; not in the line of a run without a disk for chunks."""
+    disk_wait_milliseconds: float | None = None
+    """Of an iteration, in which the host waited for the disk. The same applies."""
     skipped_iterations: int
     nan_iterations: int
     hours_left: float | None = None
@@ -122,6 +126,8 @@ _COLUMNS = (
     _Column("peak GPU memory (GiB)", "peak_gpu_gib", ".2f", float, is_optional=True),
     _Column("host memory (GiB)", "host_gib", ".2f", float, is_optional=True),
     _Column("host pool (GiB)", "host_pool_gib", ".2f", float, is_optional=True),
+    _Column("disk traffic (GiB)", "disk_gib", ".2f", float, is_optional=True),
+    _Column("waiting for disk (ms)", "disk_wait_milliseconds", ".1f", float, is_optional=True),
     _Column("ETA (h)", "hours_left", ".4f", float, is_optional=True),
     _Column("number of skipped iterations", "skipped_iterations", "3d", int),
     _Column("number of nan iterations", "nan_iterations", "3d", int),

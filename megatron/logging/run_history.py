@@ -18,7 +18,7 @@ from megatron.logging.log_line import Bucket, IterationRecord, LogRecord, Positi
 SCALARS = (
     "loss", "router_aux_loss", "expert_imbalance", "learning_rate", "grad_norm", "loss_scale", "milliseconds",
     "seq_length", "tokens_per_second_per_gpu", "model_tflops_per_gpu", "mfu", "hfu", "peak_gpu_gib", "host_gib",
-    "host_pool_gib", "consumed_tokens", "skipped_iterations", "nan_iterations",
+    "host_pool_gib", "disk_gib", "disk_wait_milliseconds", "consumed_tokens", "skipped_iterations", "nan_iterations",
 )  # fmt: skip
 
 EVENTS = "events.out.tfevents.*"

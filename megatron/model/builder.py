@@ -11,6 +11,7 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.head_layout import HeadLayout
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.device_budget import NO_DEVICE_MEMORY, DeviceBudget
+from megatron.fpdt.disk_budget import DiskBudget
 from megatron.fpdt.observer import Observer
 from megatron.fpdt.store import ChunkStore
 from megatron.fpdt.stream import SLICE_LENGTH, Saving, Stream, WholeParameters, already_whole
@@ -26,12 +27,12 @@ from megatron.ops.attention import AttentionBackend, choose_backend
 class Execution:
     """How a model is executed; its parameters and results do not depend on it.
 
-    `device_budget` and `host_memory_bytes` are the memory that FPDT's chunks may use with offloading: the device first,
-    then the host. `recompute` is that of FPDT's blocks; `activation_checkpointing` and `checkpoint_in_cpu` apply
-    without FPDT. `documents` means that batches may hold documents that do not attend to each other.
-    `by_length` says the same of sequences of other lengths, of what is saved and of `device_budget`.
-    `slice_length` counts the tokens of a rank that token-wise work runs on together. `observer` and `whole_parameters`
-    are what the run gives the stream.
+    `device_budget`, `host_memory_bytes` and `disk` are what FPDT's chunks may use with offloading: the device first,
+    then the host, then the disk. `recompute` is that of FPDT's blocks; `activation_checkpointing` and
+    `checkpoint_in_cpu` apply without FPDT. `documents` means that batches may hold documents that do not attend to each
+    other. `by_length` says the same of sequences of other lengths, of what is saved and of `device_budget`.
+    `slice_length` counts the tokens of a rank that token-wise work runs on together.
+    `observer` and `whole_parameters` are what the run gives the stream.
     """
 
     fpdt: bool = False
@@ -39,6 +40,7 @@ class Execution:
     offloading: bool = False
     device_budget: DeviceBudget = NO_DEVICE_MEMORY
     host_memory_bytes: int | None = None
+    disk: DiskBudget | None = None
     checkpoint_interval: int = 1
     recompute: Recompute = Recompute.ALL
     activation_checkpointing: bool = False
@@ -78,7 +80,7 @@ def execution_on(
 ) -> PlainExecution | StreamedExecution:
     """Choose the execution of layers with these `heads`, which attend by `attention`."""
     offloading = execution.fpdt and execution.offloading
-    store = ChunkStore(device, offloading, execution.device_budget, execution.host_memory_bytes)
+    store = ChunkStore(device, offloading, execution.device_budget, execution.host_memory_bytes, execution.disk)
     chunk_length = execution.chunk_size if execution.fpdt else seq_length
     stream = Stream(
         store,

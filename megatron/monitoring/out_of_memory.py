@@ -112,6 +112,10 @@ class Ledger:
             pool = self.stream.store.pool
             limit = f", of {_gib(pool.budget_bytes)} that it may take" if pool.budget_bytes is not None else ""
             rows.append(("host pool", f"{_gib(pool.used_bytes)} used, {_gib(pool.allocated_bytes)} allocated{limit}"))
+            disk = self.stream.store.disk_tier
+            if disk is not None:
+                rows.append(("staging for the disk", _gib(disk.staging.num_bytes)))
+                rows.append(("chunks on disk", f"{_gib(disk.used_bytes)} used, {_gib(disk.num_bytes)} reserved"))
         return rows
 
     def _states(self, device_type: str) -> list[tuple[str, int]]:

@@ -15,6 +15,7 @@ import torch
 
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, sample_lengths
+from megatron.fpdt.disk_tier import DiskMeter
 from megatron.fpdt.stream import Stream
 from megatron.initialize import GIB, Context
 from megatron.logging.compact_line import line_formatter
@@ -39,6 +40,9 @@ from megatron.planner.flops import (
     throughput,
 )
 
+# Share of the time that may be spent waiting for the disk without a warning.
+SLOW_DISK = 0.05
+
 
 class Reporter:
     """Times the steps between log lines, and writes lines and metrics on rank 0."""
@@ -56,6 +60,8 @@ class Reporter:
         self._padded_vocab_size, self._stream = padded_vocab_size, stream
         name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         self._peak_tflops = config.logging.peak_tflops or peak_tflops(name)
+        self._has_slow_disk = False
+        self._disk = DiskMeter(stream.store.disk_tier)
         # Length, and share of attention, of each step that is timed; none if all its labels are masked.
         self._steps: list[tuple[int, float]] = []
         self._lengths_vary = sample_lengths(config, context.parallel_state.world_size).vary
@@ -88,6 +94,7 @@ class Reporter:
         """Start to time the steps of the next line here."""
         self._started = time.monotonic()
         self._steps.clear()
+        self._disk.take()
 
     def count_step(self, seq_length: int, attention_share: float) -> None:
         """Count a step of sequences of this length, and the share of the attention that documents leave of it."""
@@ -136,7 +143,8 @@ class Reporter:
             hfu=speed.hfu,
             peak_gpu_gib=self._peak_gpu_gib(),
             host_gib=psutil.Process().memory_info().rss / GIB,
-            host_pool_gib=self._stream.store.pool.allocated_bytes / GIB,
+            host_pool_gib=self._stream.store.pinned_bytes / GIB,
+            **self._disk_use(),
             skipped_iterations=state.skipped_iterations,
             nan_iterations=state.nan_iterations,
             hours_left=self._pace.seconds_left(state.iteration, train_iterations, seconds) / 3600,
@@ -166,6 +174,21 @@ class Reporter:
             self._context.log.info(format_positions(positions))
             scalars |= {f"{part}/{position_scalar(bucket)}": bucket.loss for bucket in buckets}
         self._writer.write(iteration, scalars)
+
+    def _disk_use(self) -> dict[str, float | None]:
+        """Return the fields of the record on the disk, per step; warn once of one that is too slow."""
+        use = self._disk.take()
+        if use is None:
+            return {}
+        steps = len(self._steps)
+        if use.waited_seconds > SLOW_DISK * (time.monotonic() - self._started) and not self._has_slow_disk:
+            self._has_slow_disk = True
+            self._context.log.warning(
+                "the disk is slower than compute: %.0f s of this interval were spent waiting for it; more or faster "
+                "disks for --ds-sequence-parallel-fpdt-disk, more host memory, or longer sequences shorten this",
+                use.waited_seconds,
+            )
+        return {"disk_gib": use.num_bytes / GIB / steps, "disk_wait_milliseconds": use.waited_seconds * 1e3 / steps}
 
     def _throughput(self, state: TrainState, seconds: float) -> ThroughputReport:
         """Return the throughput of steps that took `seconds` each, on average."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from megatron.planner.hardware import GIB
 from megatron.planner.plan import Plan
 
-CHUNK, DEVICE_MEMORY, RECOMPUTE, INTERVAL = (
+CHUNK, DEVICE_MEMORY, DISK, RECOMPUTE, INTERVAL = (
     f"--ds-sequence-parallel-fpdt-{name}"
-    for name in ("chunk-size", "device-memory", "recompute", "checkpoint-interval")
+    for name in ("chunk-size", "device-memory", "disk", "recompute", "checkpoint-interval")
 )
 
 
@@ -28,6 +28,7 @@ def flags_of(plan: Plan) -> list[str]:
     return [
         *flags, "--ds-sequence-parallel-fpdt", f"{CHUNK} {job.chunk_length}", "--ds-sequence-parallel-fpdt-offloading",
         *[f"{DEVICE_MEMORY} {on_device:g}"] * bool(on_device),
+        *[f"{DISK} FOLDER"] * bool(plan.memory.disk_chunks),
         *[f"{RECOMPUTE} {job.recompute}"] * (job.recompute is not None),
         *[f"{INTERVAL} {job.checkpoint_interval}"] * (job.checkpoint_interval is not None),
     ]  # fmt: skip
@@ -35,5 +36,5 @@ def flags_of(plan: Plan) -> list[str]:
 
 def flags_to_change(before: Plan, after: Plan, left_open: frozenset[str]) -> list[str]:
     """Return the flags of `after` that `before` lacks, without those that a run chooses by itself."""
-    present = set(flags_of(before))
-    return [flag for flag in flags_of(after) if flag not in present and flag.split()[0] not in left_open]
+    present, settled = set(flags_of(before)), left_open | {DISK} if before.machines.disk_memory_gib else left_open
+    return [flag for flag in flags_of(after) if flag not in present and flag.split()[0] not in settled]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from megatron.config import ConfigError
+from megatron.core.disk_rates import DiskRates
 from megatron.core.link_rates import LinkRates
 from megatron.fpdt.memory_model import FlopsPerByte
 from megatron.logging.device_peak import peak_tflops
@@ -199,6 +200,13 @@ class Machines:
     host_memory_gib: float
     network_gbps: float = 50.0  # per GPU, between machines
     measured_link: LinkRates | None = None
+    disk_memory_gib: float = 0  # per machine, for chunks
+    disk: DiskRates | None = None  # per GPU, all of a machine at work; None: never slower than compute
+
+    @property
+    def disk_bytes_per_gpu(self) -> int:
+        """A GPU's share of its machine's disk."""
+        return int(self.disk_memory_gib * GIB / min(self.gpus_per_node, self.num_gpus))
 
     @property
     def num_nodes(self) -> int:

@@ -55,6 +55,8 @@ class Memory:
     host_process: int
     recompute: Recompute
     checkpoint_interval: int
+    disk_chunks: int = 0
+    disk_share: float = 0.0  # of the chunks that are copied once out and once in
 
     @property
     def gpu(self) -> int:
@@ -77,15 +79,17 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
     states = _states(job)
     process = int(HOST_PROCESS if job.streamed else PLAIN_PROCESS)
     host = max(int(machines.host_bytes_per_gpu - states.host - process), 0)
-    budget = TierBudget(host, job.device_memory_bytes)
+    budget = TierBudget(host, job.device_memory_bytes, machines.disk_bytes_per_gpu)
     recompute, interval = choose_saved_activations(
         job.shape, budget, job.recompute, job.checkpoint_interval, machines.flops_per_byte
     )
     if job.streamed:
         passes = _streamed_bytes(job, recompute, interval, backend)
         on_host = job.shape.host_bytes(job.device_memory_bytes, interval, recompute)
+        with_disk = job.shape.on_host_and_disk(budget, interval, recompute) if on_host > host else None
     else:
         on_gpu, on_host = activation_bytes(job, backend)
+        with_disk = None
         passes = max(on_gpu + _block_parameters(job), _head_bytes(job))
     hidden, _, _ = _chunk_bytes(job.shape)
     return Memory(
@@ -93,10 +97,12 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
         step=states.step + hidden,  # the last chunk of a gradient is released by the next step
         block=states.gradients + max(passes, _embedding_bytes(job)),
         host_states=states.host,
-        host_chunks=on_host,
+        host_chunks=on_host if with_disk is None else with_disk.host_bytes + with_disk.staging_bytes,
         host_process=process,
         recompute=recompute,
         checkpoint_interval=interval,
+        disk_chunks=0 if with_disk is None else with_disk.disk_bytes,
+        disk_share=0.0 if with_disk is None else with_disk.disk_share,
     )
 
 

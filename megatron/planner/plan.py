@@ -31,7 +31,8 @@ class Plan:
     @cached_property
     def speed(self) -> Speed:
         memory = self.memory
-        return speed_of(self.job, self.machines, self.backend, memory.recompute, memory.checkpoint_interval)
+        how = memory.recompute, memory.checkpoint_interval, memory.disk_share
+        return speed_of(self.job, self.machines, self.backend, *how)
 
     @property
     def tokens_per_second_per_gpu(self) -> float:

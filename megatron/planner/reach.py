@@ -3,7 +3,7 @@
 as it is      the model, the batch, and what is trained
 searched      FPDT, ranks per sequence, ZeRO stage, optimizer on the host, chunk, what is recomputed, and chunks on
               the GPU, as many as it has room for; the interval of the saved inputs is the smallest that fits
-in addition   other ways to train the model, such as adapters; more GPUs; more host memory
+in addition   other ways to train the model, such as adapters; a disk, or a larger one; more GPUs; more host memory
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron.planner.plan import CHUNKS, GRANULE, Plan
 from megatron.planner.solver import AS_FAST, with_free_device_memory
 
 MOST_GPUS = 4096
+LARGE_DISK_GIB = 2.0**20
 Describe = Callable[[Plan], Sequence[str]]
 """The flags to give for a plan."""
 
@@ -59,6 +60,16 @@ def fastest_that_fits(plan: Plan) -> Plan | None:
     return min(as_fast, key=lambda way: _num_changes(plan.job, way.job))
 
 
+def shortest_hiding_disk(plan: Plan) -> int | None:
+    """Return the shortest power-of-two multiple of tokens that uses the disk and does not wait for it, or None."""
+    length = GRANULE * plan.job.sequence_parallel_size
+    while (at := _at(plan, length)).fits:
+        if at.memory.disk_chunks and not at.speed.waiting_for_disk:
+            return length
+        length *= 2
+    return None
+
+
 def advice(plan: Plan, variants: Iterable[Variant] = (), describe: Describe = flags_of) -> list[str]:
     """Return what to change where the plan does not fit, the least change first; [] where it fits."""
     if plan.fits:
@@ -69,6 +80,7 @@ def advice(plan: Plan, variants: Iterable[Variant] = (), describe: Describe = fl
     else:
         trained_otherwise = ((variant.flags, fastest_that_fits(variant.of(plan))) for variant in variants)
         lines += [_line(way, describe, flags) for flags, way in trained_otherwise if way is not None][:1]
+        lines += _with_a_disk(plan, describe)
         lines += _on_more_gpus(plan, describe)
         lines += _with_more_host_memory(plan, describe)
     if reached := longest(plan):
@@ -159,6 +171,17 @@ def _with_gpus(plan: Plan, number: int) -> Plan:
     shared = number if job.sequence_parallel_size == job.num_gpus else job.sequence_parallel_size
     changed = replace(job, num_gpus=number, sequence_parallel_size=shared)
     return replace(plan, job=changed, machines=replace(plan.machines, num_gpus=number))
+
+
+def _with_a_disk(plan: Plan, describe: Describe) -> list[str]:
+    """Say how much disk would hold the run, where the host has too little memory, and at which rate it is hidden."""
+    machines = replace(plan.machines, disk_memory_gib=LARGE_DISK_GIB, disk=None)
+    way = fastest_that_fits(replace(plan, machines=machines))
+    if way is None:
+        return []
+    per_node = min(way.machines.gpus_per_node, way.job.num_gpus)
+    gib, rate = way.memory.disk_chunks * per_node / GIB, way.speed.disk_gbps * per_node
+    return [f"{int(gib) + 1} GiB of disk per machine, hidden behind compute at {rate:.2f} GB/s: {_line(way, describe)}"]
 
 
 def _with_more_host_memory(plan: Plan, describe: Describe) -> list[str]:

@@ -38,10 +38,23 @@ def execution_lines(plan: Plan, choices: Open) -> list[str]:
         f"  host memory      {memory.host / GIB:9.1f} GiB   of {machines.host_bytes_per_gpu / GIB:.1f}; "
         f"{memory.host * per_node / GIB:.0f} per machine, {memory.host_chunks / GIB:.1f} of activations per GPU, "
         "pinned",
+        *_on_disk(plan),
         f"  step             {speed.step:9.1f} s     forward {speed.forward:.1f}, backward {speed.backward:.1f}, head "
         f"{speed.head:.1f}, optimizer {speed.optimizer:.1f}; {speed.waiting:.1f} of it waiting for copies and "
         "collectives",
         f"  speed            {plan.tokens_per_second_per_gpu:9.1f} tokens/s/GPU, MFU {plan.mfu:.1%}",
+    ]
+
+
+def _on_disk(plan: Plan) -> list[str]:
+    """Say what the disk takes, and how fast it has to be."""
+    memory, speed, disk = plan.memory, plan.speed, plan.machines.disk
+    if not memory.disk_chunks:
+        return []
+    rate = "" if disk is None else f"; it gives {disk}"
+    return [
+        f"  disk             {memory.disk_chunks / GIB:9.1f} GiB   of {plan.machines.disk_bytes_per_gpu / GIB:.1f}; "
+        f"{memory.disk_share:.0%} of what is copied once, hidden at {speed.disk_gbps:.2f} GB/s{rate}"
     ]
 
 

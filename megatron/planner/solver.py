@@ -37,6 +37,7 @@ class Open:
         device_memory = parallel.ds_sequence_parallel_fpdt_device_memory is None
         others = (
             parallel.ds_sequence_parallel_fpdt_host_memory,
+            parallel.ds_sequence_parallel_fpdt_disk,
             parallel.ds_sequence_parallel_fpdt_recompute,
             parallel.ds_sequence_parallel_fpdt_checkpoint_interval,
         )

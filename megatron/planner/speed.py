@@ -7,6 +7,7 @@ block, backward    attention 5/2 of that, products twice (of frozen weights once
 link               bytes of the chunks that are on the host, out and in, overlapped with compute, so that the longer of
                    the two counts; and between two blocks the last chunk's way to the host and back, if the next block
                    needs it at once
+disk               bytes of the chunks that are on disk, written and read, overlapped with compute too
 exchange           ZeRO-3's gathers of weights and the all-to-all from tokens to heads, overlapped with compute of the
                    previous row, so not for the first row; the all-to-all back to tokens counts as exposed: the rates
                    come from steps in which it was, and no step was measured since rows hide it
@@ -19,6 +20,7 @@ optimizer          on the GPU bound by its memory, on the host by the host's; be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron.config import Recompute
 from megatron.fpdt.loss import TILE_LOGITS
@@ -60,6 +62,8 @@ class Speed:
     backward_waiting: float
     waiting_for_link: float
     model_flops: int
+    waiting_for_disk: float = 0.0
+    disk_gbps: float = 0.0  # that a GPU's share of the disk must read and write, in sum, not to be waited for
 
     @property
     def waiting(self) -> float:
@@ -70,12 +74,14 @@ class Speed:
         return self.forward + self.backward + self.head + self.optimizer + STEP_OVERHEAD
 
 
-def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, interval: int) -> Speed:
-    """Estimate the time of one step."""
+def speed_of(
+    job: Job, machines: Machines, backend: str, recompute: Recompute, interval: int, disk_share: float = 0.0
+) -> Speed:
+    """Estimate the time of one step, with a share of the chunks that are copied once out and once in on disk."""
     gpu, steps, layers = machines.gpu, job.accumulation_steps, job.model.num_layers
     compute = _block_compute(job, machines, backend, recompute, interval)
     if job.streamed:
-        waits = _streamed_waits(job, machines, compute, recompute, interval)
+        waits = _streamed_waits(job, machines, compute, _Saving(recompute, interval, disk_share))
     else:
         waits = _plain_waits(job, machines, recompute)
     parameters = job.trained_parameters / job.num_gpus
@@ -90,6 +96,8 @@ def speed_of(job: Job, machines: Machines, backend: str, recompute: Recompute, i
         forward_waiting=steps * waits.forward,
         backward_waiting=steps * waits.backward,
         waiting_for_link=steps * waits.for_link,
+        waiting_for_disk=steps * waits.for_disk,
+        disk_gbps=waits.disk_gbps,
         model_flops=sequences * model_flops(job.model, job.padded_vocab_size, job.model.seq_length),
     )  # fmt: skip
 
@@ -180,6 +188,8 @@ class _Waits:
     forward: float
     backward: float
     for_link: float
+    for_disk: float = 0.0
+    disk_gbps: float = 0.0
 
 
 def _plain_waits(job: Job, machines: Machines, recompute: Recompute) -> _Waits:
@@ -193,21 +203,47 @@ def _plain_waits(job: Job, machines: Machines, recompute: Recompute) -> _Waits:
     )
 
 
-def _streamed_waits(job: Job, machines: Machines, compute: _Compute, recompute: Recompute, interval: int) -> _Waits:
+class _Saving(NamedTuple):
+    """What a step saves for backward, and the share of it on disk."""
+
+    recompute: Recompute
+    interval: int
+    disk_share: float
+
+
+def _streamed_waits(job: Job, machines: Machines, compute: _Compute, saving: _Saving) -> _Waits:
     """Compare the compute of each block, forward and backward, with its copies and collectives."""
+    recompute, interval, _ = saving
     forward_exchange, backward_exchange = _exchanges(job, machines, recompute)
     exchanges = (forward_exchange, backward_exchange, forward_exchange)
     seconds = (compute.forward, compute.backward, compute.recomputed_forward)
-    waits, for_link = [0.0, 0.0, 0.0], 0.0
+    waits, for_link, for_disk, disk_gbps = [0.0, 0.0, 0.0], 0.0, 0.0, 0.0
     for block in place(job.shape, recompute, interval, job.device_memory_bytes).blocks:
         copies, (forward_turn, backward_turn) = _copies(job, block, recompute), _turns(job, machines, block, recompute)
-        turns = (forward_turn, backward_turn, forward_turn)
+        turns, moved = (forward_turn, backward_turn, forward_turn), _disk_bytes(block, saving)
         for phase in (0, 1) if recompute.saves_attention else (0, 1, 2):
             copying = max(machines.link.seconds(*copies[phase]) - seconds[phase], turns[phase], 0.0)
             for_link += copying
-            waits[phase] += max(copying, exchanges[phase].overlapped - seconds[phase]) + exchanges[phase].exposed
+            on_disk = 0.0 if machines.disk is None else max(machines.disk.seconds(*moved[phase]) - seconds[phase], 0.0)
+            for_disk += on_disk
+            disk_gbps = max(disk_gbps, sum(moved[phase]) / seconds[phase] / GB)
+            overlapped = max(copying, on_disk, exchanges[phase].overlapped - seconds[phase])
+            waits[phase] += overlapped + exchanges[phase].exposed
     forward, backward, recomputed_forward = waits
-    return _Waits(forward, backward + recomputed_forward, for_link)
+    return _Waits(forward, backward + recomputed_forward, for_link, for_disk, disk_gbps)
+
+
+def _disk_bytes(block: HostBytes, saving: _Saving) -> tuple[Copies, Copies, Copies]:
+    """Bytes that one block reads from disk and writes to it: forward, backward, and in the recomputed forward pass."""
+    # Chains of inputs are rebuilt from attention outputs, which are then read twice.
+    rebuilt = 1 - 1 / saving.interval
+    saved, share = block.attention + block.products, saving.disk_share
+    saved_forward = saved if saving.recompute.saves_attention else 0
+    return (
+        (share * block.x, share * (block.y + saved_forward)),
+        (share * (block.x + saved + rebuilt * (block.x + block.attention)), share * rebuilt * block.x),
+        (share * block.x, share * (block.y + saved)),
+    )
 
 
 Copies = tuple[float, float]  # bytes to the GPU and to the host

@@ -5,6 +5,7 @@ package's builder, loads the same random weights, computes the loss of its own t
 test process sums them and compares with the one-process float64 reference.
 """
 
+import tempfile
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,8 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.documents import Documents, Span
 from megatron.core.parallel_state import ParallelState
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt.device_budget import ChunkKind, DeviceBudget
+from megatron.fpdt.disk_budget import DiskBudget
 from megatron.fpdt.observer import Observer
 from megatron.fpdt.stream import SLICE_LENGTH
 from megatron.model.builder import Execution, build_model
@@ -49,7 +52,8 @@ class Case:
 
     max_positions 0 means as many as the sequence is long. `switches` names what the model has beyond its family.
     `documents` are the spans of those in each sequence of a rank's batch; without, each sequence is one. `limits` are
-    the (window, local block) of the layers in turn; with `sinks` each layer has them.
+    the (window, local block) of the layers in turn; with `sinks` each layer has them. With `on_disk`, the host holds
+    some of the chunks and a disk this share of the others.
     """
 
     family: str = "llama"
@@ -62,6 +66,7 @@ class Case:
     batch_size: int = 1
     chunk_length: int = 0
     offloading: bool = False
+    on_disk: float | None = None
     sequence_parallel_size: int = 1
     data_parallel_size: int = 1
     attention_backend: str = "auto"
@@ -82,6 +87,7 @@ class Case:
     def __str__(self) -> str:
         execution = f"chunk{self.chunk_length}" if self.chunk_length else "plain"
         offloading = "-offload" if self.offloading else ""
+        offloading += f"-disk{self.on_disk}" if self.on_disk is not None else ""
         positions = self.positions if self.positions == "learned" else f"rope{float(self.positions):.0%}"
         heads = f"kv{self.num_key_value_heads}of{self.num_heads}"
         ranks = f"dp{self.data_parallel_size}-sp{self.sequence_parallel_size}"
@@ -170,6 +176,7 @@ def build(case: Case, observer: Observer | None = None) -> tuple[nn.Module, Para
         fpdt=case.chunk_length > 0,
         chunk_size=chunk_length,
         offloading=case.offloading,
+        **({} if case.on_disk is None else on_disk(case.on_disk)),
         activation_checkpointing=case.activation_checkpointing,
         checkpoint_in_cpu=case.checkpoint_in_cpu,
         recompute=case.recompute,
@@ -187,6 +194,17 @@ def build(case: Case, observer: Observer | None = None) -> tuple[nn.Module, Para
     limit_attention(case, model)
     layout = SequenceLayout(case.sequence_length, chunk_length, case.sequence_parallel_size)
     return model, parallel_state, layout
+
+
+def on_disk(share: float) -> dict[str, Any]:
+    """Return memory for chunks on the device, on the host and on disk, where each is short of it."""
+    reserved = {ChunkKind.KEY_VALUE_GRADIENTS: 8_000, ChunkKind.KEYS_VALUES: 8_000}
+    folder = tempfile.gettempdir()
+    return {
+        "device_budget": DeviceBudget(10_000),
+        "host_memory_bytes": 60_000,
+        "disk": DiskBudget((folder, folder), 2**25, 0, share, reserved),
+    }
 
 
 def global_batch(case: Case) -> Batch:
@@ -295,6 +313,7 @@ def reference(case: Case) -> Result:
             sequence_parallel_size=1,
             chunk_length=0,
             offloading=False,
+            on_disk=None,
             activation_checkpointing=False,
             checkpoint_in_cpu=False,
             recompute=Recompute.ALL,

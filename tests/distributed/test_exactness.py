@@ -214,6 +214,26 @@ ANY_NUMBER_OF_RANKS = {
     ),
 }
 
+# On the GPU, on the host and on disk.
+ON_THREE_TIERS = {
+    "one rank": replace(GPT, chunk_length=20, num_layers=3, offloading=True, on_disk=0.5, batch_size=2),
+    "recomputed keys and values": replace(
+        LLAMA, chunk_length=12, sequence_parallel_size=2, offloading=True, recompute=Recompute.KV, on_disk=0.7
+    ),
+    "saved products, and rebuilt inputs": replace(
+        LLAMA, chunk_length=16, sequence_parallel_size=2, num_layers=5, checkpoint_interval=2, slice_length=3,
+        offloading=True, recompute=Recompute.NONE, on_disk=1.0,
+    ),
+    "four ranks, recomputed attention": replace(
+        LLAMA, chunk_length=16, sequence_parallel_size=4, num_key_value_heads=2, num_layers=5, checkpoint_interval=3,
+        offloading=True, recompute=Recompute.ATTENTION, on_disk=0.4,
+    ),
+    "windows and documents": with_documents(
+        replace(LLAMA, chunk_length=12, offloading=True, limits=((7, None), (None, None)), sinks=True, on_disk=0.5),
+        SEQUENCES_OF_DOCUMENTS[1],
+    ),
+}  # fmt: skip
+
 # (window, local block) of the first layer and of the second.
 LIMITS = {
     "a window of one token, and none": ((1, None), (None, None)),
@@ -331,6 +351,11 @@ def test_fpdt_is_exact_at_corners(ranks: RankPool, name: str) -> None:
 @pytest.mark.parametrize("name", ANY_NUMBER_OF_RANKS)
 def test_any_number_of_ranks_is_exact(ranks: RankPool, name: str) -> None:
     assert_exact(ranks, ANY_NUMBER_OF_RANKS[name])
+
+
+@pytest.mark.parametrize("name", ON_THREE_TIERS)
+def test_chunks_on_gpu_host_and_disk_are_exact(ranks: RankPool, name: str) -> None:
+    assert_exact(ranks, ON_THREE_TIERS[name])
 
 
 @pytest.mark.parametrize("case", DATA_PARALLEL, ids=str)

@@ -1,6 +1,7 @@
 """The streamed model on a GPU: bits, error, memory, and that the host never waits."""
 
 import contextlib
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ from megatron.core.documents import Documents
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt import store as store_module
 from megatron.fpdt.device_budget import DeviceBudget
+from megatron.fpdt.disk_budget import DiskBudget
+from megatron.fpdt.disk_files import DiskFiles
 from megatron.fpdt.stream import Saving
 from megatron.fpdt.tiers import HostTier
 from megatron.model.builder import Execution, build_model
@@ -176,6 +179,7 @@ def test_documents_windows_and_sinks_do_not_make_the_host_wait(backend, build):
 def _delays(monkeypatch, cycles=2_000_000):
     """Hold up each copy before it starts and the arithmetic after each arrival."""
     copy_in, copy_out, finish = HostTier.copy_in, HostTier.copy_out, store_module.ChunkStore._finish
+    copy_into, transfer = HostTier.copy_into, DiskFiles._transfer
 
     def slow_copy_out(self, chunk, value):
         torch.cuda._sleep(cycles)  # the producer is late
@@ -188,6 +192,15 @@ def _delays(monkeypatch, cycles=2_000_000):
             torch.cuda._sleep(cycles)
         return copy_in(self, chunk)
 
+    def slow_copy_into(self, target, source, computed):
+        with torch.cuda.stream(self.copy_in_stream):
+            torch.cuda._sleep(cycles)
+        return copy_into(self, target, source, computed)
+
+    def slow_transfer(self, *arguments):
+        time.sleep(0.002)
+        transfer(self, *arguments)
+
     def slow_finish(self, arriving, arrived):
         result = finish(self, arriving, arrived)
         torch.cuda._sleep(cycles)
@@ -195,6 +208,8 @@ def _delays(monkeypatch, cycles=2_000_000):
 
     monkeypatch.setattr(HostTier, "copy_out", slow_copy_out)
     monkeypatch.setattr(HostTier, "copy_in", slow_copy_in)
+    monkeypatch.setattr(HostTier, "copy_into", slow_copy_into)
+    monkeypatch.setattr(DiskFiles, "_transfer", slow_transfer)
     monkeypatch.setattr(store_module.ChunkStore, "_finish", slow_finish)
     yield
     monkeypatch.undo()
@@ -367,3 +382,25 @@ def test_a_device_budget_changes_no_bit(device_memory_bytes):
         assert torch.equal(loss, other_loss)
         assert differing(grads, other_grads) == []
     assert model.execution.store.device_tier.used_bytes == 0
+
+
+@pytest.mark.parametrize("recompute", [Recompute.KV, Recompute.NONE])
+@pytest.mark.parametrize("host_memory_bytes, share", [(0, 1.0), (2**22, 0.6)])
+def test_a_disk_changes_no_bit_and_pins_nothing_after_the_first_steps(
+    tmp_path, monkeypatch, recompute, host_memory_bytes, share
+):
+    config, inputs = _config(1024 + 192, num_layers=3), _inputs(1024 + 192, batch=2)
+    loss, grads = _run(_model(config, replace(OFFLOADED, recompute=recompute), slice_length=96), inputs)
+    disk = DiskBudget((str(tmp_path), str(tmp_path)), 2**28, 0, share)
+    how = replace(OFFLOADED, recompute=recompute, host_memory_bytes=host_memory_bytes, disk=disk)
+    model = _model(config, replace(how, device_budget=DeviceBudget(2**20)), slice_length=96)
+    store, results = model.execution.store, []
+    for slow in (False, False, True):
+        with _delays(monkeypatch, cycles=500_000) if slow else contextlib.nullcontext():
+            results.append((*_run(model, inputs), store.pinned_bytes, store.pool.num_slabs))
+    for other_loss, other_grads, *_ in results:
+        assert torch.equal(loss, other_loss)
+        assert differing(grads, other_grads) == []
+    assert results[1][2:] == results[2][2:]
+    assert store.disk_tier.copied.bytes_in > 0
+    assert store.disk_tier.used_bytes == 0

@@ -63,6 +63,11 @@ CASES = [
         [*KEPT, "--ds-sequence-parallel-fpdt-host-memory", "0.00009"],
         ["leave out --ds-sequence-parallel-fpdt-recompute"],
     ),
+    Case(
+        "a missing folder for chunks",
+        [*OFFLOADED, "--ds-sequence-parallel-fpdt-disk", "FOLDER,FOLDER/absent"],
+        ["--ds-sequence-parallel-fpdt-disk (FOLDER/absent) does not exist", "create it"],
+    ),
     Case("sequence beyond the positions", ["--max-position-embeddings", "32"], ["--seq-length (64)", "(32)"]),
     Case(
         "attention dropout with FPDT",

@@ -21,6 +21,7 @@ from megatron.config import (
     validate,
 )
 from megatron.config.packages import require_package
+from megatron.core.disk_rates import DiskRates
 from megatron.core.link_rates import LinkRates
 from megatron.hf.settings import model_of_config, read_model, with_adapters, with_hugging_face_model
 from megatron.planner.hardware import GIB, HOST_HEADROOM, Gpu, Machines, gpu_called, gpu_of_data_sheet
@@ -108,6 +109,8 @@ def machines_of(arguments: argparse.Namespace) -> Machines:
         arguments.host_memory * (1 - HOST_HEADROOM),
         arguments.network,
         link_of(arguments.link),
+        arguments.disk_memory or 0,
+        disk_of(arguments.disk, min(arguments.gpus_per_node, arguments.gpus)),
     )
 
 
@@ -134,6 +137,12 @@ def link_of(rates: list[float] | None) -> LinkRates | None:
         case [to_gpu, to_host, both_ways]:
             return LinkRates(to_gpu, to_host, both_ways)
     raise ConfigError(f"--link takes one rate or three, not {len(rates)}; give in, out and both ways together")
+
+
+def disk_of(rates: tuple[float, float], num_gpus: int) -> DiskRates:
+    """Return each GPU's share of the rates of --disk."""
+    read, write = rates
+    return DiskRates(read / num_gpus, write / num_gpus)
 
 
 def model_called(name: str, seq_length: int) -> tuple[ModelConfig, int]:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.planner.flags import flags_of
 from megatron.planner.hardware import GIB
 from megatron.planner.plan import Plan
-from megatron.planner.reach import Variant, advice, longest
+from megatron.planner.reach import Variant, advice, longest, shortest_hiding_disk
 from megatron.planner.report import execution_lines
 from megatron.planner.solver import Open, fastest
 
@@ -55,6 +55,8 @@ def figures_of(answer: Answer) -> dict[str, Any]:
         "gpu_gib": memory.gpu / GIB, "gpu_gib_with_overhead": memory.gpu_with_overhead / GIB,
         "gpu_states_gib": memory.states / GIB, "gpu_above_gib": (memory.gpu - memory.states) / GIB,
         "host_gib": memory.host / GIB, "host_chunks_gib": memory.host_chunks / GIB,
+        "disk_chunks_gib": memory.disk_chunks / GIB, "disk_gbps": speed.disk_gbps,
+        "waiting_for_disk_seconds": speed.waiting_for_disk,
         "step_seconds": speed.step, "forward_seconds": speed.forward, "backward_seconds": speed.backward,
         "head_seconds": speed.head, "optimizer_seconds": speed.optimizer, "waiting_seconds": speed.waiting,
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu, "mfu": plan.mfu,
@@ -95,11 +97,20 @@ def lines_of(answer: Answer, now: datetime) -> list[str]:
     for variant in answer.variants:
         lines.append(_longest_line(f"  with {' '.join(variant.flags)}", longest(variant.of(plan)), variant.flags))
     if job.streamed:
+        lines += _hidden_disk_lines(plan)
         lines.append(f"smallest chunk that hides copies behind compute: {f'{hiding:,} tokens' if hiding else 'none'}")
     if plan.fits:
         return [*lines, "it fits; flags: " + " ".join(flags_of(plan))]
     where = " and ".join(name for name, fits in (("GPU", plan.fits_gpu), ("host", plan.fits_host)) if not fits)
     return [*lines, f"it does not fit the {where}:", *(f"  - {line}" for line in advice(plan, answer.variants))]
+
+
+def _hidden_disk_lines(plan: Plan) -> list[str]:
+    """Say from which length on compute hides the disk, if there is one."""
+    if not plan.machines.disk_memory_gib:
+        return []
+    shortest = shortest_hiding_disk(plan)
+    return [f"shortest context that hides the disk behind compute: {f'{shortest:,} tokens' if shortest else 'none'}"]
 
 
 def _longest_line(name: str, reached: Plan | None, flags: Sequence[str] = ()) -> str:

@@ -58,10 +58,20 @@ EFFECTS = (
         "add --ds-sequence-parallel-fpdt",
     ),
     Effect(
-        ("ds_sequence_parallel_fpdt_device_memory", "ds_sequence_parallel_fpdt_host_memory"),
+        (
+            "ds_sequence_parallel_fpdt_device_memory",
+            "ds_sequence_parallel_fpdt_host_memory",
+            "ds_sequence_parallel_fpdt_disk",
+        ),
         lambda config: config.parallel.ds_sequence_parallel_fpdt_offloading,
         "without --ds-sequence-parallel-fpdt-offloading",
         "add --ds-sequence-parallel-fpdt-offloading",
+    ),
+    Effect(
+        ("ds_sequence_parallel_fpdt_disk_memory",),
+        lambda config: config.parallel.ds_sequence_parallel_fpdt_disk is not None,
+        "without --ds-sequence-parallel-fpdt-disk",
+        "name a folder with --ds-sequence-parallel-fpdt-disk",
     ),
     Effect(
         ("rotary_percent", "rotary_position_embeddings_theta", "rope_scaling_type"),

@@ -91,6 +91,7 @@ RANGES = {
     "ds_sequence_parallel_fpdt_checkpoint_interval": SMALL_COUNT,
     "ds_sequence_parallel_fpdt_device_memory": replace(GIB, low_open=False, example="0"),
     "ds_sequence_parallel_fpdt_host_memory": GIB,
+    "ds_sequence_parallel_fpdt_disk_memory": GIB,
     "distributed_timeout_minutes": Range(0.05, 1e6, example="30"),
     "zero_stage": Range(0, 3, example="0, 1, 2 or 3"),
     "loss_scale": replace(SCALE, low=0, low_open=True),

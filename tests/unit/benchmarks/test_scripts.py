@@ -92,9 +92,11 @@ def test_tiles_run(tmp_path, capsys):
 
 
 def test_blocks_are_compared_with_their_ceiling(tmp_path):
-    code, rows = run(streamed_block, tmp_path)
+    code, rows = run(streamed_block, tmp_path, "--disk", f"{tmp_path},{tmp_path}")
     assert code == 0
-    assert [row["way"] for row in rows] == ["ceiling", "offloaded", "on-device", "recomputed"]
+    assert [row["way"] for row in rows] == ["ceiling", "offloaded", "disk", "on-device", "recomputed"]
+    assert rows[2]["disk_written_gib"] > 0
+    assert rows[2]["disk_read_gib"] > 0
     assert all("failed" not in row for row in rows)
     assert rows[0]["times_ceiling"] == pytest.approx(1.0)
     assert rows[1]["times_ceiling"] == pytest.approx(rows[1]["model_tflops"] / rows[0]["model_tflops"])

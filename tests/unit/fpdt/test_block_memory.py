@@ -10,6 +10,7 @@ import torch
 
 from megatron.config import Recompute
 from megatron.fpdt.device_budget import DeviceBudget
+from megatron.fpdt.disk_budget import DiskBudget
 from megatron.fpdt.seam import SuspendedLayer
 from megatron.fpdt.store import ChunkStore
 from tests.unit.fpdt.one_block import (
@@ -234,6 +235,28 @@ def test_a_device_budget_moves_chunks_and_changes_no_bit(budget):
         results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
         assert how.store.device_tier.used_bytes <= budget + x.grad.nbytes or execution is OFFLOADED
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("recompute, interval", [(Recompute.ATTENTION, 3), (Recompute.KV, 2), (Recompute.NONE, 1)])
+@pytest.mark.parametrize("host_bytes, share", [(0, 1.0), (100_000, 0.5), (10**9, 0.2)])
+def test_a_disk_changes_no_bit_and_is_empty_after_a_step(tmp_path, host_bytes, share, recompute, interval):
+    config, results = small_config(LENGTH, num_layers=3), []
+    saving = replace(OFFLOADED, recompute=recompute, checkpoint_interval=interval, slice_length=6)
+    budget = DiskBudget((str(tmp_path),), 2**24, 0, share)
+    for execution in (saving, replace(saving, host_memory_bytes=host_bytes, disk=budget)):
+        model = small_model(config, execution)
+        for _ in range(2):
+            loss = model(*small_inputs(config, BATCH))
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+            model.zero_grad()
+    with torch.inference_mode():
+        assert torch.equal(model(*small_inputs(config, BATCH)), results[0][0])
+    assert all(torch.equal(*each) for others in results[1:] for each in zip(results[0], others, strict=True))
+    store = model.execution.store
+    assert store.pool.allocated_bytes <= host_bytes
+    assert store.disk_tier.copied.bytes_out > 0
+    assert (store.disk_tier.used_bytes, store.pool.used_bytes) == (0, 0)
 
 
 def test_without_gradients_no_product_is_saved():

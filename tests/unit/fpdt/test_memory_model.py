@@ -5,7 +5,9 @@ import pytest
 
 from megatron.config import ModelConfig, Recompute
 from megatron.core.sequence_layout import SequenceLayout
+from megatron.fpdt import address_space, host_pool
 from megatron.fpdt.device_budget import ChunkKind
+from megatron.fpdt.disk_budget import BUSY_KINDS
 from megatron.fpdt.memory_model import (
     StreamShape,
     TierBudget,
@@ -15,6 +17,7 @@ from megatron.fpdt.memory_model import (
     lowest_memory,
 )
 from megatron.fpdt.placement import place
+from megatron.fpdt.staging import LEAST_STAGING_BYTES
 from tests.unit.model.small_model import OFFLOADED, small_config, small_inputs, small_model
 
 LENGTH, BATCH = 40, 2
@@ -45,6 +48,39 @@ def test_a_step_uses_the_memory_that_the_model_estimates(num_layers, interval, r
     model(*small_inputs(config, BATCH)).backward()
     used = model.execution.store.pool.peak_used_bytes
     assert used == pytest.approx(shape_of(config).tier_bytes(interval, recompute), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "recompute, interval, host_share, device_share",
+    [(Recompute.KV, 1, 0.0, 0.0), (Recompute.KV, 3, 0.4, 0.0), (Recompute.NONE, 1, 0.8, 0.1)],
+)
+def test_host_and_disk_share_a_step_as_divided(tmp_path, monkeypatch, recompute, interval, host_share, device_share):
+    monkeypatch.setattr(address_space, "ALIGNMENT", 64)  # a sector would be much for such small tensors
+    config = small_config(LENGTH, num_layers=13)
+    shape = shape_of(config)
+    device = shape.device_budget(int(device_share * shape.tier_bytes(interval, recompute)), interval, recompute)
+    needed = shape.kind_bytes(interval, recompute)
+    busy = sum(needed[kind] for kind in BUSY_KINDS)
+    host = int(busy + host_share * (sum(needed.values()) - busy)) + LEAST_STAGING_BYTES
+    budget = TierBudget(host, device.total_bytes, 2**30)
+    divided = shape.on_host_and_disk(budget, interval, recompute)
+    assert (divided.staging_bytes, divided.host_bytes) == (LEAST_STAGING_BYTES, host - LEAST_STAGING_BYTES)
+    how = replace(OFFLOADED, checkpoint_interval=interval, recompute=recompute, slice_length=SLICE_LENGTH)
+    on_disk = {"host_memory_bytes": divided.host_bytes, "disk": divided.budget((str(tmp_path),))}
+    model = small_model(config, replace(how, device_budget=device, **on_disk))
+    store, pinned = model.execution.store, []
+    monkeypatch.setattr(host_pool._Slab, "__init__", noting(host_pool._Slab.__init__, pinned))
+    for _ in range(3):
+        model(*small_inputs(config, BATCH)).backward()
+        pinned.append("end of step")
+    assert pinned[-2:] == ["end of step"] * 2, "no memory is pinned after the first steps"
+    assert store.pool.allocated_bytes <= divided.host_bytes
+    assert store.disk_tier.peak_used_bytes == pytest.approx(divided.disk_bytes, abs=2 * shape.residual_bytes, rel=0.02)
+
+
+def noting(function, calls):
+    """Wrap a function so that its calls are counted."""
+    return lambda *arguments: (calls.append(arguments), function(*arguments))[1]
 
 
 @pytest.mark.parametrize(

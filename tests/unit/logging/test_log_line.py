@@ -37,7 +37,10 @@ RECORD = IterationRecord(
     nan_iterations=0,
     hours_left=12.25,
 )
-OF_SOME_RUNS = {"seq_length": 131072, "router_aux_loss": 1.25, "expert_imbalance": 3.5}
+OF_SOME_RUNS = {
+    "seq_length": 131072, "router_aux_loss": 1.25, "expert_imbalance": 3.5,
+    "disk_gib": 1.5, "disk_wait_milliseconds": 12.5,
+}  # fmt: skip
 
 
 def test_the_line_has_megatrons_form():
@@ -60,6 +63,7 @@ def test_columns_of_some_runs_are_only_in_their_lines():
     line = format_iteration(record)
     assert " | global batch size:     8 | sequence length:  131072 | lm loss: " in line
     assert " | grad norm: 1.234 | router aux loss: 1.250000E+00 | expert imbalance: 3.50 | tokens/s/GPU: " in line
+    assert " | disk traffic (GiB): 1.50 | waiting for disk (ms): 12.5 | number of skipped" in line
     assert parse_line(line) == record
 
 

@@ -1,0 +1,77 @@
+"""The disk for chunks is measured where one is named, and takes what the host has no room for."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.config import ConfigError, validate
+from megatron.core.parallel_state import ParallelState
+from megatron.initialize import Context
+from megatron.launch.disk import free_bytes, with_measured_disk
+from megatron.launch.execution import plan_execution
+from megatron.planner.hardware import GIB
+from tests.unit.launch.test_execution import VOCABULARY, config_of
+
+DISK = "--ds-sequence-parallel-fpdt-disk"
+
+
+def context_of(host_gib, disk_gib=0.0):
+    return Context(
+        ParallelState(), torch.device("cpu"), torch.bfloat16, logging.getLogger("test"), int(host_gib * GIB),
+        disk_bytes=int(disk_gib * GIB),
+    )  # fmt: skip
+
+
+def choose(config, context):
+    return plan_execution(config, context, VOCABULARY).execution
+
+
+def test_a_disk_is_measured_and_its_free_space_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
+    context = context_of(1)
+    assert with_measured_disk(config_of(), context) is context
+    measured = with_measured_disk(config_of(DISK, f"{tmp_path},{tmp_path}"), context)
+    assert min(measured.disk_rates.read, measured.disk_rates.write) > 0
+    assert 0 < measured.disk_bytes < free_bytes((str(tmp_path),))
+    assert free_bytes((str(tmp_path),) * 2) == pytest.approx(free_bytes((str(tmp_path),)), rel=0.1)
+
+
+def test_the_disk_takes_what_the_host_has_no_room_for(tmp_path):
+    config = config_of(DISK, f"{tmp_path}/a,{tmp_path}/b")
+    on_host = choose(config, context_of(1000, 500))
+    assert on_host.disk is None
+    with_disk = choose(config, context_of(16, 500))
+    disk = with_disk.disk
+    assert disk.folders == (f"{tmp_path}/a", f"{tmp_path}/b")
+    assert disk.staging_bytes + with_disk.host_memory_bytes == int(16 * GIB * 0.97)
+    assert 0 < disk.file_bytes < 500 * GIB
+    assert with_disk.checkpoint_interval == 1
+    limited = config_of(DISK, str(tmp_path), f"{DISK}-memory", "1")
+    with pytest.raises(ConfigError, match=f"give {DISK} more space"):
+        choose(limited, context_of(16, 500))
+
+
+@pytest.mark.parametrize(
+    "host_gib, flags, advice",
+    [
+        (16, [], f"name a folder on a local disk with {DISK}"),
+        (0.5, [DISK, "/disk"], "GiB, without which .* is of no use"),
+    ],
+)
+def test_too_little_host_memory_says_what_a_disk_would_do(host_gib, flags, advice):
+    with pytest.raises(ConfigError, match=advice):
+        choose(config_of(*flags), context_of(host_gib, 500))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([f"{DISK}-memory", "5"], rf"{DISK}-memory \(5\) has no effect without {DISK}; name a folder with"),
+        ([DISK, "/a,,/b"], "'/a,,/b' names an empty folder; give one, or several as /disk1,/disk2"),
+    ],
+)
+def test_flags_of_a_disk_that_cannot_be_honored_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(config_of(*flags), 4, "cuda")
