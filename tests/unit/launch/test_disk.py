@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.config import ConfigError, validate
+from megatron.config import ConfigError, Recompute, validate
 from megatron.core.parallel_state import ParallelState
 from megatron.initialize import Context
 from megatron.launch.disk import free_bytes, with_measured_disk
@@ -49,14 +49,16 @@ def test_the_disk_takes_what_the_host_has_no_room_for(tmp_path):
     assert 0 < disk.file_bytes < 500 * GIB
     assert with_disk.checkpoint_interval == 1
     limited = config_of(DISK, str(tmp_path), f"{DISK}-memory", "1")
+    without_disk = choose(limited, context_of(16, 500))
+    assert (with_disk.recompute, without_disk.recompute) == (Recompute.KV, Recompute.ATTENTION)
     with pytest.raises(ConfigError, match=f"give {DISK} more space"):
-        choose(limited, context_of(16, 500))
+        choose(limited, context_of(8, 500))
 
 
 @pytest.mark.parametrize(
     "host_gib, flags, advice",
     [
-        (16, [], f"name a folder on a local disk with {DISK}"),
+        (8, [], f"name a folder on a local disk with {DISK}"),
         (0.5, [DISK, "/disk"], "GiB, without which .* is of no use"),
     ],
 )
