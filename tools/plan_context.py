@@ -102,7 +102,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                          help="GiB per machine, or `here` for the free memory of this one [%(default)s]")  # fmt: skip
     machine.add_argument("--disk-memory", type=ABOVE_ZERO, metavar="GiB",
                          help="GiB per machine on disks, for chunks that the host has no room for [none]")  # fmt: skip
-    machine.add_argument("--disk", type=ABOVE_ZERO, nargs=2, metavar="GB/s", default=(5.0, 3.0),
+    machine.add_argument("--disk", type=ABOVE_ZERO, nargs=2, metavar="GB/s",
                          help="at which the disks of a machine read and write [5 3]")  # fmt: skip
     machine.add_argument("--link", type=ABOVE_ZERO, nargs="+", metavar="GB/s",
                          help="between each GPU and its host while all of a machine copy: one way, or in, out and both "

@@ -38,6 +38,7 @@ SHORTEST = 8192  # tokens that are worth a row
 MODELS = ("Llama-3.2-1B", "Llama-3.1-8B", "Qwen3-32B", "Llama-3.1-70B")
 MACHINES = {
     "24 GB + 64 GiB": "--gpu RTX-4090 --host-memory 64",
+    "24 GB + 64 GiB + 2 TB of disk": "--gpu RTX-4090 --host-memory 64 --disk-memory 2000",
     "80 GB + 128 GiB": "--gpu H100 --host-memory 128",
     "80 GB + 256 GiB": "--gpu H100 --host-memory 256",
     "4 x 80 GB + 512 GiB": "--gpu H100 --gpus 4 --host-memory 512",

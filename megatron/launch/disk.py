@@ -59,10 +59,14 @@ def disk_warnings(plan: Plan) -> list[str]:
     speed = plan.speed
     if not speed.waiting_for_disk:
         return []
+    advice = "a longer --seq-length, more disks for --ds-sequence-parallel-fpdt-disk or more host memory help"
+    without = replace(plan, machines=replace(plan.machines, disk_memory_gib=0.0))
+    if without.fits and without.speed.step < speed.step:
+        instead = f"a step then takes {without.speed.step:.1f} s instead of {speed.step:.1f}, recomputing more"
+        advice = f"leave out --ds-sequence-parallel-fpdt-disk: {instead}; or give more disks or host memory"
     return [
         f"the disk is slower than compute: it gives {plan.machines.disk} per GPU, and would be hidden at "
-        f"{speed.disk_gbps:.2f} GB/s; by the plan steps wait {speed.waiting_for_disk:.1f} s for it; a longer "
-        "--seq-length, more disks for --ds-sequence-parallel-fpdt-disk or more host memory help"
+        f"{speed.disk_gbps:.2f} GB/s; by the plan steps wait {speed.waiting_for_disk:.1f} s for it; {advice}"
     ]
 
 

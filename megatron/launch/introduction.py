@@ -48,7 +48,7 @@ def introduce(
         "attention": _attention(config, context),
         "software": _software(),
         "link to host": "" if context.link is None else f"{context.link}, per GPU with all GPUs copying at once",
-        "disk": _disk(config, context, chosen.execution),
+        "disk rates": _disk(config, context, chosen.execution),
     }
     training = {"training": f"to iteration {lengths.iterations}: {lengths.left(state)}", "time": ""}
     if chosen.plan is not None:
@@ -83,12 +83,14 @@ def _execution_lines(chosen: ChosenExecution, config: Config, context: Context) 
 
 def _offloaded(execution: Execution, config: Config, context: Context) -> Iterator[str]:
     """Say what host and disk store."""
-    on_host, disk = _offloaded_bytes(execution, config, context), execution.disk
-    if disk is not None:
-        on_disk = on_host - execution.host_memory_bytes
-        on_host = execution.host_memory_bytes + disk.staging_bytes
-        yield f"  disk             {on_disk / GIB:9.3f} GiB   of activations per rank"
-    yield f"  host memory      {on_host / GIB:9.3f} GiB   of activations per rank"
+    offloaded, disk = _offloaded_bytes(execution, config, context), execution.disk
+    if disk is None or execution.host_memory_bytes is None:
+        yield f"  host memory      {offloaded / GIB:9.3f} GiB   of activations per rank"
+        return
+    on_host = execution.host_memory_bytes
+    staging, on_disk = disk.staging_bytes / GIB, (offloaded - on_host) / GIB
+    yield f"  host memory      {on_host / GIB:9.3f} GiB   of activations per rank, and {staging:.3f} of staging memory"
+    yield f"  disk             {on_disk:9.3f} GiB   of activations per rank"
 
 
 def _lines_of_shorter_steps(execution: Execution) -> Iterator[str]:
@@ -135,9 +137,8 @@ def _disk(config: Config, context: Context, execution: Execution) -> str:
     if context.disk_rates is None:
         return ""
     unused = "; not used: the host has room for all chunks" * (execution.disk is None)
-    return (
-        f"{context.disk_rates}, per rank with all ranks at work; {disk_memory(config, context) / GIB:.4g} GiB{unused}"
-    )
+    gib = disk_memory(config, context) / GIB
+    return f"{context.disk_rates}, with all ranks at work; {gib:.4g} GiB may be used per rank{unused}"
 
 
 def _batch(config: Config, lengths: Lengths) -> str:

@@ -36,5 +36,6 @@ def flags_of(plan: Plan) -> list[str]:
 
 def flags_to_change(before: Plan, after: Plan, left_open: frozenset[str]) -> list[str]:
     """Return the flags of `after` that `before` lacks, without those that a run chooses by itself."""
-    present, settled = set(flags_of(before)), left_open | {DISK} if before.machines.disk_memory_gib else left_open
+    present = set(flags_of(before))
+    settled = left_open | {DISK} if before.machines.disk_memory_gib else left_open
     return [flag for flag in flags_of(after) if flag not in present and flag.split()[0] not in settled]

@@ -56,6 +56,7 @@ class Memory:
     recompute: Recompute
     checkpoint_interval: int
     disk_chunks: int = 0
+    disk_reserved: int = 0  # for them
     disk_share: float = 0.0  # of the chunks that are copied once out and once in
 
     @property
@@ -102,6 +103,7 @@ def memory_of(job: Job, machines: Machines, backend: str) -> Memory:
         recompute=recompute,
         checkpoint_interval=interval,
         disk_chunks=0 if with_disk is None else with_disk.disk_bytes,
+        disk_reserved=0 if with_disk is None else with_disk.file_bytes,
         disk_share=0.0 if with_disk is None else with_disk.disk_share,
     )
 

@@ -180,7 +180,7 @@ def _with_a_disk(plan: Plan, describe: Describe) -> list[str]:
     if way is None:
         return []
     per_node = min(way.machines.gpus_per_node, way.job.num_gpus)
-    gib, rate = way.memory.disk_chunks * per_node / GIB, way.speed.disk_gbps * per_node
+    gib, rate = way.memory.disk_reserved * per_node / GIB, way.speed.disk_gbps * per_node
     return [f"{int(gib) + 1} GiB of disk per machine, hidden behind compute at {rate:.2f} GB/s: {_line(way, describe)}"]
 
 

@@ -23,8 +23,12 @@ def flags(corpus: Path, tmp_path: Path) -> list[str]:
 
 def test_a_run_trains_through_the_disk_and_leaves_nothing_there(flags: list[str], tmp_path: Path) -> None:
     run = train(flags, tmp_path / "events", 2, script=SMALL_DISK)
-    assert re.search(r"disk of each rank, all at once: .* GB/s read, .* written; .* GiB free", run.output)
-    assert re.search(r"chunks of each rank: 0\.00 GiB on the host and 0\.00 on disk, through 0\.00 of", run.output)
+    assert re.search(
+        r"  disk rates +.* GB/s read, .* written, with all ranks at work; .* GiB may be used per rank\n", run.output
+    )
+    assert re.search(
+        r"  host memory +0\.\d{3} GiB .* and 0\.\d{3} of staging memory\n.*  disk +0\.\d{3} GiB ", run.output
+    )
     assert re.search(r"iteration +2/ +2 .* disk traffic \(GiB\): 0\.00 \| waiting for disk \(ms\): ", run.output)
     on_host = train(flags[:-4], tmp_path / "others", 2)
     assert run.losses == on_host.losses

@@ -155,6 +155,8 @@ CONFIGURATIONS = [
     "--ds-sequence-parallel-fpdt-chunk-size auto --ds-sequence-parallel-fpdt-device-memory auto "
     "--ds-sequence-parallel-fpdt-recompute mlp --adam-eps 1e-12 --use-flash-attn-v2 --load-tag global_step7 --load x "
     "--profile --profile-steps 2,3 --kv-channels 16 --wandb-project yes --wandb-exp-name 10 --save ~ --lr 1.2e-05",
+    f"{' '.join(RUNNABLE)} --ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-offloading "
+    "--ds-sequence-parallel-fpdt-disk /nvme0,/nvme1 --ds-sequence-parallel-fpdt-disk-memory 1.5",
 ]  # fmt: skip
 
 

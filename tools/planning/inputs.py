@@ -33,6 +33,7 @@ from megatron.planner.solver import Open, fastest, with_free_device_memory
 from megatron.tokenizer import TokenizerError, tokenizer_of
 
 DEFAULT_GPU = "H100"
+DEFAULT_DISK = (5.0, 3.0)  # GB/s of a machine, read and written
 DEFAULT_VOCABULARY = 50304
 LORA_RANK = 16
 TRAINING_LENGTH = ("--train-iters", "--train-samples", "--train-tokens")
@@ -110,7 +111,7 @@ def machines_of(arguments: argparse.Namespace) -> Machines:
         arguments.network,
         link_of(arguments.link),
         arguments.disk_memory or 0,
-        disk_of(arguments.disk, min(arguments.gpus_per_node, arguments.gpus)),
+        disk_of(arguments.disk, arguments.disk_memory, min(arguments.gpus_per_node, arguments.gpus)),
     )
 
 
@@ -139,9 +140,11 @@ def link_of(rates: list[float] | None) -> LinkRates | None:
     raise ConfigError(f"--link takes one rate or three, not {len(rates)}; give in, out and both ways together")
 
 
-def disk_of(rates: tuple[float, float], num_gpus: int) -> DiskRates:
+def disk_of(rates: list[float] | None, memory_gib: float | None, num_gpus: int) -> DiskRates:
     """Return each GPU's share of the rates of --disk."""
-    read, write = rates
+    read, write = rates or DEFAULT_DISK
+    if rates is not None and memory_gib is None:
+        raise ConfigError(f"--disk ({read:g} {write:g}) has no effect without --disk-memory; add it")
     return DiskRates(read / num_gpus, write / num_gpus)
 
 
@@ -197,6 +200,12 @@ def job_of_config(config: Config, arguments: argparse.Namespace) -> Job:
         raise ConfigError(
             "runs with --ds-sequence-parallel-fpdt are planned here with --ds-sequence-parallel-fpdt-offloading only; "
             "add it"
+        )
+    folders = parallel.ds_sequence_parallel_fpdt_disk
+    if folders and arguments.disk_memory is None:
+        raise ConfigError(
+            f"--ds-sequence-parallel-fpdt-disk ({','.join(folders)}) is a disk of unknown size here; add --disk-memory "
+            "before --"
         )
     is_counted = isinstance(config.model, HuggingFaceModelConfig)
     vocabulary = 0 if is_counted else arguments.vocab_size or vocabulary_of(config.tokenizer)

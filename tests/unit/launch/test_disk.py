@@ -1,17 +1,19 @@
 """The disk for chunks is measured where one is named, and takes what the host has no room for."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron.config import ConfigError, Recompute, validate
+from megatron.core.disk_rates import DiskRates
 from megatron.core.parallel_state import ParallelState
 from megatron.initialize import Context
 from megatron.launch.disk import free_bytes, with_measured_disk
-from megatron.launch.execution import plan_execution
-from megatron.planner.hardware import GIB
+from megatron.launch.execution import plan_execution, plan_of
+from megatron.planner.hardware import GIB, GPUS
 from tests.unit.launch.test_execution import VOCABULARY, config_of
 
 DISK = "--ds-sequence-parallel-fpdt-disk"
@@ -53,6 +55,25 @@ def test_the_disk_takes_what_the_host_has_no_room_for(tmp_path):
     assert (with_disk.recompute, without_disk.recompute) == (Recompute.KV, Recompute.ATTENTION)
     with pytest.raises(ConfigError, match=f"give {DISK} more space"):
         choose(limited, context_of(8, 500))
+
+
+@pytest.mark.parametrize("gbps", [5.0, 0.05])
+def test_a_planned_run_uses_the_disk_and_warns_of_a_slow_one(monkeypatch, caplog, gbps):
+    def on_h200(config, _, vocabulary, memory):
+        planned = plan_of(config, 4, GPUS["H200"], memory, vocabulary)
+        machines = replace(planned.machines, disk_memory_gib=2000, disk=DiskRates(gbps, gbps))
+        return replace(planned, machines=machines)
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("megatron.launch.execution.plan_of_run", on_h200)
+    config = config_of(DISK, "/nvme", "--seq-length", "2M")
+    execution, planned, _ = plan_execution(config, context_of(60, 500), VOCABULARY)
+    disk, memory = execution.disk, planned.memory
+    assert (disk.folders, disk.disk_share, disk.file_bytes) == (("/nvme",), memory.disk_share, memory.disk_reserved)
+    assert execution.host_memory_bytes + disk.staging_bytes == memory.host_chunks
+    slow = [line for line in caplog.messages if line.startswith("the disk is slower than compute: it gives 0.05 GB/s")]
+    assert len(slow) == (gbps < 1)
+    assert all("; leave out --ds-sequence-parallel-fpdt-disk: a step then takes " in line for line in slow)
 
 
 @pytest.mark.parametrize(

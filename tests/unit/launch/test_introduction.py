@@ -9,6 +9,7 @@ import torch
 
 from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config, sample_lengths
+from megatron.core.disk_rates import DiskRates
 from megatron.core.link_rates import LinkRates
 from megatron.core.parallel_state import ParallelState
 from megatron.launch.execution import plan_execution, plan_of
@@ -18,15 +19,18 @@ from megatron.training.lengths import Lengths
 from tests.unit.launch.test_execution import GIB, VOCABULARY, config_of
 
 
-def introduced(config: Config, num_ranks: int, caplog, state: TrainState | None = None, rank: int = 0) -> list[str]:
+def introduced(
+    config: Config, num_ranks: int, caplog, state: TrainState | None = None, rank: int = 0, **machine: object
+) -> list[str]:
     """Return the lines with which a rank introduces the run."""
+    machine = {"host_memory_bytes": 1000 * GIB, "disk_rates": None, **machine}
     state = state or TrainState()
     parallel = ParallelState(
         rank=rank, world_size=num_ranks, sequence_parallel_size=config.parallel.ds_sequence_parallel_size
     )
     context = SimpleNamespace(
-        device=torch.device("cpu"), dtype=torch.bfloat16, host_memory_bytes=1000 * GIB, parallel_state=parallel,
-        log=logging.getLogger("introduction test"), is_first_rank=rank == 0, link=LinkRates(51, 52, 67),
+        device=torch.device("cpu"), dtype=torch.bfloat16, parallel_state=parallel,
+        log=logging.getLogger("introduction test"), is_first_rank=rank == 0, link=LinkRates(51, 52, 67), **machine,
     )  # fmt: skip
     state.start(sample_lengths(config, num_ranks))
     caplog.set_level(logging.INFO)
@@ -88,6 +92,18 @@ def test_a_run_without_a_plan_says_how_it_executes(caplog):
     assert lines[0] == "execution on 64 CPU ranks:"
     assert "; 32 heads over 64 ranks: 1 on each, with 1/2 of each chunk's queries" in "\n".join(lines)
     assert not any(line.startswith(("  GPU memory", "  time")) for line in lines)
+
+
+@pytest.mark.parametrize("host_gib", [16, 1000])
+def test_a_run_with_a_disk_says_what_goes_there_and_how_fast(caplog, host_gib):
+    flags = ("--ds-sequence-parallel-fpdt-disk", "/nvme", "--ds-sequence-parallel-fpdt-disk-memory", "500")
+    lines = introduced(config_of(*flags), 4, caplog, host_memory_bytes=host_gib * GIB, disk_rates=DiskRates(5, 3))
+    (rates,) = (line for line in lines if line.startswith("  disk rates       5.00 GB/s read, 3.00 written"))
+    stored = [line for line in lines if re.match(r"  (disk|host memory) +\d+\.\d{3} GiB ", line)]
+    assert rates.endswith(
+        "500 GiB may be used per rank" if host_gib == 16 else "not used: the host has room for all chunks"
+    )
+    assert ["staging memory" in "".join(stored), len(stored)] == ([True, 2] if host_gib == 16 else [False, 1])
 
 
 def test_other_ranks_are_silent(caplog):

@@ -63,7 +63,7 @@ def test_columns_of_some_runs_are_only_in_their_lines():
     line = format_iteration(record)
     assert " | global batch size:     8 | sequence length:  131072 | lm loss: " in line
     assert " | grad norm: 1.234 | router aux loss: 1.250000E+00 | expert imbalance: 3.50 | tokens/s/GPU: " in line
-    assert " | disk traffic (GiB): 1.50 | waiting for disk (ms): 12.5 | number of skipped" in line
+    assert " | disk traffic (GiB): 1.50 | waiting for disk (ms): 12.5 | ETA (h): " in line
     assert parse_line(line) == record
 
 

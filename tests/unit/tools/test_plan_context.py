@@ -139,6 +139,8 @@ def test_a_model_of_any_family_has_its_parameters(tmp_path, config):
         (["--model", "llama-8b", "--gpus", "4", "--seq-length", "262145"], "use 262144 or 262148"),
         (["--gpus", "3", "--", *FLAGS], "--ds-sequence-parallel-size (4)"),
         (["--", *(flag for flag in FLAGS if flag != "--ds-sequence-parallel-fpdt-offloading")], "-fpdt-offloading"),
+        (["--model", "llama-8b", "--disk", "5", "3"], "--disk (5 3) has no effect without --disk-memory; add it"),
+        (["--gpus", "4", "--", *FLAGS, "--ds-sequence-parallel-fpdt-disk", "/nvme"], "add --disk-memory before --"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(argv, words, capsys):

@@ -9,7 +9,9 @@ DOCUMENT = (TOOLS.parent / "docs" / "reach.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    "machine, what", [("24 GB + 64 GiB", "LoRA"), ("4 x 141 GB + 503 GiB", "all weights")], ids=str
+    "machine, what",
+    [("24 GB + 64 GiB", "LoRA"), ("24 GB + 64 GiB + 2 TB of disk", "LoRA"), ("4 x 141 GB + 503 GiB", "all weights")],
+    ids=str,
 )
 def test_a_row_of_the_table_is_what_the_planner_finds(machine, what):
     models = plan_reach.MODELS[:2]
