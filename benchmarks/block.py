@@ -199,7 +199,7 @@ class ModelBlock(GraphContestant):
             return {}
         return {
             "disk_read_gib": gib(disk.copied.bytes_in), "disk_written_gib": gib(disk.copied.bytes_out),
-            "disk_waited_seconds": disk.waited_seconds,
+            "disk_waited_seconds": disk.stalled_seconds,
         }  # fmt: skip
 
 

@@ -12,13 +12,12 @@ by the next call of the main thread.
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,9 +27,12 @@ from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.disk_budget import DiskBudget, HostShare
 from megatron.fpdt.disk_files import STRIPE_BYTES, DiskError, DiskFiles
 from megatron.fpdt.staging import SHARE_AHEAD, Piece, Staging
+from megatron.fpdt.stalls import Stalls
 from megatron.fpdt.tiers import Arrival, CopyCounts, Event, HostTier, share_until_released
 
 THREADS_PER_FOLDER = 8
+
+T = TypeVar("T")
 
 
 class _Part(NamedTuple):
@@ -79,7 +81,7 @@ class DiskTier:
         self.files = DiskFiles(budget.folders, budget.file_bytes)
         self.staging = Staging(budget.staging_bytes, pinned=self._uses_streams)
         self.copied = CopyCounts()
-        self.waited_seconds = 0.0
+        self._stalls = Stalls(device)
         self._space = AddressSpace(budget.file_bytes)
         threads = THREADS_PER_FOLDER * len(budget.folders)
         self._writers, self._readers, self._urgent = (
@@ -99,6 +101,11 @@ class DiskTier:
             return ThreadPoolExecutor(number, f"disk-{name}")
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
         return ThreadPoolExecutor(number, f"disk-{name}", torch.cuda.set_device, (index,))
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Time in which the device had no work because the main thread waited for the disk."""
+        return self._stalls.seconds
 
     @property
     def used_bytes(self) -> int:
@@ -201,13 +208,9 @@ class DiskTier:
         """
         self._to_keep = {chunk.data_ptr() for chunk in chunks if self.owns(chunk)}
 
-    def result(self, future: _Copy) -> torch.cuda.Event | None:
-        """Wait for a transfer, and count the time."""
-        if not future.done():
-            started = time.perf_counter()
-            future.exception()
-            self.waited_seconds += time.perf_counter() - started
-        return future.result()
+    def result(self, future: Future[T]) -> T:
+        """Wait for a transfer, and count the time that the device has no work meanwhile."""
+        return future.result() if future.done() else self._stalls.during(future.result)
 
     def _read_upcoming(self) -> None:
         while self._upcoming:
@@ -228,19 +231,14 @@ class DiskTier:
 
     def _acquire(self) -> Piece:
         """Return a piece of staging memory for a write. Waits if the disk is slower than what it is to write."""
-        if self.staging.num_free:
-            return self.staging.acquire()
-        started = time.perf_counter()
-        piece = self.staging.acquire()
-        self.waited_seconds += time.perf_counter() - started
-        return piece
+        return self.staging.acquire() if self.staging.num_free else self._stalls.during(self.staging.acquire)
 
     def _forget(self, address: int) -> None:
         """Prepare for other contents at an address: nothing of the former ones is written or read any longer."""
         self._drop_staged(address)
         self._reads_left.pop(address, None)
         for write in self._writing.pop(address, ()):
-            write.result()
+            self.result(write)
 
     def _drop_staged(self, address: int) -> None:
         staged = self._staged.pop(address, [])
@@ -318,10 +316,10 @@ class DiskTier:
 
 
 class DiskTraffic(NamedTuple):
-    """Bytes read and written, and how long the main thread waited for them."""
+    """Bytes read and written, and how long the device had no work because of them."""
 
     num_bytes: int
-    waited_seconds: float
+    stalled_seconds: float
 
 
 class DiskMeter:
@@ -335,8 +333,8 @@ class DiskMeter:
         if self._tier is None:
             return None
         copied, before = self._tier.copied, self._before
-        self._before = now = DiskTraffic(copied.bytes_in + copied.bytes_out, self._tier.waited_seconds)
-        return DiskTraffic(now.num_bytes - before.num_bytes, now.waited_seconds - before.waited_seconds)
+        self._before = now = DiskTraffic(copied.bytes_in + copied.bytes_out, self._tier.stalled_seconds)
+        return DiskTraffic(now.num_bytes - before.num_bytes, now.stalled_seconds - before.stalled_seconds)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class IterationRecord:
     disk_gib: float | None = None
     """Read and written per iteration by this rank; not in the line of a run without a disk for chunks."""
     disk_wait_milliseconds: float | None = None
-    """Of an iteration, in which the host waited for the disk. The same applies."""
+    """Of an iteration, in which the device had no work because of the disk. The same applies."""
     skipped_iterations: int
     nan_iterations: int
     hours_left: float | None = None

@@ -181,14 +181,14 @@ class Reporter:
         if use is None:
             return {}
         steps = len(self._steps)
-        if use.waited_seconds > SLOW_DISK * (time.monotonic() - self._started) and not self._has_slow_disk:
+        if use.stalled_seconds > SLOW_DISK * (time.monotonic() - self._started) and not self._has_slow_disk:
             self._has_slow_disk = True
             self._context.log.warning(
                 "the disk is slower than compute: %.0f s of this interval were spent waiting for it; more or faster "
                 "disks for --ds-sequence-parallel-fpdt-disk, more host memory, or longer sequences shorten this",
-                use.waited_seconds,
+                use.stalled_seconds,
             )
-        return {"disk_gib": use.num_bytes / GIB / steps, "disk_wait_milliseconds": use.waited_seconds * 1e3 / steps}
+        return {"disk_gib": use.num_bytes / GIB / steps, "disk_wait_milliseconds": use.stalled_seconds * 1e3 / steps}
 
     def _throughput(self, state: TrainState, seconds: float) -> ThroughputReport:
         """Return the throughput of steps that took `seconds` each, on average."""

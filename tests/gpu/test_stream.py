@@ -14,6 +14,7 @@ from megatron.fpdt import store as store_module
 from megatron.fpdt.device_budget import DeviceBudget
 from megatron.fpdt.disk_budget import DiskBudget
 from megatron.fpdt.disk_files import DiskFiles
+from megatron.fpdt.stalls import Stalls
 from megatron.fpdt.stream import Saving
 from megatron.fpdt.tiers import HostTier
 from megatron.model.builder import Execution, build_model
@@ -404,3 +405,37 @@ def test_a_disk_changes_no_bit_and_pins_nothing_after_the_first_steps(
     assert results[1][2:] == results[2][2:]
     assert store.disk_tier.copied.bytes_in > 0
     assert store.disk_tier.used_bytes == 0
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _run(model, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_wait_of_the_host_is_a_stall_only_if_the_gpu_has_no_work():
+    stalls = Stalls(torch.device("cuda"))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # half a second
+    stalls.during(lambda: time.sleep(0.1))
+    torch.cuda.synchronize()
+    assert stalls.seconds < 0.05
+    stalls.during(lambda: time.sleep(0.1))
+    torch.cuda.synchronize()
+    assert 0.09 < stalls.seconds < 0.2
+
+
+def test_a_fast_disk_does_not_stall_the_gpu(tmp_path):
+    """The host waits for the disk, as it is ahead of the GPU, while the GPU still has work."""
+    length, disk = 2**14, DiskBudget((str(tmp_path),), 2**30, 2**29)
+    how = replace(OFFLOADED, chunk_size=2**11, host_memory_bytes=2**30, disk=disk)
+    model = _model(_config(length, num_layers=4, hidden_size=1024), how)
+    inputs, tier = _inputs(length), model.execution.store.disk_tier
+    _run(model, inputs, steps=2)
+    torch.cuda.synchronize()
+    before, started = tier.stalled_seconds, time.monotonic()
+    with pytest.MonkeyPatch.context() as patch, _delays(patch, cycles=5_000_000):  # the GPU is the slower of the two
+        _run(model, inputs)
+    torch.cuda.synchronize()
+    assert tier.copied.bytes_in > 0
+    assert tier.stalled_seconds - before < 0.25 * (time.monotonic() - started)

@@ -16,6 +16,7 @@ from megatron.fpdt.address_space import ALIGNMENT, AddressSpace
 from megatron.fpdt.device_budget import ChunkKind
 from megatron.fpdt.disk_budget import DiskBudget, HostShare
 from megatron.fpdt.disk_files import STRIPE_BYTES, DiskError, DiskFiles, check_folder, file_system_of
+from megatron.fpdt.stalls import Stalls
 from megatron.fpdt.store import ChunkStore
 
 CPU = torch.device("cpu")
@@ -162,6 +163,27 @@ def test_a_disk_that_fails_is_one_error_with_folder_reason_and_remedy(tmp_path, 
     with pytest.raises(DiskError, match=f"disk0.*{doing}.*{errno.errorcode[code]}.*; (free space|the disk fails)"):
         write_and_read()
     assert store.disk_tier.staging.num_free >= store.disk_tier.staging.num_pieces - 1, "no piece of memory is lost"
+
+
+def test_only_waiting_for_the_disk_counts_as_stalled(tmp_path, monkeypatch):
+    store = disk_store(tmp_path)
+    first, second = (store.add(torch.ones(1000), ChunkKind.PRODUCTS) for _ in range(2))
+    read = os.preadv
+    monkeypatch.setattr(disk_files.os, "preadv", lambda *arguments: (time.sleep(0.05), read(*arguments))[1])
+    store.read_ahead([first, second])
+    time.sleep(0.3)
+    next(store.prefetch([[first]]))
+    assert store.disk_tier.stalled_seconds < 0.05
+    next(store.prefetch([[second], [first]]))
+    next(store.prefetch([[first]]))
+    assert store.disk_tier.stalled_seconds >= 0.05
+
+
+def test_a_wait_that_fails_is_counted_and_raises():
+    stalls = Stalls(CPU)
+    with pytest.raises(ZeroDivisionError):
+        stalls.during(lambda: time.sleep(0.01) or 1 / 0)
+    assert stalls.seconds >= 0.01
 
 
 def test_a_failed_write_is_raised_by_the_next_one(tmp_path, monkeypatch):
