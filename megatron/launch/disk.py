@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -39,11 +40,12 @@ def with_measured_disk(config: Config, context: Context) -> Context:
     files = DiskFiles(folders, STRIPES * STRIPE_BYTES)
     for line in files.warnings:
         context.log.warning(line)
-    write, read = (_gbps(call, files, context.device) for call in (files.write, files.read))
-    least = torch.tensor([read, write, free], dtype=torch.float64, device=context.device)
+    together = partial(dist.all_reduce, torch.zeros(1, device=context.device))
+    rates = measure_disk(files, together)
+    least = torch.tensor([rates.read, rates.write, free], dtype=torch.float64, device=context.device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
-    rates, free = DiskRates(*least.tolist()[:2]), int(least.tolist()[2])
-    return replace(context, disk_rates=rates, disk_bytes=int(free * (1 - HEADROOM)))
+    read, write, free = least.tolist()
+    return replace(context, disk_rates=DiskRates(read, write), disk_bytes=int(free * (1 - HEADROOM)))
 
 
 def disk_memory(config: Config, context: Context) -> int:
@@ -78,22 +80,39 @@ def free_bytes(folders: tuple[str, ...]) -> int:
     return min(shares) * len(folders)
 
 
-def _gbps(call: Callable[[int, memoryview], None], files: DiskFiles, device: torch.device) -> float:
-    """Return the rate of this rank, while all ranks read or write."""
+def measure_disk(
+    files: DiskFiles, begin: Callable[[], object], num_stripes: int = STRIPES, seconds: float = SECONDS
+) -> DiskRates:
+    """Write so many stripes, or for so long, and read them; return the rates of this process.
+
+    `begin` is called before each of the two.
+    """
+    begin()
+    written, write = _transfer(files.write, files, num_stripes, seconds)
+    begin()
+    _, read = _transfer(files.read, files, written, seconds)
+    return DiskRates(read, write)
+
+
+def _transfer(
+    call: Callable[[int, memoryview], None], files: DiskFiles, num_stripes: int, seconds: float
+) -> tuple[int, float]:
+    """Read or write the first stripes with as many threads as the disk tier has; return how many, and GB/s."""
     threads = THREADS_PER_FOLDER * files.num_folders
-    buffers = [memoryview(mmap.mmap(-1, STRIPE_BYTES)) for _ in range(threads)]
-    dist.all_reduce(torch.zeros(1, device=device))  # all begin together
+    content = os.urandom(STRIPE_BYTES)  # zeros may not reach the disk
+    buffers = [mmap.mmap(-1, STRIPE_BYTES) for _ in range(threads)]
+    for buffer in buffers:
+        buffer[:] = content
+    stripes = iter(range(num_stripes))  # of all threads: those done are the first
     started = time.perf_counter()
 
-    def work(thread: int) -> int:
+    def work(buffer: mmap.mmap) -> int:
         done = 0
-        for stripe in range(thread, STRIPES, threads):
-            if time.perf_counter() - started > SECONDS:
-                break
-            call(stripe * STRIPE_BYTES, buffers[thread])
-            done += STRIPE_BYTES
+        while time.perf_counter() - started < seconds and (stripe := next(stripes, None)) is not None:
+            call(stripe * STRIPE_BYTES, memoryview(buffer))
+            done += 1
         return done
 
     with ThreadPoolExecutor(threads) as pool:
-        moved = sum(pool.map(work, range(threads)))
-    return moved / (time.perf_counter() - started) / 1e9
+        done = sum(pool.map(work, buffers))
+    return done, done * STRIPE_BYTES / (time.perf_counter() - started) / 1e9

@@ -1,6 +1,7 @@
 """The disk for chunks is measured where one is named, and takes what the host has no room for."""
 
 import logging
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from megatron.config import ConfigError, Recompute, validate
 from megatron.core.disk_rates import DiskRates
 from megatron.core.parallel_state import ParallelState
+from megatron.fpdt.disk_files import STRIPE_BYTES, DiskFiles
 from megatron.initialize import Context
-from megatron.launch.disk import free_bytes, with_measured_disk
+from megatron.launch.disk import free_bytes, measure_disk, with_measured_disk
 from megatron.launch.execution import plan_execution, plan_of
 from megatron.planner.hardware import GIB, GPUS
 from tests.unit.launch.test_execution import VOCABULARY, config_of
@@ -38,6 +40,17 @@ def test_a_disk_is_measured_and_its_free_space_shared(tmp_path, monkeypatch):
     assert min(measured.disk_rates.read, measured.disk_rates.write) > 0
     assert 0 < measured.disk_bytes < free_bytes((str(tmp_path),))
     assert free_bytes((str(tmp_path),) * 2) == pytest.approx(free_bytes((str(tmp_path),)), rel=0.1)
+
+
+def test_a_slow_disk_is_measured_by_reading_what_was_written(tmp_path, monkeypatch):
+    """What was not written is read without the disk."""
+    written, read = [], []
+    files = DiskFiles((str(tmp_path),), 64 * STRIPE_BYTES)
+    monkeypatch.setattr(files, "write", lambda place, _: (time.sleep(0.02), written.append(place)))
+    monkeypatch.setattr(files, "read", lambda place, _: read.append(place))
+    measure_disk(files, lambda: None, num_stripes=64, seconds=0.05)
+    assert sorted(read) == sorted(written)
+    assert len(written) < 64
 
 
 def test_the_disk_takes_what_the_host_has_no_room_for(tmp_path):
