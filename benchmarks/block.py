@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
+    GIB,
     Geometry,
     Row,
     allocated_bytes,
@@ -127,6 +128,7 @@ class GraphContestant:
         self._anchor = torch.zeros((), requires_grad=True)
         self._x: Tensor | None = None
         self._end: Tensor | None = None
+        self._num_runs = 0
 
     def prepare(self) -> None:
         for weight in self._weights:
@@ -136,6 +138,7 @@ class GraphContestant:
     def forward(self) -> None:
         x, self._x = self._x, None
         assert x is not None, "prepare() comes first"
+        self._num_runs += 1
         y = self._run(x)
         del x
         self._end = Sink.apply(y, self._dy)
@@ -193,14 +196,15 @@ class ModelBlock(GraphContestant):
         return (pool.peak_used_bytes, self._store.pinned_bytes) if self._offloading else None
 
     def disk_traffic(self) -> Row:
-        """Return what was read from disk and written to it, and the time spent waiting for it; empty without a disk."""
-        disk = self._store.disk_tier
+        """Return what all runs have read from disk and written to it, per block; empty without a disk."""
+        disk, runs = self._store.disk_tier, self.num_blocks * self._num_runs
         if disk is None:
             return {}
         return {
-            "disk_read_gib": gib(disk.copied.bytes_in), "disk_written_gib": gib(disk.copied.bytes_out),
-            "disk_waited_seconds": disk.stalled_seconds,
-        }  # fmt: skip
+            "disk_read_gib": disk.copied.bytes_in / runs / GIB,
+            "disk_written_gib": disk.copied.bytes_out / runs / GIB,
+            "disk_stalled_seconds": disk.stalled_seconds / runs,
+        }
 
 
 class Ceiling:
@@ -277,21 +281,27 @@ def automatic_recompute(model: ModelConfig, chunk: int, device: torch.device) ->
     return choose_saved_activations(shape, TierBudget(available_host_bytes()), interval=1)[0]
 
 
-def on_disk(execution: Execution, model: ModelConfig, device: torch.device, folders: tuple[str, ...]) -> Execution:
-    """Return an execution whose host memory holds what is copied most, and the disk all else."""
+def on_disk(
+    execution: Execution, model: ModelConfig, device: torch.device, folders: tuple[str, ...], share: float
+) -> Execution:
+    """Return an execution whose host memory holds what is copied most, and the disk this share of all else."""
     shape = StreamShape.of(model, execution.chunk_size, 1, 1, compute_dtype(device).itemsize)
-    needed = shape.kind_bytes(1, execution.recompute)
+    needed = shape.kind_bytes(execution.checkpoint_interval, execution.recompute)
     # The input of the first block and the gradient of the last one's output are in memory besides.
     busy = {kind: needed[kind] for kind in BUSY_KINDS}
     busy[ChunkKind.HIDDEN_GRADIENTS] += 2 * shape.residual_bytes
+    others = sum(num_bytes for kind, num_bytes in needed.items() if kind not in BUSY_KINDS)
     row = (shape.residual_bytes + shape.attention_bytes) // shape.layout.num_chunks
     disk = DiskBudget(
         folders,
-        file_bytes=sum(needed.values()) + 2 * shape.residual_bytes + STRIPE_BYTES,
+        file_bytes=int(share * others) + 2 * shape.residual_bytes + STRIPE_BYTES,
         staging_bytes=staging_for(shape.residual_bytes + 2 * row),
+        disk_share=share,
         reserved_bytes=busy,
     )
-    return replace(execution, host_memory_bytes=sum(busy.values()), disk=disk)
+    # Chunks are placed whole, so either may hold a little more than its share.
+    on_host = int((1 - share) * others) + (2 * shape.residual_bytes if share < 1 else 0)
+    return replace(execution, host_memory_bytes=sum(busy.values()) + on_host, disk=disk)
 
 
 def random_(tensor: Tensor, device: torch.device, part_tokens: int = 32768) -> Tensor:

@@ -29,6 +29,7 @@ import torch
 
 from megatron.config import ConfigError, ModelConfig
 from megatron.config.packages import require_package
+from megatron.fpdt.disk_files import DiskError
 from megatron.fpdt.host_pool import HostMemoryError
 from megatron.ops.attention import AttentionUnavailable
 
@@ -121,7 +122,7 @@ def run_script(main: Callable[[], int]) -> int:
     """Run a benchmark and return its exit code; an error that the user can fix is one line."""
     try:
         return main()
-    except (ConfigError, AttentionUnavailable) as error:
+    except (ConfigError, AttentionUnavailable, DiskError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 

@@ -2,7 +2,7 @@
 """Compare speed and GPU memory of a streamed block with other ways to run it.
 
     python benchmarks/streamed_block.py                     whole blocks: ceiling, offloaded, on-device, recomputed
-    python benchmarks/streamed_block.py --disk /nvme0,/nvme1    beside them: disk
+    python benchmarks/streamed_block.py --disk /nvme0,/nvme1    beside them: disk, whose rate is measured first
     python benchmarks/streamed_block.py --attention-only    attention layers: ceiling, offloaded, deepspeed
 
 Runs one block, Llama-3-8B's by default, forward and backward, every way in one process on one GPU. --blocks runs
@@ -43,6 +43,7 @@ from benchmarks.block import (
     on_disk,
 )
 from benchmarks.common import (
+    GIB,
     SPEED_COLUMNS,
     TINY_GEOMETRY,
     Column,
@@ -59,7 +60,10 @@ from benchmarks.common import (
 )
 from benchmarks.deepspeed_layer import DeepSpeedAttention, kernel_name
 from megatron.config import Recompute
+from megatron.core.disk_rates import DiskRates
+from megatron.fpdt.disk_files import STRIPE_BYTES, DiskFiles, check_folder
 from megatron.launch.determinism import use_deterministic_kernels
+from megatron.launch.disk import measure_disk
 from megatron.model.builder import Execution
 from megatron.model.layers import attention_request
 from megatron.ops.attention import choose_backend
@@ -82,7 +86,7 @@ COLUMNS = (
     Column("above_gib", "above GiB", ".2f"),
 )
 QUICK = {"lengths": [65536], "repeats": 2}
-TINY = {**TINY_GEOMETRY, "lengths": [96], "chunks": [32], "deepspeed_chunk": 96, "repeats": 2}
+TINY = {**TINY_GEOMETRY, "lengths": [96], "chunks": [32], "deepspeed_chunk": 96, "disk_probe": 0.03, "repeats": 2}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -101,6 +105,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=1,
                         help="stacked blocks, as in a model; times are per block [%(default)s]")  # fmt: skip
     parser.add_argument("--disk", metavar="DIR[,DIR...]", help="folders on local disks for the way of that name")
+    parser.add_argument("--disk-share", type=float, default=1.0, metavar="X",
+                        help="of what is copied once, on disk; the rest is on the host [%(default)s]")  # fmt: skip
+    parser.add_argument("--disk-probe", type=float, default=16.0, metavar="GiB",
+                        help="to write and to read first, 20 s at most each, for its rate [%(default)s]")  # fmt: skip
     parser.add_argument("--deterministic-mode", nargs="+", choices=("off", "on"), default=["off"],
                         help="without deterministic kernels, with them, or both [off]")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="[%(default)s]")
@@ -121,6 +129,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         mode = "with --attention-only" if arguments.attention_only else "without --attention-only"
         mode = "without --disk" if unknown[0] == "disk" and not arguments.disk else mode
         parser.error(f"--ways {unknown[0]} is not there {mode}; use {', '.join(possible)}")
+    if not 0 < arguments.disk_share <= 1:
+        parser.error(f"--disk-share ({arguments.disk_share:g}) must be above 0 and at most 1")
     if "deepspeed" in arguments.ways and "on" in arguments.deterministic_mode:
         parser.error("--deterministic-mode on is not there for --ways deepspeed; leave one of them out")
     for length in arguments.lengths if "deepspeed" in arguments.ways else ():
@@ -133,7 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if "on" in arguments.deterministic_mode:
         use_deterministic_kernels(arguments.device)
+    disk = rates_of_disk(arguments) if "disk" in arguments.ways else None
     report = Report(NAME, arguments, COLUMNS)
+    if disk is not None:
+        report.write(disk_read_gbps=disk.read, disk_write_gbps=disk.write)
     ceilings: dict[tuple[int, str, str], float] = {}
     for row, build in cases(arguments, report.device):
         row |= measure(build, report.device, report.matmul, arguments.repeats, profiled=arguments.profile)
@@ -144,13 +157,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             row["times_ceiling"] = row["model_tflops"] / ceilings[key]
         report.add(row)
     report.finish()
-    for line in against_deepspeed(report.rows):
+    for line in (*against_deepspeed(report.rows), *against_host(report.rows)):
         print(line)
     for row in report.rows:
         for line in profile_lines(row):
             print(line)
     draw(report)
     return 0
+
+
+def rates_of_disk(arguments: argparse.Namespace) -> DiskRates:
+    """Write and read --disk-probe GiB as the disk tier does, and print the rates."""
+    folders, num_stripes = arguments.disk.split(","), max(int(arguments.disk_probe * GIB) // STRIPE_BYTES, 1)
+    for folder in folders:
+        check_folder(folder)
+    files = DiskFiles(folders, num_stripes * STRIPE_BYTES)
+    for line in files.warnings:
+        print(line)
+    rates = measure_disk(files, lambda: None, num_stripes, seconds=20)
+    print(f"{arguments.disk}: {rates}", flush=True)
+    return rates
 
 
 def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[Row, Callable[[], Contestant]]]:
@@ -196,7 +222,7 @@ def executions(
             execution = WAYS[way].execution(chunk, recompute)
             execution = replace(execution, checkpoint_interval=arguments.checkpoint_interval)
             if way == "disk":
-                execution = on_disk(execution, model, device, tuple(arguments.disk.split(",")))
+                execution = on_disk(execution, model, device, tuple(arguments.disk.split(",")), arguments.disk_share)
             yield {"chunk": thousands(chunk), "recompute": recompute}, execution
 
 
@@ -212,6 +238,22 @@ def against_deepspeed(rows: Sequence[Row]) -> Iterator[str]:
         if row["above_gib"] is not None:
             text += f" in {row['above_gib'] / other['above_gib']:.2f} times its GPU memory above weights and gradients"
         yield f"{row['way']}, {row['length']} tokens, chunk {row['chunk']}, {row['backend']}: {text}"
+
+
+def against_host(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a line per row with a disk: its traffic, and its time beside that of the same block without one."""
+
+    def key(row: Row) -> tuple[Row, ...]:
+        return tuple(row[name] for name in ("tokens", "deterministic", "backend", "chunk", "recompute"))
+
+    measured = [row for row in rows if "failed" not in row]
+    offloaded = {key(row): row["seconds"] for row in measured if row["way"] == "offloaded"}
+    for row in (row for row in measured if row["way"] == "disk"):
+        text = f"{row['disk_written_gib']:.2f} GiB written and {row['disk_read_gib']:.2f} read per block, "
+        text += f"{row['disk_stalled_seconds']:.3f} s without work for the GPU"
+        if key(row) in offloaded:
+            text += f"; {row['seconds'] / offloaded[key(row)]:.3f} times the time of offloaded"
+        yield f"disk, {row['length']} tokens, chunk {row['chunk']}, {row['backend']}: {text}"
 
 
 def profile_lines(row: Row) -> Iterator[str]:

@@ -91,12 +91,15 @@ def test_tiles_run(tmp_path, capsys):
 # streamed_block
 
 
-def test_blocks_are_compared_with_their_ceiling(tmp_path):
-    code, rows = run(streamed_block, tmp_path, "--disk", f"{tmp_path},{tmp_path}")
+def test_blocks_are_compared_with_their_ceiling(tmp_path, capsys):
+    code, rows = run(streamed_block, tmp_path, "--disk", f"{tmp_path},{tmp_path}", "--disk-share", "0.6")
     assert code == 0
     assert [row["way"] for row in rows] == ["ceiling", "offloaded", "disk", "on-device", "recomputed"]
     assert rows[2]["disk_written_gib"] > 0
     assert rows[2]["disk_read_gib"] > 0
+    printed = capsys.readouterr().out
+    assert re.search(r"GB/s read, .* written\n", printed)
+    assert re.search(r"read per block, .* s without work for the GPU; \d+\.\d+ times the time of offloaded\n", printed)
     assert all("failed" not in row for row in rows)
     assert rows[0]["times_ceiling"] == pytest.approx(1.0)
     assert rows[1]["times_ceiling"] == pytest.approx(rows[1]["model_tflops"] / rows[0]["model_tflops"])
