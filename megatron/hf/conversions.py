@@ -30,8 +30,6 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
-    apply_converters,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -169,7 +167,7 @@ class Conversion:
             self.transform.collected_tensors[pattern] = cast(Any, collect(names))
         results = self.transform.convert(self.key, model=self.model, config=self.model.config)
         return {
-            apply_renamings(name, list(self.renamings)): tensor[0] if isinstance(tensor, list) else tensor
+            _renamed(name, self.renamings): tensor[0] if isinstance(tensor, list) else tensor
             for name, tensor in results.items()
         }
 
@@ -215,9 +213,9 @@ def plan_saving(model: PreTrainedModel, forms: Forms) -> list[Conversion]:
     by_pattern = _by_pattern(converters)
     conversions: dict[str, Conversion] = {}
     for name in sorted(forms.names, key=dot_natural_key):
-        key, pattern = apply_converters(name, converters)
+        key, pattern = rename_source_key(name, [], converters)
         if pattern is None:
-            key, transform, after = apply_renamings(name, renamings), None, []
+            key, transform, after = _renamed(name, renamings), None, []
         else:
             transform, after = by_pattern[pattern], renamings
         conversion = conversions.setdefault(key, Conversion(key, model, transform, after))
@@ -225,6 +223,10 @@ def plan_saving(model: PreTrainedModel, forms: Forms) -> list[Conversion]:
     for conversion in conversions.values():
         conversion.plan(forms)
     return list(conversions.values())
+
+
+def _renamed(name: str, renamings: Sequence[WeightRenaming]) -> str:
+    return rename_source_key(name, list(renamings), [])[0]
 
 
 def _by_pattern(converters: Iterable[WeightConverter]) -> dict[str, WeightConverter]:

@@ -21,16 +21,22 @@ _TAKE_A_TYPE = (
     (Tensor, "to"), (Tensor, "type"), (Tensor, "sum"), (Tensor, "mean"), (Tensor, "cumsum"), (Tensor, "softmax"),
     (torch, "softmax"), (functional, "softmax"), (functional, "log_softmax"),
 )  # fmt: skip
+_PRODUCTS = ((Tensor, "__matmul__"), (Tensor, "matmul"), (torch, "matmul"), (torch, "bmm"))
 
 
 @contextmanager
 def float64_stays() -> Iterator[None]:
-    """Let no cast turn a double precision tensor into a lower one. For one thread at a time."""
+    """Let no cast turn a double precision tensor into a lower one. For one thread at a time.
+
+    Products of mixed precision promote, as that of RoPE's frequencies and positions, which are cast from integers.
+    """
     with ExitStack() as stack:
         for name in _CASTS:
             stack.enter_context(_replaced(Tensor, name, _uncast))
         for owner, name in _TAKE_A_TYPE:
             stack.enter_context(_replaced(owner, name, _with_float64))
+        for owner, name in _PRODUCTS:
+            stack.enter_context(_replaced(owner, name, _promoted))
         yield
 
 
@@ -64,6 +70,16 @@ def _with_float64(function: Callable[..., Any]) -> Callable[..., Any]:
             positional = tuple(_kept(each) for each in positional)
             named = {name: _kept(each) for name, each in named.items()}
         return function(*positional, **named)
+
+    return call
+
+
+def _promoted(product: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(product)
+    def call(*factors: Tensor, **named: Any) -> Any:
+        if any(factor.dtype == torch.float64 for factor in factors):
+            factors = tuple(factor.double() for factor in factors)
+        return product(*factors, **named)
 
     return call
 

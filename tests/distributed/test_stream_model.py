@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megatron.hf import stream_model
+from megatron.hf.float64 import float64_stays
 from tests.distributed.rank_pool import RankPool
-from tests.unit.hf.families import build, eager_loss, float64_stays, inputs, results, worst_error
+from tests.unit.hf.families import build, eager_loss, inputs, results, worst_error
 
 LENGTH, CHUNK = 44, 12
 SPANS = ((0, 7), (7, 30), (30, 44))

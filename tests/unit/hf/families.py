@@ -1,9 +1,6 @@
 """Tiny transformers models of many families, all weights random, none zero or one; their results in fp64."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -136,34 +133,3 @@ def worst_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float,
     errors = {name: float((got[name] - w).norm() / w.norm().clamp_min(floor)) for name, w in want.items()}
     name = max(errors, key=lambda each: errors[each])
     return errors[name], name
-
-
-@contextmanager
-def float64_stays() -> Iterator[None]:
-    """Hugging Face code computes norms and softmax in fp32 whatever the model's dtype: here fp64 stays fp64."""
-    lower = (torch.float32, torch.float16, torch.bfloat16)
-    to, to_float, as_type, softmax = torch.Tensor.to, torch.Tensor.float, torch.Tensor.type, F.softmax
-
-    def kept(dtype: Any) -> Any:
-        return torch.float64 if dtype in lower else dtype
-
-    def new_to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.dtype == torch.float64:
-            args = tuple(kept(each) if isinstance(each, torch.dtype) else each for each in args)
-            kwargs = {name: kept(each) if name == "dtype" else each for name, each in kwargs.items()}
-        return to(self, *args, **kwargs)
-
-    def new_softmax(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.dtype == torch.float64 and "dtype" in kwargs:
-            kwargs["dtype"] = kept(kwargs["dtype"])
-        return softmax(x, *args, **kwargs)
-
-    with (
-        mock.patch.object(torch.Tensor, "to", new_to),
-        mock.patch.object(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self)),
-        mock.patch.object(
-            torch.Tensor, "type", lambda self, *a: self if self.dtype == torch.float64 and a else as_type(self, *a)
-        ),
-        mock.patch.object(F, "softmax", new_softmax),
-    ):
-        yield

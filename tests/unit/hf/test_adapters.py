@@ -9,9 +9,10 @@ from megatron.config import AdaptersConfig, ConfigError, Recompute
 from megatron.core.parallel_state import ParallelState
 from megatron.hf.adapters import add_adapters, is_of_adapter
 from megatron.hf.building import build_hugging_face_model
+from megatron.hf.float64 import float64_stays
 from megatron.hf.library import stream_model
 from megatron.model.builder import Execution
-from tests.unit.hf.families import build, eager_loss, float64_stays, inputs, worst_error
+from tests.unit.hf.families import build, eager_loss, inputs, worst_error
 
 EXECUTIONS = {
     "plain": Execution(),

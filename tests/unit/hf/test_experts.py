@@ -12,9 +12,10 @@ from megatron.core.parallel_state import ParallelState
 from megatron.hf.building import build_hugging_face_model
 from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.experts import describe_experts
+from megatron.hf.float64 import float64_stays
 from megatron.hf.library import stream_model
 from megatron.model.builder import Execution
-from tests.unit.hf.families import build, float64_stays, inputs, results, worst_error
+from tests.unit.hf.families import build, inputs, results, worst_error
 from tests.unit.hf.test_model import EXECUTIONS, OFFLOADED, STREAMED
 
 COEFFICIENT = 0.7

@@ -8,9 +8,10 @@ from megatron.config import ModelConfig, Recompute
 from megatron.core.parallel_state import ParallelState
 from megatron.fpdt.memory_model import StreamShape
 from megatron.hf.building import build_hugging_face_model
+from megatron.hf.float64 import float64_stays
 from megatron.hf.settings import read_model
 from megatron.model.builder import Execution
-from tests.unit.hf.families import BATCH, LENGTH, build, float64_stays, inputs
+from tests.unit.hf.families import BATCH, LENGTH, build, inputs
 
 OFFLOADED = Execution(fpdt=True, chunk_size=9, slice_length=4, offloading=True)
 FLAGS = ModelConfig(num_layers=0, hidden_size=0, num_attention_heads=0, seq_length=LENGTH)

@@ -12,6 +12,7 @@ from megatron.fpdt.observer import Observer
 from megatron.hf import stream_model
 from megatron.hf.building import build_hugging_face_model
 from megatron.hf.errors import UnsupportedModelError
+from megatron.hf.float64 import float64_stays
 from megatron.model.builder import Execution
 from tests.unit.hf.families import (
     BATCH,
@@ -19,7 +20,6 @@ from tests.unit.hf.families import (
     LENGTH,
     build,
     eager_loss,
-    float64_stays,
     inputs,
     results,
     worst_error,

@@ -10,11 +10,12 @@ from megatron.config import AdaptersConfig, ConfigError
 from megatron.core.parallel_state import ParallelState
 from megatron.hf.adapters import ADAPTER, add_adapters, is_of_adapter, lora_config, name_in_base
 from megatron.hf.building import build_hugging_face_model
+from megatron.hf.float64 import float64_stays
 from megatron.hf.inspection import decoder_layers
 from megatron.hf.nf4 import dequantize, quantize, stored_bytes
 from megatron.hf.quantization import QuantizedSource, check_quantization, quantize_base, weights_to_quantize
 from megatron.hf.weights import folder_source
-from tests.unit.hf.families import build, eager_loss, float64_stays, inputs, worst_error
+from tests.unit.hf.families import build, eager_loss, inputs, worst_error
 from tests.unit.hf.test_adapters import DORA, EXECUTIONS, EXPERTS, LORA, adapted, results
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
