@@ -123,7 +123,8 @@ def conversions_of(
     unknown = _unknown(model, [*surplus, *(name for name in by_target if name not in expected)])
     if unknown:
         raise _not_whole(folder, [f"{name!r} is no part of the model" for name in unknown])
-    _refuse_quantized(folder, tensors, by_target, expected)
+    floating = {name: each for name, each in by_target.items() if expected[name].is_floating_point()}
+    _refuse_quantized(folder, tensors, floating, is_described=quantization is not None)
     return by_target
 
 
@@ -186,14 +187,12 @@ def _unknown(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 
 def _refuse_quantized(
-    folder: Path, tensors: Forms, by_target: Mapping[str, Conversion], expected: Mapping[str, Tensor]
+    folder: Path, tensors: Forms, by_target: Mapping[str, Conversion], *, is_described: bool
 ) -> None:
     """Raise WeightsError for quantized values that nothing dequantizes, and for those whose scales are not there."""
     for name, conversion in by_target.items():
-        if not expected[name].is_floating_point():
-            continue
         dtype = conversion.targets[name].dtype
-        if not dtype.is_floating_point or dtype.itemsize < 2:
+        if not is_described and (not dtype.is_floating_point or dtype.itemsize < 2):
             raise WeightsError(
                 f"{conversion.source_names[0]!r} in {folder} holds {str(dtype).removeprefix('torch.')}, and "
                 f"config.json does not describe the quantization in {QUANTIZATION}; save the model in bf16 first."
