@@ -38,6 +38,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps timed, after one to warm up [%(default)s]")
     parser.add_argument("--short-warm-up", action="store_true",
                         help="warm up with two chunks; the timed step then allocates the host memory")  # fmt: skip
+    parser.add_argument("--no-warm-up", action="store_true",
+                        help="time the first step, which loads and compiles kernels, too")  # fmt: skip
+    parser.add_argument("--gpu-memory-limit", type=float, metavar="GIB",
+                        help="plan for a GPU with so much memory, and let torch allocate no more")  # fmt: skip
+    parser.add_argument("--host-memory-limit", type=float, metavar="GIB",
+                        help="plan for a host with so much free memory per GPU")  # fmt: skip
     parser.add_argument(
         "--as-one-of", type=int, metavar="GPUS", help="simulate one of so many ranks that share a sequence"
     )
@@ -50,6 +56,8 @@ def check_run_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     """Exit with a usage error where flags contradict each other."""
     if not (arguments.chunk or arguments.step_only):
         parser.error("--chunk auto plans a step, not a block; add --step-only")
+    if arguments.no_warm_up and arguments.short_warm_up:
+        parser.error("--no-warm-up and --short-warm-up contradict each other; leave out one")
     if arguments.steps < 1:
         parser.error(f"--steps ({arguments.steps}) must be at least 1")
     num_processes = World.from_environment().size

@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -64,10 +65,10 @@ from benchmarks.common import (
 from benchmarks.loopback import LoopbackGroup, init_loopback
 from benchmarks.run_flags import add_run_flags, as_flags, check_run_flags, num_gpus_of, run_flags
 from megatron.arguments import parse_args
-from megatron.config import Config, ModelConfig, Recompute, deepspeed_config, validate
+from megatron.config import Config, ConfigError, ModelConfig, Recompute, deepspeed_config, validate
 from megatron.data.batch import Sample, slice_batch
 from megatron.fpdt.stream import Stream
-from megatron.initialize import initialize
+from megatron.initialize import Context, initialize
 from megatron.launch.determinism import use_deterministic_kernels
 from megatron.launch.execution import plan_execution, plan_of
 from megatron.launch.link import with_measured_link
@@ -78,6 +79,7 @@ from megatron.model.transformer import LanguageModelHead, TokenEmbedding, Transf
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.planner.flops import model_flops
 from megatron.planner.hardware import GIB, GPUS, gpu_like
+from megatron.planner.memory import OUTSIDE_TORCH
 from megatron.planner.plan import Plan
 from megatron.ranks.world import World
 
@@ -112,6 +114,9 @@ class Kind:
     """Do what comes before DeepSpeed partitions parameters; return the rest of the construction, which runs once."""
 
     leaf_modules: Sequence[type[nn.Module]]
+
+    load: Callable[[Any, Config], None] | None = None
+    """Load weights into the engine of a run, where `prepare` leaves them open."""
 
 
 NATIVE = Kind(lambda model, dtype: build_model, (TokenEmbedding, TransformerLayer, LanguageModelHead))
@@ -169,6 +174,9 @@ def measure_run(arguments: argparse.Namespace, config: Config, block_model: Mode
         report.add(planned | rates(planned, num_gpus, report.matmul, peak))
     report.finish()
     draw(report)
+    if arguments.gpu_memory_limit is not None:
+        print(f"GPU memory of torch: {step['reserved_gib']:.2f} GiB reserved, of {arguments.gpu_memory_limit:g} GiB "
+              f"less {gib(OUTSIDE_TORCH):g} for what is not torch's")  # fmt: skip
     if not step["host_used_gib"]:
         return 0
     ratio, later = step["host_allocated_gib"] / step["host_used_gib"], step["host_bytes_after_first_step"]
@@ -212,7 +220,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int, 
     """Time steps as in the training loop: batch, forward, backward, optimizer. Collective over all ranks."""
     from megatron.engine.engine import Engine, whole_parameters  # imports DeepSpeed, which takes a while
 
-    context = with_measured_link(config, initialize(config))
+    context = with_limits(with_measured_link(config, initialize(config)), arguments)
     model, device, parallel_state = config.model, context.device, context.parallel_state
     vocabulary = model.num_rows(arguments.vocab_size)
     execution = replace(plan_execution(config, context, vocabulary).execution, whole_parameters=whole_parameters)
@@ -225,6 +233,8 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int, 
         deepspeed_config(config, num_gpus),
         device,
     )
+    if kind.load is not None:
+        kind.load(engine, config)
     stream: Stream = engine.module.execution.stream  # type: ignore[assignment, union-attr]
     pool = stream.store.pool
     random = np.random.default_rng(1)
@@ -237,11 +247,13 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int, 
         batch = slice_batch(samples, layout, parallel_state.sequence_parallel_rank, pin=device.type == "cuda")
         losses.append(engine.train_step([batch.inputs()], num_tokens, config.optimizer.lr))
 
-    step(min(2 * execution.chunk_size, model.seq_length) if arguments.short_warm_up else model.seq_length)
-    gradient_norm = engine.gradient_norm()
+    if not arguments.no_warm_up:
+        step(min(2 * execution.chunk_size, model.seq_length) if arguments.short_warm_up else model.seq_length)
+        gradient_norm = engine.gradient_norm()
+    is_warm = not (arguments.no_warm_up or arguments.short_warm_up)
     reset_peak(device)
     received = LoopbackGroup.received_bytes
-    seconds, host_bytes = [], [] if arguments.short_warm_up else [pool.allocated_bytes]
+    seconds, host_bytes = [], [pool.allocated_bytes] if is_warm else []
     for _ in range(arguments.steps):
         seconds.append(wall_seconds(step, device))
         host_bytes.append(pool.allocated_bytes)
@@ -262,11 +274,28 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int, 
         "checkpoint_interval": execution.checkpoint_interval, "zero_stage": arguments.zero_stage,
         "loss": loss,
         # Of the first step, where the weights are still the initial ones.
-        **({} if arguments.short_warm_up else {"first_loss": first_loss, "first_gradient_norm": gradient_norm}),
+        **({"first_loss": first_loss, "first_gradient_norm": gradient_norm} if is_warm else {}),
         "host_used_gib": gib(pool.peak_used_bytes), "host_allocated_gib": gib(pool.allocated_bytes),
         "host_bytes_after_first_step": host_bytes[-1] - host_bytes[0],
         "received_gib": gib(received) / arguments.steps,
     }  # fmt: skip
+
+
+def with_limits(context: Context, arguments: argparse.Namespace) -> Context:
+    """Return the context of a machine with as little memory as flags say; torch then allocates no more on the GPU.
+
+    ConfigError for a limit of the GPU on a CPU.
+    """
+    host, gpu = arguments.host_memory_limit, arguments.gpu_memory_limit
+    if host is not None:
+        context = replace(context, host_memory_bytes=min(context.host_memory_bytes, int(host * GIB)))
+    if gpu is not None:
+        if context.device.type != "cuda":
+            raise ConfigError(f"--gpu-memory-limit ({gpu:g}) limits a GPU, and this runs on a CPU; leave it out")
+        allocated = (gpu * GIB - OUTSIDE_TORCH) / torch.cuda.get_device_properties(context.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(allocated, 1.0), context.device)
+        context = replace(context, device_memory_bytes=min(context.device_memory_bytes, int(gpu * GIB)))
+    return context
 
 
 def plan_of_step(config: Config, arguments: argparse.Namespace, step: Row, num_gpus: int, device: torch.device) -> Plan:

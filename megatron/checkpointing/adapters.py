@@ -63,14 +63,19 @@ def whole_source(engine: Engine, config: Config, checkpoint: StateSource | None)
 
     WeightsError if the adapters are not those of the model.
     """
+    from megatron.hf.weights import folder_source  # imports transformers
+
+    return source_over(folder_source(Path(config.model.hf_model or "")), engine, config, checkpoint)
+
+
+def source_over(base: StateSource, engine: Engine, config: Config, checkpoint: StateSource | None) -> StateSource:
+    """Return all weights of a run with adapters on those of `base`; see `whole_source`."""
     # These import peft.
     from megatron.hf.adapter_weights import AdaptedSource, InitialAdapter, SavedAdapter
     from megatron.hf.model import HuggingFaceModel
-    from megatron.hf.weights import folder_source
 
     assert isinstance(engine.module, HuggingFaceModel), "adapters are those of --hf-model"
     model: nn.Module = engine.module.skeleton.model
-    base: StateSource = folder_source(Path(config.model.hf_model or ""))
     if config.adapters.quantize_base is not None:
         from megatron.hf.quantization import QuantizedSource
 

@@ -186,9 +186,7 @@ def _unknown(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     return sorted(info.unexpected_keys)
 
 
-def _refuse_quantized(
-    folder: Path, tensors: Forms, by_target: Mapping[str, Conversion], *, is_described: bool
-) -> None:
+def _refuse_quantized(folder: Path, tensors: Forms, by_target: Mapping[str, Conversion], *, is_described: bool) -> None:
     """Raise WeightsError for quantized values that nothing dequantizes, and for those whose scales are not there."""
     for name, conversion in by_target.items():
         dtype = conversion.targets[name].dtype

@@ -1,9 +1,12 @@
 """Each script on made-up rows, and for real on a tiny case."""
 
+import argparse
 import json
+import logging
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +25,11 @@ from benchmarks import (
     streamed_block,
     training_step,
 )
-from benchmarks.common import REPOSITORY, Geometry, Report, geometry_of
+from benchmarks.common import GIB, REPOSITORY, Geometry, Report, geometry_of
 from megatron.arguments import parse_args
 from megatron.config import validate
+from megatron.core.parallel_state import ParallelState
+from megatron.initialize import Context
 from tests.distributed.launcher import launch
 from tests.unit.hf.families import config_of
 
@@ -272,6 +277,7 @@ def test_steps_without_fpdt_save_the_activations_asked_for(activations):
     "words, processes, message",
     [
         (["--steps", "0"], "1", r"--steps \(0\) must be at least 1"),
+        (["--no-warm-up", "--short-warm-up"], "1", "contradict each other"),
         (["--as-one-of", "1"], "1", r"--as-one-of \(1\) plays 2 or more GPUs"),
         (["--as-one-of", "4"], "2", r"in a single process, not in 2; leave it out for one GPU, or the launcher"),
     ],
@@ -315,6 +321,34 @@ def test_a_hugging_face_geometry_runs_as_the_native_one(tmp_path):
     assert step["model_flops"] == pytest.approx(native_step["model_flops"], rel=0.1)  # whose vocabulary is padded
     assert step["host_used_gib"] == pytest.approx(native_step["host_used_gib"])
     assert step["loss"] == pytest.approx(4.1, abs=0.3)  # random tokens of 61: ln 61
+
+
+def test_adapters_run_on_random_weights_as_a_users_do(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config_of("qwen2").save_pretrained(tmp_path)
+    words = ["--device", "cpu", "--output", str(tmp_path / "out"), "--config", str(tmp_path), "--lora-rank", "2",
+             "--quantize-base", "nf4", "--chunk", "auto", "--zero-stage", "0", "--host-memory-limit", "8",
+             "--step-only", "--steps", "1", "--no-warm-up"]  # fmt: skip
+    script = REPOSITORY / "benchmarks" / "hugging_face.py"
+    subprocess.run([sys.executable, script, *words], check=True, timeout=300)
+    step, planned = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert (step["what"], planned["what"]) == ("optimizer step", "as planned")
+    assert step["loss"] == pytest.approx(4.1, abs=0.3)
+
+
+def test_a_run_is_planned_for_a_smaller_machine_and_torch_allocates_no_more(monkeypatch):
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    device, log = torch.device("cuda", 0), logging.getLogger()
+    context = Context(ParallelState(), device, torch.bfloat16, log, 100 * GIB, 79 * GIB)
+    limits = argparse.Namespace(host_memory_limit=64.0, gpu_memory_limit=24.0)
+    limited = training_step.with_limits(context, limits)
+    assert (limited.host_memory_bytes, limited.device_memory_bytes) == (64 * GIB, 24 * GIB)
+    assert fractions == [pytest.approx((24 - 1.5) / 80)]
+    assert (
+        training_step.with_limits(context, argparse.Namespace(host_memory_limit=None, gpu_memory_limit=None)) is context
+    )
 
 
 def test_a_block_of_a_hugging_face_model_has_each_kind_of_layer_and_no_dense_one():
