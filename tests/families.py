@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import transformers
+from packaging import version
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 REPOSITORY = Path(__file__).parents[1]
@@ -22,6 +24,14 @@ class Family(NamedTuple):
     models: str
     special: str
     settings: Mapping[str, Any] = {}
+
+    oldest: str = "5.17"
+    """The first version of transformers in which the model calls attention through its interface."""
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the installed transformers is as new."""
+        return version.parse(transformers.__version__) >= version.parse(self.oldest)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -138,7 +148,7 @@ FAMILIES = (
         "arcee", "AFM-4.5B", "squared ReLU", {"num_key_value_heads": 4, "num_attention_heads": 20, "hidden_size": 2560}
     ),
     Family("biogpt", "BioGPT", "learned positions", {"layerdrop": 0.0}),
-    Family("codegen", "CodeGen", "parallel MLP"),
+    Family("codegen", "CodeGen", "parallel MLP; from transformers 5.24", oldest="5.24"),
     Family("cohere", "Command R, Aya", "parallel MLP, scaled logits", {"use_qk_norm": True}),
     Family("cwm", "Code World Model", "sliding window on three of four layers"),
     Family(
@@ -186,7 +196,7 @@ FAMILIES = (
     Family("glm", "GLM-4 9B", "RoPE on half of each head"),
     Family("glm4_moe_lite", "GLM-4.7-Flash", "latent attention (MLA), experts"),
     Family("gpt_bigcode", "StarCoder", "one key/value head, learned positions"),
-    Family("gptj", "GPT-J", "parallel MLP, interleaved RoPE"),
+    Family("gptj", "GPT-J", "parallel MLP, interleaved RoPE; from transformers 5.24", oldest="5.24"),
     Family("granitemoe", "Granite 3 MoE", "experts, multipliers"),
     Family(
         "granitemoeshared",

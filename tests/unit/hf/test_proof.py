@@ -49,6 +49,8 @@ def small_of(name):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_every_family_trains_as_in_transformers(family):
+    if not family.is_streamed:
+        pytest.skip(f"needs transformers {family.oldest}")
     found = prove(family.config)
     assert found.loss < 1e-14
     has_key_biases = family.model_type in ("biogpt", "opt")  # whose gradients are nothing but rounding

@@ -43,6 +43,8 @@ def test_a_configuration_is_refused_before_a_model_is_built(name, settings, mess
 
 @pytest.mark.parametrize("name, message", BY_STRUCTURE)
 def test_a_structure_is_refused_after_a_run_of_a_small_copy(name, message):
+    if name not in CONFIG_MAPPING:
+        pytest.skip("needs a newer transformers")
     config = CONFIG_MAPPING[name]()
     refuse(config)
     with pytest.raises(ConfigError, match=rf"\({name}\) cannot be streamed: .*{re.escape(message)}"):

@@ -11,6 +11,7 @@ from megatron.arguments import parse_args
 from megatron.config import Config, ConfigError, HuggingFaceModelConfig, describe_mismatch, validate
 from megatron.hf.settings import read_model, transformers_config, with_hugging_face_model
 from megatron.tokenizer import TokenizerError
+from tests.families import FAMILIES
 from tests.unit.hf.folders import LLAMA, folder_of
 
 RUN = "--seq-length 256 --lr 1e-4 --train-iters 10 --data-path corpus --bf16"
@@ -114,6 +115,8 @@ def test_the_log_says_what_is_read_and_chosen(llama):
 @pytest.mark.parametrize(("model_type", "rows"), [("llama", 128), ("gptj", 256)])
 def test_a_computed_table_of_positions_reaches_as_far_as_the_run(tmp_path, model_type, rows):
     """RoPE of rope_parameters has no table."""
+    if not next(family for family in FAMILIES if family.model_type == model_type).is_streamed:
+        pytest.skip("needs a newer transformers")
     model = parsed(folder_of(tmp_path, model_type, rotary_dim=16)).model
     assert transformers_config(model).max_position_embeddings == rows
     assert model.hf_config["max_position_embeddings" if model_type == "llama" else "n_positions"] == 128
