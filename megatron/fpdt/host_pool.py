@@ -5,6 +5,11 @@ here is an anonymous memory map, in huge pages where the system has them, as the
 with CUDA if there is a device to copy to, and plain memory otherwise. A tensor holds its slab for as long as anything
 references its storage, autograd included; then the slab returns to the pool by itself. Unused slabs are freed only if
 the pool would otherwise exceed its budget.
+
+A slab that sequences of another length have left may be larger than the tensor in it. What the slabs in use leave
+unused is limited to what the budget has beyond the need of the sequences, so that one that fits the budget never fails:
+
+    bytes of tensors <= needed,   unused bytes of their slabs <= budget - needed,   their sum <= budget
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import mmap
 import weakref
 from bisect import bisect_right, insort
 from concurrent.futures import ThreadPoolExecutor
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -64,8 +69,16 @@ class HostPool:
         self.used_bytes = 0
         self.peak_used_bytes = 0
         self.num_slabs = 0
+        self._spare_bytes = inf if budget_bytes is None else 0.0  # that slabs in use may leave unused
+        self._unused_bytes = 0  # that they leave unused
         self._free: dict[int, list[_Slab]] = {}
         self._addresses: list[tuple[int, int]] = []  # (first, one past the last) of every slab, sorted
+
+    def begin_sequence(self, length: int, needed_bytes: float) -> None:
+        """Store chunks of sequences of a length from now on, at most so many bytes at once; infinite if unknown."""
+        self.length = length
+        if self.budget_bytes is not None:
+            self._spare_bytes = self.budget_bytes - needed_bytes
 
     def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
         """Return an uninitialized contiguous CPU tensor on its own slab; after the first step no call allocates."""
@@ -76,6 +89,7 @@ class HostPool:
         free = self._free.setdefault(num_bytes, [])
         slab = free.pop() if free else self._left_by_another_length(num_bytes) or self._allocate(num_bytes)
         self.used_bytes += num_bytes
+        self._unused_bytes += slab.num_bytes - num_bytes
         self.peak_used_bytes = max(self.peak_used_bytes, self.used_bytes)
         # The storage references this view of the slab: when the last tensor on the storage goes, so does the view.
         view = memoryview(slab.memory)
@@ -97,8 +111,9 @@ class HostPool:
         return position >= 0 and address < self._addresses[position][1]
 
     def _left_by_another_length(self, num_bytes: int) -> _Slab | None:
-        """Take the smallest free slab of another length that holds so many bytes, if there is one."""
-        for size in sorted(size for size in self._free if size > num_bytes):
+        """Take the smallest free slab of another length that holds so many bytes and leaves no more than is spare."""
+        largest = num_bytes + self._spare_bytes - self._unused_bytes
+        for size in sorted(size for size in self._free if num_bytes < size <= largest):
             slabs = self._free[size]
             for index, slab in enumerate(slabs):
                 if slab.length != self.length:
@@ -107,14 +122,17 @@ class HostPool:
 
     def _release(self, slab: _Slab, num_bytes: int) -> None:
         self.used_bytes -= num_bytes
+        self._unused_bytes -= slab.num_bytes - num_bytes
         self._free[slab.num_bytes].append(slab)
 
     def _allocate(self, num_bytes: int) -> _Slab:
         self._make_room(num_bytes)
         if self.budget_bytes is not None and self.allocated_bytes + num_bytes > self.budget_bytes:
+            needed_bytes = self.allocated_bytes + num_bytes
             raise HostMemoryError(
-                f"the host tier needs at least {_gib(self.allocated_bytes + num_bytes)} GiB and may use "
-                f"{_gib(self.budget_bytes)} GiB (--ds-sequence-parallel-fpdt-host-memory); {_SHRINK}."
+                f"the host tier needs at least {_gib(needed_bytes)} GiB, {needed_bytes - self.budget_bytes:,} bytes "
+                f"more than the {_gib(self.budget_bytes)} GiB that it may use "
+                f"(--ds-sequence-parallel-fpdt-host-memory); {_SHRINK}."
             )
         try:
             slab = _Slab(num_bytes, self.pinned, self.length)
@@ -129,17 +147,19 @@ class HostPool:
         return slab
 
     def _make_room(self, num_bytes: int) -> None:
-        """Free unused slabs, such as those of sequences of another length, if the budget requires it."""
+        """Free unused slabs if the budget requires it, those of sequences of another length first."""
         if self.budget_bytes is None or self.allocated_bytes + num_bytes <= self.budget_bytes:
             return
         if self.pinned:
             torch.cuda.synchronize()  # copies of tensors that used these slabs may still be in flight
-        for slabs in self._free.values():
-            while slabs and self.allocated_bytes + num_bytes > self.budget_bytes:
-                slab = slabs.pop()
-                self._addresses.remove((slab.address, slab.address + slab.num_bytes))
-                self.allocated_bytes -= slab.num_bytes
-                self.num_slabs -= 1
+        unused = [slab for slabs in self._free.values() for slab in slabs]
+        for slab in sorted(unused, key=lambda slab: slab.length == self.length):
+            if self.allocated_bytes + num_bytes <= self.budget_bytes:
+                return
+            self._free[slab.num_bytes].remove(slab)
+            self._addresses.remove((slab.address, slab.address + slab.num_bytes))
+            self.allocated_bytes -= slab.num_bytes
+            self.num_slabs -= 1
 
 
 def _touch(address: int, num_bytes: int) -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
+from math import inf
 from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -67,11 +68,15 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class Saving:
-    """What sequences of one length save for backward, and the memory of the device that their chunks may use."""
+    """What sequences of one length save for backward, and the memory of the device that their chunks may use.
+
+    `host_bytes` is the most that they need on the host, infinite if that is unknown.
+    """
 
     recompute: Recompute
     checkpoint_interval: int
     device_budget: DeviceBudget
+    host_bytes: float = inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +104,9 @@ class Stream:
 
     def begin_sequence(self, sequence_length: int) -> None:
         """Let chunks use the memory that sequences of this length may, until one of another length begins."""
-        self.store.device_tier.limit(self.saving_at(sequence_length).device_budget)
-        self.store.pool.length = sequence_length
+        saving = self.saving_at(sequence_length)
+        self.store.device_tier.limit(saving.device_budget)
+        self.store.pool.begin_sequence(sequence_length, saving.host_bytes)
 
     def saving(self, x_SBh: Tensor) -> Saving:
         """Return what the sequence saves of which x holds this rank's tokens."""

@@ -133,11 +133,15 @@ def _saving_at(
     shape = _shape(at_length, context, streaming)
     needed = shape.host_bytes(streaming.device_bytes, streaming.checkpoint_interval, streaming.recompute)
     if needed > host_left or _saved(streaming) < _saved(longest):
-        streaming = replace(longest, device_bytes=streaming.device_bytes)
-        needed = 0
-    recompute, interval = streaming.recompute, streaming.checkpoint_interval
-    budget = shape.device_budget(streaming.device_bytes, interval, recompute)
-    return Saving(recompute, interval, budget), host_left - needed
+        return _saving_of(replace(longest, device_bytes=streaming.device_bytes), shape), host_left
+    return _saving_of(streaming, shape), host_left - needed
+
+
+def _saving_of(streaming: _Streaming, shape: StreamShape) -> Saving:
+    """Return what sequences of this shape save, and the memory that they need."""
+    recompute, interval, device = streaming.recompute, streaming.checkpoint_interval, streaming.device_bytes
+    budget = shape.device_budget(device, interval, recompute)
+    return Saving(recompute, interval, budget, shape.host_bytes(device, interval, recompute))
 
 
 def _saved(streaming: _Streaming) -> tuple[int, int]:

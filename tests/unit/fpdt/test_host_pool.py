@@ -133,11 +133,15 @@ def test_an_empty_tensor_takes_no_slab():
     assert (pool.num_slabs, pool.used_bytes) == (0, 0)
 
 
-def test_past_the_budget_the_error_says_need_budget_and_what_shrinks_it():
+@pytest.mark.parametrize(
+    "missing, expected",
+    [(2**29, r"1\.50 GiB, 536,870,912 bytes more"), (4, r"1\.00 GiB, 4 bytes more")],
+)
+def test_past_the_budget_the_error_says_need_budget_and_what_shrinks_it(missing, expected):
     pool = plain_pool(budget_bytes=2**30)
     kept = pool.empty((2**20,), torch.uint8)
-    with pytest.raises(HostMemoryError, match=r"needs at least 1\.50 GiB and may use 1\.00 GiB") as error:
-        pool.empty((3 * 2**29 - 2**20,), torch.uint8)
+    with pytest.raises(HostMemoryError, match=rf"needs at least {expected} than the 1\.00 GiB") as error:
+        pool.empty((2**30 - 2**20 + missing,), torch.uint8)
     for flag in ("--seq-length", "--ds-sequence-parallel-size", "--micro-batch-size"):
         assert flag in str(error.value)
     assert (pool.num_slabs, pool.used_bytes, pool.allocated_bytes) == (1, kept.nbytes, kept.nbytes)

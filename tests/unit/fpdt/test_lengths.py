@@ -1,6 +1,7 @@
 """Sequences of changing length: each has the loss and gradients of its length alone, and reuses what is allocated."""
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
@@ -57,14 +58,43 @@ def test_shorter_sequences_need_no_memory_but_that_of_the_longest():
     assert pool.allocated_bytes == allocated
 
 
+@pytest.mark.parametrize("recompute", [Recompute.ATTENTION, Recompute.NONE])
+@pytest.mark.parametrize("shorter", [8, 19, 64])
+def test_lengths_in_any_order_fit_the_memory_that_the_longest_needs(recompute, shorter):
+    how = replace(OFFLOADED, recompute=recompute)
+    needed = {}
+    for length in (shorter, 72):
+        alone = small_model(small(length), how)
+        loss_and_gradients(alone, small_inputs(small(length)))
+        needed[length] = alone.execution.store.pool.peak_used_bytes
+    by_length = {shorter: Saving(recompute, 1, NO_DEVICE_MEMORY, needed[shorter])}
+    model = small_model(small(72), replace(how, host_memory_bytes=needed[72], by_length=by_length))
+    for length in (shorter, 72, shorter, 72):
+        loss_and_gradients(model, small_inputs(small(length)))
+    assert model.execution.store.pool.allocated_bytes == needed[72]
+
+
+def test_what_tensors_leave_unused_of_slabs_is_at_most_what_the_budget_spares():
+    pool = HostPool(pinned=False, budget_bytes=1000)
+    pool.begin_sequence(2, 1000)
+    addresses = [tensor.data_ptr() for tensor in [pool.empty((size,), torch.uint8) for size in (400, 300)]]
+    pool.begin_sequence(1, 800)
+    first = pool.empty((200,), torch.uint8)  # leaves 100 of the 200 bytes beside 800 that the budget spares
+    second = pool.empty((250,), torch.uint8)
+    third = pool.empty((350,), torch.uint8)
+    assert [first.data_ptr(), third.data_ptr()] == addresses[::-1]
+    assert second.data_ptr() not in addresses
+    assert (pool.used_bytes, pool.allocated_bytes) == (800, 950)
+
+
 def test_a_slab_of_another_length_holds_a_smaller_tensor_and_one_of_the_same_does_not():
     pool = HostPool(pinned=False)
-    pool.length = 2
+    pool.begin_sequence(2, inf)
     sizes = (100, 1000, 300)
     addresses = [tensor.data_ptr() for tensor in [pool.empty((size,), torch.uint8) for size in sizes]]
     assert pool.empty((200,), torch.uint8).data_ptr() not in addresses
     allocated = pool.allocated_bytes
-    pool.length = 1
+    pool.begin_sequence(1, inf)
     small = pool.empty((250,), torch.uint8)
     assert (small.data_ptr(), small.untyped_storage().nbytes()) == (addresses[2], 250)
     assert (pool.used_bytes, pool.allocated_bytes) == (250, allocated)

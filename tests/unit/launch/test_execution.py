@@ -70,6 +70,7 @@ def test_shorter_steps_save_more_where_the_host_has_room_beside_the_longest():
         chosen = {length: str(saving.recompute) for length, saving in execution.by_length.items()}
         assert (str(execution.recompute), chosen) == (of_longest, {65536: at_64k, 16384: at_16k}), host_gib
         assert all(saving.checkpoint_interval == 1 for saving in execution.by_length.values())
+        assert all(0 < saving.host_bytes <= execution.host_memory_bytes for saving in execution.by_length.values())
     grouped = choose("--group-by-length", host_gib=1000)
     assert sorted(grouped.by_length) == [2**k for k in range(12, 18)]
     assert choose(host_gib=1000).by_length == {}
