@@ -33,11 +33,6 @@ class SampleLengths:
     global_batch_size: int
     is_grouped: bool = False
 
-    @classmethod
-    def constant(cls, global_batch_size: int, seq_length: int) -> SampleLengths:
-        """Return the lengths of a run whose samples are all of one length."""
-        return cls(((0, seq_length),), global_batch_size)
-
     @property
     def is_scheduled(self) -> bool:
         """Whether there are several phases."""

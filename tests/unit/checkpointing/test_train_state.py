@@ -14,7 +14,7 @@ from megatron.config.sample_lengths import Phase
 def trained(batch: int, length: int) -> TrainState:
     """The counters after three steps."""
     state = TrainState()
-    state.start(SampleLengths.constant(batch, length))
+    state.start(SampleLengths(((0, length),), batch))
     for _ in range(3):
         state.advance(batch, length)
     return state
@@ -29,19 +29,19 @@ def test_a_step_counts_iterations_samples_and_tokens() -> None:
 
 def test_the_first_batch_and_length_are_no_change() -> None:
     state = TrainState()
-    assert state.start(SampleLengths.constant(4, 64)) == []
+    assert state.start(SampleLengths(((0, 64),), 4)) == []
     assert (state.global_batch_size, state.seq_length, state.changes) == (4, 64, [])
 
 
 def test_the_same_batch_and_length_continue_in_the_data() -> None:
     state = trained(4, 64)
-    assert state.start(SampleLengths.constant(4, 64)) == []
+    assert state.start(SampleLengths(((0, 64),), 4)) == []
     assert (state.data_samples, state.changes) == (12, [])
 
 
 def test_another_sequence_length_starts_the_data_again_and_keeps_the_totals() -> None:
     state = trained(4, 64)
-    (said,) = state.start(SampleLengths.constant(4, 256))
+    (said,) = state.start(SampleLengths(((0, 256),), 4))
     assert said.startswith("--seq-length (256) differs from the checkpoint's (64): the data start again")
     assert (state.data_samples, state.seq_length) == (0, 256)
     assert (state.iteration, state.consumed_samples, state.consumed_tokens) == (3, 12, 768)
@@ -50,7 +50,7 @@ def test_another_sequence_length_starts_the_data_again_and_keeps_the_totals() ->
 
 def test_another_batch_continues_in_the_data_and_is_said() -> None:
     state = trained(4, 64)
-    (said,) = state.start(SampleLengths.constant(8, 64))
+    (said,) = state.start(SampleLengths(((0, 64),), 8))
     assert said.startswith("the global batch (8 sequences) differs from the checkpoint's (4)")
     assert "give --global-batch-size 4 to keep the old one" in said
     assert (state.data_samples, state.changes) == (12, [[3, 12, 768]])
@@ -58,9 +58,9 @@ def test_another_batch_continues_in_the_data_and_is_said() -> None:
 
 def test_a_checkpoint_from_before_the_batch_was_counted_has_its_mean() -> None:
     written = {"iteration": 3, "consumed_samples": 12, "consumed_tokens": 768, "data_samples": 12, "seq_length": 64}
-    assert TrainState(**written).start(SampleLengths.constant(4, 64)) == []
+    assert TrainState(**written).start(SampleLengths(((0, 64),), 4)) == []
     state = TrainState(**written)
-    (said,) = state.start(SampleLengths.constant(2, 64))
+    (said,) = state.start(SampleLengths(((0, 64),), 2))
     assert "differs from the checkpoint's (4)" in said
     assert state.course.convert(8, "samples", "iters") == 2
     assert state.course.convert(14, "samples", "iters") == 4
@@ -69,7 +69,7 @@ def test_a_checkpoint_from_before_the_batch_was_counted_has_its_mean() -> None:
 def test_the_course_has_a_corner_at_every_change() -> None:
     state = trained(4, 64)
     for batch, length in ((8, 64), (8, 64), (8, 256)):
-        state.start(SampleLengths.constant(batch, length))
+        state.start(SampleLengths(((0, length),), batch))
         state.advance(batch, length)
     # iterations 3, 5 and 6; samples 12, 28 and 36; tokens 768, 1792 and 3840
     course = state.course

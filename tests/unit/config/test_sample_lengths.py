@@ -21,5 +21,5 @@ def test_units_are_powers_of_two() -> None:
 
 
 def test_without_a_schedule_there_is_one_length() -> None:
-    assert sample_lengths(parsed("--micro-batch-size 3"), 2) == SampleLengths.constant(6, 1024)
+    assert sample_lengths(parsed("--micro-batch-size 3"), 2) == SampleLengths(((0, 1024),), 6)
     assert sample_lengths(parsed("--group-by-length"), 1) == SampleLengths(((0, 1024),), 1, is_grouped=True)

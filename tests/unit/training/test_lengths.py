@@ -14,7 +14,7 @@ ROLLBACKS = "--rollback-on-loss-spike 3 --save x --save-interval 2 --loss-spike-
 def consumed(left_out: int = 0, rollbacks: int = 0) -> TrainState:
     """The counters after five steps of four samples of 1024 tokens."""
     state = TrainState()
-    state.start(SampleLengths.constant(4, 1024))
+    state.start(SampleLengths(((0, 1024),), 4))
     for _ in range(5):
         state.advance(4, 1024)
     state.left_out_samples, state.rollbacks = left_out, rollbacks
