@@ -30,7 +30,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
     end_on_interrupt()
 
-from planning.inputs import completed, plan_of, states_training_length, token_budget, tokens_of_training, variants_of
+from planning.inputs import completed, plan_of, states_training_length, token_budget, training_of, variants_of
 from planning.output import Answer, figures_of, lines_of
 from planning.plot import draw
 
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.plot:
             require_package("matplotlib", f"--plot ({arguments.plot})")
         plan, choices = plan_of(arguments)
-        answer = Answer.of(plan, choices, variants_of(plan.job), tokens_of_training(arguments, plan.job))
+        answer = Answer.of(plan, choices, variants_of(plan.job), training_of(arguments, plan, choices))
         lines = lines_of(answer, datetime.now())
     except (ConfigError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")

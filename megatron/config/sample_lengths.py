@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from megatron.config.batch import global_batch_size
 from megatron.config.config import Config
 from megatron.config.errors import ConfigError
+from megatron.core.course import Counts, Course
 from megatron.core.token_count import parse_token_count
 
 Phase = tuple[int, int]  # first sample, tokens per sample
@@ -55,6 +56,29 @@ class SampleLengths:
         """Return the phases begun before or at a sample, and where the last of them ends: what their order follows."""
         following = self.after(sample)
         return self.phases[: len(self.phases) - len(following)], following[0][0] if following else None
+
+    def ahead(self, counts: Counts, sample: int) -> Course:
+        """Return the course of a run from these counts on, whose next sample is the given one."""
+        corners, step = [counts], self._step(self.at(sample))
+        for first, length in self.after(sample):
+            steps, sample = (first - sample) // self.global_batch_size, first
+            iterations, samples, tokens = corners[-1]
+            corners.append((iterations + steps, samples + steps * step[1], tokens + steps * step[2]))
+            step = self._step(length)
+        return Course(tuple(corners), step)
+
+    def steps_from(self, sample: int, num_steps: int) -> list[tuple[int, int]]:
+        """Return (tokens per sample, steps) of each phase among the steps that begin with a sample, in order."""
+        phases, done, length = list[tuple[int, int]](), 0, self.at(sample)
+        for first, after in self.after(sample):
+            end = min((first - sample) // self.global_batch_size, num_steps)
+            phases.append((length, end - done))
+            done, length = end, after
+        phases.append((length, num_steps - done))
+        return [(length, steps) for length, steps in phases if steps]
+
+    def _step(self, length: int) -> Counts:
+        return 1, self.global_batch_size, self.global_batch_size * length
 
     def _phase(self, sample: int) -> int:
         return bisect_right([first for first, _ in self.phases], sample) - 1

@@ -355,6 +355,11 @@ def choose_saved_activations(
     return min(needed, key=lambda choice: needed[choice])
 
 
+def saving_order(recompute: Recompute, interval: int) -> tuple[int, int]:
+    """Return what orders choices by how much they save for backward, the least first."""
+    return list(Recompute).index(recompute), -interval
+
+
 def lowest_memory(shape: StreamShape, device_bytes: int = 0) -> tuple[Recompute, int]:
     """Return (products recomputed, interval of the saved inputs) of the step that uses the least host memory."""
     return choose_saved_activations(shape, TierBudget(0, device_bytes))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from math import ceil
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from megatron.fpdt.memory_model import (
     choose_saved_activations,
     least_bytes,
     longest_sequence,
+    saving_order,
 )
 from megatron.fpdt.stream import Saving
 from megatron.initialize import Context
@@ -33,7 +36,9 @@ from megatron.planner.memory import ACCURACY
 from megatron.planner.plan import Plan
 from megatron.planner.reach import advice
 from megatron.planner.solver import Open, fastest, with_free_device_memory
+from megatron.planner.training import Training, shorter_plans
 from megatron.ranks.world import local_world_size
+from megatron.training.lengths import phases_of_run
 
 _STEP = GIB // 10
 
@@ -47,13 +52,22 @@ class _Streaming:
     recompute: Recompute
     checkpoint_interval: int
 
+    @property
+    def saved(self) -> tuple[int, int]:
+        """What orders choices by how much they save for backward."""
+        return saving_order(self.recompute, self.checkpoint_interval)
+
 
 class ChosenExecution(NamedTuple):
-    """How a run executes; the plan behind it, None where the planner does not cover it; and what was chosen there."""
+    """How a run executes; the plan behind it, None where the planner does not cover it; and what was chosen there.
+
+    `shorter` are the plans of steps below --seq-length, by length.
+    """
 
     execution: Execution
     plan: Plan | None
     choices: Open = Open()
+    shorter: Mapping[int, Plan] = MappingProxyType({})
 
 
 def plan_execution(config: Config, context: Context, padded_vocab_size: int) -> ChosenExecution:
@@ -68,29 +82,29 @@ def plan_execution(config: Config, context: Context, padded_vocab_size: int) -> 
         documents=config.data.reset_attention_mask,
     )
     plan, host_memory = _plan_and_host_memory(config, context, padded_vocab_size)
-    if not config.parallel.ds_sequence_parallel_fpdt:
-        return ChosenExecution(plain, plan)
-    choices = Open.of(config)
+    with_fpdt = config.parallel.ds_sequence_parallel_fpdt
+    choices, shorter = Open.of(config) if with_fpdt else Open(), dict[int, Plan]()
+    if plan is not None:
+        plan = _solved(plan, choices) if with_fpdt else plan
+        shorter = shorter_plans(plan, choices, _shorter_lengths(config, context.parallel_state.world_size))
+    if not with_fpdt:
+        return ChosenExecution(plain, plan, choices, shorter)
     if plan is None:
         streaming: _Streaming | None = _unplanned(config, context, host_memory)
     else:
-        plan = _solved(plan, choices)
-        if context.parallel_state.rank == 0:
-            for line in (*interval_warnings(config, plan), *disk_warnings(plan)):
-                context.log.warning(line)
+        _warn_of_plan(config, context, plan, shorter)
         streaming = _of_first_rank(_streaming_of(plan) if plan.job.streamed else None, context)
     if streaming is None:
-        return ChosenExecution(plain, plan, choices)
+        return ChosenExecution(plain, plan, choices, shorter)
     shape, recompute, interval = _shape(config, context, streaming), streaming.recompute, streaming.checkpoint_interval
-    by_length, with_disk = dict[int, Saving](), None
+    by_length: Mapping[int, Saving] = {}
+    with_disk = None
     if config.parallel.ds_sequence_parallel_fpdt_offloading:
         budget = TierBudget(host_memory, streaming.device_bytes, disk_memory(config, context))
         _check_host_memory(shape, streaming, budget, config, plan)
         needed = shape.host_bytes(streaming.device_bytes, interval, recompute)
         with_disk = shape.on_host_and_disk(budget, interval, recompute) if needed > host_memory else None
-        host_left = max(host_memory - needed, 0)
-        for length in _shorter_lengths(config, context.parallel_state.world_size):
-            by_length[length], host_left = _saving_at(length, streaming, plan, host_left, config, context)
+        by_length = _by_length(config, context, streaming, shorter, max(host_memory - needed, 0))
     streamed = replace(
         plain,
         fpdt=True,
@@ -103,7 +117,14 @@ def plan_execution(config: Config, context: Context, padded_vocab_size: int) -> 
         recompute=recompute,
         by_length=by_length,
     )
-    return ChosenExecution(streamed, plan, choices)
+    return ChosenExecution(streamed, plan, choices, shorter)
+
+
+def _warn_of_plan(config: Config, context: Context, plan: Plan, shorter: Mapping[int, Plan]) -> None:
+    if context.parallel_state.rank == 0:
+        training = Training.of(plan, shorter, phases_of_run(config, plan.job.num_gpus))
+        for line in (*interval_warnings(config, plan, training), *disk_warnings(plan)):
+            context.log.warning(line)
 
 
 def _shorter_lengths(config: Config, world_size: int) -> list[int]:
@@ -114,27 +135,20 @@ def _shorter_lengths(config: Config, world_size: int) -> list[int]:
     return sorted({length for _, length in lengths.phases} - {longest}, reverse=True)
 
 
-def _saving_at(
-    length: int, longest: _Streaming, plan: Plan | None, host_left: int, config: Config, context: Context
-) -> tuple[Saving, int]:
-    """Choose what steps of a length save and keep on the GPU; return it, and the host memory that is then left.
-
-    What the longest steps save, shorter ones may save in the same memory. More is saved where there is host memory left
-    beside that, so that no step has to free the memory of another length.
-    """
-    at_length = replace(config, model=replace(config.model, seq_length=length))
-    if plan is None:
-        streaming = _unplanned(at_length, context, host_left)
-    else:
-        job = plan.job.at(length, min(longest.chunk_size, length))
-        solved = fastest(plan.with_job(job), replace(Open.of(config), chunk=False, plain=False))
-        streaming = longest if solved is None else _streaming_of(solved)
-    streaming = replace(_of_first_rank(streaming, context) or longest, chunk_size=longest.chunk_size)
-    shape = _shape(at_length, context, streaming)
-    needed = shape.host_bytes(streaming.device_bytes, streaming.checkpoint_interval, streaming.recompute)
-    if needed > host_left or _saved(streaming) < _saved(longest):
-        return _saving_of(replace(longest, device_bytes=streaming.device_bytes), shape), host_left
-    return _saving_of(streaming, shape), host_left - needed
+def _by_length(
+    config: Config, context: Context, longest: _Streaming, shorter: Mapping[int, Plan], host_left: int
+) -> dict[int, Saving]:
+    """Return what steps of each length below --seq-length save, by their plans or, without one, by host memory."""
+    by_length = dict[int, Saving]()
+    for length in _shorter_lengths(config, context.parallel_state.world_size):
+        at_length = replace(config, model=replace(config.model, seq_length=length))
+        if length in shorter:
+            streaming = _streaming_of(shorter[length])
+        else:
+            streaming, host_left = _unplanned_beside(longest, at_length, context, host_left)
+        streaming = replace(_of_first_rank(streaming, context) or longest, chunk_size=longest.chunk_size)
+        by_length[length] = _saving_of(streaming, _shape(at_length, context, streaming))
+    return by_length
 
 
 def _saving_of(streaming: _Streaming, shape: StreamShape) -> Saving:
@@ -142,11 +156,6 @@ def _saving_of(streaming: _Streaming, shape: StreamShape) -> Saving:
     recompute, interval, device = streaming.recompute, streaming.checkpoint_interval, streaming.device_bytes
     budget = shape.device_budget(device, interval, recompute)
     return Saving(recompute, interval, budget, shape.host_bytes(device, interval, recompute))
-
-
-def _saved(streaming: _Streaming) -> tuple[int, int]:
-    """Return what orders choices by how much they save for backward."""
-    return list(Recompute).index(streaming.recompute), -streaming.checkpoint_interval
 
 
 def _streaming_of(plan: Plan) -> _Streaming:
@@ -168,6 +177,15 @@ def _unplanned(config: Config, context: Context, host_memory: int) -> _Streaming
         recompute, interval = choose_saved_activations(shape, budget, recompute, interval)
         streaming = replace(streaming, recompute=recompute, checkpoint_interval=interval)
     return streaming
+
+
+def _unplanned_beside(longest: _Streaming, config: Config, context: Context, host_left: int) -> tuple[_Streaming, int]:
+    """Choose as `shorter_plans` does, without a plan; return the choice, and the host memory that is then left."""
+    own = replace(_unplanned(config, context, host_left), chunk_size=longest.chunk_size)
+    needed = _shape(config, context, own).host_bytes(own.device_bytes, own.checkpoint_interval, own.recompute)
+    if needed > host_left or own.saved < longest.saved:
+        return replace(longest, device_bytes=own.device_bytes), host_left
+    return own, host_left - needed
 
 
 def _solved(plan: Plan, choices: Open) -> Plan:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron.checkpointing.train_state import TrainState
 from megatron.config import Config
 from megatron.planner.plan import Plan
-from megatron.training.lengths import Lengths
+from megatron.planner.training import Training
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 USUAL_MINUTES = 60  # between checkpoints, in advice
 USUAL_EVALUATION = 15 * MINUTE
 
 
-def interval_warnings(config: Config, plan: Plan) -> list[str]:
-    """Return a line for an evaluation that takes too long, and for a day or more without a checkpoint."""
-    iterations = Lengths.of(config, plan.job.num_gpus, TrainState()).iterations
-    return [*_evaluation(config, plan), *_unsaved(config, plan, iterations)]
+def interval_warnings(config: Config, plan: Plan, training: Training) -> list[str]:
+    """Return a line for an evaluation that takes too long, and for a day or more without a checkpoint.
+
+    `plan` is that of steps of --seq-length, `training` that of the whole run.
+    """
+    return [*_evaluation(config, plan), *_unsaved(config, plan, training)]
 
 
 def _evaluation(config: Config, plan: Plan) -> Iterator[str]:
@@ -35,15 +36,14 @@ def _evaluation(config: Config, plan: Plan) -> Iterator[str]:
     )
 
 
-def _unsaved(config: Config, plan: Plan, iterations: int) -> Iterator[str]:
+def _unsaved(config: Config, plan: Plan, training: Training) -> Iterator[str]:
     checkpoint, step = config.checkpoint, plan.speed.step
-    whole = iterations * step
-    between = whole
+    between = whole = training.seconds
     if checkpoint.save is not None:
         between = min(whole, _shortest(checkpoint.save_interval, checkpoint.save_interval_mins, step))
     if between < DAY:
         return
-    advice = f"--save-interval-mins {USUAL_MINUTES}"
+    advice, iterations = f"--save-interval-mins {USUAL_MINUTES}", training.num_steps
     if checkpoint.save is None:
         yield (
             f"by the plan the {iterations} iterations take {duration(whole)}, and nothing is saved; add --save FOLDER "

@@ -19,6 +19,7 @@ from megatron.model.builder import Execution
 from megatron.model.layers import head_layout
 from megatron.planner.job import Job
 from megatron.planner.report import chunk_line, execution_lines, recompute_line
+from megatron.planner.training import Training
 from megatron.ranks.world import local_world_size
 from megatron.training.lengths import Lengths
 
@@ -52,8 +53,8 @@ def introduce(
     }
     training = {"training": f"to iteration {lengths.iterations}: {lengths.left(state)}", "time": ""}
     if chosen.plan is not None:
-        at_most = "at most " * lengths.samples.vary  # the plan is that of the longest steps
-        training["time"] = at_most + _time((lengths.iterations - state.iteration) * chosen.plan.speed.step)
+        left = Training.of(chosen.plan, chosen.shorter, lengths.phases_left(state))
+        training["time"] = "at most " * lengths.samples.is_grouped + _time(left.seconds)
     how += _lines_of_shorter_steps(chosen.execution)
     for line in (title, *_labeled(facts), *how, *_labeled(training)):
         context.log.info("%s", line)
@@ -65,7 +66,7 @@ def _labeled(facts: dict[str, str]) -> Iterator[str]:
 
 def _execution_lines(chosen: ChosenExecution, config: Config, context: Context) -> list[str]:
     """Say how the run executes, under a title."""
-    execution, plan, choices = chosen
+    execution, plan, choices, _ = chosen
     if plan is not None:
         return execution_lines(plan, choices)
     num_ranks = context.parallel_state.world_size

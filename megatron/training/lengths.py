@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron.checkpointing.train_state import TrainState
-from megatron.config import Config, SampleLengths, accumulation_steps, sample_lengths
+from megatron.config import Config, SampleLengths, TrainingConfig, accumulation_steps, sample_lengths
 from megatron.core.course import Counts, Course
+
+if TYPE_CHECKING:  # it comes with DeepSpeed, which tools need not wait for
+    from megatron.checkpointing.train_state import TrainState
 
 
 @dataclass(frozen=True)
@@ -30,28 +33,19 @@ class Lengths:
         A budget is never exceeded: samples that do not fill a global batch are left over.
         """
         training, samples = config.training, sample_lengths(config, world_size)
-        corners, step = _phases_ahead(samples, state)
-        budgets = (
-            ("--train-iters", training.train_iters, state.iteration, 1),
-            ("--train-samples", training.train_samples, state.consumed_samples, samples.global_batch_size),
-        )
-        ends = [
-            (state.iteration + max(budget - consumed, 0) // per_step, f"{flag} ({budget})")
-            for flag, budget, consumed, per_step in budgets
-            if budget is not None
-        ]
-        if training.train_tokens is not None:
-            ahead = Course((state.counts, *corners), step)
-            last = ahead.last_iteration(max(training.train_tokens, state.consumed_tokens))
-            ends.append((last, f"--train-tokens ({training.train_tokens})"))
-        iterations, ends_by = min(ends)
-        course = Course((*state.course.corners, *corners), step)
+        ahead = samples.ahead(state.counts, state.data_samples)
+        iterations, ends_by = _end(training, state.counts, ahead)
+        course = Course((*state.course.corners, *ahead.corners[1:]), ahead.step)
         return cls(samples, accumulation_steps(config, world_size), iterations, ends_by, course)
 
     @property
     def global_batch_size(self) -> int:
         """Samples of a step."""
         return self.samples.global_batch_size
+
+    def phases_left(self, state: TrainState) -> list[tuple[int, int]]:
+        """Return (tokens of a sequence, steps) of each phase that is left after `state`, in order."""
+        return self.samples.steps_from(state.data_samples, self.iterations - state.iteration)
 
     def left(self, state: TrainState) -> str:
         """Describe the steps left after `state`."""
@@ -82,13 +76,26 @@ class Lengths:
         return state.data_samples + steps * self.global_batch_size, evaluated, evaluated
 
 
-def _phases_ahead(samples: SampleLengths, state: TrainState) -> tuple[list[Counts], Counts]:
-    """Return (the counts at which each phase to come begins, the counts of a step after the last)."""
-    batch, corners, counts, position = samples.global_batch_size, list[Counts](), state.counts, state.data_samples
-    step = (1, batch, batch * state.seq_length)
-    for first, length in samples.after(position):
-        steps, position = (first - position) // batch, first
-        counts = (counts[0] + steps, counts[1] + steps * step[1], counts[2] + steps * step[2])
-        corners.append(counts)
-        step = (1, batch, batch * length)
-    return corners, step
+def phases_of_run(config: Config, world_size: int) -> list[tuple[int, int]]:
+    """Return (tokens of a sequence, steps) of each phase of a whole run, in order."""
+    samples, start = sample_lengths(config, world_size), (0, 0, 0)
+    iterations, _ = _end(config.training, start, samples.ahead(start, 0))
+    return samples.steps_from(0, iterations)
+
+
+def _end(training: TrainingConfig, counts: Counts, ahead: Course) -> tuple[int, str]:
+    """Return the iteration with which the first budget is spent from these counts on, and that budget's flag."""
+    iteration, samples, tokens = counts
+    budgets = (
+        ("--train-iters", training.train_iters, iteration, 1),
+        ("--train-samples", training.train_samples, samples, ahead.step[1]),
+    )
+    ends = [
+        (iteration + max(budget - consumed, 0) // per_step, f"{flag} ({budget})")
+        for flag, budget, consumed, per_step in budgets
+        if budget is not None
+    ]
+    if training.train_tokens is not None:
+        last = ahead.last_iteration(max(training.train_tokens, tokens))
+        ends.append((last, f"--train-tokens ({training.train_tokens})"))
+    return min(ends)

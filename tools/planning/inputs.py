@@ -30,7 +30,9 @@ from megatron.planner.models import MODEL_NAMES, PUBLISHED_NAMES, named_model, p
 from megatron.planner.plan import Plan
 from megatron.planner.reach import Variant
 from megatron.planner.solver import Open, fastest, with_free_device_memory
+from megatron.planner.training import Phase, Training, shorter_plans
 from megatron.tokenizer import TokenizerError, tokenizer_of
+from megatron.training.lengths import phases_of_run
 
 DEFAULT_GPU = "H100"
 DEFAULT_DISK = (5.0, 3.0)  # GB/s of a machine, read and written
@@ -238,17 +240,13 @@ def variants_of(job: Job) -> list[Variant]:
     return [Variant((flag,), with_adapters(model, each)) for flag, each in zip(flags, settings, strict=True)]
 
 
-def tokens_of_training(arguments: argparse.Namespace, job: Job) -> int | None:
-    """Return the tokens of the whole training run, None where they are not given."""
-    if arguments.train_tokens is not None:
-        return int(arguments.train_tokens)
-    if arguments.train_samples is not None:
-        return int(arguments.train_samples) * job.model.seq_length
+def training_of(arguments: argparse.Namespace, plan: Plan, choices: Open) -> Training | None:
+    """Return the plan of the whole training run, None where its length is not given."""
+    if arguments.train_tokens or arguments.train_samples:
+        tokens = arguments.train_tokens or arguments.train_samples * plan.job.model.seq_length
+        return Training((Phase(plan, plan.training_steps(tokens)),), tokens)
     if not arguments.training_length_is_given:
         return None
-    training = parse_args(arguments.training).training
-    if training.train_tokens is not None:
-        return training.train_tokens
-    if training.train_samples is not None:
-        return training.train_samples * job.model.seq_length
-    return (training.train_iters or 0) * job.global_tokens or None
+    phases = phases_of_run(parse_args(arguments.training), plan.job.num_gpus)
+    lengths = {length for length, _ in phases} - {plan.job.model.seq_length}
+    return Training.of(plan, shorter_plans(plan, choices, sorted(lengths, reverse=True)), phases)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,6 +13,7 @@ from megatron.planner.plan import Plan
 from megatron.planner.reach import Variant, advice, longest, shortest_hiding_disk
 from megatron.planner.report import execution_lines
 from megatron.planner.solver import Open, fastest
+from megatron.planner.training import Phase, Training
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
@@ -24,20 +25,13 @@ class Answer:
     plan: Plan
     choices: Open
     variants: Sequence[Variant]
-    training_tokens: int | None
+    training: Training | None
     longest: Plan | None
 
     @classmethod
-    def of(cls, plan: Plan, choices: Open, variants: Sequence[Variant], training_tokens: int | None) -> Answer:
+    def of(cls, plan: Plan, choices: Open, variants: Sequence[Variant], training: Training | None) -> Answer:
         """Return the answer, which takes a second or two to find."""
-        return cls(plan, choices, variants, training_tokens, longest(plan))
-
-    @property
-    def training_seconds(self) -> float | None:
-        """Time of the whole training run."""
-        if self.training_tokens is None:
-            return None
-        return self.plan.training_steps(self.training_tokens) * self.plan.speed.step
+        return cls(plan, choices, variants, training, longest(plan))
 
 
 def figures_of(answer: Answer) -> dict[str, Any]:
@@ -60,13 +54,31 @@ def figures_of(answer: Answer) -> dict[str, Any]:
         "step_seconds": speed.step, "forward_seconds": speed.forward, "backward_seconds": speed.backward,
         "head_seconds": speed.head, "optimizer_seconds": speed.optimizer, "waiting_seconds": speed.waiting,
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu, "mfu": plan.mfu,
-        "training_tokens": answer.training_tokens, "training_seconds": answer.training_seconds,
+        **_training_figures(answer.training),
         "fits_gpu": plan.fits_gpu, "fits_host": plan.fits_host,
         "longest_context": reached.job.model.seq_length if reached else 0,
         "longest_context_flags": flags_of(reached) if reached else [],
         "smallest_hiding_chunk": plan.smallest_hiding_chunk(),
         "fastest_chunk": None if with_any_chunk is None else with_any_chunk.job.chunk_length,
         "advice": advice(plan, answer.variants),
+    }  # fmt: skip
+
+
+def _training_figures(training: Training | None) -> dict[str, Any]:
+    if training is None:
+        return {"training_tokens": None, "training_seconds": None}
+    return {
+        "training_tokens": training.num_tokens, "training_seconds": training.seconds,
+        "training_gpu_gib_with_overhead": training.gpu_bytes / GIB, "training_host_gib": training.host_bytes / GIB,
+        "training_phases": [
+            {
+                "seq_length": phase.plan.job.model.seq_length, "tokens": phase.num_tokens, "steps": phase.num_steps,
+                "step_seconds": phase.plan.speed.step, "seconds": phase.seconds,
+                "gpu_gib_with_overhead": phase.plan.memory.gpu_with_overhead / GIB,
+                "host_gib": phase.plan.memory.host / GIB,
+            }
+            for phase in training.phases
+        ],
     }  # fmt: skip
 
 
@@ -90,7 +102,7 @@ def lines_of(answer: Answer, now: datetime) -> list[str]:
         "",
         *execution_lines(plan, answer.choices),
         *[f"  attention           {heads}"] * bool(heads.num_heads % heads.num_ranks),
-        *_training_lines(answer, now),
+        *_training_lines(answer.training, now),
         "",
         _longest_line("longest context", answer.longest),
     ]
@@ -119,17 +131,30 @@ def _longest_line(name: str, reached: Plan | None, flags: Sequence[str] = ()) ->
     return f"{name}: {reached.job.model.seq_length:,} tokens with {' '.join((*flags, *flags_of(reached)))}"
 
 
-def _training_lines(answer: Answer, now: datetime) -> list[str]:
-    """Say how long the whole training run takes."""
-    tokens, seconds = answer.training_tokens, answer.training_seconds
-    if tokens is None or seconds is None:
-        return []
+def _training_lines(training: Training | None, now: datetime) -> Iterator[str]:
+    """Say how long a whole training run takes and, of several phases, what each takes and all of them need."""
+    if training is None:
+        return
     try:
-        end = f"ends on {now + timedelta(seconds=seconds):%Y-%m-%d %H:%M}"
+        end = f"ends on {now + timedelta(seconds=training.seconds):%Y-%m-%d %H:%M}"
     except OverflowError:
         end = "does not end before the year 10000"
-    steps = answer.plan.training_steps(tokens)
-    return [f"  training         {duration(seconds):15s} {tokens:,} tokens in {steps:,} steps; started now, it {end}"]
+    yield f"  training         {_tokens_of(training)}; started now, it {end}"
+    if len(training.phases) < 2:
+        return
+    for phase in training.phases:
+        plan = phase.plan
+        memory = _memory(plan.memory.gpu_with_overhead, plan.memory.host)
+        yield f"    at {plan.job.model.seq_length:<11,} {_tokens_of(phase)} of {plan.speed.step:.1f} s; {memory}"
+    yield f"    at most        {_memory(training.gpu_bytes, training.host_bytes)}"
+
+
+def _tokens_of(steps: Training | Phase) -> str:
+    return f"{duration(steps.seconds):15s} {steps.num_tokens:,} tokens in {steps.num_steps:,} steps"
+
+
+def _memory(on_gpu: int, on_host: int) -> str:
+    return f"{on_gpu / GIB:.1f} GiB of GPU memory, {on_host / GIB:.1f} of host memory per GPU"
 
 
 def duration(seconds: float) -> str:

@@ -80,7 +80,7 @@ def test_a_planned_run_uses_the_disk_and_warns_of_a_slow_one(monkeypatch, caplog
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr("megatron.launch.execution.plan_of_run", on_h200)
     config = config_of(DISK, "/nvme", "--seq-length", "2M")
-    execution, planned, _ = plan_execution(config, context_of(60, 500), VOCABULARY)
+    execution, planned, *_ = plan_execution(config, context_of(60, 500), VOCABULARY)
     disk, memory = execution.disk, planned.memory
     assert (disk.folders, disk.disk_share, disk.file_bytes) == (("/nvme",), memory.disk_share, memory.disk_reserved)
     assert execution.host_memory_bytes + disk.staging_bytes == memory.host_chunks

@@ -6,6 +6,8 @@ from megatron.config import Config
 from megatron.launch.execution import plan_of
 from megatron.launch.intervals import duration, interval_warnings
 from megatron.planner.hardware import GIB, GPUS
+from megatron.planner.training import Training
+from megatron.training.lengths import phases_of_run
 from tests.unit.launch.test_execution import VOCABULARY, config_of
 
 TWO_MILLION = ["--seq-length", "2M", "--ds-sequence-parallel-fpdt-chunk-size", "64K", "--train-iters", "1000"]
@@ -15,7 +17,8 @@ NO_EVALUATION = ["--eval-iters", "0"]
 
 def warnings(*flags: str) -> list[str]:
     config: Config = config_of(*TWO_MILLION, *flags)
-    return interval_warnings(config, plan_of(config, 4, GPUS["H100"], 400 * GIB, VOCABULARY))
+    plan = plan_of(config, 4, GPUS["H100"], 400 * GIB, VOCABULARY)
+    return interval_warnings(config, plan, Training.of(plan, {}, phases_of_run(config, 4)))
 
 
 def test_intervals_that_suit_the_step_time_have_no_warning() -> None:
@@ -41,6 +44,7 @@ def test_an_evaluation_longer_than_the_training_between_is_named() -> None:
     [
         ([], "by the plan the 1000 iterations take 19."),
         ([], " days, and nothing is saved; add --save FOLDER --save-interval-mins 60"),
+        (["--train-tokens", "1e9"], "by the plan the 476 iterations take 9."),
         (["--save", "x"], "by the plan nothing is saved for 19."),
         (["--save", "x", "--save-interval", "200"], "by the plan nothing is saved for 3.9"),
         (["--save", "x", "--save-interval", "200"], " days; add for example --save-interval-mins 60"),

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,35 @@ def test_a_run_of_several_lengths_names_the_largest_and_what_each_saves(on_h200,
     assert "  batch            up to 262,144 tokens: 1 sequence of up to 262,144" in lines
     (shorter,) = (line for line in lines if line.startswith("  at 65,536 "))
     assert shorter.endswith(" GiB of chunks on the GPU, recompute none, checkpoint interval 1")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--ds-sequence-parallel-fpdt-chunk-size", "64K"], ["--deepspeed-activation-checkpointing"]]
+)
+def test_the_time_of_a_schedule_is_the_sum_of_what_is_left_of_its_phases(on_h200, caplog, monkeypatch, flags):
+    monkeypatch.setattr("megatron.launch.introduction._time", str)
+    streams = "-chunk-size" in flags[0]
+
+    def seconds(*changes: str, done: int = 0) -> float:
+        caplog.clear()
+        config = config_of("--train-iters", "1000", *flags, *changes)
+        parallel = replace(
+            config.parallel, ds_sequence_parallel_fpdt=streams, ds_sequence_parallel_fpdt_offloading=streams
+        )
+        state = TrainState(iteration=done, consumed_samples=done, data_samples=done)
+        return float(introduced(replace(config, parallel=parallel), 4, caplog, state)[-1].removeprefix("  time "))
+
+    schedule = ("--seq-length-schedule", "64K:400,256K")
+    short, long = seconds("--seq-length", "64K") / 1000, seconds() / 1000
+    assert short < long / 4
+    assert seconds(*schedule) == pytest.approx(400 * short + 600 * long)
+    assert seconds(*schedule, done=200) == pytest.approx(200 * short + 600 * long)
+    assert seconds(*schedule, done=700) == pytest.approx(300 * long)
+    assert seconds(*schedule, "--train-tokens", "33554432") == pytest.approx(400 * short + 28 * long)
+
+
+def test_steps_as_long_as_their_conversations_take_at_most_the_time_of_the_longest(on_h200, caplog):
+    lines = introduced(config_of("--group-by-length"), 4, caplog)
     assert lines[-1].startswith("  time             at most about ")
 
 

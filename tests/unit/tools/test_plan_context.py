@@ -66,6 +66,27 @@ def test_flags_of_the_training_program_are_planned_as_they_are(capsys, tmp_path)
     assert (content["chunk_length"], content["zero_stage"]) == (32768, 3)
 
 
+def test_a_schedule_of_lengths_takes_the_time_of_its_phases_and_the_memory_of_the_largest(capsys, tmp_path):
+    def planned(*flags):
+        chunk = ["--ds-sequence-parallel-fpdt-chunk-size", "64K"]
+        assert plan_context.main([*FOUR_H100, "--json", str(tmp_path / "plan.json"), "--", *FLAGS, *chunk, *flags]) == 0
+        return json.loads((tmp_path / "plan.json").read_text())
+
+    short, long = planned("--seq-length", "64K"), planned()
+    capsys.readouterr()
+    both = planned("--seq-length-schedule", "64K:7,256K")
+    steps = [(phase["seq_length"], phase["steps"], phase["tokens"]) for phase in both["training_phases"]]
+    assert steps == [(65536, 7, 7 * 65536), (262144, 3, 3 * 262144)]
+    assert both["training_tokens"] == 7 * 65536 + 3 * 262144
+    assert both["training_seconds"] == pytest.approx(7 * short["step_seconds"] + 3 * long["step_seconds"])
+    for memory in ("gpu_gib_with_overhead", "host_gib"):
+        assert both[f"training_{memory}"] == max(short[memory], long[memory])
+    text = capsys.readouterr().out
+    assert "1,245,184 tokens in 10 steps; started now, it ends on 20" in text
+    assert re.search(r"\n    at 65,536 +\d+\.\d s +458,752 tokens in 7 steps of \d+\.\d s; ", text)
+    assert re.search(r"\n    at most +\d+\.\d GiB of GPU memory, \d+\.\d of host memory per GPU\n", text)
+
+
 def test_what_a_plan_does_not_depend_on_need_not_be_given(capsys, tmp_path):
     def planned():
         return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  training ")]
