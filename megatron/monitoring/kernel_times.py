@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 
@@ -132,14 +132,22 @@ def seconds_by_name(kernels: Iterable[Kernel], most: int = 25) -> list[tuple[flo
 
 
 def exclusive_seconds(ranges: Iterable[Kernel]) -> dict[str, float]:
-    """Sum seconds by name of nested ranges; each range excludes the ranges nested in it."""
-    totals: Counter[str] = Counter()
+    """Sum seconds by name of ranges, so that each instant counts once: for the last range to begin of those open.
+
+    A range therefore excludes those nested in it. Ranges of several threads may overlap in any way.
+    """
+    ordered = sorted(ranges, key=lambda each: (each.start, -each.duration))
+    totals = Counter({each.name: 0 for each in ordered})
     open_ranges: list[Kernel] = []
-    for each in sorted(ranges, key=lambda each: (each.start, -each.duration)):
-        while open_ranges and open_ranges[-1].end <= each.start:
-            open_ranges.pop()
-        if open_ranges:
-            totals[open_ranges[-1].name] -= each.duration
-        totals[each.name] += each.duration
+    now = 0
+    for each, following in zip_longest(ordered, ordered[1:]):
         open_ranges.append(each)
+        now = each.start
+        while open_ranges and (following is None or now < following.start):
+            last = open_ranges[-1]
+            until = last.end if following is None else min(last.end, following.start)
+            totals[last.name] += max(until - now, 0)
+            now = max(now, until)
+            if last.end <= now:
+                open_ranges.pop()
     return {name: nanoseconds / 1e9 for name, nanoseconds in totals.items()}

@@ -69,3 +69,17 @@ def test_ranges_count_without_those_within_them():
     ranges = [Kernel("a", 0, 10 * SECOND), Kernel("b", SECOND, 4 * SECOND), Kernel("a", 2 * SECOND, SECOND)]
     ranges += [Kernel("b", 20 * SECOND, SECOND)]
     assert exclusive_seconds(ranges) == {"a": 7, "b": 4}
+
+
+@pytest.mark.parametrize(
+    "spans, expected",
+    [
+        ({"a": (0, 1), "b": (0.5, 9.5)}, {"a": 0.5, "b": 9.5}),  # as of two threads
+        ({"a": (0, 10), "b": (1, 5), "c": (4, 5)}, {"a": 2, "b": 3, "c": 5}),
+        ({"a": (0, 2), "b": (0, 2), "c": (1, 4)}, {"a": 0, "b": 1, "c": 4}),
+        ({"a": (0, 9), "b": (1, 6), "c": (2, 1), "d": (8, 4)}, {"a": 2, "b": 5, "c": 1, "d": 4}),
+    ],
+)
+def test_of_ranges_that_overlap_each_instant_counts_for_the_last_to_begin(spans, expected):
+    ranges = [Kernel(name, int(start * SECOND), int(length * SECOND)) for name, (start, length) in spans.items()]
+    assert exclusive_seconds(ranges) == expected
