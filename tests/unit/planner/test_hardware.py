@@ -25,6 +25,25 @@ def test_a_gpu_has_the_name_that_people_give_it(text, name):
     assert gpu_called(text).name == name
 
 
+# Memory in GB, its bandwidth in GB/s, and the dense bf16 peak in TFLOP/s, as their makers state them.
+DATA_SHEETS = {
+    "H200": (141, 4800, 989), "H100": (80, 3350, 989), "H100-NVL": (94, 3900, 835), "H100-PCIe": (80, 2000, 756),
+    "GH200": (96, 4000, 989), "B200": (180, 7700, 2250), "GB200": (186, 8000, 2500), "A100-80GB": (80, 2039, 312),
+    "A100-40GB": (40, 1555, 312), "L40S": (48, 864, 362), "L4": (24, 300, 121), "A10": (24, 600, 125),
+    "RTX-PRO-6000-Blackwell": (96, 1792, 503.8), "RTX-6000-Ada": (48, 960, 364.2), "RTX-A6000": (48, 768, 154.8),
+    "RTX-5090": (32, 1792, 209.5), "RTX-4090": (24, 1008, 165.2), "RTX-3090": (24, 936, 71.2),
+}  # fmt: skip
+
+
+def test_figures_of_gpus_are_those_of_their_data_sheets():
+    assert set(DATA_SHEETS) == set(GPUS)
+    for name, (size, bandwidth, peak) in DATA_SHEETS.items():
+        gpu = GPUS[name]
+        assert 0.91 * size < gpu.memory_gib < size
+        assert gpu.memory_gbps == bandwidth
+        assert gpu.peak_tflops == pytest.approx(peak, rel=0.003)
+
+
 @pytest.mark.parametrize("name", GPUS)
 def test_every_gpu_is_called_by_its_name_and_has_plausible_rates(name):
     gpu = gpu_called(name)
