@@ -61,12 +61,22 @@ class Published(NamedTuple):
 ALST, UPIPE = "[ALST](https://arxiv.org/abs/2506.13996)", "[UPipe](https://arxiv.org/abs/2602.21196)"
 UNSLOTH = "[Unsloth](https://github.com/unslothai/unsloth)"
 UNSLOTH_500K = "[Unsloth](https://docs.unsloth.ai/new/500k-context-length-fine-tuning)"
+FPDT = "[FPDT](https://arxiv.org/abs/2408.16978)"
+TRL = "[TRL](https://huggingface.co/docs/trl/en/long_context_training)"
+SWIFT = "[ms-swift](https://github.com/modelscope/ms-swift)"
 ON_80_GB = "--gpu H100 --host-memory 128"
+A100S = "--gpu A100-80GB --gpus"
 PUBLISHED = (
     Published(ALST, "8B, all weights, 1 H100", "500K", "Llama-3.1-8B", "--gpu H100 --host-memory 1900"),
     Published(ALST, "8B, all weights, 8 H100", "3.7M", "Llama-3.1-8B", "--gpu H100 --gpus 8 --host-memory 1900"),
     Published(ALST, "8B, all weights, 32 H100", "15M", "Llama-3.1-8B", "--gpu H100 --gpus 32 --host-memory 1900"),
     Published(UPIPE, "8B, all weights, 8 H100", "5M", "Llama-3.1-8B", "--gpu H100 --gpus 8 --host-memory 1900"),
+    Published(UPIPE, "8B, all weights, 16 H100", "8M", "Llama-3.1-8B", "--gpu H100 --gpus 16 --host-memory 1900"),
+    Published(FPDT, "8B, all weights, 4 A100", "2M", "Llama-3.1-8B", f"{A100S} 4 --host-memory 950"),
+    Published(FPDT, "8B, all weights, 8 A100", "4M", "Llama-3.1-8B", f"{A100S} 8 --host-memory 1900"),
+    Published(FPDT, "70B, all weights, 32 A100", "4M", "Llama-3.1-70B", f"{A100S} 32 --host-memory 1900"),
+    Published(TRL, "8B, all weights, 32 H100", "4M", "Qwen3-8B", "--gpu H100 --gpus 32 --host-memory 1900"),
+    Published(SWIFT, "32B, LoRA, 8 A100", "512,000", "Qwen2.5-32B", f"{A100S} 8 --host-memory 1900 {TRAINED['LoRA']}"),
     Published(
         UNSLOTH, "8B, QLoRA, 24 GB", "78,475", "Llama-3.1-8B", f"{MACHINES['24 GB + 64 GiB']} {TRAINED['QLoRA']}"
     ),
