@@ -72,7 +72,7 @@ def check(name: str) -> tuple[str, str]:
     except Exception as error:  # transformers' own checks raise errors of many types
         return "invalid", f"transformers has no such configuration: {_first_line(error)}"
     try:
-        return "passes", prove(config).line
+        return "passes", f"checked {prove(config).line}"
     except WrongGradientError as error:
         return "wrong", str(error)
     except ConfigError as error:

@@ -34,13 +34,13 @@ def use_grouped_experts(model: Any) -> None:
         model.set_experts_implementation(IMPLEMENTATION)
 
 
-def describe_experts(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return how a model's experts run, for the log; None without experts that transformers lets choose."""
+def describe_experts(model: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """Return how a model's experts run, for the log; "" without experts that transformers lets choose."""
     if not any(hasattr(module, "is_concatenated") for module in model.modules()):
-        return None
+        return ""
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= _HOPPER:
-        return "experts: torch's grouped products, one kernel for all experts"
-    return f"experts: one product per expert ({dtype} on {device.type}); grouped products need bf16 and a Hopper GPU"
+        return "torch's grouped products, one kernel for all experts"
+    return f"one product per expert ({dtype} on {device.type}); grouped products need bf16 and a Hopper GPU"
 
 
 def run_experts(experts: Any, x_Th: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:

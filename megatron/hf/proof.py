@@ -81,7 +81,7 @@ class Agreement:
     @property
     def line(self) -> str:
         return (
-            f"checked a small copy of {self.family} against transformers in {self.seconds:.1f} s: "
+            f"a small copy of {self.family} against transformers in {self.seconds:.1f} s: "
             f"loss equal to {self.loss:.0e}, gradients to {self.gradient:.0e}"
         )
 

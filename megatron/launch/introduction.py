@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 
@@ -18,7 +19,7 @@ from megatron.logging.progress import format_duration
 from megatron.model.builder import Execution
 from megatron.model.layers import head_layout
 from megatron.planner.job import Job
-from megatron.planner.report import chunk_line, execution_lines, recompute_line
+from megatron.planner.report import chunk_line, execution_lines, fact_line, recompute_line
 from megatron.planner.training import Training
 from megatron.ranks.world import local_world_size
 from megatron.training.lengths import Lengths
@@ -29,39 +30,45 @@ KERNEL_PACKAGES = {"flash-attn-2": "flash-attn", "flash-attn-3": "flash-attn-3",
 LARGE_COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
-def introduce(
-    config: Config,
-    context: Context,
-    padded_vocab_size: int,
-    chosen: ChosenExecution,
-    lengths: Lengths,
-    state: TrainState,
-) -> None:
-    """Log what the run is, on rank 0."""
-    if not context.is_first_rank:
-        return
-    title, *how = _execution_lines(chosen, config, context)
-    job = Job.of(config, context.parallel_state.world_size, padded_vocab_size)
-    facts = {
-        "model": _model(config, context, job),
-        "ranks": _ranks(config, context),
-        "batch": _batch(config, lengths),
-        "attention": _attention(config, context),
-        "software": _software(),
-        "link to host": "" if context.link is None else f"{context.link}, per GPU with all GPUs copying at once",
-        "disk rates": _disk(config, context, chosen.execution),
-    }
-    training = {"training": f"to iteration {lengths.iterations}: {lengths.left(state)}", "time": ""}
-    if chosen.plan is not None:
-        left = Training.of(chosen.plan, chosen.shorter, lengths.phases_left(state))
-        training["time"] = "at most " * lengths.samples.is_grouped + _time(left.seconds)
-    how += _lines_of_shorter_steps(chosen.execution)
-    for line in (title, *_labeled(facts), *how, *_labeled(training)):
-        context.log.info("%s", line)
+@dataclass(frozen=True)
+class Introduction:
+    """What is known of a run before its checkpoint is chosen."""
+
+    config: Config
+    context: Context
+    padded_vocab_size: int
+    chosen: ChosenExecution
+    of_model: Mapping[str, str]
+    """More facts about the model, by label: how it was checked, how its experts run."""
+
+    def log(self, lengths: Lengths, state: TrainState) -> None:
+        """Log what the run is, on rank 0."""
+        config, context, chosen = self.config, self.context, self.chosen
+        if not context.is_first_rank:
+            return
+        title, *how = _execution_lines(chosen, config, context)
+        job = Job.of(config, context.parallel_state.world_size, self.padded_vocab_size)
+        facts = {
+            "model": _model(config, context, job),
+            **self.of_model,
+            "ranks": _ranks(config, context),
+            "batch": _batch(config, lengths),
+            "attention": _attention(config, context),
+            "software": _software(),
+            "link to host": "" if context.link is None else f"{context.link}, per GPU with all GPUs copying at once",
+            "disk rates": _disk(config, context, chosen.execution),
+        }
+        training = {"training": f"to iteration {lengths.iterations}: {lengths.left(state)}", "time": ""}
+        if chosen.plan is not None:
+            left = Training.of(chosen.plan, chosen.shorter, lengths.phases_left(state))
+            training["time"] = "at most " * lengths.samples.is_grouped + _time(left.seconds)
+        how += _lines_of_shorter_steps(chosen.execution)
+        for line in (title, *_lines(facts), *how, *_lines(training)):
+            context.log.info("%s", line)
 
 
-def _labeled(facts: dict[str, str]) -> Iterator[str]:
-    return (f"  {label:<16s} {text}" for label, text in facts.items() if text)
+def _lines(facts: Mapping[str, str]) -> Iterator[str]:
+    return (fact_line(label, text) for label, text in facts.items() if text)
 
 
 def _execution_lines(chosen: ChosenExecution, config: Config, context: Context) -> list[str]:
@@ -74,7 +81,7 @@ def _execution_lines(chosen: ChosenExecution, config: Config, context: Context) 
     if not execution.fpdt:
         saved = "recomputed" if execution.activation_checkpointing else "kept"
         from_host = " from the host" * (execution.activation_checkpointing and execution.checkpoint_in_cpu)
-        return [title, f"  without FPDT     activations {saved}{from_host}"]
+        return [title, fact_line("without FPDT", f"activations {saved}{from_host}")]
     recompute = recompute_line(execution.recompute, execution.checkpoint_interval)
     lines = [title, chunk_line(min(execution.chunk_size, config.model.seq_length)), recompute]
     if execution.offloading:
@@ -86,12 +93,13 @@ def _offloaded(execution: Execution, config: Config, context: Context) -> Iterat
     """Say what host and disk store."""
     offloaded, disk = _offloaded_bytes(execution, config, context), execution.disk
     if disk is None or execution.host_memory_bytes is None:
-        yield f"  host memory      {offloaded / GIB:9.3f} GiB   of activations per rank"
+        yield fact_line("host memory", f"{offloaded / GIB:.3f} GiB", "of activations per rank")
         return
     on_host = execution.host_memory_bytes
     staging, on_disk = disk.staging_bytes / GIB, (offloaded - on_host) / GIB
-    yield f"  host memory      {on_host / GIB:9.3f} GiB   of activations per rank, and {staging:.3f} of staging memory"
-    yield f"  disk             {on_disk:9.3f} GiB   of activations per rank"
+    staged = f"of activations per rank, and {staging:.3f} of staging memory"
+    yield fact_line("host memory", f"{on_host / GIB:.3f} GiB", staged)
+    yield fact_line("disk", f"{on_disk:.3f} GiB", "of activations per rank")
 
 
 def _lines_of_shorter_steps(execution: Execution) -> Iterator[str]:
@@ -99,7 +107,7 @@ def _lines_of_shorter_steps(execution: Execution) -> Iterator[str]:
     for length, saving in execution.by_length.items():
         gib, interval = saving.device_budget.total_bytes / GIB, saving.checkpoint_interval
         recompute = f"recompute {saving.recompute}, checkpoint interval {interval}"
-        yield f"  at {length:<13,} up to {gib:.3g} GiB of chunks on the GPU, {recompute}"
+        yield fact_line(f"at {length:,}", f"up to {gib:.3g} GiB of chunks on the GPU, {recompute}")
 
 
 def _offloaded_bytes(execution: Execution, config: Config, context: Context) -> int:

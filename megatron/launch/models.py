@@ -20,10 +20,11 @@ from megatron.weights.published_config import has_weights
 
 
 class ModelSource(NamedTuple):
-    """How a run's model is built, and which of its modules ZeRO-3 gathers whole."""
+    """How a run's model is built, which of its modules ZeRO-3 gathers whole, and how its experts run, if it has any."""
 
     provide: Callable[[Observer], nn.Module]
     leaf_modules: Sequence[type[nn.Module]]
+    experts: str = ""
 
 
 def model_source(config: Config, context: Context, padded_vocab_size: int, execution: Execution) -> ModelSource:
@@ -66,12 +67,10 @@ def _hugging_face_model(
         from megatron.hf.quantization import quantize_base  # imports peft
 
         quantize_base(empty)
-    if line := describe_experts(empty, context.device, context.dtype):
-        context.log.info(line)
 
     def provide(observer: Observer) -> nn.Module:
         materialize(empty, initialization, random=not has_weights(Path(model.hf_model or "")))
         how = replace(execution, observer=observer)
         return build_hugging_face_model(empty, context.parallel_state, how, model.attention_backend)
 
-    return ModelSource(provide, UNITS)
+    return ModelSource(provide, UNITS, describe_experts(empty, context.device, context.dtype))

@@ -28,7 +28,7 @@ from megatron.initialize import Context, device_type, initialize
 from megatron.launch.determinism import use_deterministic_kernels
 from megatron.launch.disk import with_measured_disk
 from megatron.launch.execution import plan_execution, plan_of_run
-from megatron.launch.introduction import introduce
+from megatron.launch.introduction import Introduction
 from megatron.launch.link import with_measured_link
 from megatron.launch.model_check import check_model
 from megatron.launch.models import model_source
@@ -103,10 +103,10 @@ def run(
                 use_deterministic_kernels(device_type())
             vocabulary = check_inputs(config, world.size, check_data)
             context = initialize(config, watchdog)
-            check_model(config, context)
+            verdict = check_model(config, context)
             context = with_measured_disk(config, with_measured_link(config, context))
             source = provide_source(config, vocabulary, sample_lengths(config, world.size))
-            train(config, context, vocabulary.padded_size, source)
+            train(config, context, vocabulary.padded_size, source, verdict)
     except (Exception, KeyboardInterrupt) as error:
         code = end_by(error, watchdog)
     # After an error the other ranks may be gone, and a group of several waits for all.
@@ -159,8 +159,8 @@ def report(error: Exception, rank: int) -> int:
     return exit_code_of(error)
 
 
-def train(config: Config, context: Context, padded_vocab_size: int, source: SampleSource) -> None:
-    """Build the model, the batches and the datasets, and train.
+def train(config: Config, context: Context, padded_vocab_size: int, source: SampleSource, verdict: str) -> None:
+    """Build the model, the batches and the datasets, and train. `verdict` is that of `check_model`.
 
     OutOfMemory, with a table of what uses the memory, where GPU or host memory runs out.
     """
@@ -184,8 +184,9 @@ def train(config: Config, context: Context, padded_vocab_size: int, source: Samp
     providers = Providers(model.provide, model.leaf_modules, source.provide_datasets, provide_batch)
     ledger = Ledger(context, partial(plan_of_run, config, context, padded_vocab_size, context.host_memory_bytes))
     with only_writer(config.checkpoint, context), ledger.reporting_out_of_memory():
-        introduction = partial(introduce, config, context, padded_vocab_size, chosen)
-        pretrain(config, context, padded_vocab_size, providers, ledger, introduction)
+        of_model = {"checked": verdict, "experts": model.experts}
+        introduction = Introduction(config, context, padded_vocab_size, chosen, of_model)
+        pretrain(config, context, padded_vocab_size, providers, ledger, introduction.log)
 
 
 def leave(code: int) -> NoReturn:

@@ -32,17 +32,26 @@ def execution_lines(plan: Plan, choices: Open) -> list[str]:
     return [
         f"execution on {plan.job.num_gpus} {machines.gpu.name}{' (rates estimated)' * (not machines.gpu.is_measured)}:",
         *_settings(plan, choices),
-        f"  GPU memory       {memory.gpu / GIB:9.1f} GiB   {memory.states / GIB:.1f} of model states, "
-        f"{(memory.gpu - memory.states) / GIB:.1f} above; {memory.gpu_with_overhead / GIB:.1f} of "
-        f"{machines.gpu.memory_gib:.1f} with what is not torch's",
-        f"  host memory      {memory.host / GIB:9.1f} GiB   of {machines.host_bytes_per_gpu / GIB:.1f}; "
-        f"{memory.host * per_node / GIB:.0f} per machine, {memory.host_chunks / GIB:.1f} of activations per GPU, "
-        "pinned",
+        fact_line(
+            "GPU memory",
+            f"{memory.gpu / GIB:.1f} GiB",
+            f"{memory.states / GIB:.1f} of model states, {(memory.gpu - memory.states) / GIB:.1f} above; "
+            f"{memory.gpu_with_overhead / GIB:.1f} of {machines.gpu.memory_gib:.1f} with what is not torch's",
+        ),
+        fact_line(
+            "host memory",
+            f"{memory.host / GIB:.1f} GiB",
+            f"of {machines.host_bytes_per_gpu / GIB:.1f}; {memory.host * per_node / GIB:.0f} per machine, "
+            f"{memory.host_chunks / GIB:.1f} of activations per GPU, pinned",
+        ),
         *_on_disk(plan),
-        f"  step             {speed.step:9.1f} s     forward {speed.forward:.1f}, backward {speed.backward:.1f}, head "
-        f"{speed.head:.1f}, optimizer {speed.optimizer:.1f}; {speed.waiting:.1f} of it waiting for copies and "
-        "collectives",
-        f"  speed            {plan.tokens_per_second_per_gpu:9.1f} tokens/s/GPU, MFU {plan.mfu:.1%}",
+        fact_line(
+            "step",
+            f"{speed.step:.1f} s",
+            f"forward {speed.forward:.1f}, backward {speed.backward:.1f}, head {speed.head:.1f}, optimizer "
+            f"{speed.optimizer:.1f}; {speed.waiting:.1f} of it waiting for copies and collectives",
+        ),
+        fact_line("speed", f"{plan.tokens_per_second_per_gpu:.1f} tokens/s/GPU, MFU {plan.mfu:.1%}"),
     ]
 
 
@@ -53,8 +62,12 @@ def _on_disk(plan: Plan) -> list[str]:
         return []
     rate = "" if disk is None else f"; it gives {disk}"
     return [
-        f"  disk             {memory.disk_chunks / GIB:9.1f} GiB   of {plan.machines.disk_bytes_per_gpu / GIB:.1f}; "
-        f"{memory.disk_share:.0%} of what is copied once, hidden at {speed.disk_gbps:.2f} GB/s{rate}"
+        fact_line(
+            "disk",
+            f"{memory.disk_chunks / GIB:.1f} GiB",
+            f"of {plan.machines.disk_bytes_per_gpu / GIB:.1f}; {memory.disk_share:.0%} of what is copied once, hidden at "
+            f"{speed.disk_gbps:.2f} GB/s{rate}",
+        )
     ]
 
 
@@ -62,36 +75,40 @@ def _settings(plan: Plan, choices: Open) -> list[str]:
     job, memory = plan.job, plan.memory
     if not job.streamed:
         chosen = ", chosen: the sequence fits the GPU, and is faster in one piece" * choices.plain
-        return [f"  without FPDT     activations {job.activations}{chosen}"]
+        return [fact_line("without FPDT", f"activations {job.activations}{chosen}")]
     return [
         chunk_line(job.chunk_length, choices.chunk),
-        f"  chunks on GPU    {_on_gpu(plan)}{', chosen' * choices.device_memory}",
+        _device_chunks_line(plan, choices.device_memory),
         recompute_line(memory.recompute, memory.checkpoint_interval),
     ]
 
 
+def fact_line(label: str, value: str, detail: str = "") -> str:
+    """Format one fact about a run: label, value and detail, each in a column of its own."""
+    return f"  {label:<16s} {value:<15s} {detail}".rstrip()
+
+
 def chunk_line(num_tokens: int, is_chosen: bool = False) -> str:
     """Say how long a chunk is."""
-    return f"  chunk            {num_tokens:9,} tokens{', chosen' * is_chosen}"
+    return fact_line("chunk", f"{num_tokens:,} tokens{', chosen' * is_chosen}")
 
 
 def recompute_line(recompute: Recompute, checkpoint_interval: int) -> str:
     """Say what the backward pass recomputes of a streamed block."""
     every = "" if checkpoint_interval == 1 else f"; inputs saved of one block in {checkpoint_interval}"
-    return f"  recompute        {recompute:>9s}       {_RECOMPUTED[recompute]}{every}"
+    return fact_line("recompute", recompute, f"{_RECOMPUTED[recompute]}{every}")
 
 
-def _on_gpu(plan: Plan) -> str:
+def _device_chunks_line(plan: Plan, is_chosen: bool) -> str:
     """Say which chunks stay on the GPU."""
     shape, how = plan.job.shape, (plan.memory.checkpoint_interval, plan.memory.recompute)
     needed, stored = shape.kind_bytes(*how), shape.device_bytes(plan.job.device_memory_bytes, *how)
-    if not any(stored.values()):
-        return f"{0:9.1f} GiB"
     first_products = shape.num_layers * sum(shape.first_product_chunks(plan.memory.recompute))
     first_slices = shape.device_budget(plan.job.device_memory_bytes, *how).first_slices
-    total = f"{(sum(stored.values()) + first_slices * first_products) / GIB:9.1f} GiB"
-    if stored == needed:
-        recomputed = f"; {1 - first_slices:.0%} of the products of first slices recomputed"
-        return f"{total}   all of them{recomputed if first_products and first_slices < 1 else ''}"
     shares = {_NAMES[kind]: stored[kind] / needed[kind] for kind in needed if stored[kind]}
-    return f"{total}   " + ", ".join(name if share == 1 else f"{share:.0%} of {name}" for name, share in shares.items())
+    kinds = [name if share == 1 else f"{share:.0%} of {name}" for name, share in shares.items()]
+    if shares and stored == needed:
+        recomputed = f"; {1 - first_slices:.0%} of the products of first slices recomputed"
+        kinds = [f"all of them{recomputed if first_products and first_slices < 1 else ''}"]
+    num_bytes = (sum(stored.values()) + first_slices * first_products) if shares else 0
+    return fact_line("chunks on GPU", f"{num_bytes / GIB:.1f} GiB", ", ".join([*kinds, *["chosen"] * is_chosen]))

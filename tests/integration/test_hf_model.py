@@ -51,7 +51,8 @@ def test_every_execution_arrives_at_the_same_losses(corpus: Path, tmp_path: Path
     assert ("router aux loss:" in run.output) == ("expert imbalance:" in run.output) == (family == "gpt_oss")
     want = losses_of(run)
     run = train(flags, tmp_path / "chosen", num_ranks=2)
-    assert f"checked a small copy of {family} against transformers in " in run.output
+    assert run.output.count(f"\n  checked          a small copy of {family} against transformers in ") == 1
+    assert run.output.count("\n  experts          one product per expert ") == (family == "gpt_oss")
     assert losses_of(run) == pytest.approx(want, rel=2e-5)
     saving = ["--save", str(tmp_path / "saved"), "--save-interval", "2", "--zero-stage", "1"]
     train([*flags, *FPDT, *saving, "--exit-interval", "2"], tmp_path / "first", num_ranks=2)

@@ -11,7 +11,7 @@ from megatron.planner.flags import flags_of
 from megatron.planner.hardware import GIB
 from megatron.planner.plan import Plan
 from megatron.planner.reach import Variant, advice, longest, shortest_hiding_disk
-from megatron.planner.report import execution_lines
+from megatron.planner.report import execution_lines, fact_line
 from megatron.planner.solver import Open, fastest
 from megatron.planner.training import Phase, Training
 
@@ -101,7 +101,7 @@ def lines_of(answer: Answer, now: datetime) -> list[str]:
         headline(plan),
         "",
         *execution_lines(plan, answer.choices),
-        *[f"  attention           {heads}"] * bool(heads.num_heads % heads.num_ranks),
+        *[fact_line("attention", str(heads))] * bool(heads.num_heads % heads.num_ranks),
         *_training_lines(answer.training, now),
         "",
         _longest_line("longest context", answer.longest),
@@ -139,18 +139,19 @@ def _training_lines(training: Training | None, now: datetime) -> Iterator[str]:
         end = f"ends on {now + timedelta(seconds=training.seconds):%Y-%m-%d %H:%M}"
     except OverflowError:
         end = "does not end before the year 10000"
-    yield f"  training         {_tokens_of(training)}; started now, it {end}"
+    yield fact_line("training", duration(training.seconds), f"{_steps(training)}; started now, it {end}")
     if len(training.phases) < 2:
         return
     for phase in training.phases:
         plan = phase.plan
         memory = _memory(plan.memory.gpu_with_overhead, plan.memory.host)
-        yield f"    at {plan.job.model.seq_length:<11,} {_tokens_of(phase)} of {plan.speed.step:.1f} s; {memory}"
-    yield f"    at most        {_memory(training.gpu_bytes, training.host_bytes)}"
+        steps = f"{_steps(phase)} of {plan.speed.step:.1f} s; {memory}"
+        yield fact_line(f"  at {plan.job.model.seq_length:,}", duration(phase.seconds), steps)
+    yield fact_line("  at most", _memory(training.gpu_bytes, training.host_bytes))
 
 
-def _tokens_of(steps: Training | Phase) -> str:
-    return f"{duration(steps.seconds):15s} {steps.num_tokens:,} tokens in {steps.num_steps:,} steps"
+def _steps(training: Training | Phase) -> str:
+    return f"{training.num_tokens:,} tokens in {training.num_steps:,} steps"
 
 
 def _memory(on_gpu: int, on_host: int) -> str:

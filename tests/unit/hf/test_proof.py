@@ -55,7 +55,7 @@ def test_every_family_trains_as_in_transformers(family):
     assert found.loss < 1e-14
     has_key_biases = family.model_type in ("biogpt", "opt")  # whose gradients are nothing but rounding
     assert found.gradient < (1e-9 if has_key_biases else 1e-12)
-    words = f"checked a small copy of {family.model_type} against transformers in "
+    words = f"a small copy of {family.model_type} against transformers in "
     assert re.fullmatch(words + r"[\d.]+ s: loss equal to \S+, gradients to \S+", found.line)
 
 

@@ -14,7 +14,7 @@ from megatron.core.disk_rates import DiskRates
 from megatron.core.link_rates import LinkRates
 from megatron.core.parallel_state import ParallelState
 from megatron.launch.execution import plan_execution, plan_of
-from megatron.launch.introduction import introduce
+from megatron.launch.introduction import Introduction
 from megatron.planner.hardware import GPUS
 from megatron.training.lengths import Lengths
 from tests.unit.launch.test_execution import GIB, VOCABULARY, config_of
@@ -36,7 +36,9 @@ def introduced(
     state.start(sample_lengths(config, num_ranks))
     caplog.set_level(logging.INFO)
     chosen = plan_execution(config, context, VOCABULARY)
-    introduce(config, context, VOCABULARY, chosen, Lengths.of(config, num_ranks, state), state)
+    of_model = {"checked": "a small copy", "experts": ""}
+    introduction = Introduction(config, context, VOCABULARY, chosen, of_model)
+    introduction.log(Lengths.of(config, num_ranks, state), state)
     return caplog.messages
 
 
@@ -61,6 +63,7 @@ def test_a_planned_run_says_what_it_needs_and_when_it_ends(on_h200, caplog):
     text = "\n".join(lines)
     for line in (
         "  model            8.03B parameters, bfloat16: 32 layers of 4,096, 32 query and 8 key/value heads of 128",
+        "  checked          a small copy",
         "  ranks            sequence parallel 4 x data parallel 2 on 2 machines, ZeRO-3, optimizer on the host",
         "  batch            1,048,576 tokens: 4 sequences of 262,144, 2 micro-batches on each rank",
         "  attention        flash-attn-4 1.2+flash-attn-4",
@@ -71,6 +74,8 @@ def test_a_planned_run_says_what_it_needs_and_when_it_ends(on_h200, caplog):
         assert lines.count(line) == 1, (line, text)
     assert any(line.startswith("  chunk ") and line.endswith("tokens, chosen") for line in lines)
     assert any(line.startswith("  chunks on GPU ") and line.endswith(", chosen") for line in lines)
+    assert all(line[:2] == "  " and line[18] == " " != line[19] for line in lines[1:]), text
+    assert not any(line.startswith("  experts") for line in lines)
     for label in ("chunk", "chunks on GPU", "recompute", "GPU memory", "host memory", "step", "speed"):
         assert len([line for line in lines if line.startswith(f"  {label:<16s} ")]) == 1, label
     assert re.fullmatch(

@@ -54,7 +54,7 @@ def test_a_model_that_does_not_fit_ends_with_what_would(capsys):
 def test_heads_that_the_gpus_do_not_divide_are_reported(capsys):
     plan_context.main(["--model", "gpt-30b", "--gpus", "16"])
     shared = "56 heads over 16 ranks: 4 on 8 ranks, 3 on 8; 12.5% of attention's time is lost"
-    assert f"\n  attention           {shared}\n" in capsys.readouterr().out
+    assert f"\n  attention        {shared}\n" in capsys.readouterr().out
 
 
 def test_flags_of_the_training_program_are_planned_as_they_are(capsys, tmp_path):
@@ -219,7 +219,7 @@ def test_the_folder_of_the_figures_is_made(tmp_path):
 def test_the_host_memory_of_this_machine_is_taken_when_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(plan_context, "available_host_bytes", lambda: 7 * 2**30)
     assert plan_context.main(["--model", "llama-8b", "--gpus", "4", "--gpu", "H100", "--host-memory", "here"]) == 1
-    assert "GiB   of 1.7; " in capsys.readouterr().out
+    assert "GiB         of 1.7; " in capsys.readouterr().out
 
 
 def test_nothing_to_plan_is_refused(capsys):
