@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from figures import headline, layout, memory, tiles, timeline
 

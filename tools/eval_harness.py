@@ -23,22 +23,12 @@ if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from argument_types import whole
-from model_arguments import (
-    add_model_arguments,
-    add_tokenizer_arguments,
-    inference_of,
-    num_ids_of,
-    opened_model_of,
-    tokenizer_of,
-)
+from model_arguments import ChosenModel, add_model_arguments, run_on_model
 
 from megatron.arguments import token_count
 from megatron.config.packages import require_package
-from megatron.evaluation.errors import EvaluationError
-from megatron.fpdt.host_pool import HostMemoryError
 from megatron.ranks.interrupts import run_tool
 
 
@@ -60,7 +50,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     tasks.add_argument("--seed", type=whole(0, "1234"), default=1234, help="of sampled answers [%(default)s]")
     tasks.add_argument("--output", type=Path, metavar="FILE", help="JSON to write [none]")
     add_model_arguments(parser)
-    add_tokenizer_arguments(parser)
     arguments = parser.parse_args(argv)
     if arguments.max_length is not None and arguments.max_length < 2:
         parser.error(f"--max-length ({arguments.max_length}) must be 2 or more.")
@@ -68,38 +57,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    try:
-        require_package("lm_eval", "eval_harness.py")
-        run(arguments)
-    except (ValueError, OSError, HostMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_on_model(run, parse_arguments(argv))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Evaluate the tasks, print their table, and write the results as JSON if asked."""
+    require_package("lm_eval", "eval_harness.py")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
     from megatron.evaluation.harness import HarnessModel
 
-    inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), opened_model_of(arguments)
+    chosen = ChosenModel.of(arguments)
     manager = TaskManager(
         include_path=None if arguments.include_path is None else str(arguments.include_path),
         metadata=arguments.metadata,
     )
-    longest = arguments.max_length or opened.portable.model.max_position_embeddings
-    if opened.max_length is not None and longest > opened.max_length:
-        raise EvaluationError(
-            f"--max-length ({longest}) passes the {opened.max_length} positions that the model has learned; use at "
-            "most that."
-        )
-    model = opened.build(inference, longest, num_ids_of(opened, tokenizer))
+    longest = arguments.max_length or chosen.opened.portable.model.max_position_embeddings
+    chosen.check_length("--max-length", longest)
     results = simple_evaluate(
-        model=HarnessModel(model, tokenizer, longest, arguments.seed),
+        model=HarnessModel(chosen.build(longest), chosen.tokenizer, longest, arguments.seed),
         tasks=arguments.tasks,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
@@ -113,6 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         content = {"load": str(arguments.load), "results": results["results"]}
         arguments.output.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":

@@ -31,19 +31,11 @@ if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import numpy.typing as npt
 from argument_types import real, whole
-from model_arguments import (
-    add_model_arguments,
-    add_tokenizer_arguments,
-    inference_of,
-    num_ids_of,
-    opened_model_of,
-    tokenizer_of,
-)
+from model_arguments import ChosenModel, add_model_arguments, run_on_model
 
 from megatron.arguments import token_count
 from megatron.config.packages import require_package
@@ -56,9 +48,7 @@ from megatron.evaluation.long_perplexity import KeyTokenRule, LongPerplexity, ke
 from megatron.evaluation.needle import Cell, Haystack, SyntheticHaystack, TextHaystack, find_needles
 from megatron.evaluation.recall import RecallVocabulary
 from megatron.evaluation.short_context import compare, document_losses
-from megatron.fpdt.host_pool import HostMemoryError
 from megatron.generation.cached_model import CachedModel
-from megatron.generation.loading import OpenedModel
 from megatron.ranks.interrupts import run_tool
 from megatron.tokenizer import Tokenizer
 
@@ -102,7 +92,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_short_context(short)
     for each in (perplexity, needle, longppl, short):
         add_model_arguments(each)
-        add_tokenizer_arguments(each)
     arguments = parser.parse_args(argv)
     for flag in ("contexts", "scored_tokens", "documents", "lengths", "depths", "trials", "length", "stride"):
         value = getattr(arguments, flag, 1)
@@ -156,20 +145,15 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        return KINDS[arguments.kind](arguments)
-    except (ValueError, OSError, HostMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_on_model(KINDS[arguments.kind], arguments)
 
 
 def measure_perplexity(arguments: argparse.Namespace) -> int:
     """Print the loss and perplexity by context length, and write them as JSON if asked."""
-    inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), opened_model_of(arguments)
-    longest = max(arguments.contexts) + arguments.scored_tokens
-    _refuse_too_long(opened, "--contexts with --scored-tokens", longest)
-    documents = list(read_documents(arguments, tokenizer, longest, num_ids_of(opened, tokenizer)))
-    model = opened.build(inference, longest).model
+    chosen, longest = ChosenModel.of(arguments), max(arguments.contexts) + arguments.scored_tokens
+    chosen.check_length("--contexts with --scored-tokens", longest)
+    documents = list(read_documents(arguments, chosen, longest))
+    model = chosen.build(longest).model
     results = loss_by_context(model, documents, sorted(set(arguments.contexts)), arguments.scored_tokens)
     print(f"{'context':>12} {'loss':>10} {'perplexity':>12} {'tokens':>10}")
     for result in results:
@@ -179,12 +163,10 @@ def measure_perplexity(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_documents(
-    arguments: argparse.Namespace, tokenizer: Tokenizer, length: int, num_ids: int
-) -> Iterator[list[int]]:
+def read_documents(arguments: argparse.Namespace, chosen: ChosenModel, length: int) -> Iterator[list[int]]:
     """Yield the first documents that are long enough, `length` tokens of each; DataError for an unknown id."""
-    for name, tokens in islice(_documents(arguments, tokenizer, length), arguments.documents):
-        check_tokens(tokens, num_ids, name)
+    for name, tokens in islice(_documents(arguments, chosen.tokenizer, length), arguments.documents):
+        check_tokens(tokens, chosen.num_ids, name)
         yield tokens.tolist()
 
 
@@ -203,11 +185,10 @@ def _documents(arguments: argparse.Namespace, tokenizer: Tokenizer, length: int)
 def search_needles(arguments: argparse.Namespace) -> int:
     """Search for needles; write needle.json and needle.png, and print the accuracies."""
     require_package("matplotlib", f"the heat map in --output-dir ({arguments.output_dir})")
-    inference, tokenizer = inference_of(arguments, arguments.isolated_chunks), tokenizer_of(arguments)
-    opened = opened_model_of(arguments)
-    _refuse_too_long(opened, "--lengths", max(arguments.lengths))
-    haystack = haystack_of(arguments, tokenizer)
-    model = opened.build(inference, max(arguments.lengths), num_ids_of(opened, tokenizer))
+    chosen = ChosenModel.of(arguments, arguments.isolated_chunks)
+    chosen.check_length("--lengths", max(arguments.lengths))
+    haystack = haystack_of(arguments, chosen.tokenizer)
+    model = chosen.build(max(arguments.lengths))
     depths = [step / max(arguments.depths - 1, 1) for step in range(arguments.depths)]
     lengths = sorted(set(arguments.lengths))
     cells = find_needles(model, haystack, lengths, depths, arguments.trials, arguments.seed)
@@ -295,23 +276,14 @@ def _model_and_documents(arguments: argparse.Namespace) -> tuple[CachedModel, li
     """Return the model of --load, and the documents of --length tokens; EvaluationError if there are none."""
     if arguments.length < 2:
         raise EvaluationError(f"--length ({arguments.length}) must be 2 or more: the first token has no context.")
-    inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), opened_model_of(arguments)
-    _refuse_too_long(opened, "--length", arguments.length)
-    num_ids = num_ids_of(opened, tokenizer)
-    documents = list(read_documents(arguments, tokenizer, arguments.length, num_ids))
+    chosen = ChosenModel.of(arguments)
+    chosen.check_length("--length", arguments.length)
+    documents = list(read_documents(arguments, chosen, arguments.length))
     if not documents:
         raise EvaluationError(
             f"there are no documents of {arguments.length} tokens or more; use a shorter --length or longer documents."
         )
-    return opened.build(inference, arguments.length, num_ids), documents
-
-
-def _refuse_too_long(opened: OpenedModel, flags: str, longest: int) -> None:
-    if opened.max_length is not None and longest > opened.max_length:
-        raise EvaluationError(
-            f"{flags} ({longest} tokens) pass the {opened.max_length} positions that the model has learned; use "
-            "shorter ones."
-        )
+    return chosen.build(arguments.length), documents
 
 
 def _print_cells(cells: Sequence[Cell], lengths: Sequence[int]) -> None:

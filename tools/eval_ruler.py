@@ -23,28 +23,18 @@ if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from argument_types import whole
-from model_arguments import (
-    add_model_arguments,
-    add_tokenizer_arguments,
-    inference_of,
-    num_ids_of,
-    opened_model_of,
-    tokenizer_of,
-)
+from model_arguments import ChosenModel, add_model_arguments, run_on_model
 
 from megatron.arguments import token_count
 from megatron.config.packages import require_package
-from megatron.evaluation.errors import EvaluationError
 from megatron.evaluation.heat_map import draw_scores
 from megatron.evaluation.ruler.questions import QuestionSource, read_hotpot, read_squad
 from megatron.evaluation.ruler.run import Answer, Plan, TaskResult, averages, run_tasks
 from megatron.evaluation.ruler.tasks import chosen_tasks, ruler_tasks
 from megatron.evaluation.ruler.templates import own_templates, read_templates
 from megatron.evaluation.ruler.text import TextSource
-from megatron.fpdt.host_pool import HostMemoryError
 from megatron.ranks.interrupts import run_tool
 
 LENGTHS = (4096, 8192)
@@ -72,7 +62,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output-dir", type=Path, required=True, metavar="DIR", help="for ruler.json, ruler.png and predictions/"
     )
     add_model_arguments(parser)
-    add_tokenizer_arguments(parser)
     arguments = parser.parse_args(argv)
     if min(arguments.lengths) < 1:
         parser.error(f"--lengths ({min(arguments.lengths)}) must be 1 or more.")
@@ -80,29 +69,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    try:
-        run(arguments)
-    except (ValueError, OSError, HostMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_on_model(run, parse_arguments(argv))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Ask every task, write the results, and print the scores."""
     require_package("matplotlib", f"the heat map in --output-dir ({arguments.output_dir})")
-    inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), opened_model_of(arguments)
-    plan, longest = plan_of(arguments), max(arguments.lengths)
-    if opened.max_length is not None and longest > opened.max_length:
-        raise EvaluationError(
-            f"--lengths ({longest} tokens) pass the {opened.max_length} positions that the model has learned; use "
-            "shorter ones."
-        )
-    plan.check(tokenizer)
-    model = opened.build(inference, longest, num_ids_of(opened, tokenizer))
+    chosen, plan, longest = ChosenModel.of(arguments), plan_of(arguments), max(arguments.lengths)
+    chosen.check_length("--lengths", longest)
+    plan.check(chosen.tokenizer)
+    model = chosen.build(longest)
     results = []
-    for result in run_tasks(model, tokenizer, plan):
+    for result in run_tasks(model, chosen.tokenizer, plan):
         print(f"{result.length:>10,} {result.task:<16} {result.score:>7.2f}", flush=True)
         write_predictions(result, arguments.output_dir)
         results.append(result)
@@ -110,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{length:>10,} {'average':<16} {score:>7.2f}")
     write_results(arguments, plan, results)
     print(arguments.output_dir / "ruler.png")
+    return 0
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:

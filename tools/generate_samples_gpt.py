@@ -25,20 +25,11 @@ if __name__ == "__main__":  # the imports below take seconds
     from megatron.ranks.interrupts import end_on_interrupt
 
     end_on_interrupt()
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from argument_types import whole
-from model_arguments import (
-    add_model_arguments,
-    add_tokenizer_arguments,
-    inference_of,
-    num_ids_of,
-    opened_model_of,
-    tokenizer_of,
-)
+from model_arguments import ChosenModel, add_model_arguments, run_on_model
 
 from megatron.arguments import token_count
-from megatron.fpdt.host_pool import HostMemoryError
 from megatron.generation.cached_model import CachedModel, check_prompt
 from megatron.generation.errors import GenerationError
 from megatron.generation.generate import Generated, generate
@@ -50,7 +41,6 @@ from megatron.tokenizer import Tokenizer, TokenizerError
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    add_tokenizer_arguments(parser)
     prompts = parser.add_argument_group("prompts")
     given = prompts.add_mutually_exclusive_group()
     given.add_argument("--prompt", nargs="+", metavar="TEXT", help="one prompt or several [lines of stdin]")
@@ -82,35 +72,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    try:
-        run(arguments)
-    except (ValueError, OSError, HostMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_on_model(run, parse_arguments(argv))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Answer every prompt. ValueError for a bad request, before weights are read where the flags give the prompts."""
     sampling = Sampling(arguments.greedy, arguments.temperature, arguments.top_k, arguments.top_p)
-    inference, tokenizer, opened = inference_of(arguments), tokenizer_of(arguments), opened_model_of(arguments)
-    num_ids = num_ids_of(opened, tokenizer)
+    chosen = ChosenModel.of(arguments)
+    tokenizer = chosen.tokenizer
     is_given = arguments.prompt is not None or arguments.sample_input_file is not None
     texts = read_prompts(arguments) if is_given else None
-    longest = opened.portable.model.max_position_embeddings
+    longest = chosen.opened.portable.model.max_position_embeddings
     if texts is not None:
         prompts = [tokenizer.tokenize(text) for text in texts]
         limits = [limit_of(arguments, prompt) for prompt in prompts]
         for prompt, limit in zip(prompts, limits, strict=True):
-            check_prompt(prompt, limit, num_ids, opened.max_length)
+            check_prompt(prompt, limit, chosen.num_ids, chosen.opened.max_length)
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    model = opened.build(inference, longest, num_ids)
+    model = chosen.build(longest)
     with open_output(arguments.sample_output_file) as file:
         if texts is not None:
             write_samples(arguments, model, tokenizer, sampling, texts, file)
         else:
             answer_lines(arguments, model, tokenizer, sampling, file)
+    return 0
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields, replace
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -12,6 +14,9 @@ from argument_types import real, whole
 
 from megatron.arguments import token_count
 from megatron.config.tokenizer import TiktokenPattern, TokenizerConfig
+from megatron.evaluation.errors import EvaluationError
+from megatron.fpdt.host_pool import HostMemoryError
+from megatron.generation.cached_model import CachedModel
 from megatron.generation.loading import Inference, OpenedModel
 from megatron.tokenizer import TOKENIZER_TYPES, Tokenizer, TokenizerError, build_tokenizer
 from megatron.weights.opening import newest_checkpoint
@@ -21,8 +26,62 @@ GIB = 2**30
 FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@dataclass(frozen=True)
+class ChosenModel:
+    """The model, the tokenizer and the execution that flags choose; no weight is read yet."""
+
+    inference: Inference
+    tokenizer: Tokenizer
+    opened: OpenedModel
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, isolated_chunks: bool = False) -> ChosenModel:
+        """Open what the flags name.
+
+        ValueError for an impossible execution, TokenizerError without a tokenizer, WeightsError without a model or with
+        a damaged one.
+        """
+        return cls(
+            inference_of(arguments, isolated_chunks),
+            tokenizer_of(arguments),
+            OpenedModel(arguments.load, with_hashes=not arguments.no_verify_checkpoint),
+        )
+
+    @property
+    def num_ids(self) -> int:
+        """Number of ids that both the model and the tokenizer have."""
+        return min(self.opened.num_ids, self.tokenizer.vocab_size)
+
+    def check_length(self, flags: str, longest: int) -> None:
+        """Raise EvaluationError, naming the flags, if the model has not learned so many positions."""
+        learned = self.opened.max_length
+        if learned is not None and longest > learned:
+            raise EvaluationError(
+                f"{flags} ({longest} tokens) must be at most {learned}, the positions that the model has learned; use "
+                "less."
+            )
+
+    def build(self, longest: int) -> CachedModel:
+        """Read the weights and build the model, for sequences of at most `longest` tokens."""
+        return self.opened.build(self.inference, longest, self.num_ids)
+
+
+def run_on_model(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Return the exit code of `run`; 2, after one line, for an error that the user can fix."""
+    try:
+        return run(arguments)
+    except (ValueError, OSError, HostMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the model and its execution."""
+    """Add the flags of the model, its execution and its tokenizer."""
+    _add_execution_arguments(parser)
+    _add_tokenizer_arguments(parser)
+
+
+def _add_execution_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--load", type=Path, required=True, metavar="MODEL",
@@ -56,12 +115,7 @@ def add_verification_argument(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def opened_model_of(arguments: argparse.Namespace) -> OpenedModel:
-    """Open the model that --load names; WeightsError if there is none, or it is damaged."""
-    return OpenedModel(arguments.load, with_hashes=not arguments.no_verify_checkpoint)
-
-
-def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the tokenizer, under the names that training uses."""
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument(
@@ -125,8 +179,3 @@ def inference_of(arguments: argparse.Namespace, isolated_chunks: bool = False) -
         host_memory_bytes=None if host_memory is None else int(host_memory * GIB),
         isolated_chunks=isolated_chunks,
     )
-
-
-def num_ids_of(opened: OpenedModel, tokenizer: Tokenizer) -> int:
-    """Return the number of ids that both the model and the tokenizer have."""
-    return min(opened.num_ids, tokenizer.vocab_size)

@@ -50,8 +50,9 @@ class Lengths:
     def left(self, state: TrainState) -> str:
         """Describe the steps left after `state`."""
         steps = self.iterations - state.iteration
-        iterations = "1 iteration" if steps == 1 else f"{steps} iterations"
-        left = f"{self.ends_by} leaves {iterations} of {self.global_batch_size} samples"
+        iterations = f"{steps} iteration{'s' * (steps != 1)}"
+        samples = f"{self.global_batch_size} sample{'s' * (self.global_batch_size != 1)}"
+        left = f"{self.ends_by} leaves {iterations} of {samples}"
         if not state.iteration:
             return left
         return (

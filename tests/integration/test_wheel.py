@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launcher import REPOSITORY
+from ulysses_offload.commands import OTHER_TOOLS
 
-COMMANDS = ("pretrain", "finetune", "plan", "convert", "preprocess", "generate", "evaluate")
+COMMANDS = (
+    *("pretrain", "finetune", "plan", "convert", "preprocess", "generate"),
+    *(f"evaluate {name}" for name in ("--help", "needle", "ruler", "harness")),
+    *(f"tool {name}" for name in OTHER_TOOLS),
+)
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +45,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_shows_its_help(environment: Path, tmp_path: Path, name: str) -> None:
-    assert "usage: " in run(environment / f"bin/ulysses-{name}", "--help", cwd=tmp_path)
+    program, *words = name.split()
+    assert f"usage: ulysses-{name}".removesuffix(" --help") in run(
+        environment / f"bin/ulysses-{program}", *words, "--help", cwd=tmp_path
+    )
 
 
 def test_commands_work_away_from_the_checkout(environment: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.distributed.launcher import REPOSITORY
+from ulysses_offload.commands import EVALUATIONS, OTHER_TOOLS
 
 # The tutorial's commands are all run, by tests/integration/test_tutorial.py.
 RUN_ELSEWHERE = {"tutorial.md"}
@@ -33,11 +34,13 @@ ALIASES = {
     "ulysses-convert": "tools/hf2megads_weight_converter.py",
     "ulysses-preprocess": "tools/preprocess_data.py",
     "ulysses-generate": "tools/generate_samples_gpt.py",
-    "ulysses-evaluate": "tools/eval_long_context.py",
     "examples_deepspeed/slurm/train.sh": "pretrain_gpt.py",
 }
+# Commands whose first word chooses a script.
+CHOICES = {"ulysses-evaluate": EVALUATIONS, "ulysses-tool": OTHER_TOOLS}
 
-_PROGRAM = rf"(?:(?:tools|benchmarks)/\w+\.py|pretrain_gpt\.py|finetune_llama\.py|{'|'.join(map(re.escape, ALIASES))})"
+_OTHER_PROGRAMS = "|".join(map(re.escape, (*TRAINING, *ALIASES, *CHOICES)))
+_PROGRAM = rf"(?:(?:tools|benchmarks)/\w+\.py|{_OTHER_PROGRAMS})"
 _LAUNCHER = r"(?:python +|deepspeed +(?:--\w+ +(?:\d+ +)?)*|sbatch +(?:--[\w-]+ +\w+ +)*)?"
 _LINE = re.compile(rf"^(?:[A-Z_]+=\S+ +)*{_LAUNCHER}({_PROGRAM})(?:\s+(.*))?$")
 _PARTIAL = re.compile(r"^\.\.\. (--.*)$")
@@ -89,5 +92,10 @@ def command_of(line: str, page: str) -> Command | None:
     program, rest = match[1], match[2] or ""
     for placeholder in PLACEHOLDERS:
         rest = rest.replace(placeholder, "...")
-    program = ALIASES.get(program, program)
-    return Command(page, program, tuple(shlex.split(rest, comments=True)), int(ranks[1]) if ranks else 1)
+    words = tuple(shlex.split(rest, comments=True))
+    if program in CHOICES:
+        if not words or words[0] not in CHOICES[program]:
+            return None
+        choice = CHOICES[program][words[0]]
+        return Command(page, f"tools/{choice.script}", (*choice.words, *words[1:]))
+    return Command(page, ALIASES.get(program, program), words, int(ranks[1]) if ranks else 1)

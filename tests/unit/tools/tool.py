@@ -1,10 +1,12 @@
 """Run a tool in this process as the command line would."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
 TOOLS = Path(__file__).parents[3] / "tools"
+sys.path.insert(0, str(TOOLS))  # as it is when Python runs a tool
 
 
 def load_tool(name: str) -> ModuleType:

@@ -1,7 +1,9 @@
 """The commands of an installation, and the check that no other megatron is in the way."""
 
 import importlib
+import sys
 import tomllib
+from contextlib import nullcontext
 from importlib.metadata import PathDistribution
 from pathlib import Path
 
@@ -9,11 +11,14 @@ import pytest
 
 import megatron
 from tests.distributed.launcher import REPOSITORY
-from tests.unit.documented_commands import ALIASES
+from tests.unit.documented_commands import ALIASES, CHOICES
 from ulysses_offload import commands
+from ulysses_offload.commands import EVALUATIONS
 from ulysses_offload.installation import DISTRIBUTION, ForeignMegatron, check_installation
 
 SHARED = "megatron/core/__init__.py"
+# Tools that make this repository's own documents and examples.
+OF_THIS_REPOSITORY = {"document_arguments", "draw_figures", "make_recall_corpus", "make_stdlib_corpus"}
 
 
 def installed(folder: Path, name: str, *files: str) -> PathDistribution:
@@ -56,15 +61,41 @@ def test_a_command_does_not_start_with_another_megatron(
     assert capsys.readouterr().err == "error: megatron-core is installed\n"
 
 
-def test_every_command_runs_a_script_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripts: list[Path] = []
-    monkeypatch.setattr(commands, "run_script", scripts.append)
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, list[str]]]:
+    """Return a list that gets the script and the command line of each command that is called, in place of its run."""
+    found: list[tuple[Path, list[str]]] = []
+    monkeypatch.setattr(commands, "run_script", lambda script: found.append((script, sys.argv)))
+    return found
+
+
+def test_the_commands_run_every_script_that_a_user_needs(
+    monkeypatch: pytest.MonkeyPatch, started: list[tuple[Path, list[str]]]
+) -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
-    entries = settings["project"]["scripts"]
-    for name, target in entries.items():
+    for name, target in settings["project"]["scripts"].items():
         module, _, function = target.partition(":")
         assert name == f"ulysses-{function}"
-        getattr(importlib.import_module(module), function)()
-    names = [str(script.relative_to(REPOSITORY)) for script in scripts]
-    assert dict(zip(entries, names, strict=True)).items() <= ALIASES.items()
-    assert all(script.is_file() for script in scripts)
+        for choice in CHOICES.get(name, [""]):
+            monkeypatch.setattr(sys, "argv", [name, choice, "--flag"])
+            getattr(importlib.import_module(module), function)()
+            script, argv = started[-1]
+            assert script.is_file()
+            if name in ALIASES:
+                assert script == REPOSITORY / ALIASES[name]
+            else:
+                assert " ".join(argv) == f"{name} {choice} --flag"
+    programs = {path for path in (REPOSITORY / "tools").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+    assert {path.stem for path in programs - {script for script, _ in started}} == OF_THIS_REPOSITORY
+
+
+@pytest.mark.parametrize("words, code", [(["--help"], None), ([], 2), (["rulr", "--load", "x"], 2)])
+def test_a_command_lists_its_choices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], code: int | None
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ulysses-evaluate", *words])
+    with pytest.raises(SystemExit, match=str(code)) if code else nullcontext():
+        commands.evaluate()
+    out, err = capsys.readouterr()
+    assert all(f"\n  {name} " in out + err for name in EVALUATIONS)
+    assert ("error: NAME" in err) == bool(code)

@@ -17,7 +17,8 @@ NUMEL = TENSOR_BYTES // 4
 ALLOWED_BYTES = 140 * MIB
 
 PROGRAM = """
-import importlib.util, sys
+import importlib.util, os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
 spec = importlib.util.spec_from_file_location("tool", sys.argv[1])
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
