@@ -95,8 +95,7 @@ def run_choice(command: str, choices: Mapping[str, Choice]) -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     choice = choices.get(name)
     if choice is not None:
-        program = command if choice.words else f"{command} {name}"  # a script with subcommands adds the name itself
-        sys.argv = [program, *choice.words, *sys.argv[2:]]
+        sys.argv = [command, *choice.words, *sys.argv[2:]]
         run_script(TOOLS / choice.script)
         return
     lines = [f"usage: {command} NAME ...", "", *(f"  {each:26} {choices[each].summary}" for each in choices)]

@@ -46,9 +46,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_shows_its_help(environment: Path, tmp_path: Path, name: str) -> None:
     program, *words = name.split()
-    assert f"usage: ulysses-{name}".removesuffix(" --help") in run(
-        environment / f"bin/ulysses-{program}", *words, "--help", cwd=tmp_path
-    )
+    assert "usage: " in run(environment / f"bin/ulysses-{program}", *words, "--help", cwd=tmp_path)
 
 
 def test_commands_work_away_from_the_checkout(environment: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_the_commands_run_every_script_that_a_user_needs(
             if name in ALIASES:
                 assert script == REPOSITORY / ALIASES[name]
             else:
-                assert " ".join(argv) == f"{name} {choice} --flag"
+                assert argv == [name, *CHOICES[name][choice].words, "--flag"]
     programs = {path for path in (REPOSITORY / "tools").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
     assert {path.stem for path in programs - {script for script, _ in started}} == OF_THIS_REPOSITORY
 
