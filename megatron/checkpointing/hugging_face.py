@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron.checkpointing.agreement import on_all_ranks, on_first_rank
 from megatron.config import AdaptersConfig
 from megatron.engine.engine import Engine, whole_parameters
-from megatron.hf.adapter_export import write_trained
 from megatron.hf.conversions import EmptyTensors
 from megatron.hf.export import Export, Target
 from megatron.weights.errors import raise_if_no_room
@@ -62,6 +61,8 @@ def save_adapters(
 
     CheckpointError on every rank if the folder exists, or rank 0 cannot write it.
     """
+    from megatron.hf.adapter_export import write_trained  # imports peft, which runs without adapters do not need
+
     tensors: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:

@@ -79,7 +79,7 @@ class LossByPosition:
     def _positions(self, batch: Batch) -> Tensor:
         """Return the position of each token in the context that it sees, int64 [B, S/p]."""
         if batch.documents is None:
-            return self._owned.expand(len(batch.tokens), -1)
+            return self._owned.repeat(len(batch.tokens), 1)
         owned = self._owned.numpy()
         rows = (document_positions(owned, document_starts(row)) for row in batch.documents.spans)
         return torch.stack([torch.from_numpy(row) for row in rows])

@@ -64,8 +64,9 @@ def test_a_dataset_is_made_without_any_of_them(tmp_path: Path) -> None:
     assert (tmp_path / "data_text_document.bin").exists()
 
 
-def test_the_training_program_imports_none_of_them_itself() -> None:
-    hide = "import sys; sys.modules.update(matplotlib=None, tensorboard=None)"
-    code = f"{hide}; import megatron.launch.program, megatron.engine.engine, pretrain_gpt"
+def test_the_training_program_imports_none_of_them_itself_and_peft_for_adapters_alone() -> None:
+    hide = "import sys; sys.modules.update(matplotlib=None, tensorboard=None, peft=None)"
+    of_hugging_face = "megatron.hf.building, megatron.hf.library, megatron.checkpointing.hugging_face"
+    code = f"{hide}; import megatron.launch.program, megatron.engine.engine, pretrain_gpt, {of_hugging_face}"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
