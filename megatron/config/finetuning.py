@@ -6,7 +6,9 @@ from typing import Literal
 LongSamples = Literal["error", "truncate", "skip"]
 RewrittenAnswers = Literal["split", "skip", "error"]
 RefusedConversations = Literal["error", "skip"]
-ChatFormat = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "segments", "tokens"]
+ChatFormat = Literal[
+    "messages", "sharegpt", "contents", "prompt_completion", "alpaca", "dolly", "question_answer", "segments", "tokens"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +20,9 @@ class FinetuningConfig:
     one."""
 
     chat_format: ChatFormat | None = None
-    """Format of the conversations: messages (of OpenAI), sharegpt, prompt_completion, alpaca, segments of text, or
-    tokens. Default: detected by the keys of each record."""
+    """Format of the conversations: messages (of OpenAI or Anthropic), sharegpt, contents (of Gemini),
+    prompt_completion, alpaca, dolly, question_answer, segments of text, or tokens. Default: detected by the keys of
+    each record."""
 
     rewritten_answers: RewrittenAnswers = "split"
     """Handling of an answer that the chat template writes differently once turns follow, such as without its

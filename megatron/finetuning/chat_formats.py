@@ -1,9 +1,13 @@
 """Parser of the chat formats in common use: one JSON object to one conversation.
 
-messages           {"messages": [{"role", "content", "tool_calls", "reasoning_content", "weight", ..}, ..], "tools"}
+messages           {"messages": [{"role", "content", "tool_calls", "reasoning_content", "weight", ..}, ..], "tools"},
+                   or with Anthropic's blocks as content
+contents           {"contents": [{"role": "user" | "model", "parts": [{"text"}]}, ..], "systemInstruction"}, of Gemini
 sharegpt           {"conversations": [{"from": "human" | "gpt" | .., "value"}, ..], "system", "tools"}
 prompt_completion  {"prompt", "completion" | "response"}, texts or lists of messages
 alpaca             {"instruction", "input", "output", "system", "history"}
+dolly              {"instruction", "context", "response"}
+question_answer    {"question" | "query", "answer" | "response", "system", "history"}
 segments           {"segments": [{"text", "label"}, ..]}
 tokens             {"input_ids", "labels" | "loss_mask" | "completion_mask" | "assistant_masks"}
 """
@@ -16,18 +20,25 @@ from typing import Any
 from megatron.config.finetuning import ChatFormat
 from megatron.data.errors import DataError
 from megatron.finetuning.conversations import ANSWERING, Message, Segments, TokenRecord, TrainingRecord, checked
-from megatron.finetuning.messages import parse_messages, parse_tools, shown
+from megatron.finetuning.messages import parse_messages, parse_tools, shown, text_of
 
 IGNORED_LABEL = -100
 MASK_KEYS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_tokens_mask")
 COMPLETION_KEYS = ("completion", "response")
+QUESTION_KEYS, ANSWER_KEYS = ("question", "query"), ("answer", "response")
+SYSTEM_KEYS = ("system", "system_prompt", "systemInstruction", "system_instruction")
 FORMS = (
-    '"messages", "conversations", "prompt" and "completion" (or "response"), "instruction" and "output", "segments", '
-    'or "input_ids" and "labels"'
+    '"messages", "conversations", "contents", "prompt" and "completion" (or "response"), "instruction" and "output" '
+    '(or "response"), "question" and "answer", "segments", or "input_ids" and "labels"'
 )
-KEYS = (
-    *("messages", "conversations", "prompt", *COMPLETION_KEYS, "instruction", "input", "output", "history", "system"),
-    *("tools", "functions", "segments", "input_ids", "labels", *MASK_KEYS),
+KEYS = tuple(
+    dict.fromkeys(
+        [
+            *("messages", "conversations", "contents", "prompt", *COMPLETION_KEYS, "instruction", "input", "output"),
+            *("context", *QUESTION_KEYS, *ANSWER_KEYS, "history", *SYSTEM_KEYS, "tools", "functions", "segments"),
+            *("input_ids", "labels", *MASK_KEYS),
+        ]
+    )
 )
 Record = Mapping[str, Any]
 
@@ -41,10 +52,16 @@ def format_of(record: Any) -> ChatFormat:
         return "messages"
     if "conversations" in keys:
         return "sharegpt"
+    if "contents" in keys:
+        return "contents"
     if "prompt" in keys and keys & set(COMPLETION_KEYS):
         return "prompt_completion"
     if {"instruction", "output"} <= keys:
         return "alpaca"
+    if {"instruction", "response"} <= keys:
+        return "dolly"
+    if keys & set(QUESTION_KEYS) and keys & set(ANSWER_KEYS):
+        return "question_answer"
     if "segments" in keys:
         return "segments"
     if "input_ids" in keys:
@@ -82,15 +99,43 @@ def _parse_prompt_completion(record: Record) -> TrainingRecord:
     return checked(_with_system(record, [*asked, *answered]), parse_tools(record))
 
 
+def _parse_contents(record: Record) -> TrainingRecord:
+    return checked(_with_system(record, parse_messages(_given(record, "contents"), "contents")), parse_tools(record))
+
+
 def _parse_alpaca(record: Record) -> TrainingRecord:
+    return _pairs(record, _joined(record, "instruction", "input"), _text(record, "output"))
+
+
+def _parse_dolly(record: Record) -> TrainingRecord:
+    return _pairs(record, _joined(record, "instruction", "context"), _text(record, "response"))
+
+
+def _parse_question_answer(record: Record) -> TrainingRecord:
+    """Parse a question and its answer; how the text under "context" belongs to the question differs by data set."""
+    if record.get("context"):
+        raise DataError(
+            '"context" beside a question, and no rule where it belongs; write both as the "prompt" of '
+            '{"prompt": .., "completion": ..}.'
+        )
+    question, answer = (next((key for key in keys if key in record), keys[0]) for keys in (QUESTION_KEYS, ANSWER_KEYS))
+    return _pairs(record, _text(record, question), _text(record, answer))
+
+
+def _joined(record: Record, *keys: str) -> str:
+    """Join the texts that are there by an empty line."""
+    return "\n\n".join(_text(record, key) for key in keys if record.get(key))
+
+
+def _pairs(record: Record, question: str, answer: str) -> TrainingRecord:
+    """Return the conversation of the pairs under "history" and a last one."""
     history = record.get("history", [])
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
     ):
         raise DataError(f"'history' is {shown(history)}, not a list of pairs of texts; give [question, answer] each.")
-    question = "\n\n".join(_text(record, key) for key in ("instruction", "input") if record.get(key))
-    turns = [*history, (question, _text(record, "output"))]
-    messages = [Message(role, text) for pair in turns for role, text in zip(("user", ANSWERING), pair, strict=True)]
+    pairs = [*history, (question, answer)]
+    messages = [Message(role, text) for pair in pairs for role, text in zip(("user", ANSWERING), pair, strict=True)]
     return checked(_with_system(record, messages), parse_tools(record))
 
 
@@ -129,11 +174,16 @@ def _parse_tokens(record: Record) -> TrainingRecord:
 
 
 def _with_system(record: Record, messages: list[Message]) -> list[Message]:
-    """Put the text of the key "system" before the turns."""
-    system = _text(record, "system") if record.get("system") else ""
-    if system and messages and messages[0].role == "system":
-        raise DataError('a system turn, and the key "system" as well; give one of them.')
-    return [Message("system", system), *messages] if system else messages
+    """Put the text of the first system key before the turns."""
+    key = next((key for key in SYSTEM_KEYS if record.get(key)), None)
+    if key is None:
+        return messages
+    text = text_of(record[key], key)
+    if not messages or messages[0].role != "system":
+        return [Message("system", text), *messages]
+    if messages[0].content != text:
+        raise DataError(f'a system turn, and another text under "{key}"; give one of them.')
+    return messages
 
 
 def _given(record: Record, key: str) -> Any:
@@ -159,8 +209,11 @@ def _numbers(record: Record, key: str) -> list[int]:
 PARSERS: Mapping[ChatFormat, Callable[[Record], TrainingRecord]] = {
     "messages": _parse_messages,
     "sharegpt": _parse_sharegpt,
+    "contents": _parse_contents,
     "prompt_completion": _parse_prompt_completion,
     "alpaca": _parse_alpaca,
+    "dolly": _parse_dolly,
+    "question_answer": _parse_question_answer,
     "segments": _parse_segments,
     "tokens": _parse_tokens,
 }

@@ -1,4 +1,4 @@
-"""Parser of lists of messages and of tools, in the forms of OpenAI, ShareGPT and the data sets that follow them."""
+"""Parser of lists of messages and of tools, in the forms of OpenAI, Anthropic, Gemini, ShareGPT and those like them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from megatron.core.json_text import parse_json
 from megatron.data.errors import DataError
+from megatron.finetuning.content_blocks import without_blocks
 from megatron.finetuning.conversations import ANSWERING, REASONING_KEYS, Message, ToolCall
 
-ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "parts")
 WEIGHT_KEYS = ("weight", "train", "training")
 UNSUPPORTED_KEYS = ("train_detail", "training_detail")
 ALIASES = {
@@ -25,10 +26,11 @@ def parse_messages(given: Any, key: str, are_trained: bool = True) -> list[Messa
     """Parse the turns of a record's `key`. DataError, naming the turn, if one is malformed."""
     if not isinstance(given, list) or not all(isinstance(message, Mapping) for message in given):
         raise DataError(f'"{key}" is no list of objects; give each turn as {{"role": ..., "content": ...}}.')
-    messages = []
+    messages: list[Message] = []
     for place, message in enumerate(given, start=1):
         try:
-            messages.append(_parse_message({k: v for k, v in message.items() if v is not None}, are_trained))
+            turns = without_blocks({k: v for k, v in message.items() if v is not None})
+            messages.extend(_parse_message(turn, are_trained) for turn in turns)
         except DataError as error:
             raise DataError(f"turn {place}: {error}") from error
     return messages
@@ -40,7 +42,21 @@ def parse_tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     tools = _from_text(given, "tools") if isinstance(given, str) and given.strip() else given or []
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError(f'"tools" is {shown(given)}, not a list of objects; give a JSON schema for each function.')
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+    return tuple(tool if "function" in tool else {"type": "function", "function": _function(tool)} for tool in tools)
+
+
+def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a function with its schema under OpenAI's name; Anthropic's is "input_schema"."""
+    return {"parameters" if key == "input_schema" else key: value for key, value in tool.items()}
+
+
+def text_of(content: Any, key: str) -> str:
+    """Return a text, or text parts joined, which may be under "parts". DataError for anything else."""
+    if isinstance(content, Mapping):
+        content = content.get("parts")
+    if isinstance(content, list):
+        return "".join(map(_text_part, content))
+    return _text_of({key: content}, (key,))
 
 
 def shown(value: Any) -> str:
@@ -74,23 +90,29 @@ def _parse_message(message: Mapping[str, Any], are_trained: bool) -> Message:
 
 def _content(message: Mapping[str, Any], is_optional: bool) -> str | None:
     """Return the text of a message, whose text parts are joined."""
-    content = next((message[key] for key in CONTENT_KEYS if key in message), None)
-    if content is None and is_optional:
+    key = next((key for key in CONTENT_KEYS if key in message), None)
+    if key is None and is_optional:
         return None
-    if isinstance(content, list):
-        return "".join(map(_text_part, content))
-    return _text_of(message, CONTENT_KEYS)
+    return text_of(message.get(key or CONTENT_KEYS[0]), key or CONTENT_KEYS[0])
 
 
 def _text_part(part: Any) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    kind = _kind_of(part) if isinstance(part, Mapping) else type(part).__name__
     if kind != "text":
         raise DataError(f"a part of type {kind!r}; only parts of type 'text' can be trained: leave it out.")
     if not isinstance(part.get("text"), str):
         raise DataError(f"a part of type 'text' has {shown(part.get('text'))}, not text; give a string.")
     return str(part["text"])
+
+
+def _kind_of(part: Mapping[str, Any]) -> str:
+    """Return the type of a part; Gemini's have none, but one key each, and mark thoughts."""
+    keys = [key for key, value in part.items() if value is not None]
+    if "type" in keys:
+        return str(part["type"])
+    return "thought" if part.get("thought") else next((key for key in keys if key != "text"), "text")
 
 
 def _calls(given: Any) -> tuple[ToolCall, ...]:

@@ -64,7 +64,10 @@ def test_needles_leave_numbers_and_a_picture(folder: Path) -> None:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["needle", "--lengths", POSITIONS + 1, "--output-dir", "out"], "--lengths (49 tokens) must be at most 48, the positions"),
+        (
+            ["needle", "--lengths", POSITIONS + 1, "--output-dir", "out"],
+            "--lengths (49 tokens) must be at most 48, the positions",
+        ),
         (["needle", "--lengths", 3, "--output-dir", "out"], "does not fit into a length of 3"),
         (["needle", "--num-values", 60, "--output-dir", "out"], "leave ids for noise"),
         (["perplexity", "--contexts", 41, "--scored-tokens", 8, "--text", "x"], "must be at most 48, the positions"),
