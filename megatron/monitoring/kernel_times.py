@@ -7,6 +7,7 @@ kernel ran; copies do not count as kernels. It is the exposed time of copies, or
 from __future__ import annotations
 
 import re
+import threading
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
@@ -67,11 +68,17 @@ def kernels_of(profile: torch.profiler.profile) -> list[Kernel]:
 
 
 def ranges_of(profile: torch.profiler.profile) -> list[Kernel]:
-    """Return the named ranges of the host (megatron.core.ranges) in a finished profile."""
+    """Return the named ranges of this thread (megatron.core.ranges) in a finished profile.
+
+    Libraries name ranges of their own in other threads, which run during those of this one and not within them.
+    """
+    thread = threading.get_native_id()
     return [
         Kernel(event.name(), event.start_ns(), event.duration_ns())
         for event in _events(profile)
-        if event.device_type() == torch.autograd.DeviceType.CPU and event.is_user_annotation()
+        if event.device_type() == torch.autograd.DeviceType.CPU
+        and event.is_user_annotation()
+        and event.device_resource_id() == thread
     ]
 
 

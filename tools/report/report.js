@@ -30,9 +30,11 @@ function short(tokens) {
   return tokens >= 1024 && tokens % 1024 === 0 ? `${tokens / 1024}K` : format(tokens);
 }
 
+/** Return round values for the marks of an axis; between whole ends, such as iterations, only whole ones. */
 function ticks(low, high, count) {
-  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 2.5, 5, 10].find((each) => each * power >= rough);
+  const whole = Number.isInteger(low) && Number.isInteger(high), rough = Math.max((high - low) / count, whole ? 1 : 0);
+  const power = 10 ** Math.floor(Math.log10(rough)), steps = whole && power === 1 ? [1, 2, 5, 10] : [1, 2, 2.5, 5, 10];
+  const step = power * steps.find((each) => each * power >= rough);
   const values = [];
   for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-6; value += step) values.push(value);
   return values.map((value) => Number(value.toPrecision(12)));

@@ -1,10 +1,15 @@
+import threading
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from megatron.monitoring.kernel_times import (
     Copies,
     Kernel,
     exclusive_seconds,
     hidden_copies,
+    ranges_of,
     seconds_by_kind,
     seconds_by_name,
 )
@@ -83,3 +88,17 @@ def test_ranges_count_without_those_within_them():
 def test_of_ranges_that_overlap_each_instant_counts_for_the_last_to_begin(spans, expected):
     ranges = [Kernel(name, int(start * SECOND), int(length * SECOND)) for name, (start, length) in spans.items()]
     assert exclusive_seconds(ranges) == expected
+
+
+def test_ranges_of_other_threads_are_left_out() -> None:
+    def event(name: str, thread: int) -> SimpleNamespace:
+        answers = {
+            "name": name, "start_ns": 5, "duration_ns": 2, "device_type": torch.autograd.DeviceType.CPU,
+            "is_user_annotation": True, "device_resource_id": thread,
+        }  # fmt: skip
+        return SimpleNamespace(**{key: lambda value=value: value for key, value in answers.items()})
+
+    events = [event("all-to-all", threading.get_native_id()), event("gloo:all_to_all", threading.get_native_id() + 1)]
+    results = SimpleNamespace(events=lambda: events)
+    profile = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
+    assert ranges_of(profile) == [Kernel("all-to-all", 5, 2)]
