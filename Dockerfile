@@ -11,8 +11,10 @@ RUN apt-get update \
       python3 python3-dev python3-venv \
  && rm -rf /var/lib/apt/lists/*
 
+# Ubuntu's image has a user with the id 1000, which is that of most people who build for themselves.
 ARG UID=10001
-RUN useradd --create-home --uid "$UID" trainer \
+RUN if id ubuntu; then userdel --remove ubuntu; fi \
+ && useradd --create-home --uid "$UID" trainer \
  && install --directory --owner "$UID" /opt/ulysses-offload /opt/venv /work
 USER $UID
 

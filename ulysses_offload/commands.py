@@ -102,7 +102,8 @@ def run_choice(command: str, choices: Mapping[str, Choice]) -> None:
     if name in ("-h", "--help"):
         print("\n".join([*lines, "", f"{command} NAME --help shows the flags."]))
         return
-    sys.stderr.write("\n".join([*lines, "", f"error: NAME ({name}) must be one of these\n"]))
+    fault = f"NAME ({name}) must be one of these" if name else "NAME is missing; give one of these"
+    sys.stderr.write("\n".join([*lines, "", f"error: {fault}\n"]))
     sys.exit(2)
 
 
