@@ -65,8 +65,8 @@ def _on_disk(plan: Plan) -> list[str]:
         fact_line(
             "disk",
             f"{memory.disk_chunks / GIB:.1f} GiB",
-            f"of {plan.machines.disk_bytes_per_gpu / GIB:.1f}; {memory.disk_share:.0%} of what is copied once, hidden at "
-            f"{speed.disk_gbps:.2f} GB/s{rate}",
+            f"of {plan.machines.disk_bytes_per_gpu / GIB:.1f}; {memory.disk_share:.0%} of what is copied once, hidden "
+            f"at {speed.disk_gbps:.2f} GB/s{rate}",
         )
     ]
 
