@@ -25,7 +25,7 @@ SCRIPTS := $(wildcard tools/*.sh examples_deepspeed/*/*.sh .ci/run)
 .PHONY: help quickstart venv venv-dev test test-gpu test-slow test-megatron-core kill-test grid lint format clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
 
 quickstart: $(INSTALLED)  ## Install, then train a small LLaMA with FPDT on real text (OUT=folder)
 	VENV="$(abspath $(VENV))" OUT="$(OUT)" tools/quickstart.sh
