@@ -31,14 +31,10 @@ FORMS = (
     '"messages", "conversations", "contents", "prompt" and "completion" (or "response"), "instruction" and "output" '
     '(or "response"), "question" and "answer", "segments", or "input_ids" and "labels"'
 )
-KEYS = tuple(
-    dict.fromkeys(
-        [
-            *("messages", "conversations", "contents", "prompt", *COMPLETION_KEYS, "instruction", "input", "output"),
-            *("context", *QUESTION_KEYS, *ANSWER_KEYS, "history", *SYSTEM_KEYS, "tools", "functions", "segments"),
-            *("input_ids", "labels", *MASK_KEYS),
-        ]
-    )
+KEYS = (
+    *("messages", "conversations", "contents", "prompt", *COMPLETION_KEYS, "instruction", "input", "output", "context"),
+    *(*QUESTION_KEYS, "answer", "history", *SYSTEM_KEYS, "tools", "functions", "segments"),
+    *("input_ids", "labels", *MASK_KEYS),
 )
 Record = Mapping[str, Any]
 

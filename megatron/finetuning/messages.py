@@ -46,7 +46,9 @@ def parse_tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a function with its schema under OpenAI's name; Anthropic's is "input_schema"."""
+    """Return a function with its schema under OpenAI's name; Anthropic's is "input_schema". DataError: no name."""
+    if not isinstance(tool.get("name"), str):
+        raise DataError(f"a tool is {shown(tool)}, without a name; give each function with its name and parameters.")
     return {"parameters" if key == "input_schema" else key: value for key, value in tool.items()}
 
 

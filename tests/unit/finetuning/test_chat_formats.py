@@ -197,6 +197,10 @@ def test_a_message_that_cannot_be_used_is_named(message: dict[str, Any], words: 
         ({"messages": [user("x"), assistant("y", weight=0)]}, "no answer has a weight other than 0"),
         ({"messages": [user("x"), assistant("y")], "tools": "{}"}, '"tools" is "{}", not a list of objects'),
         (
+            {"contents": [], "tools": [{"functionDeclarations": [{"name": "sky"}]}]},
+            'a tool is {"functionDeclarations": [{"name": "sky", without a name; give each function',
+        ),
+        (
             {"messages": [{"role": "system", "content": "a"}, assistant("y")], "system": "b"},
             'a system turn, and another text under "system"',
         ),
