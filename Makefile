@@ -10,7 +10,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= quickstart_out
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 TORCH_VERSION ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
