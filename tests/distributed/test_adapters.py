@@ -13,7 +13,7 @@ from megatron.hf.adapters import is_of_adapter
 from tests.distributed.adapters_case import Outcome, peft_alone, sizes, train_and_resume
 from tests.distributed.rank_pool import RankPool
 from tests.distributed.transformers_case import NUM_STEPS, Case, Trained
-from tests.unit.hf.families import build
+from tests.unit.hf.tiny_models import build
 
 LORA = AdaptersConfig(lora_rank=4)
 DORA = AdaptersConfig(lora_rank=4, use_dora=True)

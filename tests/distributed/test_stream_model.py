@@ -8,7 +8,7 @@ import torch
 from megatron.hf import stream_model
 from megatron.hf.float64 import float64_stays
 from tests.distributed.rank_pool import RankPool
-from tests.unit.hf.families import build, eager_loss, inputs, results, worst_error
+from tests.unit.hf.tiny_models import build, eager_loss, inputs, results, worst_error
 
 LENGTH, CHUNK = 44, 12
 SPANS = ((0, 7), (7, 30), (30, 44))
@@ -37,7 +37,7 @@ def whole(family: str, packed: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("family, packed", [("gpt_oss", True), ("gemma3", False), ("deepseek_v3", False)])
+@pytest.mark.parametrize("family, packed", [("gpt_oss", True), ("gemma3_text", False), ("deepseek_v3", False)])
 def test_the_shares_of_all_ranks_are_the_whole(ranks: RankPool, family: str, packed: bool, num_ranks: int) -> None:
     shares = ranks.run(share, family, num_ranks, packed, num_ranks=num_ranks)
     total = {name: torch.stack([each[name] for each in shares]).sum(0) for name in shares[0]}

@@ -33,8 +33,8 @@ CASES = [
     Case("deepseek_v3", zero_stage=3, sequence_parallel_size=2),
     Case("gpt_neox", zero_stage=0),
     Case("gpt_neox", zero_stage=1, sequence_parallel_size=2, offloading=True),
-    Case("gemma3", zero_stage=1, sequence_parallel_size=2, offloading=True),
-    Case("gemma3", zero_stage=3),
+    Case("gemma3_text", zero_stage=1, sequence_parallel_size=2, offloading=True),
+    Case("gemma3_text", zero_stage=3),
 ]
 WITH_FOUR = [
     Case("llama-tied", zero_stage=3, num_ranks=4, sequence_parallel_size=4, offloading=True),
@@ -47,7 +47,7 @@ WITH_FOUR = [
 NUM_SAVED = 3
 RESUMED = [(CASES[0], CASES[1]), (CASES[1], CASES[0]), (CASES[2], CASES[2])]
 
-GRID = ("llama-tied", "qwen3_moe", "gpt_oss", "gemma3", "deepseek_v3")
+GRID = ("llama-tied", "qwen3_moe", "gpt_oss", "gemma3_text", "deepseek_v3")
 DOCUMENTS = (7, 18, 1, 14)
 
 

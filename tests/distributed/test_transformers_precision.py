@@ -21,7 +21,7 @@ from megatron.model.initialization import Initialization
 from megatron.optimizer.param_groups import parameter_groups
 from tests.distributed.rank_pool import RankPool
 from tests.distributed.transformers_case import batch_of
-from tests.unit.hf.families import config_of
+from tests.unit.hf.tiny_models import config_of
 
 BF16, FP32, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 NUM_EXPERTS = 8

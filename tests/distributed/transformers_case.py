@@ -28,7 +28,7 @@ from megatron.model.builder import Execution
 from megatron.model.initialization import Initialization
 from megatron.optimizer.param_groups import parameter_groups
 from megatron.weights.opening import open_state
-from tests.unit.hf.families import VOCAB, config_of, eager_loss
+from tests.unit.hf.tiny_models import VOCAB, config_of, eager_loss
 
 LENGTH, CHUNK, LEARNING_RATE, WEIGHT_DECAY, NUM_STEPS, TAG = 40, 16, 1e-2, 0.1, 4, "global_step2"
 OPTIMIZER = OptimizerConfig(lr=LEARNING_RATE, adam_eps=1e-3)

@@ -7,7 +7,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.hf.building import build_hugging_face_model
 from megatron.hf.experts import run_experts
 from megatron.model.builder import Execution
-from tests.unit.hf.families import VOCAB, build, eager_loss, results
+from tests.unit.hf.tiny_models import VOCAB, build, eager_loss, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

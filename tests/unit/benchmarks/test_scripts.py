@@ -31,7 +31,7 @@ from megatron.config import validate
 from megatron.core.parallel_state import ParallelState
 from megatron.initialize import Context
 from tests.distributed.launcher import launch
-from tests.unit.hf.families import config_of
+from tests.unit.hf.tiny_models import config_of
 
 
 def report_of(script, tmp_path, rows, *words):

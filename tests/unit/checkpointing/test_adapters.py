@@ -10,7 +10,7 @@ from megatron.checkpointing import CheckpointError
 from megatron.checkpointing.adapters import base_digest, check_adapters
 from megatron.config import AdaptersConfig, Config, ModelConfig, OptimizerConfig
 from megatron.weights.published_config import BASE_FILE
-from tests.unit.hf.families import build
+from tests.unit.hf.tiny_models import build
 
 LORA = AdaptersConfig(lora_rank=4)
 

@@ -15,8 +15,8 @@ from megatron.planner.flops import forward_flops, model_flops
 from megatron.planner.hardware import GIB, GPUS, Machines
 from megatron.planner.job import Job
 from megatron.planner.memory import memory_of
-from tests.unit.hf.families import config_of
 from tests.unit.hf.folders import LLAMA, folder_of
+from tests.unit.hf.tiny_models import config_of
 
 LLAMA_8B = {
     **{"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},

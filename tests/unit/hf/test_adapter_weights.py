@@ -23,8 +23,8 @@ from megatron.hf.materialization import empty_model
 from megatron.hf.weights import folder_source
 from megatron.weights.errors import WeightsError
 from megatron.weights.published_config import read_published_config
-from tests.unit.hf.families import build
 from tests.unit.hf.test_adapters import EXPERTS, adapted
+from tests.unit.hf.tiny_models import build
 
 CASES = {
     "llama": ("llama", AdaptersConfig(lora_rank=2)),

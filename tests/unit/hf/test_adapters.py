@@ -12,7 +12,7 @@ from megatron.hf.building import build_hugging_face_model
 from megatron.hf.float64 import float64_stays
 from megatron.hf.library import stream_model
 from megatron.model.builder import Execution
-from tests.unit.hf.families import build, eager_loss, inputs, worst_error
+from tests.unit.hf.tiny_models import build, eager_loss, inputs, worst_error
 
 EXECUTIONS = {
     "plain": Execution(),
@@ -32,7 +32,7 @@ CASES = {
     "qwen3": ("qwen3", LORA),
     "deepseek_v3": ("deepseek_v3", LORA),
     "gpt_oss-experts": ("gpt_oss", AdaptersConfig(lora_rank=2, lora_target_modules=("all-linear", *EXPERTS[2:]))),
-    "gemma3-dora": ("gemma3", DORA),
+    "gemma3-dora": ("gemma3_text", DORA),
     "qwen3_moe-experts": ("qwen3_moe", AdaptersConfig(lora_rank=2, lora_target_modules=EXPERTS)),
 }
 

@@ -15,8 +15,8 @@ from megatron.hf.experts import describe_experts
 from megatron.hf.float64 import float64_stays
 from megatron.hf.library import stream_model
 from megatron.model.builder import Execution
-from tests.unit.hf.families import build, inputs, results, worst_error
 from tests.unit.hf.test_model import EXECUTIONS, OFFLOADED, STREAMED
+from tests.unit.hf.tiny_models import build, inputs, results, worst_error
 
 COEFFICIENT = 0.7
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}

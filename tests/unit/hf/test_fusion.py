@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 
 from megatron.hf.fusion import fuse_modules
-from tests.unit.hf.families import build
+from tests.unit.hf.tiny_models import build
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from tests.unit.hf.families import build
         ("qwen3", 13, 3),  # with the norms of queries and keys
         ("deepseek_v3", 13, 3),  # the MLP of the dense layer, and the shared experts
         ("gpt_oss", 7, 0),
-        ("gemma3", 0, 0),  # its norms multiply by 1 + weight, and it is gated by GELU
+        ("gemma3_text", 0, 0),  # its norms multiply by 1 + weight, and it is gated by GELU
         ("gpt2", 0, 0),
         ("cohere2", 0, 3),
     ],

@@ -11,7 +11,7 @@ from megatron.hf.building import build_hugging_face_model
 from megatron.hf.float64 import float64_stays
 from megatron.hf.settings import read_model
 from megatron.model.builder import Execution
-from tests.unit.hf.families import BATCH, LENGTH, build, inputs
+from tests.unit.hf.tiny_models import BATCH, LENGTH, build, inputs
 
 OFFLOADED = Execution(fpdt=True, chunk_size=9, slice_length=4, offloading=True)
 FLAGS = ModelConfig(num_layers=0, hidden_size=0, num_attention_heads=0, seq_length=LENGTH)
@@ -22,7 +22,7 @@ FLAGS = ModelConfig(num_layers=0, hidden_size=0, num_attention_heads=0, seq_leng
     ("family", "excess"),
     [
         *[(family, 0.0) for family in ("llama", "qwen3_moe", "glm4", "gpt_neox", "gpt2")],
-        *[("deepseek_v3", 0.05), ("gemma2", 0.06), ("llama4", 0.06)],
+        *[("deepseek_v3", 0.05), ("gemma2", 0.06), ("llama4_text", 0.06)],
     ],
 )
 @pytest.mark.parametrize("recompute", Recompute)

@@ -14,16 +14,7 @@ from megatron.hf.building import build_hugging_face_model
 from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.float64 import float64_stays
 from megatron.model.builder import Execution
-from tests.unit.hf.families import (
-    BATCH,
-    FAMILIES,
-    LENGTH,
-    build,
-    eager_loss,
-    inputs,
-    results,
-    worst_error,
-)
+from tests.unit.hf.tiny_models import BATCH, LENGTH, TINY, build, eager_loss, inputs, results, worst_error
 from tests.unit.model.small_model import small_config, small_inputs, small_model
 
 PLAIN = Execution()
@@ -34,7 +25,7 @@ CHECKPOINTED = Execution(activation_checkpointing=True)
 EXECUTIONS = {"plain": PLAIN, "streamed": STREAMED, "offloaded": OFFLOADED, "rebuilt": REBUILT}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*TINY, "llama-tied"])
 def test_loss_and_gradients_are_those_of_transformers(family):
     with float64_stays():
         model = build(family).eval()

@@ -15,8 +15,8 @@ from megatron.hf.inspection import decoder_layers
 from megatron.hf.nf4 import dequantize, quantize, stored_bytes
 from megatron.hf.quantization import QuantizedSource, check_quantization, quantize_base, weights_to_quantize
 from megatron.hf.weights import folder_source
-from tests.unit.hf.families import build, eager_loss, inputs, worst_error
 from tests.unit.hf.test_adapters import DORA, EXECUTIONS, EXPERTS, LORA, adapted, results
+from tests.unit.hf.tiny_models import build, eager_loss, inputs, worst_error
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -9,8 +9,9 @@ from megatron.hf.attention import MaskStandIn, Settings, attending, attention_fu
 from megatron.hf.building import build_hugging_face_model
 from megatron.hf.errors import UnsupportedModelError
 from megatron.hf.masks import LayerMask, mask_of
-from tests.unit.hf.families import EXPERTS, MLA, SIZES
+from tests.families import EXPERTS, MLA
 from tests.unit.hf.test_model import PLAIN
+from tests.unit.hf.tiny_models import SIZES
 
 CPU = torch.device("cpu")
 LINEAR_ATTENTION = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}

@@ -19,7 +19,8 @@ from megatron.weights.hugging_face import Settings
 from megatron.weights.published_config import read_published_config
 from megatron.weights.safetensors_folder import SafetensorsFolder, SafetensorsWriter
 from tests.distributed.live_bytes import LiveBytesMeter
-from tests.unit.hf.published_models import FAMILIES, loaded, published, tiny_model
+from tests.unit.hf.published_models import loaded, published, tiny_model
+from tests.unit.hf.tiny_models import TINY
 
 SMALL_SHARDS = 20_000
 EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
@@ -52,7 +53,7 @@ def assert_reads_as(folder: Path, model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY)
 def test_a_folder_is_read_and_written_as_transformers_does(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = published(family, tmp_path / "theirs", dtype, max_shard_size="20KB")
     assert_reads_as(tmp_path / "theirs", model)
@@ -98,7 +99,7 @@ def test_tokenizer_and_generation_settings_are_copied(tmp_path: Path) -> None:
 def test_a_context_that_does_not_fit_learned_positions_is_refused(tmp_path: Path) -> None:
     published("gpt2", tmp_path / "a")
     target = Target(tmp_path / "b", max_position_embeddings=4096)
-    with pytest.raises(WeightsError, match=r"'transformer.wpe.weight' is \[64, 32\], and config.json asks for \[4096"):
+    with pytest.raises(WeightsError, match=r"'transformer.wpe.weight' is \[256, 32\], and config.json asks for \[4096"):
         save_folder(folder_source(tmp_path / "a"), read_published_config(tmp_path / "a"), target)
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
@@ -123,8 +124,8 @@ def with_old_buffers(name: str, tensor: Tensor) -> dict[str, Tensor]:
     "family, change",
     [
         ("gpt2", without_prefix),
-        ("llama", with_head),
-        ("llama", with_head_alone),
+        ("llama-tied", with_head),
+        ("llama-tied", with_head_alone),
         ("llama", with_old_buffers),
     ],
 )
@@ -166,7 +167,7 @@ def test_a_tensor_missing_beside_quantized_experts_is_the_one_that_is_named(tmp_
 
 
 def test_mxfp4_is_dequantized_as_transformers_does(tmp_path: Path) -> None:
-    tiny_model("gpt_oss", torch.bfloat16).save_pretrained(tmp_path / "a")
+    tiny_model("gpt_oss", torch.bfloat16, intermediate_size=64).save_pretrained(tmp_path / "a")
     settings = {"quant_method": "mxfp4"}
     folder = rewrite(tmp_path / "a", tmp_path / "b", mxfp4_blocks, quantization_config=settings)
     assert_reads_as(folder, loaded(folder, quantization_config=Mxfp4Config(dequantize=True)))
@@ -176,7 +177,8 @@ def test_mxfp4_is_dequantized_as_transformers_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 def test_fp8_blocks_are_multiplied_by_their_scales(family: str, tmp_path: Path) -> None:
-    tiny_model(family, torch.bfloat16).save_pretrained(tmp_path / "a")
+    multiples_of_8 = {"q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    tiny_model(family, torch.bfloat16, **multiples_of_8).save_pretrained(tmp_path / "a")
 
     def dequantized(name: str, tensor: Tensor) -> dict[str, Tensor]:
         blocks = fp8_blocks(name, tensor)
@@ -227,12 +229,12 @@ def without_a_scale(name: str, tensor: Tensor) -> dict[str, Tensor]:
         (
             "qwen3_moe",
             unchanged,
-            {"num_local_experts": 5},
-            "'model.layers.0.mlp.experts.4.gate_proj.weight' is missing",
+            {"num_local_experts": 7},
+            "'model.layers.0.mlp.experts.6.gate_proj.weight' is missing",
         ),
         ("qwen3_moe", unchanged, {"num_hidden_layers": 2}, "'model.layers.2.input_layernorm.weight' is no part of the"),
         ("llama", with_stranger, {}, "'model.vision.weight' is no part of the model"),
-        ("llama", with_another_head, {}, "ties 'model.embed_tokens.weight' and 'lm_head.weight'"),
+        ("llama-tied", with_another_head, {}, "ties 'model.embed_tokens.weight' and 'lm_head.weight'"),
         ("llama", in_integers, {}, "'model.norm.weight' in FOLDER holds int8"),
         ("llama", fp8_blocks, {}, "is no part of the model"),
         ("llama", without_a_scale, {"quantization_config": FP8}, "o_proj.weight' is quantized, and has no scales"),
@@ -288,7 +290,9 @@ def test_a_part_of_a_stack_is_read_from_its_own_experts_alone(tmp_path: Path, re
     name = "model.layers.0.mlp.experts.gate_up_proj"
     numel = model.get_parameter(name).numel()
     source.read(name, "fp32", numel // 2, numel // 2)
-    wanted = {f"model.layers.0.mlp.experts.{expert}.{kind}_proj.weight" for expert in (2, 3) for kind in ("gate", "up")}
+    wanted = {
+        f"model.layers.0.mlp.experts.{expert}.{kind}_proj.weight" for expert in (3, 4, 5) for kind in ("gate", "up")
+    }
     assert {name for name, _ in reads} == wanted
     reads.clear()
     source.read("model.embed_tokens.weight", "fp32", 32, 64)
@@ -297,7 +301,7 @@ def test_a_part_of_a_stack_is_read_from_its_own_experts_alone(tmp_path: Path, re
 
 def test_reading_and_writing_hold_one_tensor_or_one_expert(tmp_path: Path) -> None:
     """A stack of 32 experts is read with one of them beside it, and written one by one."""
-    settings: dict[str, Any] = {"num_experts": 32, "vocab_size": 61, "num_hidden_layers": 1, "mlp_only_layers": []}
+    settings: dict[str, Any] = {"num_experts": 32, "num_hidden_layers": 1}
     tiny_model("qwen3_moe", **settings).save_pretrained(tmp_path / "a")
     source = folder_source(tmp_path / "a")
     expert_bytes = 4 * 3 * 24 * 32  # gate, up, down

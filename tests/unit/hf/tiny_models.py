@@ -1,4 +1,4 @@
-"""Tiny transformers models of many families, all weights random, none zero or one; their results in fp64."""
+"""Tiny transformers models of the families of tests.families, with random weights; their results in fp64."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from tests.families import FAMILIES
 
 VOCAB, LENGTH, BATCH = 61, 23, 2
 SIZES = {
@@ -23,65 +25,16 @@ SIZES = {
     "attention_dropout": 0.0,
     "tie_word_embeddings": False,
 }
-EXPERTS = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-MLA = {
-    "q_lora_rank": 12,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "head_dim": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "first_k_dense_replace": 1,
-}
-SCALES = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0}
-GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-GEMMA2 = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12}
-LLAMA4 = {"attention_chunk_size": 8, "intermediate_size_mlp": 48}
-# name: (transformers' model type, what differs from SIZES)
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-    "qwen3_moe": ("qwen3_moe", EXPERTS),
-    "mixtral": ("mixtral", EXPERTS),
-    "olmo2": ("olmo2", {}),
-    "glm4": ("glm4", {}),
-    "glm4_moe": ("glm4_moe", MLA | {"head_dim": 8, "num_key_value_heads": 2}),
-    "granite": ("granite", SCALES),
-    "deepseek_v3": ("deepseek_v3", MLA),
-    "smollm3": ("smollm3", {}),
-    "starcoder2": ("starcoder2", {}),
-    "stablelm": ("stablelm", {}),
-    "minimax_m2": ("minimax_m2", EXPERTS),
-    "gpt_neox": ("gpt_neox", {}),
-    "gpt2": ("gpt2", GPT2 | {"tie_word_embeddings": True}),
-    "mistral": ("mistral", {"sliding_window": 7}),
-    "phi3": ("phi3", {"sliding_window": 7}),
-    "phimoe": ("phimoe", EXPERTS | {"sliding_window": 7}),
-    "gemma2": ("gemma2", SLIDING | GEMMA2),
-    "gemma3": ("gemma3_text", SLIDING | {"query_pre_attn_scalar": 12}),
-    "olmo3": ("olmo3", SLIDING),
-    "cohere2": ("cohere2", SLIDING | {"logit_scale": 0.3}),
-    "gpt_oss": ("gpt_oss", EXPERTS | SLIDING),
-    "llama4": ("llama4_text", EXPERTS | LLAMA4),
-    "afmoe": ("afmoe", EXPERTS | SLIDING | {"num_experts": 8, "num_dense_layers": 1}),
-    "ernie4_5_moe": ("ernie4_5_moe", EXPERTS | {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 1}),
-    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
-}
+TINY = [family.model_type for family in FAMILIES if family.tiny is not None]
 
 
 def config_of(family: str, **changes: Any) -> Any:
-    """The configuration of a family's tiny model."""
-    kind, differences = FAMILIES[family]
-    config = CONFIG_MAPPING[kind](**{**SIZES, **differences, **changes})
+    """The configuration of a family's tiny model; with "-tied" after the name, of one with tied embeddings."""
+    model_type = family.removesuffix("-tied")
+    differences = next(each.tiny for each in FAMILIES if each.model_type == model_type)
+    assert differences is not None, f"{model_type} has no tiny model in tests/families.py"
+    tied = {"tie_word_embeddings": True} if model_type != family else {}
+    config = CONFIG_MAPPING[model_type](**{**SIZES, **differences, **tied, **changes})
     config._experts_implementation = "eager"
     return config
 
