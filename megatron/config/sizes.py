@@ -105,6 +105,10 @@ class ModelSizes:
     mlp_width: int
     """Inputs of the MLP's last product, of all experts of a token together."""
 
+    expert_traffic: int = 0
+    """Elements per token that kernels of the experts other than products read and write in a forward and a backward
+    pass, the mean of all blocks; 0 where none were counted."""
+
     narrow_channels: int
     """Width of a value head, or of a query head if that is narrower; `kv_channels` is that of the wider."""
 

@@ -31,6 +31,7 @@ from megatron.hf.fixed_rope import FOLLOWING
 from megatron.hf.inspection import LayerFacts, ModelFacts, decoder_layers, inspect_empty_model, tensors_on_meta
 from megatron.hf.materialization import empty_model
 from megatron.hf.skeleton import Skeleton
+from megatron.hf.traffic import expert_traffic
 
 _EXPERTS = "megatron-sizes"
 _NUM_TOKENS = 4
@@ -188,6 +189,7 @@ class _Counts:
     saved_mlp_outputs: int
     mlp_outputs: int
     mlp_width: int
+    expert_traffic: int
 
 
 def _counts(layer: _Layer) -> _Counts:
@@ -219,6 +221,9 @@ def _counts(layer: _Layer) -> _Counts:
         saved_mlp_outputs=saved,
         mlp_outputs=saved + sum(stack.outputs for stack in stacks),
         mlp_width=(layer.after[-1].inputs if layer.after[1:] else 0) + sum(stack.inputs for stack in stacks),
+        expert_traffic=sum(
+            expert_traffic(experts, layer.hidden_size, chosen) for experts, chosen in layer.experts_of_token.items()
+        ),
     )
 
 
@@ -277,6 +282,7 @@ def _sizes(counts: Sequence[_Counts], attention: Sequence[LayerFacts], outer_wei
         saved_mlp_outputs=max(each.saved_mlp_outputs for each in counts),
         mlp_outputs=max(each.mlp_outputs for each in counts),
         mlp_width=max(each.mlp_width for each in counts),
+        expert_traffic=sum(each.expert_traffic for each in counts) // len(counts),
         narrow_channels=max(each.narrow_head_size for each in attention),
         softcap=next((each.softcap for each in variants if each.softcap is not None), None),
         windows=tuple(windows) if any(windows) else (),

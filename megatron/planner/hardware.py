@@ -25,6 +25,7 @@ class Gpu:
     """Rates that long kernels sustain inside a block, not data-sheet peaks, except for `peak_tflops`.
 
     `attention`: TFLOP/s forward and backward of tiles of 32,768 tokens with heads of 128, by backend, fastest first.
+    `attention_rates` has those of other heads.
     `links`: to the host, by the number of GPUs of a machine that copy at once.
     """
 
@@ -48,6 +49,12 @@ class Gpu:
         name = self.fastest if backend == "auto" else SAME_RATES.get(backend, backend)
         return name if name in self.attention else None
 
+    def attention_rates(self, backend: str, head_size: int) -> tuple[float, float]:
+        """Return TFLOP/s forward and backward with heads of a size: of the nearest size known."""
+        of_128, sizes = self.attention[backend], {128: (1.0, 1.0), **HEAD_SIZES.get(backend, {})}
+        forward, backward = sizes[min(sizes, key=lambda size: abs(size - head_size))]
+        return of_128[0] * forward, of_128[1] * backward
+
     def link(self, num_gpus: int) -> LinkRates:
         """Return the link of a machine with so many GPUs: of the next larger number known, or else the largest."""
         return self.links[min((n for n in self.links if n >= num_gpus), default=max(self.links))]
@@ -55,6 +62,15 @@ class Gpu:
 
 # Kernels with the same speed as another.
 SAME_RATES = {"flash-2": "torch-flash", "flash-attn-2": "torch-flash"}
+
+# Rates with other heads over those with heads of 128, forward and backward. 64: figures 5 and 6 of arXiv 2407.08608, at
+# 16,384 tokens without a mask on an H100, with FlashAttention-3 for flash-attn-4. 192 (with values of 128) and 256:
+# NVIDIA's benchmarks of cudnn-frontend on an H200, causal, at 32,768 tokens.
+HEAD_SIZES: Mapping[str, Mapping[int, tuple[float, float]]] = {
+    "flash-attn-4": {64: (0.77, 0.84), 192: (1.07, 0.81), 256: (1.18, 0.62)},
+    "cudnn": {64: (0.69, 0.84), 192: (0.98, 0.96), 256: (1.10, 0.68)},
+    "torch-flash": {64: (0.88, 0.90)},
+}
 
 # Sources of the rates. H200: flash-attn-4, cuDNN and the products are measured (docs/performance.md). H100: the kernels
 # are measured alone, and reduced here by the 4% that those of the H200 lose inside a block; its FlashAttention-2 rate

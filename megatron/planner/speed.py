@@ -1,7 +1,7 @@
 """Step-time estimates: compute, copies and collectives that are not hidden behind it, and the optimizer.
 
-block, forward     attention 2 S^2 B H D / p at the kernel's rate, products, token-wise kernels by their bytes, and the
-                   packing of the all-to-all
+block, forward     attention 2 S^2 B H D / p at the kernel's rate for the size of a head, products, grouped ones of
+                   experts at a lower rate, token-wise kernels by their bytes, and the packing of the all-to-all
 block, backward    attention 5/2 of that, products twice (of frozen weights once) and those recomputed, kernels, sums
                    over tiles, packing; before it the forward pass again where attention is recomputed
 link               bytes of the chunks that are on the host, out and in, overlapped with compute, so that the longer of
@@ -39,6 +39,9 @@ STREAMING = 0.7  # fraction of a GPU's memory bandwidth that token-wise kernels 
 # Passes over a token's hidden states and over its MLP's activations, fitted to a profile of a LLaMA block in slices of
 # the usual length: the sums of the weights' gradients are in them.
 HIDDEN_PASSES, MLP_PASSES = 45, 6
+# Rate of torch's grouped products over that of single ones: pytorch/ao#2490 measured 525 and 545 TFLOP/s on an H100,
+# with 16 experts that share 8,192 tokens unevenly.
+GROUPED = 0.74
 # Per parameter of a rank: Adam reads weight, gradient and two moments in fp32 and writes all but the gradient. Before,
 # the gradient is read for its norm, converted to fp32 and clipped; after, the weight is written in half precision.
 OPTIMIZER_BYTES = 28 + 24 + 6
@@ -125,16 +128,18 @@ def _block_compute(job: Job, machines: Machines, backend: str, recompute: Recomp
         recomputed -= share * again.total / model.num_layers
     times = 1 if job.is_frozen else 2  # dx alone, or dx and dW
     recomputed_attention = attention if job.activations != "kept" and not job.streamed else 0.0
-    rate_forward, rate_backward = (rate * TERA for rate in gpu.attention[backend])
+    rate_forward, rate_backward = (rate * TERA for rate in gpu.attention_rates(backend, model.kv_channels))
     matmul, streaming = gpu.matmul_tflops * TERA, gpu.memory_gbps * GB * STREAMING
     tokens = shape.layout.local_length * job.micro_batch_size
-    token_wise = tokens * HALF * (HIDDEN_PASSES * model.hidden_size + MLP_PASSES * shape.mlp_outputs) / streaming
+    token_wise = tokens * HALF * _passed_elements(job) / streaming
+    grouped = share * 2 * model.seq_length * model.sizes.token_weights.unsaved / model.num_layers
+    slower = grouped * (1 / GROUPED - 1) / matmul  # of one pass
     chunks = shape.layout.num_chunks
     queries = tokens * shape.heads.largest_num_heads * model.kv_channels * HALF / chunks
     keys = shape.key_value_elements * HALF / chunks
     tiles = chunks * (chunks - 1) / 2
     packed = chunks if job.sequence_parallel_size > 1 else 0
-    forward = attention / rate_forward + token_wise / 3
+    forward = attention / rate_forward + token_wise / 3 + slower
     forward += (tiles * 5 * queries + packed * (4 * queries + 2 * keys)) / streaming
     return _Compute(
         forward + products / matmul,
@@ -142,21 +147,33 @@ def _block_compute(job: Job, machines: Machines, backend: str, recompute: Recomp
         2.5 * attention / rate_backward
         + recomputed_attention / rate_forward
         + (times * products + recomputed) / matmul
+        + (times + (job.streamed or job.activations != "kept")) * slower
         + token_wise * 2 / 3
-        + (tiles * 5 * (queries + keys) + packed * (10 * queries + 6 * keys) + _short_slice_bytes(job)) / streaming,
+        + (tiles * 5 * (queries + keys) + packed * (10 * queries + 6 * keys) + _gradient_sum_bytes(job)) / streaming,
     )
 
 
-def _short_slice_bytes(job: Job) -> float:
-    """Bytes of the additions to the weights' gradients of one block beyond those in slices of the usual length."""
-    shape = job.shape
+def _passed_elements(job: Job) -> int:
+    """Elements per token that the token-wise kernels of one block read and write."""
+    shape, traffic = job.shape, job.model.sizes.expert_traffic
+    outputs = shape.saved_mlp_outputs if traffic else shape.mlp_outputs
+    return HIDDEN_PASSES * shape.hidden_size + MLP_PASSES * outputs + traffic
+
+
+def _gradient_sum_bytes(job: Job) -> float:
+    """Bytes of the additions to the weights' gradients of one block that are not among the passes.
+
+    These have those of a dense model's weights, in slices of the usual length. The gradient of a stack of experts is a
+    tensor, which is read, besides the sum, for each slice.
+    """
+    if job.is_frozen:
+        return 0.0
+    shape, weights = job.shape, job.model.sizes.token_weights
     num_slices = sum(-(-length // shape.slice_length) for length in shape.layout.local_lengths)
-    return (
-        (num_slices - shape.layout.local_length / shape.slice_length)
-        * 2
-        * SUM
-        * (0 if job.is_frozen else job.mean_block_parameters)
-    )
+    dense = (weights.total - weights.unsaved) // job.model.num_layers
+    stacks = max(job.mean_block_parameters - dense, 0) if job.model.sizes.largest_stack else 0
+    short = num_slices - shape.layout.local_length / shape.slice_length
+    return short * 2 * SUM * (job.mean_block_parameters - stacks) + num_slices * (2 * SUM + HALF) * stacks
 
 
 def _recomputed_products(job: Job, interval: int, recompute: Recompute) -> int:
