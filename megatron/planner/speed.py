@@ -39,8 +39,8 @@ STREAMING = 0.7  # fraction of a GPU's memory bandwidth that token-wise kernels 
 # Passes over a token's hidden states and over its MLP's activations, fitted to a profile of a LLaMA block in slices of
 # the usual length: the sums of the weights' gradients are in them.
 HIDDEN_PASSES, MLP_PASSES = 45, 6
-# Rate of torch's grouped products over that of single ones: pytorch/ao#2490 measured 525 and 545 TFLOP/s on an H100,
-# with 16 experts that share 8,192 tokens unevenly.
+# Rate of torch's grouped products over that of single ones: the times in pytorch/ao#2490 are 525 and 545 TFLOP/s on an
+# H100, forward, with 16 experts that share 8,192 tokens unevenly.
 GROUPED = 0.74
 # Per parameter of a rank: Adam reads weight, gradient and two moments in fp32 and writes all but the gradient. Before,
 # the gradient is read for its norm, converted to fp32 and clipped; after, the weight is written in half precision.
