@@ -273,9 +273,7 @@ class StreamShape:
 
     def host_bytes(self, device_bytes: int, interval: int, recompute: Recompute) -> int:
         """Estimate the peak bytes on the host, with so many bytes for chunks on the device."""
-        stored = self.device_bytes(device_bytes, interval, recompute)
-        peaks = self._peaks(interval, recompute)
-        return max(sum(max(n - stored[kind], 0) for kind, n in kinds.items()) for kinds in peaks)
+        return sum(self._offloaded_bytes(device_bytes, interval, recompute).values())
 
     def on_host_and_disk(self, budget: TierBudget, interval: int, recompute: Recompute) -> HostAndDisk | None:
         """Divide the offloaded chunks between host and disk; None where the budget is too small, or has no disk."""
@@ -292,6 +290,7 @@ class StreamShape:
         return least_host_bytes(self._offloaded_bytes(device_bytes, 1, Recompute.KV))
 
     def _offloaded_bytes(self, device_bytes: int, interval: int, recompute: Recompute) -> dict[ChunkKind, int]:
+        """Return the bytes of each kind beyond what the device stores, at the peak of their sum."""
         stored, peaks = self.device_bytes(device_bytes, interval, recompute), self._peaks(interval, recompute)
         offloaded = [{kind: max(n - stored[kind], 0) for kind, n in kinds.items()} for kinds in peaks]
         return max(offloaded, key=lambda kinds: sum(kinds.values()))
