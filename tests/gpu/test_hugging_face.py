@@ -7,6 +7,7 @@ from megatron.core.parallel_state import ParallelState
 from megatron.hf.building import build_hugging_face_model
 from megatron.hf.experts import run_experts
 from megatron.model.builder import Execution
+from tests.gpu.waits import no_waits
 from tests.unit.hf.tiny_models import VOCAB, build, eager_loss, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -61,12 +62,8 @@ def test_the_host_never_waits_for_the_gpu(family):
     batch = [t.pin_memory() for t in inputs()]
     with torch.autograd.set_multithreading_enabled(False):
         streamed(*batch).backward()  # compiles kernels and allocates host buffers
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waits():
             streamed(*batch).backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_grouped_experts_err_no_more_than_one_product_per_expert():
@@ -103,13 +100,9 @@ def test_qlora_is_lora_on_the_dequantized_weights_and_the_host_never_waits(famil
         with torch.autograd.set_multithreading_enabled(False):
             streamed(*batch).backward()
             model.zero_grad()
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with no_waits():
                 loss = streamed(*batch)
                 loss.backward()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
         outcomes.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}})
     want, got = outcomes
     for name, value in want.items():

@@ -19,6 +19,7 @@ from megatron.fpdt.stream import Saving
 from megatron.fpdt.tiers import HostTier
 from megatron.model.builder import Execution, build_model
 from megatron.model.initialization import Initialization
+from tests.gpu.waits import no_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -168,12 +169,8 @@ def test_documents_windows_and_sinks_do_not_make_the_host_wait(backend, build):
     config, inputs = _config(1024 + 192, attention_backend=backend), (*_inputs(1024 + 192, batch=2), DOCUMENTS)
     model = build(config, SEPARATE[1], slice_length=96)
     _run(model, inputs)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         _run(model, inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextlib.contextmanager
@@ -252,12 +249,8 @@ def test_the_host_never_waits_for_the_device(recompute):
     config, inputs = _config(1024), _inputs(1024)
     model = _model(config, replace(OFFLOADED, recompute=recompute), slice_length=96)
     _run(model, inputs)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         _run(model, inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_sequence_of_another_length_takes_the_place_of_the_one_before():
@@ -405,12 +398,8 @@ def test_a_disk_changes_no_bit_and_pins_nothing_after_the_first_steps(
     assert results[1][2:] == results[2][2:]
     assert store.disk_tier.copied.bytes_in > 0
     assert store.disk_tier.used_bytes == 0
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         _run(model, inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_wait_of_the_host_is_a_stall_only_if_the_gpu_has_no_work():
