@@ -183,6 +183,8 @@ def measure_run(arguments: argparse.Namespace, config: Config, block_model: Mode
     print(f"host memory allocated over needed: {ratio:.4f}")
     if arguments.as_one_of:
         print(f"received from other GPUs in a step, which took no time: {step['received_gib']:.3g} GiB")
+    if later is None:  # no step has followed
+        return 0
     print(f"host bytes allocated after the first step: {later} (must be 0)")
     return 1 if later else 0
 
@@ -276,7 +278,7 @@ def measure_steps(config: Config, arguments: argparse.Namespace, num_gpus: int, 
         # Of the first step, where the weights are still the initial ones.
         **({"first_loss": first_loss, "first_gradient_norm": gradient_norm} if is_warm else {}),
         "host_used_gib": gib(pool.peak_used_bytes), "host_allocated_gib": gib(pool.allocated_bytes),
-        "host_bytes_after_first_step": host_bytes[-1] - host_bytes[0],
+        "host_bytes_after_first_step": host_bytes[-1] - host_bytes[0] if len(host_bytes) > 1 else None,
         "received_gib": gib(received) / arguments.steps,
     }  # fmt: skip
 
